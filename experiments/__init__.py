@@ -1,0 +1,1 @@
+"""Scripts that answer one question each: `python -m experiments` lists them."""

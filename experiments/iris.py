@@ -1,0 +1,256 @@
+"""Does a small tanh network with this library's softmax rule learn to tell three irises apart?
+
+python -m experiments.iris --seed 42
+"""
+
+import functools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+import pandas as pd
+from jaxtyping import Array, Float, Int
+from tqdm import tqdm
+
+from experiments._door import InputError, enter, make_folder, write_json
+from jaxsoft import apply_mlp, cross_entropy, init_mlp
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+FEATURES = ("SepalLength", "SepalWidth", "PetalLength", "PetalWidth")
+SPECIES = ("setosa", "versicolor", "virginica")
+COLORS = ("tab:blue", "tab:orange", "tab:green")
+OPTIMIZERS = {
+    "adam": optax.adam,
+    "sgd": optax.sgd,
+    "momentum": functools.partial(optax.sgd, momentum=0.9),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of the experiment."""
+
+    seed: int = 42
+    """Draws the held-out flowers and the initial weights."""
+    steps: int = 1000
+    """Gradient steps, each on all training flowers."""
+    optimizer: Literal["adam", "sgd", "momentum"] = "adam"
+    """Optax optimizer."""
+    learning_rate: float = 0.01
+    """Step size of the optimizer."""
+    data: Path = Path(__file__).parents[1] / "data" / "iris.csv"
+    """CSV file with the four measurements in centimetres and the species."""
+    out: Path = Path("out/iris")
+    """Folder for metrics.csv, summary.json and the pictures."""
+
+
+class Split(NamedTuple):
+    """Standardised features and labels of the training and the held-out flowers."""
+
+    train_x: Float[Array, "train 4"]
+    train_y: Int[Array, " train"]
+    test_x: Float[Array, "test 4"]
+    test_y: Int[Array, " test"]
+    mean: Float[np.ndarray, " 4"]  # of the training flowers, in centimetres
+    scale: Float[np.ndarray, " 4"]
+
+
+def read_iris(path: Path) -> pd.DataFrame:
+    """Read measurements and species, refusing whatever would otherwise be dropped or guessed."""
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except pd.errors.EmptyDataError:
+        raise InputError(f"{path}: expected a table with a header, got an empty file") from None
+    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: expected comma-separated text: {error}") from None
+    missing = [name for name in (*FEATURES, "Species") if name not in table]
+    if missing:
+        raise InputError(f"{path}: expected column {missing[0]!r}, got columns {', '.join(map(repr, table.columns))}")
+    if table.empty:
+        raise InputError(f"{path}: expected at least one flower, got a header alone")
+    numbers = table[list(FEATURES)].apply(pd.to_numeric, errors="coerce")
+    for name in FEATURES:
+        bad = ~np.isfinite(numbers[name].to_numpy(float))
+        if bad.any():
+            row = int(bad.argmax())
+            raise InputError(f"{path}, line {row + 2}: {name} is {table[name][row]!r}, expected a number")
+    bad = ~table["Species"].isin(SPECIES).to_numpy()
+    if bad.any():
+        row = int(bad.argmax())
+        raise InputError(f"{path}, line {row + 2}: Species is {table['Species'][row]!r}, expected one of {SPECIES}")
+    numbers["Species"] = table["Species"]
+    return numbers
+
+
+def split_iris(flowers: pd.DataFrame, seed: int, path: Path) -> Split:
+    """Hold out 30 % of each species; standardise by the mean and deviation of the rest."""
+    counts = flowers["Species"].value_counts().reindex(list(SPECIES), fill_value=0)
+    if counts.min() < 4:
+        raise InputError(f"{path}: expected at least 4 flowers of each species, got {counts.to_dict()}")
+    train = flowers.groupby("Species").sample(frac=0.7, random_state=seed)
+    test = flowers.drop(train.index)
+    mean = train[list(FEATURES)].mean().to_numpy()
+    scale = train[list(FEATURES)].std(ddof=0).to_numpy()
+    if not scale.all():
+        raise InputError(
+            f"{path}: {FEATURES[int(scale.argmin())]} is the same for all training flowers, expected it to vary"
+        )
+
+    def features(part: pd.DataFrame) -> Array:
+        return jnp.asarray((part[list(FEATURES)].to_numpy() - mean) / scale, jnp.float32)
+
+    def labels(part: pd.DataFrame) -> Array:
+        return jnp.asarray(pd.Categorical(part["Species"], categories=list(SPECIES)).codes, jnp.int32)
+
+    return Split(features(train), labels(train), features(test), labels(test), mean, scale)
+
+
+logits_of = jax.vmap(apply_mlp, in_axes=(None, 0))
+
+
+def accuracy(params, features: Float[Array, "flowers 4"], labels: Int[Array, " flowers"]) -> Float[Array, ""]:
+    return jnp.mean(jnp.argmax(logits_of(params, features), axis=-1) == labels)
+
+
+def measure(params, split: Split) -> dict[str, Array]:
+    return {
+        "loss": cross_entropy(logits_of(params, split.train_x), split.train_y),
+        "train_accuracy": accuracy(params, split.train_x, split.train_y),
+        "test_accuracy": accuracy(params, split.test_x, split.test_y),
+    }
+
+
+def train_step(state, split: Split, optimizer: optax.GradientTransformation):
+    """One step; reports the parameters as they were before it."""
+    params, moments = state
+    metrics = measure(params, split)
+    gradient = jax.grad(lambda p: cross_entropy(logits_of(p, split.train_x), split.train_y))(params)
+    updates, moments = optimizer.update(gradient, moments, params)
+    return (optax.apply_updates(params, updates), moments), metrics
+
+
+@functools.partial(jax.jit, static_argnames=("optimizer", "steps"))
+def train(state, split: Split, optimizer: optax.GradientTransformation, steps: int):
+    """`steps` steps as one compiled loop."""
+    return jax.lax.scan(lambda carry, _: train_step(carry, split, optimizer), state, length=steps)
+
+
+def run(config: Config) -> dict[str, float]:
+    """Train, write the results to `config.out` and return the summary."""
+    if config.steps < 1:
+        raise InputError(f"--steps: expected at least 1, got {config.steps}")
+    if not 0 < config.learning_rate < float("inf"):
+        raise InputError(f"--learning-rate: expected a positive number, got {config.learning_rate}")
+    if not 0 <= config.seed < 2**32:
+        raise InputError(f"--seed: expected an integer in [0, 2**32), got {config.seed}")
+    split = split_iris(read_iris(config.data), config.seed, config.data)
+    out = make_folder(config.out)
+    start = time.perf_counter()
+    optimizer = OPTIMIZERS[config.optimizer](config.learning_rate)
+    params = init_mlp(jax.random.key(config.seed), (len(FEATURES), 5, 4, len(SPECIES)))
+    state = params, optimizer.init(params)
+    # The loop is cut in pieces of one length so that progress shows and one compilation serves all.
+    piece = max(1, config.steps // 20)
+    history = []
+    with tqdm(total=config.steps, unit="step") as bar:
+        while bar.n < config.steps:
+            count = min(piece, config.steps - bar.n)
+            state, metrics = train(state, split, optimizer, count)
+            history.append(pd.DataFrame(jax.device_get(metrics)))
+            bar.update(count)
+            bar.set_postfix(loss=f"{history[-1]['loss'].iloc[-1]:.4f}")
+    params, _ = state
+    final = jax.device_get(measure(params, split))
+    table = pd.concat([*history, pd.DataFrame([final])], ignore_index=True).astype(float)
+    if not np.isfinite(table["loss"]).all():
+        raise InputError(
+            f"--learning-rate {config.learning_rate:g}: expected a finite loss, "
+            f"got none from step {int((~np.isfinite(table['loss'])).argmax())} on"
+        )
+    table.index.name = "step"
+    table.to_csv(out / "metrics.csv")
+    summary = {
+        "train_loss": float(final["loss"]),
+        "train_accuracy": float(final["train_accuracy"]),
+        "test_accuracy": float(final["test_accuracy"]),
+        "steps": config.steps,
+        "seconds": round(time.perf_counter() - start, 3),
+        "seed": config.seed,
+    }
+    write_json(out / "summary.json", summary)
+    plot_loss(table, out / "loss.png")
+    plot_confusion(params, split, out / "confusion.png")
+    plot_regions(params, split, out / "regions.png")
+    print(
+        f"{config.steps} steps: training loss {table['loss'].iloc[0]:.4f} -> {summary['train_loss']:.4f}, "
+        f"accuracy {summary['train_accuracy']:.3f} in training, {summary['test_accuracy']:.3f} held out; see {out}"
+    )
+    return summary
+
+
+def plot_loss(table: pd.DataFrame, path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    left.semilogy(table.index, table["loss"])
+    left.set(title="training loss", xlabel="step", ylabel="cross-entropy (nats)")
+    right.plot(table.index, table["train_accuracy"], label="training")
+    right.plot(table.index, table["test_accuracy"], label="held out")
+    right.set(title="accuracy", xlabel="step", ylabel="fraction correct", ylim=(0, 1.02))
+    right.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_confusion(params, split: Split, path: Path) -> None:
+    predicted = np.argmax(logits_of(params, split.test_x), axis=-1)
+    counts = np.zeros((len(SPECIES), len(SPECIES)), int)
+    np.add.at(counts, (np.asarray(split.test_y), predicted), 1)
+    figure, axes = plt.subplots(figsize=(5, 4.4), layout="constrained")
+    axes.imshow(counts, cmap="Blues")
+    for (row, column), count in np.ndenumerate(counts):
+        axes.text(
+            column, row, str(count), ha="center", va="center", color="white" if count > counts.max() / 2 else "black"
+        )
+    axes.set_xticks(range(len(SPECIES)), SPECIES)
+    axes.set_yticks(range(len(SPECIES)), SPECIES)
+    axes.set(title="held-out flowers", xlabel="predicted", ylabel="true")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_regions(params, split: Split, path: Path) -> None:
+    """The predicted class over the two petal measurements, at the mean sepal."""
+    length, width = 2, 3
+    x, y = np.meshgrid(np.linspace(0.5, 7.5, 300), np.linspace(-0.2, 3.0, 300))
+    grid = np.broadcast_to(split.mean, (*x.shape, len(FEATURES))).copy()
+    grid[..., length], grid[..., width] = x, y
+    standardised = jnp.asarray((grid - split.mean) / split.scale, jnp.float32)
+    predicted = np.argmax(jax.vmap(logits_of, in_axes=(None, 0))(params, standardised), axis=-1)
+    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+    axes.contourf(x, y, predicted, levels=[-0.5, 0.5, 1.5, 2.5], colors=COLORS, alpha=0.25)
+    for features, labels, marker, name in (
+        (split.train_x, split.train_y, "o", "training"),
+        (split.test_x, split.test_y, "^", "held out"),
+    ):
+        centimetres = np.asarray(features) * split.scale + split.mean
+        for label, (species, color) in enumerate(zip(SPECIES, COLORS, strict=True)):
+            chosen = centimetres[np.asarray(labels) == label]
+            axes.scatter(
+                chosen[:, length], chosen[:, width], 22, color=color, marker=marker, edgecolor="black", linewidth=0.4,
+                label=f"{species}, {name}",
+            )  # fmt: skip
+    axes.set(title="predicted species at the mean sepal", xlabel="petal length (cm)", ylabel="petal width (cm)")
+    axes.legend(fontsize=8, loc="upper left")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    enter(Config, run, __doc__)

@@ -1,0 +1,22 @@
+"""Softmax, cross-entropy and their derivatives as pure JAX functions: exact, explained and fast."""
+
+from importlib.metadata import version
+
+from jaxsoft._checks import checked
+from jaxsoft._cross_entropy import cross_entropy
+from jaxsoft._mlp import apply_mlp, init_mlp
+from jaxsoft._softmax import log_softmax, logsumexp, softmax, softmax_jacobian, softmax_vjp
+
+__version__ = version("jaxsoft")
+
+__all__ = [
+    "apply_mlp",
+    "checked",
+    "cross_entropy",
+    "init_mlp",
+    "log_softmax",
+    "logsumexp",
+    "softmax",
+    "softmax_jacobian",
+    "softmax_vjp",
+]

@@ -1,0 +1,141 @@
+"""Checks: shapes, dtypes and options when a function is traced, values when it is run under `checked`."""
+
+import functools
+import numbers
+import operator
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import checkify
+from jaxtyping import Array, ArrayLike, Bool
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# A context that is part of the key of every `jax.jit` cache. The checks are traced only inside it:
+# their effect, even discarded, would cost every other compiled call JAX's fast dispatch (0.1 ms).
+_checking = jax.make_user_context(default_value=False)
+
+
+def checked(fn: Callable[P, R]) -> Callable[P, R]:
+    """Return `fn` with the values of its arguments checked as well as their shapes.
+
+    A compiled function cannot raise, so a label outside its range becomes a NaN loss and a NaN
+    gradient. `checked(fn)` runs the same computation with JAX's `checkify` and raises instead. Wrap
+    it around everything else, `checked(jax.jit(fn))` or `checked(jax.grad(fn))`: it looks at values,
+    so it cannot itself be traced.
+
+    Args:
+        fn: a function that calls this library, itself possibly transformed by `jax.jit`, `jax.grad`
+            or `jax.vmap`. Arguments that are not arrays must be closed over.
+
+    Returns:
+        A function with the same arguments and results.
+
+    Raises:
+        ValueError: a label outside [0, classes) that is not `ignore_index`; a negative or non-finite
+            target, weight or class weight; a NaN logit. The message names the argument, the index
+            and the value of the first offender.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxsoft import checked, cross_entropy
+        >>> checked(jax.jit(cross_entropy))(jnp.zeros((2, 3)), jnp.array([1, 7]))
+        Traceback (most recent call last):
+        ...
+        ValueError: targets[1] is 7: expected a label in [0, 3)
+    """
+    run = checkify.checkify(fn, errors=checkify.user_checks)
+
+    @functools.wraps(fn)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _checking(True):
+            error, result = run(*args, **kwargs)
+        message = error.get()
+        if message is not None:
+            raise ValueError(message.removesuffix(" (`check` failed)"))
+        return result
+
+    return wrapper
+
+
+def check_values(name: str, values: Array, valid: Bool[Array, "..."], expected: str) -> None:
+    """Under `checked`, fail with the first of `values` that is not valid; otherwise do nothing."""
+    if not _checking.value or not values.size:
+        return
+    first = jnp.argmin(valid)
+    index = {f"i{n}": i for n, i in enumerate(jnp.unravel_index(first, values.shape))}
+    where = "[" + ", ".join(f"{{{key}}}" for key in index) + "]" if index else ""
+    message = f"{name}{where} is {{value}}: expected {expected}"
+    checkify.check(jnp.all(valid), message, value=values.reshape(-1)[first], **index)
+
+
+def as_floating(name: str, value: ArrayLike) -> Array:
+    """`value` as a real floating array: integers are promoted as `jax.nn` promotes them."""
+    array = jnp.asarray(value)
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        return array.astype(jnp.result_type(float))
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name}: expected real numbers, got dtype {array.dtype}")
+    return array
+
+
+def as_mask(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Bool[Array, "..."]:
+    """`value` as booleans of the given shape."""
+    mask = jnp.asarray(value)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"{name}: expected booleans, got dtype {mask.dtype}")
+    return broadcast(name, mask, shape)
+
+
+def broadcast(name: str, array: Array, shape: tuple[int, ...]) -> Array:
+    """`array` broadcast to `shape`, or a ValueError that names it."""
+    try:
+        return jnp.broadcast_to(array, shape)
+    except ValueError:
+        raise ValueError(f"{name}: expected a shape that broadcasts to {shape}, got {array.shape}") from None
+
+
+def as_integer(name: str, value: int) -> int:
+    """`value` as a Python integer: options are part of the program, not traced."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
+
+
+def as_axis(axis: int, ndim: int) -> int:
+    """`axis` as an index in [0, ndim)."""
+    index = as_integer("axis", axis)
+    if not -ndim <= index < ndim:
+        raise ValueError(f"axis: expected an integer in [{-ndim}, {ndim}), got {index}")
+    return index % ndim
+
+
+def as_axes(axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
+    """One axis, several, or None for all of them, as sorted indices in [0, ndim)."""
+    if axis is None:
+        return tuple(range(ndim))
+    axes = [as_axis(a, ndim) for a in (axis if isinstance(axis, Sequence) else (axis,))]
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"axis: expected distinct axes, got {axis!r}")
+    return tuple(sorted(axes))
+
+
+def as_number(name: str, value: float, low: float, high: float = float("inf")) -> float:
+    """`value` as a Python float within [low, high]: options are part of the program, not traced."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a Python number, got {type(value).__name__}")
+    if not low <= value <= high or value == float("inf"):
+        bounds = f"at least {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name}: expected a finite number {bounds}, got {value}")
+    return float(value)
+
+
+def compute_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype to reduce in: half precision is summed in float32."""
+    return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))

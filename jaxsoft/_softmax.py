@@ -1,0 +1,289 @@
+"""Softmax, its logarithm and its normaliser: each public function with its derivative rule beside it."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float
+
+from jaxsoft._checks import as_axes, as_floating, as_mask, check_values, compute_dtype
+from jaxsoft._statistics import Statistics, block_exponentials, block_gradient, block_statistics
+from jaxsoft._targets import Targets
+
+Axes = tuple[int, ...]
+
+
+def softmax(
+    logits: Float[ArrayLike, "..."],
+    axis: int | Sequence[int] | None = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+) -> Float[Array, "..."]:
+    """Probabilities proportional to the exponentials of the logits.
+
+    s_i = exp(z_i) / Σ_j exp(z_j)
+
+    The derivative is a `jax.custom_vjp` whose rule is s * (g − s·g) and which keeps s alone: the
+    classes × classes Jacobian diag(s) − s sᵀ is never formed. The rule of one vector serves any array:
+    mapping `softmax` with `jax.vmap` over batch and spatial axes equals passing `axis`.
+
+    Args:
+        logits: scores z of any shape, in any floating dtype (integers are promoted).
+        axis: the class axis, several axes that together enumerate the classes, or None for all.
+        where: booleans that broadcast to the logits' shape; False removes a class.
+
+    Returns:
+        Array of the logits' shape and dtype that sums to one over `axis`. Half precision is
+        reduced in float32.
+
+    Edges: a removed class has probability 0 and gradient 0 whatever its logit, NaN included. Where no
+    class is left (all removed, or every logit −inf) all probabilities and gradients are 0. A NaN or
+    +inf logit that is not removed makes its own vector NaN.
+
+    Differentiation: reverse mode to any order, and forward over reverse (`jax.hessian` of a scalar
+    loss). A `custom_vjp` cannot be differentiated in forward mode directly; since the Jacobian is
+    symmetric, `softmax_vjp(softmax(z), tangent)` is also its forward-mode product.
+
+    Raises:
+        TypeError: logits that are not real numbers, a mask that is not boolean, an axis that is not an integer.
+        ValueError: an axis out of range or repeated, a mask that does not broadcast.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxsoft import softmax
+        >>> print(softmax(jnp.array([1.0, 2.0, 3.0])).round(4))
+        [0.09   0.2447 0.6652]
+
+    Source: J. S. Bridle, "Probabilistic interpretation of feedforward classification network
+    outputs" (1990). The shift by the maximum: P. Blanchard, D. J. Higham, N. J. Higham, "Accurately
+    computing the log-sum-exp and softmax functions" (2021).
+    """
+    return _softmax(*_prepare(logits, axis, where))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _softmax(logits: Array, axes: Axes) -> Array:
+    return _softmax_fwd(logits, axes)[0]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _softmax_fwd(logits: Array, axes: Axes) -> tuple[Array, Array]:
+    wide = logits.astype(compute_dtype(logits.dtype))
+    statistics = block_statistics(wide, axes)
+    probs = block_exponentials(wide, statistics.max, None, axes) / statistics.total
+    probs = probs.astype(logits.dtype)
+    return probs, probs
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _softmax_bwd(axes: Axes, probs: Array, cotangent: Array) -> tuple[Array]:
+    return (softmax_vjp(probs, cotangent, axes),)
+
+
+_softmax.defvjp(_softmax_fwd, _softmax_bwd)
+
+
+def softmax_vjp(
+    probs: Float[ArrayLike, "..."], cotangent: Float[ArrayLike, "..."], axis: int | Sequence[int] | None = -1
+) -> Float[Array, "..."]:
+    """The product of softmax's Jacobian with a vector, from the probabilities alone.
+
+    (diag(s) − s sᵀ) g = s * (g − s·g)
+
+    Args:
+        probs: softmax output s, of any shape.
+        cotangent: the gradient g of a scalar to s, of the same shape.
+        axis: the class axis, several axes, or None for all, as given to `softmax`.
+
+    Returns:
+        The gradient to the logits, of the shape and dtype of `probs`; reduced in float32 for half precision.
+        The Jacobian is symmetric, so the same call maps a tangent of the logits to a tangent of s.
+
+    Edges: a class of probability 0 has gradient 0. A cotangent that is constant over the classes
+    gives 0: moving all logits together moves no probability.
+
+    Raises:
+        TypeError: arguments that are not real numbers, an axis that is not an integer.
+        ValueError: shapes that differ, an axis out of range or repeated.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxsoft import softmax, softmax_vjp
+        >>> s = softmax(jnp.array([1.0, 2.0, 3.0]))
+        >>> print(softmax_vjp(s, jnp.array([0.5, -1.0, 2.0])).round(4))
+        [-0.0568 -0.5215  0.5782]
+
+    Source: J. S. Bridle (1990); written as one dot product and one product in Y. Jia et al.,
+    "Caffe: convolutional architecture for fast feature embedding" (2014).
+    """
+    s, g = as_floating("probs", probs), as_floating("cotangent", cotangent)
+    if s.shape != g.shape:
+        raise ValueError(f"cotangent: expected the shape of probs {s.shape}, got {g.shape}")
+    axes = as_axes(axis, s.ndim)
+    dtype = compute_dtype(s.dtype)
+    wide_s, wide_g = s.astype(dtype), g.astype(dtype)
+    return (wide_s * (wide_g - jnp.sum(wide_s * wide_g, axes, keepdims=True))).astype(s.dtype)
+
+
+def softmax_jacobian(probs: Float[ArrayLike, "*batch classes"]) -> Float[Array, "*batch classes classes"]:
+    """The matrix of all derivatives ∂s_i/∂z_j, for looking at: computing needs only `softmax_vjp`.
+
+    J = diag(s) − s sᵀ, that is J_ij = s_i (δ_ij − s_j)
+
+    Args:
+        probs: softmax output s with the classes along the last axis.
+
+    Returns:
+        Array of shape (..., classes, classes) and the dtype of `probs`: one symmetric matrix a
+        vector. N vectors of C classes take N·C² numbers, which is why nothing here stores it.
+
+    Edges: rows sum to zero, one probability of 1 makes the matrix zero.
+
+    Raises:
+        TypeError: probabilities that are not real numbers.
+        ValueError: an array without a class axis.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxsoft import softmax_jacobian
+        >>> print(softmax_jacobian(jnp.array([0.1, 0.2, 0.7])).round(2))
+        [[ 0.09 -0.02 -0.07]
+         [-0.02  0.16 -0.14]
+         [-0.07 -0.14  0.21]]
+
+    Source: J. S. Bridle (1990).
+    """
+    s = as_floating("probs", probs)
+    if s.ndim == 0:
+        raise ValueError("probs: expected at least one axis, the classes, got a scalar")
+    return s[..., :, None] * (jnp.eye(s.shape[-1], dtype=s.dtype) - s[..., None, :])
+
+
+def log_softmax(
+    logits: Float[ArrayLike, "..."],
+    axis: int | Sequence[int] | None = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+) -> Float[Array, "..."]:
+    """Logarithms of the softmax probabilities, without forming the probabilities.
+
+    log s_i = z_i − log Σ_j exp(z_j)        vjp: g − s Σ_j g_j
+
+    Args:
+        logits: scores z of any shape, in any floating dtype (integers are promoted).
+        axis: the class axis, several axes, or None for all.
+        where: booleans that broadcast to the logits' shape; False removes a class.
+
+    Returns:
+        Array of the logits' shape and dtype. Half precision is reduced in float32.
+
+    Edges: a removed class has −inf and gradient 0. Where no class is left everything is −inf. For
+    the loss of a label use `cross_entropy`, which stays exact where log s_i rounds to 0.
+
+    Differentiation: as `softmax`; only the result is kept.
+
+    Raises:
+        TypeError, ValueError: as `softmax`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxsoft import log_softmax
+        >>> print(log_softmax(jnp.array([0.0, 0.0])).round(4))
+        [-0.6931 -0.6931]
+
+    Source: P. Blanchard, D. J. Higham, N. J. Higham (2021).
+    """
+    return _log_softmax(*_prepare(logits, axis, where))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _log_softmax(logits: Array, axes: Axes) -> Array:
+    return _log_softmax_fwd(logits, axes)[0]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _log_softmax_fwd(logits: Array, axes: Axes) -> tuple[Array, Array]:
+    wide = logits.astype(compute_dtype(logits.dtype))
+    statistics = block_statistics(wide, axes)
+    log_probs = (wide - statistics.max - jnp.log(statistics.total)).astype(logits.dtype)
+    return log_probs, log_probs
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_softmax_bwd(axes: Axes, log_probs: Array, cotangent: Array) -> tuple[Array]:
+    dtype = compute_dtype(log_probs.dtype)
+    g = cotangent.astype(dtype)
+    gradient = g - jnp.exp(log_probs.astype(dtype)) * jnp.sum(g, axes, keepdims=True)
+    return (gradient.astype(log_probs.dtype),)
+
+
+_log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
+
+
+def logsumexp(
+    logits: Float[ArrayLike, "..."],
+    axis: int | Sequence[int] | None = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+    *,
+    keepdims: bool = False,
+) -> Float[Array, "..."]:
+    """Logarithm of the sum of exponentials: softmax's normaliser, the log partition function.
+
+    lse = log Σ_j exp(z_j)        vjp: softmax(z)·g
+
+    Args:
+        logits: scores z of any shape, in any floating dtype (integers are promoted).
+        axis: the class axis (by default the last, unlike `jax.nn.logsumexp`), several axes, or None for all.
+        where: booleans that broadcast to the logits' shape; False removes a class.
+        keepdims: keep the reduced axes with length one.
+
+    Returns:
+        Array of the logits' dtype without `axis`. Half precision is reduced in float32.
+
+    Edges: where no class is left −inf, with gradient 0. A +inf logit gives +inf.
+
+    Differentiation: as `softmax`; the logits and two numbers a vector are kept.
+
+    Raises:
+        TypeError, ValueError: as `softmax`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxsoft import logsumexp
+        >>> print(logsumexp(jnp.zeros(8)).round(4))
+        2.0794
+
+    Source: P. Blanchard, D. J. Higham, N. J. Higham (2021).
+    """
+    prepared, axes = _prepare(logits, axis, where)
+    lse = _logsumexp(prepared, axes)
+    return lse if keepdims else jnp.squeeze(lse, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _logsumexp(logits: Array, axes: Axes) -> Array:
+    return _logsumexp_fwd(logits, axes)[0]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _logsumexp_fwd(logits: Array, axes: Axes) -> tuple[Array, tuple[Array, Statistics]]:
+    statistics = block_statistics(logits.astype(compute_dtype(logits.dtype)), axes)
+    return statistics.logsumexp.astype(logits.dtype), (logits, statistics)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logsumexp_bwd(axes: Axes, residuals: tuple[Array, Statistics], cotangent: Array) -> tuple[Array]:
+    logits, statistics = residuals
+    wide = logits.astype(compute_dtype(logits.dtype))
+    g = cotangent.astype(wide.dtype)
+    return (block_gradient(wide, Targets(), statistics, axes, jnp.zeros_like(g), g).astype(logits.dtype),)
+
+
+_logsumexp.defvjp(_logsumexp_fwd, _logsumexp_bwd)
+
+
+def _prepare(logits: ArrayLike, axis: int | Sequence[int] | None, where: ArrayLike | None) -> tuple[Array, Axes]:
+    array = as_floating("logits", logits)
+    if where is not None:
+        array = jnp.where(as_mask("where", where, array.shape), array, -jnp.inf)
+    check_values("logits", array, ~jnp.isnan(array), "a number")
+    return array, as_axes(axis, array.ndim)

@@ -1,0 +1,135 @@
+"""The one formula: what a block of classes contributes to a loss, and the block's gradient.
+
+For one position with logits z, target weights q_j (see `Targets`), τ = Σ_j q_j and p = softmax(z):
+
+    loss       = τ·lse − Σ_j q_j z_j              lse = log Σ_j exp(z_j)
+    ∂loss/∂z_j = τ·p_j − q_j
+
+Every reduction over classes in this package is `block_statistics`, every gradient `block_gradient`.
+Arrays of statistics keep the class axes with length one, so they broadcast against the logits.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxsoft._targets import Targets
+
+
+class Statistics(NamedTuple):
+    """Sums over the classes of a block, relative to its largest logit m."""
+
+    max: Array  # m, above −inf
+    tail: Array  # Σ_j exp(z_j − m) over every class but the label
+    label: Array  # z_label − m; −inf where there is no label
+    spread: Array  # Σ_j spread_j
+    gap: Array  # Σ_j spread_j (m − z_j)
+
+    @property
+    def total(self) -> Array:
+        """Σ_j exp(z_j − m), at least 1; where no class is left tiny, for no division to meet a zero."""
+        return self.tail + jnp.exp(self.label) + jnp.finfo(self.tail.dtype).tiny
+
+    @property
+    def log_total(self) -> Array:
+        """log Σ_j exp(z_j − m) to full relative precision when the label leads; 0 where no class is left.
+
+        That is why the tail leaves the label out: once the label leads by 17, its 1 swallows every
+        other term in float32. A label that leads has exp(0) − 1 = 0 exactly; under any other the
+        tail is at least 1 and nothing cancels.
+        """
+        surplus = self.tail + (jnp.exp(self.label) - 1)
+        return jnp.log1p(surplus + lax.stop_gradient(jnp.maximum(-surplus, 0)))
+
+    @property
+    def logsumexp(self) -> Array:
+        """log Σ_j exp(z_j): −inf where no class is left, +inf at a logit of +inf."""
+        total = self.tail + jnp.exp(self.label)
+        return jnp.where(jnp.isinf(self.max), self.max, self.max + jnp.log(total))
+
+
+def block_exponentials(logits: Array, max: Array, label: Array | None, axes: tuple[int, ...]) -> Array:
+    """exp(z_j − m), with the label's own term left out.
+
+    Forward and backward share it, so under one `jit` the compiler computes it once.
+    """
+    exponentials = jnp.exp(logits - max)
+    return exponentials if label is None else jnp.where(_at_label(logits, label, axes), 0, exponentials)
+
+
+def block_statistics(logits: Array, axes: tuple[int, ...], targets: Targets = Targets()) -> Statistics:
+    """What a block of classes contributes to the loss of each position."""
+    # Every result is independent of the shift, so its derivative is dropped. Reducing from the lowest
+    # finite number keeps it finite without one more operation, which XLA's CPU fusions would not take.
+    lowest = jnp.finfo(logits.dtype).min
+    max = lax.expand_dims(lax.reduce(lax.stop_gradient(logits), lowest, lax.max, axes), axes)
+    tail = jnp.sum(block_exponentials(logits, max, targets.label, axes), axes, keepdims=True)
+    label, spread, gap = jnp.array([-jnp.inf, 0, 0], logits.dtype)
+    if targets.label is not None:
+        (axis,) = axes
+        inside = (targets.label >= 0) & (targets.label < logits.shape[axis])
+        picked = jnp.take_along_axis(logits, jnp.where(inside, targets.label, 0), axis, mode="promise_in_bounds")
+        label = jnp.where(inside, picked, -jnp.inf) - max
+    if targets.spread is not None:
+        spread = jnp.sum(targets.spread, axes, keepdims=True)
+        # A class without target weight costs nothing, at −inf too.
+        gaps = jnp.where(targets.spread == 0, 0, targets.spread * (max - logits))
+        gap = jnp.sum(gaps, axes, keepdims=True)
+    return Statistics(max, tail, label, spread, gap)
+
+
+def position_losses(targets: Targets, statistics: Statistics) -> Array:
+    """τ·lse − Σ_j q_j z_j of every position, from finished statistics."""
+    losses = jnp.zeros_like(statistics.tail)
+    # A position without target weight costs nothing, not even where its surprise is infinite.
+    if targets.label is not None:
+        surprise = statistics.log_total - statistics.label
+        losses += jnp.where(targets.hot == 0, 0, targets.hot * surprise)
+    if targets.spread is not None:
+        surprise = statistics.spread * statistics.log_total + statistics.gap
+        losses += jnp.where(targets.share == 0, 0, targets.share * surprise)
+    return losses
+
+
+def block_gradient(
+    logits: Array,
+    targets: Targets,
+    statistics: Statistics,
+    axes: tuple[int, ...],
+    loss_cotangent: Array,
+    lse_cotangent: Array,
+) -> Array:
+    """The gradient of Σ loss_cotangent·loss + lse_cotangent·lse to the logits of a block.
+
+    At the label τ·p_y − q_y is never formed by subtracting from one: 1 − p_y is the other classes' sum.
+    """
+    total = statistics.total
+    hot = loss_cotangent * targets.hot
+    share = loss_cotangent * targets.share
+    mass = lse_cotangent if targets.spread is None else lse_cotangent + share * statistics.spread
+    exponentials = block_exponentials(logits, statistics.max, targets.label, axes)
+    gradient = exponentials * ((mass + hot) / total)
+    if targets.label is not None:
+        at_label = (mass * jnp.exp(statistics.label) - hot * statistics.tail) / total
+        gradient = jnp.where(_at_label(logits, targets.label, axes), at_label, gradient)
+    if targets.spread is not None:
+        gradient -= share * targets.spread
+    return gradient
+
+
+def target_gradient(logits: Array, targets: Targets, statistics: Statistics, loss_cotangent: Array) -> Array:
+    """The gradient to `targets.spread`, −log p_j; 0 for a class at −inf, which is no variable."""
+    surprise = statistics.log_total + (statistics.max - logits)
+    gradient = loss_cotangent * targets.share * jnp.where(logits == -jnp.inf, 0, surprise)
+    # A spread shared by all positions (smoothing) is broadcast: sum over what it was broadcast along.
+    assert targets.spread is not None
+    shared = [n for n, size in enumerate(targets.spread.shape) if size < logits.shape[n]]
+    return jnp.sum(gradient, shared, keepdims=True)
+
+
+def _at_label(logits: Array, label: Array, axes: tuple[int, ...]) -> Array:
+    """A mask by comparison, not a scatter: it fuses on every platform."""
+    (axis,) = axes
+    return lax.broadcasted_iota(label.dtype, logits.shape, axis) == label

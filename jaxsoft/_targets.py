@@ -1,0 +1,122 @@
+"""Targets: integer labels or distributions, ignored, weighted, smoothed, in one representation."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, ArrayLike
+
+from jaxsoft._checks import as_mask, as_number, broadcast, check_values
+
+
+class Targets(NamedTuple):
+    """The weights q_j = hot·[j = label] + share·spread_j of one loss per position.
+
+    Arrays have the logits' rank; `label`, `hot` and `share` have length one along the class axis.
+    """
+
+    label: Array | None = None  # index of the label, possibly out of range
+    hot: Array | float = 0.0  # its weight; 0 where ignored, NaN where the label is out of range
+    spread: Array | None = None  # weights of all classes, broadcasting against the logits
+    share: Array | float = 1.0  # what a position's weights are multiplied by
+
+
+class Counts(NamedTuple):
+    """What each position counts in a mean: one weight for its loss, one for its z-loss."""
+
+    loss: Array
+    position: Array
+
+
+def read_targets(
+    targets: ArrayLike,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    axis: int,
+    *,
+    ignore_index: int | None,
+    weights: ArrayLike | None,
+    class_weights: ArrayLike | None,
+    where: ArrayLike | None,
+    label_smoothing: float,
+) -> tuple[Targets, Counts]:
+    """Check the targets against the shape of the logits and represent them in the dtype to compute in."""
+    classes = shape[axis]
+    along_classes = [1] * len(shape)
+    along_classes[axis] = classes
+    positions = shape[:axis] + shape[axis + 1 :]
+    smoothing = as_number("label_smoothing", label_smoothing, 0, 1)
+
+    counted = jnp.ones(positions, dtype)
+    if weights is not None:
+        counted = broadcast("weights", _constant("weights", weights, dtype), positions)
+        check_values("weights", counted, (counted >= 0) & (counted < jnp.inf), "a finite weight of at least 0")
+    by_class = None
+    if class_weights is not None:
+        by_class = _constant("class_weights", class_weights, dtype)
+        if by_class.shape != (classes,):
+            raise ValueError(f"class_weights: expected shape ({classes},), one weight a class, got {by_class.shape}")
+        check_values("class_weights", by_class, (by_class >= 0) & (by_class < jnp.inf), "a finite weight of at least 0")
+
+    # Smoothing shares the mass among the classes that are left, each by its class weight.
+    uniform = jnp.ones(along_classes, dtype) if by_class is None else by_class.reshape(along_classes)
+    if where is None:
+        uniform = uniform / classes
+    elif smoothing:
+        mask = as_mask("where", where, shape)
+        uniform = jnp.where(mask, uniform, 0) / jnp.maximum(jnp.sum(mask, axis, keepdims=True), 1)
+
+    given = jnp.asarray(targets)
+    if jnp.issubdtype(given.dtype, jnp.integer):
+        if given.shape != positions:
+            raise ValueError(
+                f"targets: expected integer labels of shape {positions}, the logits' {shape} "
+                f"without axis {axis}, got {given.shape}"
+            )
+        inside = (given >= 0) & (given < classes)
+        ignored = jnp.zeros_like(inside) if ignore_index is None else _equals(given, ignore_index)
+        counted = jnp.where(ignored, 0, counted)
+        allowed = f"a label in [0, {classes})" + ("" if ignore_index is None else f" or ignore_index={ignore_index}")
+        check_values("targets", given, inside | (counted == 0), allowed)
+        # NaN, never a clamped or wrapped class: a compiled function has no other way to object.
+        share = jnp.where(counted == 0, 0, jnp.where(inside, counted, jnp.nan))
+        label = given.astype(jnp.int32)
+        by_label = jnp.ones_like(counted) if by_class is None else by_class[jnp.where(inside, label, 0)]
+        label, share, by_label, counted = (jnp.expand_dims(a, axis) for a in (label, share, by_label, counted))
+        hot = share * by_label * (1 - smoothing)
+        return Targets(label, hot, smoothing * uniform if smoothing else None, share), Counts(
+            counted * by_label, counted
+        )
+
+    if not jnp.issubdtype(given.dtype, jnp.floating):
+        raise TypeError(f"targets: expected integer labels or a floating distribution, got dtype {given.dtype}")
+    if given.shape != shape:
+        raise ValueError(
+            f"targets: expected a distribution of the logits' shape {shape}, got {given.shape}; "
+            "labels must have an integer dtype"
+        )
+    if ignore_index is not None:
+        raise ValueError("ignore_index: expected None with distributions, which have no index; use weights")
+    check_values("targets", given, (given >= 0) & (given < jnp.inf), "a finite probability of at least 0")
+    spread = given.astype(dtype)
+    if where is not None:  # a removed class is no variable of the loss
+        spread = jnp.where(where, spread, lax.stop_gradient(spread))
+    if by_class is not None:
+        spread = spread * by_class.reshape(along_classes)
+    if smoothing:
+        spread = (1 - smoothing) * spread + smoothing * uniform
+    counted = jnp.expand_dims(counted, axis)
+    return Targets(spread=spread, share=counted), Counts(counted, counted)
+
+
+def _constant(name: str, value: ArrayLike, dtype: jnp.dtype) -> Array:
+    array = jnp.asarray(value)
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise TypeError(f"{name}: expected real numbers, got dtype {array.dtype}")
+    return lax.stop_gradient(array.astype(dtype))
+
+
+def _equals(labels: Array, index: int) -> Array:
+    """Labels == index, also where the labels' dtype cannot hold the index (255 in int8 would wrap)."""
+    limits = jnp.iinfo(labels.dtype)
+    return labels == index if limits.min <= index <= limits.max else jnp.zeros(labels.shape, bool)
