@@ -40,7 +40,7 @@ class Config:
 
     seed: int = 42
     """Draws the held-out flowers and the initial weights."""
-    steps: int = 1000
+    steps: int = 300
     """Gradient steps, each on all training flowers."""
     optimizer: Literal["adam", "sgd", "momentum"] = "adam"
     """Optax optimizer."""
