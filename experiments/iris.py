@@ -70,7 +70,7 @@ def read_iris(path: Path) -> pd.DataFrame:
     except pd.errors.EmptyDataError:
         raise InputError(f"{path}: expected a table with a header, got an empty file") from None
     except (pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: expected comma-separated text: {error}") from None
+        raise InputError(f"{path}: expected comma-separated text: {str(error).strip()}") from None
     missing = [name for name in (*FEATURES, "Species") if name not in table]
     if missing:
         raise InputError(f"{path}: expected column {missing[0]!r}, got columns {', '.join(map(repr, table.columns))}")
@@ -176,7 +176,7 @@ def run(config: Config) -> dict[str, float]:
             f"got none from step {int((~np.isfinite(table['loss'])).argmax())} on"
         )
     table.index.name = "step"
-    table.to_csv(out / "metrics.csv")
+    table.to_csv(out / "metrics.csv", columns=["loss", "train_accuracy", "test_accuracy"])
     summary = {
         "train_loss": float(final["loss"]),
         "train_accuracy": float(final["train_accuracy"]),

@@ -136,6 +136,6 @@ def as_number(name: str, value: float, low: float, high: float = float("inf")) -
     return float(value)
 
 
-def compute_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
+def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype to reduce in: half precision is summed in float32."""
-    return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)

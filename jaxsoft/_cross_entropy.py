@@ -32,9 +32,9 @@ def cross_entropy(
     loss = τ·lse − Σ_j q_j z_j + ζ·lse²      q_j = c_j t_j,  τ = Σ_j q_j,  lse = log Σ_j exp(z_j)
     ∂loss/∂z_j = (τ + 2ζ·lse)·softmax(z)_j − q_j
 
-    for targets t (one-hot at an integer label), class weights c and z-loss ζ. When the label leads,
-    loss and gradient come from the sum over the other classes, never from 1 − p: they keep full
-    relative precision where a float32 probability has long rounded to one.
+    for targets t (one-hot at an integer label), class weights c and z-loss ζ. The loss and gradient
+    of a label come from the sum over the other classes, never from 1 − p: they keep full relative
+    precision where the label's float32 probability has long rounded to one.
 
     Args:
         logits: scores z with the classes along `axis`, in any floating dtype (integers are promoted).

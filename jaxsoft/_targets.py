@@ -64,7 +64,7 @@ def read_targets(
         uniform = uniform / classes
     elif smoothing:
         mask = as_mask("where", where, shape)
-        uniform = jnp.where(mask, uniform, 0) / jnp.maximum(jnp.sum(mask, axis, keepdims=True), 1)
+        uniform = jnp.where(mask, uniform, 0) / jnp.maximum(jnp.sum(mask, axis, keepdims=True, dtype=dtype), 1)
 
     given = jnp.asarray(targets)
     if jnp.issubdtype(given.dtype, jnp.integer):

@@ -1,0 +1,18 @@
+"""Every test runs in float64 with strict promotion; those marked `x32` in JAX's default mode."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+# Compiling is most of the time: share what is compiled between workers and runs.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(autouse=True)
+def precision(request):
+    x32 = request.node.get_closest_marker("x32") is not None
+    with jax.enable_x64(not x32), jax.numpy_dtype_promotion("standard" if x32 else "strict"):
+        yield

@@ -1,0 +1,53 @@
+"""The public interface itself."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxsoft
+
+FUNCTIONS = {name: fn for name in jaxsoft.__all__ if inspect.isfunction(fn := getattr(jaxsoft, name))}
+# What may be passed by position after the first argument: arrays, and the axis and mask of jax.nn's names.
+POSITIONAL = {"targets", "cotangent", "features", "gradient", "axis", "where", "sizes"}
+
+CALLS = {
+    "apply_mlp": lambda z: jaxsoft.apply_mlp(jaxsoft.init_mlp(jax.random.key(0), (6, 2)), z),
+    "cross_entropy": lambda z: jaxsoft.cross_entropy(z, jnp.array(1)),
+    "log_softmax": jaxsoft.log_softmax,
+    "logsumexp": jaxsoft.logsumexp,
+    "softmax": jaxsoft.softmax,
+    "softmax_jacobian": jaxsoft.softmax_jacobian,
+    "softmax_vjp": lambda z: jaxsoft.softmax_vjp(z, z),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_docstring_states_everything(name):
+    doc = inspect.getdoc(FUNCTIONS[name]) or ""
+    for part in ("Args:", "Returns:", "Raises:", "Example:", ">>> "):
+        assert part in doc, f"{name} has no {part!r}"
+    assert doc.split("\n")[0].endswith(".")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_options_are_keyword_only(name):
+    _, *rest = inspect.signature(FUNCTIONS[name]).parameters.values()
+    by_position = {p.name for p in rest if p.kind is p.POSITIONAL_OR_KEYWORD}
+    assert by_position <= POSITIONAL
+
+
+@pytest.mark.x32
+@pytest.mark.parametrize("name", CALLS)
+def test_works_under_jit_and_vmap_in_default_mode(name):
+    call, batch = CALLS[name], jnp.linspace(-1, 1, 24).reshape(4, 6)
+    one_by_one = jnp.stack([call(row) for row in batch])
+    together = jax.jit(jax.vmap(call))(batch)
+    assert together.dtype == one_by_one.dtype == jnp.float32
+    assert jnp.allclose(together, one_by_one, rtol=1e-6, atol=1e-7)
+
+
+def test_every_function_is_called_above():
+    host_side = {"checked", "diagnose_gradient", "init_mlp"}
+    assert set(FUNCTIONS) == set(CALLS) | (host_side & set(FUNCTIONS))

@@ -1,0 +1,82 @@
+"""`checked`: values become errors that name argument, index and value."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsoft import checked, cross_entropy, softmax
+
+LOGITS = jnp.zeros((2, 3, 4))
+LABELS = np.zeros((2, 3), int)
+
+
+def with_label(index, label):
+    labels = LABELS.copy()
+    labels[index] = label
+    return jnp.asarray(labels)
+
+
+TRANSFORMED = {
+    "plain": cross_entropy,
+    "jit": jax.jit(cross_entropy),
+    "grad": jax.grad(cross_entropy),
+    "jit of grad": jax.jit(jax.value_and_grad(cross_entropy)),
+    "checkpoint": jax.grad(jax.checkpoint(cross_entropy)),
+}
+
+
+@pytest.mark.parametrize("fn", TRANSFORMED.values(), ids=TRANSFORMED)
+@pytest.mark.parametrize("label", [-1, 4, 255])
+def test_a_label_out_of_range_raises(fn, label):
+    labels = with_label((1, 2), label)
+    fn(LOGITS, labels)  # traced and cached without checks first
+    with pytest.raises(ValueError, match=re.escape(f"targets[1, 2] is {label}: expected a label in [0, 4)")):
+        checked(fn)(LOGITS, labels)
+    jax.tree.map(
+        np.testing.assert_array_equal, checked(fn)(LOGITS, jnp.asarray(LABELS)), fn(LOGITS, jnp.asarray(LABELS))
+    )
+
+
+def test_the_first_offender_is_named_and_the_ignored_label_allowed():
+    labels = with_label((0, 1), 255).at[1, 0].set(9).at[1, 2].set(7)
+    with pytest.raises(
+        ValueError, match=re.escape("targets[1, 0] is 9: expected a label in [0, 4) or ignore_index=255")
+    ):
+        checked(lambda z, y: cross_entropy(z, y, ignore_index=255))(LOGITS, labels)
+
+
+def test_under_vmap():
+    with pytest.raises(ValueError, match=re.escape("targets[2] is 8")):
+        checked(jax.vmap(cross_entropy))(LOGITS, with_label((1, 2), 8))
+
+
+def test_without_checks_nothing_raises_after_checks_ran():
+    fn = jax.jit(cross_entropy)
+    labels = with_label((0, 0), -1)
+    with pytest.raises(ValueError, match="targets"):
+        checked(fn)(LOGITS, labels)
+    assert np.isnan(fn(LOGITS, labels))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: checked(softmax)(jnp.array([0.0, jnp.nan])), "logits[1] is nan: expected a number"),
+        (lambda: checked(cross_entropy)(LOGITS.at[1, 0, 2].set(jnp.nan), jnp.asarray(LABELS)), "logits[1, 0, 2] is nan"),
+        (lambda: checked(cross_entropy)(jnp.zeros(3), jnp.array([0.5, -0.5, 1.0])), "targets[1] is -0.5: expected a finite probability"),
+        (lambda: checked(lambda w: cross_entropy(jnp.zeros((2, 3)), jnp.zeros(2, int), weights=w))(jnp.array([1.0, -2.0])), "weights[1] is -2.0"),
+        (lambda: checked(lambda w: cross_entropy(jnp.zeros((2, 3)), jnp.zeros(2, int), class_weights=w))(jnp.array([1.0, jnp.inf, 1.0])), "class_weights[1] is inf"),
+        (lambda: checked(cross_entropy)(jnp.zeros(3), jnp.array(3)), "targets is 3: expected a label in [0, 3)"),
+    ],
+)  # fmt: skip
+def test_messages(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+def test_a_nan_under_a_mask_is_allowed():
+    value = checked(lambda z: softmax(z, where=jnp.array([True, False])))(jnp.array([0.0, jnp.nan]))
+    np.testing.assert_array_equal(value, [1, 0])
