@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pandas as pd
 from jaxtyping import Array, Float, Int
+from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 from experiments._door import InputError, enter, make_folder, write_json
@@ -63,8 +64,8 @@ class Split(NamedTuple):
     scale: Float[np.ndarray, " 4"]
 
 
-def read_iris(path: Path) -> pd.DataFrame:
-    """Read measurements and species, refusing whatever would otherwise be dropped or guessed."""
+def read_iris(path: Path) -> tuple[Float[np.ndarray, "flowers 4"], Int[np.ndarray, " flowers"]]:
+    """Measurements and species numbers, refusing whatever would otherwise be dropped or guessed."""
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except pd.errors.EmptyDataError:
@@ -76,41 +77,31 @@ def read_iris(path: Path) -> pd.DataFrame:
         raise InputError(f"{path}: expected column {missing[0]!r}, got columns {', '.join(map(repr, table.columns))}")
     if table.empty:
         raise InputError(f"{path}: expected at least one flower, got a header alone")
-    numbers = table[list(FEATURES)].apply(pd.to_numeric, errors="coerce")
-    for name in FEATURES:
-        bad = ~np.isfinite(numbers[name].to_numpy(float))
-        if bad.any():
-            row = int(bad.argmax())
-            raise InputError(f"{path}, line {row + 2}: {name} is {table[name][row]!r}, expected a number")
-    bad = ~table["Species"].isin(SPECIES).to_numpy()
-    if bad.any():
-        row = int(bad.argmax())
-        raise InputError(f"{path}, line {row + 2}: Species is {table['Species'][row]!r}, expected one of {SPECIES}")
-    numbers["Species"] = table["Species"]
-    return numbers
+    columns = [np.asarray(pd.to_numeric(table[name], errors="coerce"), float) for name in FEATURES]
+    species = np.array([SPECIES.index(name) if name in SPECIES else -1 for name in table["Species"]])
+    expected = {name: (np.isfinite(column), "a number") for name, column in zip(FEATURES, columns, strict=True)}
+    expected["Species"] = species >= 0, f"one of {', '.join(SPECIES)}"
+    for name, (good, what) in expected.items():
+        if not good.all():
+            row = int(good.argmin())
+            raise InputError(f"{path}, line {row + 2}: {name} is {table[name][row]!r}, expected {what}")
+    return np.stack(columns, axis=1), species
 
 
-def split_iris(flowers: pd.DataFrame, seed: int, path: Path) -> Split:
+def read_split(path: Path, seed: int) -> Split:
     """Hold out 30 % of each species; standardise by the mean and deviation of the rest."""
-    counts = flowers["Species"].value_counts().reindex(list(SPECIES), fill_value=0)
+    features, species = read_iris(path)
+    counts = np.bincount(species, minlength=len(SPECIES))
     if counts.min() < 4:
-        raise InputError(f"{path}: expected at least 4 flowers of each species, got {counts.to_dict()}")
-    train = flowers.groupby("Species").sample(frac=0.7, random_state=seed)
-    test = flowers.drop(train.index)
-    mean = train[list(FEATURES)].mean().to_numpy()
-    scale = train[list(FEATURES)].std(ddof=0).to_numpy()
+        got = ", ".join(f"{count} {name}" for count, name in zip(counts, SPECIES, strict=True))
+        raise InputError(f"{path}: expected at least 4 flowers of each species, got {got}")
+    train, test = train_test_split(np.arange(species.size), test_size=0.3, stratify=species, random_state=seed)
+    mean, scale = features[train].mean(0), features[train].std(0)
     if not scale.all():
-        raise InputError(
-            f"{path}: {FEATURES[int(scale.argmin())]} is the same for all training flowers, expected it to vary"
-        )
-
-    def features(part: pd.DataFrame) -> Array:
-        return jnp.asarray((part[list(FEATURES)].to_numpy() - mean) / scale, jnp.float32)
-
-    def labels(part: pd.DataFrame) -> Array:
-        return jnp.asarray(pd.Categorical(part["Species"], categories=list(SPECIES)).codes, jnp.int32)
-
-    return Split(features(train), labels(train), features(test), labels(test), mean, scale)
+        name = FEATURES[int(scale.argmin())]
+        raise InputError(f"{path}: expected {name} to vary, got one value for all training flowers")
+    standardised, labels = jnp.asarray((features - mean) / scale, jnp.float32), jnp.asarray(species, jnp.int32)
+    return Split(standardised[train], labels[train], standardised[test], labels[test], mean, scale)
 
 
 logits_of = jax.vmap(apply_mlp, in_axes=(None, 0))
@@ -151,7 +142,7 @@ def run(config: Config) -> dict[str, float]:
         raise InputError(f"--learning-rate: expected a positive number, got {config.learning_rate}")
     if not 0 <= config.seed < 2**32:
         raise InputError(f"--seed: expected an integer in [0, 2**32), got {config.seed}")
-    split = split_iris(read_iris(config.data), config.seed, config.data)
+    split = read_split(config.data, config.seed)
     out = make_folder(config.out)
     start = time.perf_counter()
     optimizer = OPTIMIZERS[config.optimizer](config.learning_rate)

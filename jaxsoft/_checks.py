@@ -66,10 +66,9 @@ def check_values(name: str, values: Array, valid: Bool[Array, "..."], expected: 
     if not _checking.value or not values.size:
         return
     first = jnp.argmin(valid)
-    index = {f"i{n}": i for n, i in enumerate(jnp.unravel_index(first, values.shape))}
-    where = "[" + ", ".join(f"{{{key}}}" for key in index) + "]" if index else ""
-    message = f"{name}{where} is {{value}}: expected {expected}"
-    checkify.check(jnp.all(valid), message, value=values.reshape(-1)[first], **index)
+    index = jnp.unravel_index(first, values.shape)
+    where = "[" + ", ".join("{}" for _ in index) + "]" if index else ""
+    checkify.check(jnp.all(valid), f"{name}{where} is {{}}: expected {expected}", *index, values.reshape(-1)[first])
 
 
 def as_floating(name: str, value: ArrayLike) -> Array:

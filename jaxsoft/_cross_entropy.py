@@ -1,7 +1,7 @@
 """Cross-entropy of dense logits against labels or distributions."""
 
 import functools
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +131,7 @@ def _cross_entropy(
     if where is not None:
         logits = jnp.where(where, logits, -jnp.inf)
     check_values("logits", logits, ~jnp.isnan(logits), "a number")
-    losses, lse = _losses(logits, read, axis)
+    losses, lse = cast(tuple[Array, Array], _losses(logits, read, axis))
     penalties = None
     if z_loss:
         lse = jnp.where((counts.position == 0) | jnp.isneginf(lse), 0, lse)
@@ -174,7 +174,8 @@ def _losses_bwd(
     to_spread = None
     if targets.spread is not None:
         to_spread = target_gradient(wide, targets, statistics, cotangents[0])
-    return gradient.astype(logits.dtype), Targets(None, None, to_spread, None)
+    constants = None  # JAX's word for a zero cotangent
+    return gradient.astype(logits.dtype), Targets(constants, constants, to_spread, constants)  # pyright: ignore[reportArgumentType]
 
 
 _losses.defvjp(_losses_fwd, _losses_bwd)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -255,7 +256,7 @@ def logsumexp(
     Source: P. Blanchard, D. J. Higham, N. J. Higham (2021).
     """
     prepared, axes = _prepare(logits, axis, where)
-    lse = _logsumexp(prepared, axes)
+    lse = cast(Array, _logsumexp(prepared, axes))
     return lse if keepdims else jnp.squeeze(lse, axes)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
-from jaxsoft._checks import as_mask, as_number, broadcast, check_values
+from jaxsoft._checks import broadcast, check_values
 
 
 class Targets(NamedTuple):
@@ -37,7 +37,7 @@ def read_targets(
     ignore_index: int | None,
     weights: ArrayLike | None,
     class_weights: ArrayLike | None,
-    where: ArrayLike | None,
+    where: Array | None,
     label_smoothing: float,
 ) -> tuple[Targets, Counts]:
     """Check the targets against the shape of the logits and represent them in the dtype to compute in."""
@@ -45,7 +45,6 @@ def read_targets(
     along_classes = [1] * len(shape)
     along_classes[axis] = classes
     positions = shape[:axis] + shape[axis + 1 :]
-    smoothing = as_number("label_smoothing", label_smoothing, 0, 1)
 
     counted = jnp.ones(positions, dtype)
     if weights is not None:
@@ -62,9 +61,8 @@ def read_targets(
     uniform = jnp.ones(along_classes, dtype) if by_class is None else by_class.reshape(along_classes)
     if where is None:
         uniform = uniform / classes
-    elif smoothing:
-        mask = as_mask("where", where, shape)
-        uniform = jnp.where(mask, uniform, 0) / jnp.maximum(jnp.sum(mask, axis, keepdims=True, dtype=dtype), 1)
+    elif label_smoothing:
+        uniform = jnp.where(where, uniform, 0) / jnp.maximum(jnp.sum(where, axis, keepdims=True, dtype=dtype), 1)
 
     given = jnp.asarray(targets)
     if jnp.issubdtype(given.dtype, jnp.integer):
@@ -83,8 +81,8 @@ def read_targets(
         label = given.astype(jnp.int32)
         by_label = jnp.ones_like(counted) if by_class is None else by_class[jnp.where(inside, label, 0)]
         label, share, by_label, counted = (jnp.expand_dims(a, axis) for a in (label, share, by_label, counted))
-        hot = share * by_label * (1 - smoothing)
-        return Targets(label, hot, smoothing * uniform if smoothing else None, share), Counts(
+        hot = share * by_label * (1 - label_smoothing)
+        return Targets(label, hot, label_smoothing * uniform if label_smoothing else None, share), Counts(
             counted * by_label, counted
         )
 
@@ -103,8 +101,8 @@ def read_targets(
         spread = jnp.where(where, spread, lax.stop_gradient(spread))
     if by_class is not None:
         spread = spread * by_class.reshape(along_classes)
-    if smoothing:
-        spread = (1 - smoothing) * spread + smoothing * uniform
+    if label_smoothing:
+        spread = (1 - label_smoothing) * spread + label_smoothing * uniform
     counted = jnp.expand_dims(counted, axis)
     return Targets(spread=spread, share=counted), Counts(counted, counted)
 

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import __main__ as listing
 from experiments._door import InputError
-from experiments.iris import Config, read_iris, run, split_iris
+from experiments.iris import Config, read_iris, read_split, run
 
 pytestmark = pytest.mark.x32
 ROWS = Config().data.read_text().splitlines()
@@ -39,13 +39,13 @@ def test_learns_iris_over_five_seeds(tmp_path):
 
 
 def test_the_split_is_stratified_standardised_and_complete():
-    split = split_iris(read_iris(Config().data), 3, Config().data)
+    split = read_split(Config().data, 3)
     assert np.bincount(split.train_y).tolist() == [35, 35, 35]
     assert np.bincount(split.test_y).tolist() == [15, 15, 15]
     np.testing.assert_allclose(np.mean(split.train_x, axis=0), 0, atol=1e-6)
     np.testing.assert_allclose(np.std(split.train_x, axis=0), 1, atol=1e-6)
     rows = np.concatenate([split.train_x, split.test_x]) * split.scale + split.mean
-    everything = read_iris(Config().data).iloc[:, :4].to_numpy()
+    everything, _ = read_iris(Config().data)
     np.testing.assert_allclose(np.sort(rows, axis=0), np.sort(everything, axis=0), atol=1e-5)
 
 
@@ -60,13 +60,15 @@ def test_other_optimizers_learn(tmp_path, optimizer):
     ("rows", "message"),
     [
         ([*ROWS[:70], ROWS[70].replace("versicolor", "veriscolor"), *ROWS[71:]],
-         "line 71: Species is 'veriscolor', expected one of ('setosa', 'versicolor', 'virginica')"),
+         "line 71: Species is 'veriscolor', expected one of setosa, versicolor, virginica"),
         ([*ROWS[:5], ROWS[5].replace("3.6", "wide"), *ROWS[6:]], "line 6: SepalWidth is 'wide', expected a number"),
         ([*ROWS[:5], ROWS[5].replace("3.6", ""), *ROWS[6:]], "line 6: SepalWidth is '', expected a number"),
         ([*ROWS[:5], ROWS[5].replace("3.6", "inf"), *ROWS[6:]], "line 6: SepalWidth is 'inf', expected a number"),
         ([row.rsplit(",", 2)[0] + "," + row.rsplit(",", 1)[1] for row in ROWS], "expected column 'PetalWidth', got columns"),
+        ([ROWS[0], *[",".join([r.split(",")[0], "5", *r.split(",")[2:]]) for r in ROWS[1:]]],
+         "expected SepalLength to vary, got one value for all training flowers"),
         (ROWS[:1], "expected at least one flower, got a header alone"),
-        (ROWS[:101], "expected at least 4 flowers of each species, got {'setosa': 50, 'versicolor': 50, 'virginica': 0}"),
+        (ROWS[:101], "expected at least 4 flowers of each species, got 50 setosa, 50 versicolor, 0 virginica"),
         ([*ROWS[:5], ROWS[5] + ",1,2", *ROWS[6:]], "expected comma-separated text: Error tokenizing data"),
     ],
 )  # fmt: skip
