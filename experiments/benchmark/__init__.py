@@ -1,0 +1,1 @@
+"""The benchmark: the cases, and the table of their times."""
