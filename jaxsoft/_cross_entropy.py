@@ -171,11 +171,10 @@ def _losses_bwd(
     logits, targets, statistics = residuals
     wide = logits.astype(compute_dtype(logits.dtype))
     gradient = block_gradient(wide, targets, statistics, (axis,), *cotangents)
-    to_spread = None
-    if targets.spread is not None:
-        to_spread = target_gradient(wide, targets, statistics, cotangents[0])
-    constants = None  # JAX's word for a zero cotangent
-    return gradient.astype(logits.dtype), Targets(constants, constants, to_spread, constants)  # pyright: ignore[reportArgumentType]
+    constant = None  # JAX's word for a zero cotangent: labels, weights and smoothing are no variables
+    is_distribution = targets.label is None
+    to_spread = target_gradient(wide, targets, statistics, cotangents[0]) if is_distribution else constant
+    return gradient.astype(logits.dtype), Targets(constant, constant, to_spread, constant)  # pyright: ignore[reportArgumentType]
 
 
 _losses.defvjp(_losses_fwd, _losses_bwd)

@@ -120,13 +120,9 @@ def block_gradient(
 
 
 def target_gradient(logits: Array, targets: Targets, statistics: Statistics, loss_cotangent: Array) -> Array:
-    """The gradient to `targets.spread`, −log p_j; 0 for a class at −inf, which is no variable."""
+    """The gradient to a distribution's weights, −log p_j; 0 for a class at −inf, which is no variable."""
     surprise = statistics.log_total + (statistics.max - logits)
-    gradient = loss_cotangent * targets.share * jnp.where(logits == -jnp.inf, 0, surprise)
-    # A spread shared by all positions (smoothing) is broadcast: sum over what it was broadcast along.
-    assert targets.spread is not None
-    shared = [n for n, size in enumerate(targets.spread.shape) if size < logits.shape[n]]
-    return jnp.sum(gradient, shared, keepdims=True)
+    return loss_cotangent * targets.share * jnp.where(logits == -jnp.inf, 0, surprise)
 
 
 def _at_label(logits: Array, label: Array, axes: tuple[int, ...]) -> Array:

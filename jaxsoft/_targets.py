@@ -41,30 +41,24 @@ def read_targets(
     label_smoothing: float,
 ) -> tuple[Targets, Counts]:
     """Check the targets against the shape of the logits and represent them in the dtype to compute in."""
-    classes = shape[axis]
-    along_classes = [1] * len(shape)
-    along_classes[axis] = classes
-    positions = shape[:axis] + shape[axis + 1 :]
-
+    given = jnp.asarray(targets)
+    classes, positions = shape[axis], shape[:axis] + shape[axis + 1 :]
+    along_classes = tuple(classes if n == axis else 1 for n in range(len(shape)))
     counted = jnp.ones(positions, dtype)
     if weights is not None:
         counted = broadcast("weights", _constant("weights", weights, dtype), positions)
-        check_values("weights", counted, (counted >= 0) & (counted < jnp.inf), "a finite weight of at least 0")
-    by_class = None
+    by_class = jnp.ones(classes, dtype)
     if class_weights is not None:
         by_class = _constant("class_weights", class_weights, dtype)
         if by_class.shape != (classes,):
             raise ValueError(f"class_weights: expected shape ({classes},), one weight a class, got {by_class.shape}")
-        check_values("class_weights", by_class, (by_class >= 0) & (by_class < jnp.inf), "a finite weight of at least 0")
 
-    # Smoothing shares the mass among the classes that are left, each by its class weight.
-    uniform = jnp.ones(along_classes, dtype) if by_class is None else by_class.reshape(along_classes)
-    if where is None:
-        uniform = uniform / classes
-    elif label_smoothing:
-        uniform = jnp.where(where, uniform, 0) / jnp.maximum(jnp.sum(where, axis, keepdims=True, dtype=dtype), 1)
+    # Smoothing shares its mass among the classes that are left, each by its class weight.
+    uniform = by_class.reshape(along_classes) / classes
+    if where is not None and label_smoothing:
+        left = jnp.sum(where, axis, keepdims=True, dtype=dtype)
+        uniform = jnp.where(where, by_class.reshape(along_classes), 0) / jnp.maximum(left, 1)
 
-    given = jnp.asarray(targets)
     if jnp.issubdtype(given.dtype, jnp.integer):
         if given.shape != positions:
             raise ValueError(
@@ -72,19 +66,19 @@ def read_targets(
                 f"without axis {axis}, got {given.shape}"
             )
         inside = (given >= 0) & (given < classes)
-        ignored = jnp.zeros_like(inside) if ignore_index is None else _equals(given, ignore_index)
-        counted = jnp.where(ignored, 0, counted)
-        allowed = f"a label in [0, {classes})" + ("" if ignore_index is None else f" or ignore_index={ignore_index}")
+        allowed = f"a label in [0, {classes})"
+        if ignore_index is not None:
+            counted = jnp.where(_equals(given, ignore_index), 0, counted)
+            allowed += f" or ignore_index={ignore_index}"
         check_values("targets", given, inside | (counted == 0), allowed)
         # NaN, never a clamped or wrapped class: a compiled function has no other way to object.
         share = jnp.where(counted == 0, 0, jnp.where(inside, counted, jnp.nan))
         label = given.astype(jnp.int32)
-        by_label = jnp.ones_like(counted) if by_class is None else by_class[jnp.where(inside, label, 0)]
+        by_label = by_class[jnp.where(inside, label, 0)] if class_weights is not None else jnp.ones_like(counted)
         label, share, by_label, counted = (jnp.expand_dims(a, axis) for a in (label, share, by_label, counted))
         hot = share * by_label * (1 - label_smoothing)
-        return Targets(label, hot, label_smoothing * uniform if label_smoothing else None, share), Counts(
-            counted * by_label, counted
-        )
+        spread = label_smoothing * uniform if label_smoothing else None
+        return Targets(label, hot, spread, share), Counts(counted * by_label, counted)
 
     if not jnp.issubdtype(given.dtype, jnp.floating):
         raise TypeError(f"targets: expected integer labels or a floating distribution, got dtype {given.dtype}")
@@ -99,7 +93,7 @@ def read_targets(
     spread = given.astype(dtype)
     if where is not None:  # a removed class is no variable of the loss
         spread = jnp.where(where, spread, lax.stop_gradient(spread))
-    if by_class is not None:
+    if class_weights is not None:
         spread = spread * by_class.reshape(along_classes)
     if label_smoothing:
         spread = (1 - label_smoothing) * spread + label_smoothing * uniform
@@ -108,9 +102,11 @@ def read_targets(
 
 
 def _constant(name: str, value: ArrayLike, dtype: jnp.dtype) -> Array:
+    """Weights: real, finite, not negative, and no variables of the loss."""
     array = jnp.asarray(value)
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
         raise TypeError(f"{name}: expected real numbers, got dtype {array.dtype}")
+    check_values(name, array, (array >= 0) & (array < jnp.inf), "a finite weight of at least 0")
     return lax.stop_gradient(array.astype(dtype))
 
 

@@ -4,7 +4,9 @@ import inspect
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxsoft
 
@@ -46,6 +48,25 @@ def test_works_under_jit_and_vmap_in_default_mode(name):
     together = jax.jit(jax.vmap(call))(batch)
     assert together.dtype == one_by_one.dtype == jnp.float32
     assert jnp.allclose(together, one_by_one, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.x32
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp", "cross_entropy"])
+def test_works_under_shard_map_with_the_batch_over_two_devices(name):
+    mesh = jax.make_mesh((2,), ("data",))
+    split = PartitionSpec("data")
+    logits = jnp.linspace(-1, 1, 24).reshape(4, 6)
+    labels = jnp.array([0, 5, 255, 2])
+
+    def gradient(z, y):
+        if name == "cross_entropy":
+            options = {"ignore_index": 255, "label_smoothing": 0.1, "z_loss": 0.1, "reduction": "sum"}
+            return jax.grad(lambda z: jaxsoft.cross_entropy(z, y, **options))(z)
+        return jax.grad(lambda z: jnp.sum(getattr(jaxsoft, name)(z) ** 2))(z)
+
+    sharded = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=(split, split), out_specs=split))
+    placed = (jax.device_put(a, NamedSharding(mesh, split)) for a in (logits, labels))
+    np.testing.assert_allclose(sharded(*placed), gradient(logits, labels), rtol=1e-5, atol=1e-7)
 
 
 def test_every_function_is_called_above():
