@@ -120,9 +120,8 @@ def block_gradient(
 
 
 def target_gradient(logits: Array, targets: Targets, statistics: Statistics, loss_cotangent: Array) -> Array:
-    """The gradient to a distribution's weights, −log p_j; 0 for a class at −inf, which is no variable."""
-    surprise = statistics.log_total + (statistics.max - logits)
-    return loss_cotangent * targets.share * jnp.where(logits == -jnp.inf, 0, surprise)
+    """The gradient to a distribution's weights, −log p_j."""
+    return loss_cotangent * targets.share * (statistics.log_total + (statistics.max - logits))
 
 
 def _at_label(logits: Array, label: Array, axes: tuple[int, ...]) -> Array:
