@@ -1,47 +1,53 @@
 """Numbers that a script states: computed again, tabulated, and the end of the script where one does not come out."""
 
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, SupportsFloat
 
-import pandas as pd
+import numpy as np
+from jaxtyping import ArrayLike
 
 from experiments._door import write_json
 
 
 class Number(NamedTuple):
-    """One line of the table."""
+    """A number as stated, to all its digits or with < or > as a bound, and as computed."""
 
     quantity: str
     stated: str
-    computed: float
-    holds: bool
+    computed: SupportsFloat
+
+    @property
+    def holds(self) -> bool:
+        """Whether it comes out: within half a unit of the last digit (and 2 % of that for rounding)."""
+        value = float(self.computed)
+        if self.stated[0] in "<>":
+            bound = float(self.stated[1:])
+            return value < bound if self.stated[0] == "<" else value > bound
+        stated, decimals = float(self.stated), len(self.stated.partition(".")[2])
+        if not math.isfinite(stated):
+            return value == stated or (math.isnan(value) and math.isnan(stated))
+        return abs(value - stated) <= 0.51 * 10**-decimals
 
 
-def equals(quantity: str, stated: float, computed: SupportsFloat, digits: int) -> Number:
-    """A number stated to so many decimals: right within half a unit of the last, and a little for rounding."""
-    value = float(computed)
-    return Number(quantity, f"{stated:.{digits}f}", value, abs(value - stated) <= 0.51 * 10**-digits)
+def each(quantity: str, stated: Sequence[float], computed: ArrayLike, digits: int) -> list[Number]:
+    """The entries of a vector, stated to so many decimals."""
+    pairs = zip(stated, np.asarray(computed), strict=True)
+    return [Number(f"{quantity}[{n}]", f"{s:.{digits}f}", c) for n, (s, c) in enumerate(pairs)]
 
 
-def below(quantity: str, bound: float, computed: SupportsFloat) -> Number:
-    """A number stated to be less than a bound, such as an error."""
-    return Number(quantity, f"< {bound:g}", float(computed), float(computed) < bound)
-
-
-def above(quantity: str, bound: float, computed: SupportsFloat) -> Number:
-    """A number stated to be more than a bound, such as a difference that must show."""
-    return Number(quantity, f"> {bound:g}", float(computed), float(computed) > bound)
-
-
-def report(numbers: list[Number], out: Path) -> dict[str, float]:
-    """Print and save the table; exit where a stated number did not come out."""
-    table = pd.DataFrame(numbers)
-    table.to_csv(out / "numbers.csv", index=False)
-    print(table.to_string(index=False, float_format=lambda x: f"{x:.10g}"))
-    summary = {number.quantity: number.computed for number in numbers}
+def report(numbers: Sequence[Number], out: Path) -> dict[str, float]:
+    """Print and save the table; exit with one line where a stated number did not come out."""
+    width = max(len(number.quantity) for number in numbers)
+    print(f"{'':{width}} {'stated':>13} {'computed':>16}")
+    for number in numbers:
+        verdict = "" if number.holds else "  differs"
+        print(f"{number.quantity:{width}} {number.stated:>13} {float(number.computed):>16.10g}{verdict}")
+    summary = {number.quantity: float(number.computed) for number in numbers}
     write_json(out / "summary.json", summary)
     failed = [number.quantity for number in numbers if not number.holds]
     if failed:
-        sys.exit(f"error: not as stated: {'; '.join(failed)}")
+        sys.exit(f"error: {len(failed)} of {len(numbers)} stated numbers did not come out: {'; '.join(failed)}")
     return summary

@@ -69,9 +69,9 @@ def block_statistics(logits: Array, axes: tuple[int, ...], targets: Targets = Ta
     label, spread, gap = jnp.array([-jnp.inf, 0, 0], logits.dtype)
     if targets.label is not None:
         (axis,) = axes
-        inside = (targets.label >= 0) & (targets.label < logits.shape[axis])
-        picked = jnp.take_along_axis(logits, jnp.where(inside, targets.label, 0), axis, mode="promise_in_bounds")
-        label = jnp.where(inside, picked, -jnp.inf) - max
+        # A label out of range has no logit; its weight, 0 or NaN, decides what becomes of any other.
+        index = jnp.clip(targets.label, 0, logits.shape[axis] - 1)
+        label = jnp.take_along_axis(logits, index, axis, mode="promise_in_bounds") - max
     if targets.spread is not None:
         spread = jnp.sum(targets.spread, axes, keepdims=True)
         # A class without target weight costs nothing, at −inf too.
