@@ -220,6 +220,15 @@ def test_position_weights():
         np.testing.assert_allclose(mean, (WEIGHTS * losses).sum() / (WEIGHTS * counted).sum(), rtol=1e-14)
 
 
+def test_weights_are_constants():
+    def loss(weights, class_weights, targets):
+        return cross_entropy(jnp.asarray(LOGITS), targets, weights=weights, class_weights=class_weights, z_loss=0.1)
+
+    for targets in (LABELS, DISTRIBUTION):
+        for gradient in jax.grad(loss, argnums=(0, 1))(jnp.asarray(WEIGHTS), jnp.asarray(CLASS_WEIGHTS), jnp.asarray(targets)):
+            np.testing.assert_array_equal(gradient, 0)
+
+
 def test_weight_zero_leaves_a_bad_label_out():
     labels = jnp.asarray(LABELS).at[3].set(-1)
     value = cross_entropy(jnp.asarray(LOGITS), labels, weights=jnp.ones(12).at[3].set(0))
