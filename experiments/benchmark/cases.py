@@ -1,5 +1,6 @@
 """What is timed: each case builds its inputs and one call for each implementation that is installed."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,11 @@ import numpy as np
 import optax
 
 import jaxsoft
+from experiments import iris, numpy_classifier
 
-try:
-    import torch
-except ModuleNotFoundError:  # the optional extra "peers"
-    torch = None
+torch: Any = None  # unless the optional extra "peers" is installed
+if importlib.util.find_spec("torch"):
+    torch = importlib.import_module("torch")
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -110,5 +111,30 @@ def cross_entropy_and_gradient(shape: tuple[int, ...]) -> Case:
     return Case("cross-entropy + gradient", shape, build)
 
 
+def iris_training(steps: int) -> Case:
+    """The same descent on the same flowers, each implementation measuring loss and accuracy at every step."""
+
+    def build(rng: np.random.Generator) -> Calls:
+        split = iris.read_split(iris.Config().data, seed=42)
+        weights = numpy_classifier.draw_weights(normal=True)
+        biases = numpy_classifier.constant_biases(0.0, 1)
+        features, classes = np.asarray(split.train_x, float).T, np.eye(3)[:, np.asarray(split.train_y)]
+        optimizer = optax.sgd(numpy_classifier.ALPHA)
+        params = tuple(
+            {"kernel": jnp.asarray(w.T, jnp.float32), "bias": jnp.asarray(b[:, 0], jnp.float32)}
+            for w, b in zip(weights, biases, strict=True)
+        )
+        state = params, optimizer.init(params)
+        return {
+            "jaxsoft": lambda: iris.train(state, split, optimizer, steps)[1]["loss"][-1],
+            "NumPy": lambda: numpy_classifier.descend(features, classes, weights, biases, steps=steps - 1).loss[-1],
+        }
+
+    return Case(f"Iris, {steps} steps", (105, 4), build, tolerance=1e-3)
+
+
 SHAPES = [(150, 3), (4096, 1000), (512, 32768)]
-CASES = [make(shape) for make in (softmax_forward, softmax_and_vjp, cross_entropy_and_gradient) for shape in SHAPES]
+CASES = [
+    *(make(shape) for make in (softmax_forward, softmax_and_vjp, cross_entropy_and_gradient) for shape in SHAPES),
+    iris_training(1000),
+]
