@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from jaxsoft import energy
 from jaxsoft._checks import checked
 from jaxsoft._cross_entropy import cross_entropy
 from jaxsoft._mlp import apply_mlp, init_mlp
@@ -13,6 +14,7 @@ __all__ = [
     "apply_mlp",
     "checked",
     "cross_entropy",
+    "energy",
     "init_mlp",
     "log_softmax",
     "logsumexp",

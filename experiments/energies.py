@@ -1,0 +1,393 @@
+"""Do the energies behind softmax do what is said of them: descend, sample, normalise, overfit?
+
+python -m experiments.energies --chains 50000
+"""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from experiments._door import InputError, enter, make_folder
+from experiments._numbers import Number, report
+from jaxsoft import cross_entropy, energy
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLORS = ("tab:blue", "tab:orange", "tab:green")
+# Probability of a unit of 0 and 1 at field 1, by temperature.
+UNIT = {0.1: 0.9999546, 0.5: 0.8807971, 1.0: 0.7310586, 2.0: 0.6224593, 10.0: 0.5249792}
+# Energies (1, 2, 3): probabilities and (1/β)·NLL of the first, by inverse temperature.
+LEVELS = np.array([1.0, 2.0, 3.0])
+SWEEP = {
+    0.5: (0.50648, 0.30720, 0.18632, 1.36054),
+    1.0: (0.66524, 0.24473, 0.09003, 0.40761),
+    2.0: (0.86681, 0.11731, 0.01588, 0.07147),
+}
+MACHINE = energy.RestrictedBoltzmann(
+    np.array([[0.5, -1.0], [1.5, 0.3], [-0.7, 0.8]]), np.array([0.1, -0.2, 0.3]), np.array([0.4, -0.6])
+)
+SYMMETRIC = np.array([[0.0, -1.0], [-1.0, 0.0]])
+ASYMMETRIC = np.array([[0.0, 1.0], [-1.0, 0.0]])
+CENTRES = 1.2 * np.array([[0.0, 1.0], [-0.866, -0.5], [0.866, -0.5]])
+SPREAD = 0.8
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of the experiment."""
+
+    seed: int = 0
+    """Draws the patterns, the chains and the training points."""
+    chains: int = 50_000
+    """Independent Gibbs chains, all started at zero."""
+    steps: int = 20
+    """Gibbs steps of each chain."""
+    out: Path = Path("out/energies")
+    """Folder for summary.json and the pictures."""
+
+
+# Hopfield: asynchronous descent, synchronous cycles
+
+
+@jax.jit
+def descend(
+    weights: Float[Array, "units units"], state: Float[Array, " units"], order: Int[Array, " visits"]
+) -> tuple[Float[Array, " units"], dict[str, Float[Array, " visits"]]]:
+    """The final state, and at each visit the energy afterwards, its change, and −Δs·field."""
+
+    def visit(state, unit):
+        field = energy.hopfield_field(state, weights)
+        moved = energy.hopfield_asynchronous(state, weights, order=unit[None])
+        after = energy.hopfield_energy(moved, weights)
+        change = after - energy.hopfield_energy(state, weights)
+        return moved, {"energy": after, "change": change, "predicted": -jnp.sum((moved - state) * field)}
+
+    return jax.lax.scan(visit, state, order)
+
+
+def orbit(update, weights: np.ndarray, length: int = 9) -> np.ndarray:
+    """The states from (1, 1) on, one a row."""
+    states = [jnp.ones(2)]
+    while len(states) < length:
+        states.append(update(states[-1], weights))
+    return np.stack(states)
+
+
+def cycle_length(states: np.ndarray) -> int:
+    """After how many steps the last state was there before."""
+    back = (states[-2::-1] == states[-1]).all(axis=1)
+    return int(back.argmax()) + 1
+
+
+def hopfield(seed: int, path: Path) -> list[Number]:
+    """Store four patterns in 128 units; descend from them, a tenth of the units turned, and from anywhere."""
+    units, patterns, starts = 128, 4, 12
+    rng = np.random.default_rng(seed)
+    stored = rng.choice([-1.0, 1.0], (patterns, units))
+    weights = jnp.asarray((stored.T @ stored / units) * (1 - np.eye(units)))
+    damaged = stored * np.where(rng.permuted(np.tile(np.arange(units) < units // 10, (patterns, 1)), axis=1), -1, 1)
+    begin = jnp.asarray(np.concatenate([damaged, rng.choice([-1.0, 1.0], (starts, units))]))
+    order = jnp.asarray(np.concatenate([rng.permutation(units) for _ in range(6)]))
+    final, trace = jax.vmap(descend, in_axes=(None, 0, None))(weights, begin, order)
+    ends = np.asarray(trace["energy"][:, -1])
+    settled = final == energy.hopfield_asynchronous(final, weights)
+    orbits = {
+        "symmetric, all at once": orbit(energy.hopfield_synchronous, SYMMETRIC),
+        "symmetric, one by one": orbit(energy.hopfield_asynchronous, SYMMETRIC),
+        "asymmetric, all at once": orbit(energy.hopfield_synchronous, ASYMMETRIC),
+    }
+    plot_hopfield(np.asarray(trace["energy"]), patterns, orbits, path)
+    return [
+        Number("Hopfield: largest rise of the energy at a visit", "<1e-12", trace["change"].max()),
+        Number(
+            "Hopfield: energy change against −Δs·field", "<1e-12", jnp.abs(trace["change"] - trace["predicted"]).max()
+        ),
+        Number("Hopfield: descents that settled", str(len(begin)), jnp.all(settled, axis=1).sum()),
+        Number("Hopfield: damaged patterns recalled", str(patterns), (final[:patterns] == stored).all(axis=1).sum()),
+        Number("Hopfield: highest less lowest final energy: minima are local", ">1e-6", ends.max() - ends.min()),
+        *(
+            Number(f"Hopfield: cycle length, {name}", stated, cycle_length(orbits[name]))
+            for name, stated in zip(orbits, "214", strict=True)
+        ),
+    ]
+
+
+def plot_hopfield(energies: np.ndarray, damaged: int, orbits: dict[str, np.ndarray], path: Path) -> None:
+    figure = plt.figure(figsize=(11, 4.2), layout="constrained")
+    grid = figure.add_gridspec(len(orbits), 2, width_ratios=(1.3, 1))
+    left = figure.add_subplot(grid[:, 0])
+    for n, line in enumerate(energies):
+        of_pattern = n < damaged
+        name = {0: "from a damaged pattern", damaged: "from a random state"}.get(n)
+        left.plot(line, color=COLORS[0 if of_pattern else 1], alpha=0.8, label=name, lw=1.8 if of_pattern else 1)
+    left.set(title="asynchronous visits never raise the energy", xlabel="visit", ylabel="energy E(s)")
+    left.legend()
+    for row, (name, states) in enumerate(orbits.items()):
+        axes = figure.add_subplot(grid[row, 1])
+        axes.imshow(states.T, cmap="gray", vmin=-1.4, vmax=1.4, aspect="auto")
+        for (step, unit), value in np.ndenumerate(states):
+            axes.text(step, unit, f"{value:+.0f}", ha="center", va="center", color="white" if value < 0 else "black")
+        length = cycle_length(states)
+        axes.set_title(f"{name}: " + ("settles" if length == 1 else f"cycle of {length}"), fontsize=10)
+        axes.set_xticks(range(len(states)))
+        axes.set_xlabel("step" if row == len(orbits) - 1 else "")
+        axes.set_yticks([0, 1], ["unit 1", "unit 2"])
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# One Boltzmann unit
+
+
+def temperature(path: Path) -> list[Number]:
+    """Heat a unit from almost certain to a fair coin."""
+    fields = np.linspace(-5, 5, 401)
+    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    for n, t in enumerate(UNIT):
+        probability = energy.boltzmann_probability(fields, temperature=t)
+        axes.plot(fields, probability, color=plt.get_cmap("plasma")(n / len(UNIT)), label=f"0/1 unit, T = {t:g}")
+    axes.plot(fields, energy.boltzmann_probability(fields, low=-1), "--", color="lime", label="±1 unit, T = 1")
+    axes.plot(np.ones(len(UNIT)), list(UNIT.values()), "k.", label="stated, field 1")
+    axes.set(title="a unit by temperature", xlabel="field h", ylabel="probability of 1")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    unit = energy.boltzmann_probability
+    return [
+        *(
+            Number(f"P(1) of a 0/1 unit, field 1, T = {t:g}", f"{p:.7f}", unit(1.0, temperature=t))
+            for t, p in UNIT.items()
+        ),
+        # ±1 units are twice as far apart: they behave as 0/1 units at half the temperature.
+        Number("P(1) of a ±1 unit, field 1, T = 1", f"{UNIT[0.5]:.7f}", unit(1.0, low=-1)),
+    ]
+
+
+# A restricted Boltzmann machine
+
+
+@functools.partial(jax.jit, static_argnames=("chains", "steps"))
+def sample(key: Array, chains: int, steps: int) -> Float[Array, "steps states"]:
+    """Frequency of each of the 32 states after each step, over chains that start at zero."""
+    place = 2.0 ** jnp.arange(4, -1, -1)
+
+    def step(visible, key):
+        visible, hidden = energy.rbm_gibbs(key, MACHINE, visible)
+        index = (jnp.concatenate([visible, hidden], axis=1) @ place).astype(jnp.int32)
+        return visible, jnp.bincount(index, length=32) / chains
+
+    return jax.lax.scan(step, jnp.zeros((chains, 3)), jax.random.split(key, steps))[1]
+
+
+def restricted_boltzmann(config: Config, path: Path) -> list[Number]:
+    """Normalise a machine of five units exactly, and sample it."""
+    visible, hidden = energy.binary_states(3, dtype=float), energy.binary_states(2, dtype=float)
+    energies = energy.rbm_energy(MACHINE, visible[:, None], hidden)
+    free = energy.rbm_free_energy(MACHINE, visible)
+    joint, marginal = energy.gibbs_distribution(energies, None), energy.gibbs_distribution(free)
+    frequency = np.asarray(sample(jax.random.key(config.seed), config.chains, config.steps))
+    seen = frequency.reshape(-1, 8, 4)
+    apart = np.abs(seen - np.asarray(joint)).sum((1, 2)) / 2
+    apart_visible = np.abs(seen.sum(2) - np.asarray(marginal)).sum(1) / 2
+    plot_samples(np.asarray(marginal), seen[-1].sum(1), apart, apart_visible, path)
+    return [
+        Number("RBM: Z over 32 states", "68.62559544", jnp.exp(energy.log_partition(energies, None))),
+        Number("RBM: Z from free energies", "68.62559544", jnp.exp(energy.log_partition(free))),
+        Number("RBM: Z from rbm_log_partition", "68.62559544", jnp.exp(energy.rbm_log_partition(MACHINE))),
+        Number("RBM: sum over h of P(v, h) against softmax(−F)", "<1e-14", jnp.abs(joint.sum(1) - marginal).max()),
+        Number("RBM: total variation of the visible samples", "<0.02", apart_visible[-1]),
+        Number("RBM: total variation of the joint samples", "<0.02", apart[-1]),
+    ]
+
+
+def plot_samples(exact: np.ndarray, seen: np.ndarray, apart: np.ndarray, apart_visible: np.ndarray, path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    states = np.arange(len(exact))
+    left.bar(states - 0.2, exact, 0.4, label="exact: softmax(−F)")
+    left.bar(states + 0.2, seen, 0.4, label="Gibbs chains, last step")
+    left.set_xticks(states, [f"{n:03b}" for n in states])
+    left.set(title="visible states", xlabel="state v", ylabel="probability", ylim=(0, 1.3 * exact.max()))
+    left.legend()
+    steps = np.arange(1, len(apart) + 1)
+    right.xaxis.get_major_locator().set_params(integer=True)
+    right.semilogy(steps, apart, ".-", label="32 joint states")
+    right.semilogy(steps, apart_visible, ".-", label="8 visible states")
+    right.axhline(0.02, color="gray", ls="--", lw=1, label="0.02")
+    right.set(title="chains started at zero", xlabel="Gibbs step", ylabel="total variation from the exact distribution")
+    right.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# Inverse temperature
+
+
+def label_loss(energies: Float[Array, " states"], label: int, beta: Float[Array, ""]) -> Float[Array, ""]:
+    """(1/β) times the negative log-likelihood of a state."""
+    return energies[label] + energy.log_partition(energies, beta=beta) / beta
+
+
+def inverse_temperature(path: Path) -> list[Number]:
+    """From a fair die (β = 0) to the lowest energy alone (β = ∞)."""
+    levels = jnp.asarray(LEVELS)
+    numbers = []
+    for beta, stated in SWEEP.items():
+        loss, gradient = jax.value_and_grad(label_loss)(levels, 0, beta)
+        probabilities = energy.gibbs_distribution(levels, beta=beta)
+        for name, value, computed in zip(
+            ("P(0)", "P(1)", "P(2)", "NLL/β of 0"), stated, (*probabilities, loss), strict=True
+        ):
+            numbers.append(Number(f"Gibbs: {name} at β = {beta:g}", f"{value:.5f}", computed))
+        error = jnp.abs(gradient - (jnp.eye(3)[0] - probabilities)).max()
+        numbers.append(Number(f"Gibbs: d(NLL/β)/dE against δ − P at β = {beta:g}", "<1e-14", error))
+    for label in range(3):
+        far = label_loss(levels, label, jnp.array(100.0))
+        numbers.append(Number(f"Gibbs: NLL/β of {label} at β = 100: E − min E", f"{label}.000000000000", far))
+    plot_levels(path)
+    return numbers
+
+
+def plot_levels(path: Path) -> None:
+    betas = jnp.asarray(np.geomspace(0.05, 20, 200))
+    probabilities = jax.vmap(lambda beta: energy.gibbs_distribution(LEVELS, beta=beta))(betas)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for n, color in enumerate(COLORS):
+        losses = jax.vmap(lambda beta, n=n: label_loss(jnp.asarray(LEVELS), n, beta))(betas)
+        left.semilogx(betas, probabilities[:, n], color=color, label=f"state {n}, E = {LEVELS[n]:g}")
+        right.loglog(betas, losses, color=color, label=f"state {n}, E = {LEVELS[n]:g}")
+    for beta, stated in SWEEP.items():
+        left.plot([beta] * 3, stated[:3], "k.", label="stated" if beta == 1 else None)
+        right.plot(beta, stated[3], "k.", label="stated" if beta == 1 else None)
+    for n in (1, 2):
+        right.axhline(n, color=COLORS[n], ls="--", lw=1, label=f"E − min E = {n}")
+    left.set(title="Gibbs distribution", xlabel="inverse temperature β", ylabel="probability")
+    right.set(title="(1/β)·NLL tends to E − min E", xlabel="inverse temperature β", ylabel="(1/β)·NLL", ylim=(1e-4, 60))
+    left.legend(fontsize=8)
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# Maximum likelihood against a prior
+
+
+def polynomials(points: Float[np.ndarray, "*batch 2"], degree: int = 5) -> Float[Array, "*batch features"]:
+    """All products of powers of the two coordinates, halved so that none is large."""
+    x, y = points[..., 0] / 2, points[..., 1] / 2
+    return jnp.asarray(np.stack([x**i * y**j for i in range(degree + 1) for j in range(degree + 1 - i)], axis=-1))
+
+
+def draw_points(rng: np.random.Generator, count: int) -> tuple[np.ndarray, Int[Array, " points"]]:
+    labels = np.arange(count) % 3
+    return CENTRES[labels] + SPREAD * rng.normal(size=(count, 2)), jnp.asarray(labels)
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def fit(
+    features: Float[Array, "points features"],
+    labels: Int[Array, " points"],
+    precision: Float[Array, ""],
+    steps: int = 3000,
+):
+    """Weights (features, classes) of highest posterior under a N(0, 1/precision) prior; 0 is maximum likelihood."""
+
+    def negative_log_posterior(weights):
+        return cross_entropy(features @ weights, labels, reduction="sum") + precision / 2 * jnp.sum(weights**2)
+
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.05, steps))
+
+    def step(state, _):
+        weights, moments = state
+        updates, moments = optimizer.update(jax.grad(negative_log_posterior)(weights), moments)
+        return (optax.apply_updates(weights, updates), moments), None
+
+    start = jnp.zeros((features.shape[-1], 3))
+    (weights, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), length=steps)
+    return weights
+
+
+def prior(seed: int, path: Path) -> list[Number]:
+    """Fit 63 weights to 45 points of three overlapping classes, with and without a prior.
+
+    With a prior the steps end at the maximum of the posterior. Without one they are still on their way
+    to maximum likelihood, which may lie at infinity: more steps would overfit more.
+    """
+    rng = np.random.default_rng(seed)
+    points, labels = draw_points(rng, 45)
+    test_points, test_labels = draw_points(rng, 3000)
+    precisions = np.concatenate([[0], 10.0 ** np.arange(-3, 3.5, 0.5)])
+    weights = jax.vmap(fit, in_axes=(None, None, 0))(polynomials(points), labels, jnp.asarray(precisions))
+    loss = jax.vmap(lambda w, x, y: cross_entropy(polynomials(x) @ w, y), in_axes=(0, None, None))
+    train, test = np.asarray(loss(weights, points, labels)), np.asarray(loss(weights, test_points, test_labels))
+    # The classes are Gibbs distributed given the point: energies are squared distances to the centres.
+    distances = jnp.asarray(((test_points[:, None] - CENTRES) ** 2).sum(-1) / (2 * SPREAD**2))
+    best = cross_entropy(-distances, test_labels)
+    unit = int(np.argmin(np.abs(precisions - 1)))
+    plot_prior(points, np.asarray(labels), weights[jnp.array([0, unit])], precisions, train, test, float(best), path)
+    return [
+        Number("training loss: maximum likelihood over unit Gaussian prior", "<1", train[0] / train[unit]),
+        Number("held-out loss: unit Gaussian prior over maximum likelihood", "<1", test[unit] / test[0]),
+        Number("held-out loss: unit Gaussian prior over true classes", "<2", test[unit] / best),
+    ]
+
+
+def plot_prior(
+    points: np.ndarray, labels: np.ndarray, weights: Array, precisions: np.ndarray, train: np.ndarray, test: np.ndarray,
+    best: float, path: Path,
+) -> None:  # fmt: skip
+    figure, (*maps, right) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
+    grid = np.stack(np.meshgrid(np.linspace(-3.5, 3.5, 250), np.linspace(-3.5, 3.5, 250)), axis=-1)
+    titles = "maximum likelihood", "Gaussian prior of precision 1"
+    for axes, fitted, title in zip(maps, weights, titles, strict=True):
+        predicted = np.argmax(polynomials(grid) @ fitted, axis=-1)
+        axes.contourf(grid[..., 0], grid[..., 1], predicted, levels=[-0.5, 0.5, 1.5, 2.5], colors=COLORS, alpha=0.25)
+        for label, color in enumerate(COLORS):
+            chosen = points[labels == label]
+            axes.scatter(*chosen.T, 22, color=color, edgecolor="black", linewidth=0.4, label=f"class {label}")
+        axes.set(title=title, xlabel="x", ylabel="y", aspect="equal")
+        axes.legend(fontsize=8, loc="upper left")
+    right.loglog(precisions[1:], test[1:], ".-", color="tab:red", label="held out, prior")
+    right.loglog(precisions[1:], train[1:], ".-", color="tab:blue", label="training, prior")
+    right.axhline(test[0], color="tab:red", ls="--", lw=1, label="held out, maximum likelihood")
+    right.axhline(train[0], color="tab:blue", ls="--", lw=1, label="training, maximum likelihood")
+    right.axhline(best, color="black", ls=":", lw=1, label="held out, true classes")
+    right.set(
+        title="cross-entropy by prior",
+        xlabel="precision of the prior",
+        ylabel="cross-entropy (nats)",
+        ylim=(train[0] / 8, None),
+    )
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def run(config: Config) -> dict[str, float]:
+    """Compute everything in float64, write the results to `config.out` and return the numbers."""
+    for name, value in (("chains", config.chains), ("steps", config.steps)):
+        if value < 1:
+            raise InputError(f"--{name}: expected at least 1, got {value}")
+    if not 0 <= config.seed < 2**32:
+        raise InputError(f"--seed: expected an integer in [0, 2**32), got {config.seed}")
+    out = make_folder(config.out)
+    with jax.enable_x64(True):
+        numbers = [
+            *hopfield(config.seed, out / "hopfield.png"),
+            *temperature(out / "temperature.png"),
+            *restricted_boltzmann(config, out / "gibbs_sampling.png"),
+            *inverse_temperature(out / "inverse_temperature.png"),
+            *prior(config.seed, out / "prior.png"),
+        ]
+    return report(numbers, out)
+
+
+if __name__ == "__main__":
+    enter(Config, run, __doc__)
