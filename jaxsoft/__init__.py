@@ -5,15 +5,18 @@ from importlib.metadata import version
 from jaxsoft import energy
 from jaxsoft._checks import checked
 from jaxsoft._cross_entropy import cross_entropy
+from jaxsoft._diagnosis import Diagnosis, diagnose_gradient
 from jaxsoft._mlp import apply_mlp, init_mlp
 from jaxsoft._softmax import log_softmax, logsumexp, softmax, softmax_jacobian, softmax_vjp
 
 __version__ = version("jaxsoft")
 
 __all__ = [
+    "Diagnosis",
     "apply_mlp",
     "checked",
     "cross_entropy",
+    "diagnose_gradient",
     "energy",
     "init_mlp",
     "log_softmax",

@@ -225,7 +225,9 @@ def test_weights_are_constants():
         return cross_entropy(jnp.asarray(LOGITS), targets, weights=weights, class_weights=class_weights, z_loss=0.1)
 
     for targets in (LABELS, DISTRIBUTION):
-        for gradient in jax.grad(loss, argnums=(0, 1))(jnp.asarray(WEIGHTS), jnp.asarray(CLASS_WEIGHTS), jnp.asarray(targets)):
+        for gradient in jax.grad(loss, argnums=(0, 1))(
+            jnp.asarray(WEIGHTS), jnp.asarray(CLASS_WEIGHTS), jnp.asarray(targets)
+        ):
             np.testing.assert_array_equal(gradient, 0)
 
 
