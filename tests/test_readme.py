@@ -1,0 +1,36 @@
+"""What the README says of the scripts is what the scripts say of themselves."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from experiments import __main__ as listing
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_experiments_table_is_the_listing():
+    rows = dict(
+        line.strip("| ").split(" | ") for line in README.splitlines() if line.startswith("| `python -m experiments.")
+    )
+    expected = {name: question for name, question, _ in listing.scripts()}
+    assert {command.strip("`").split(".")[1].split()[0]: question for command, question in rows.items()} == expected
+
+
+@pytest.mark.x32
+def test_the_usage_example_trains():
+    names = {}
+    exec(README.split("```python\n")[1].split("```")[0], names)
+    params, features, labels = names["params"], jnp.eye(4), jnp.array([0, 1, 2, 255])
+    moments = names["optimizer"].init(params)
+    before = names["loss"](params, features, labels)
+    for _ in range(20):
+        params, moments = names["step"](params, moments, features, labels)
+    assert names["loss"](params, features, labels) < 0.9 * before
+
+
+def test_every_picture_exists():
+    for line in README.splitlines():
+        if "](experiments/" in line and "![" in line:
+            assert (Path(__file__).parents[1] / line.split("](")[1].rstrip(")")).is_file(), line
