@@ -124,19 +124,8 @@ def diagnose_gradient(
     for name, candidate in candidates:
         if (factor := _factor(g, candidate, tolerance)) is not None and factor > 0:
             return found(name, MISTAKES[name] + f" Besides, it is multiplied by {factor:.6g}.")
-    off = np.abs(g - truth / min(scales.values(), key=lambda n: _distance(g, truth / n)))
-    where = tuple(int(i) for i in np.unravel_index(off.argmax(), off.shape))
-    sums = (
-        "Its sums over the classes are zero, as they must be."
-        if np.abs(row_sums).max() <= tolerance * np.abs(g).max()
-        else f"Its sums over the classes reach {np.abs(row_sums).max():.3g}, where they must be zero: moving all "
-        "logits together changes no probability."
-    )
-    return found(
-        "wrong",
-        f"This is no gradient of the cross-entropy that is known here: it is {error:.3g} of its length away from the "
-        f"true one. The largest difference is at position {where[:-1]}, class {where[-1]}. {sums}",
-    )
+    nearest = truth / min(scales.values(), key=lambda n: _distance(g, truth / n))
+    return found("wrong", _how_wrong(g, nearest, error, tolerance))
 
 
 MISTAKES = {
@@ -282,6 +271,21 @@ def _factor(g: np.ndarray, candidate: np.ndarray, tolerance: float) -> float | N
     length = float(np.vdot(candidate, candidate))
     k = float(np.vdot(candidate, g)) / length if length else 0.0
     return k if k and np.isfinite(k) and _matches(g, k * candidate, tolerance) else None
+
+
+def _how_wrong(g: np.ndarray, expected: np.ndarray, error: float, tolerance: float) -> str:
+    """How far an unknown mistake is from the truth, where most, and whether it moves all logits together."""
+    off = np.abs(g - expected)
+    *position, label = (int(i) for i in np.unravel_index(off.argmax(), off.shape))
+    largest_sum = np.abs(g.sum(-1)).max()
+    sums = "are zero, as they must be"
+    if largest_sum > tolerance * np.abs(g).max():
+        sums = f"reach {largest_sum:.3g}, where they must be zero: moving all logits together changes no probability"
+    return (
+        f"This is no gradient of the cross-entropy that is known here: it is {error:.3g} of its length away from the "
+        f"true one. The largest difference is at position {tuple(position)}, class {label}. Its sums over the classes "
+        f"{sums}."
+    )
 
 
 def _why_not_finite(z: np.ndarray, t: np.ndarray, g: np.ndarray, dtype: np.dtype) -> str:
