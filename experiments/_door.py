@@ -11,7 +11,11 @@ import tyro
 Config = TypeVar("Config")
 
 
-class InputError(Exception):
+class ScriptError(Exception):
+    """Ends a script with one line."""
+
+
+class InputError(ScriptError):
     """Something the person running the script can mend: the message says what, where and how."""
 
 
@@ -20,7 +24,7 @@ def enter(config: type[Config], run: Callable[[Config], object], description: st
     chosen = tyro.cli(config, description=description)
     try:
         run(chosen)
-    except InputError as error:
+    except ScriptError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {error.filename or 'system'}: {error.strerror or error}")

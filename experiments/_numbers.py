@@ -1,7 +1,6 @@
 """Numbers that a script states: computed again, tabulated, and the end of the script where one does not come out."""
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, SupportsFloat
@@ -9,7 +8,7 @@ from typing import NamedTuple, SupportsFloat
 import numpy as np
 from jaxtyping import ArrayLike
 
-from experiments._door import write_json
+from experiments._door import ScriptError, write_json
 
 
 class Number(NamedTuple):
@@ -39,7 +38,7 @@ def each(quantity: str, stated: Sequence[float], computed: ArrayLike, digits: in
 
 
 def report(numbers: Sequence[Number], out: Path) -> dict[str, float]:
-    """Print and save the table; exit with one line where a stated number did not come out."""
+    """Print and save the table; end the script where a stated number did not come out."""
     width = max(len(number.quantity) for number in numbers)
     print(f"{'':{width}} {'stated':>13} {'computed':>16}")
     for number in numbers:
@@ -49,5 +48,5 @@ def report(numbers: Sequence[Number], out: Path) -> dict[str, float]:
     write_json(out / "summary.json", summary)
     failed = [number.quantity for number in numbers if not number.holds]
     if failed:
-        sys.exit(f"error: {len(failed)} of {len(numbers)} stated numbers did not come out: {'; '.join(failed)}")
+        raise ScriptError(f"{len(failed)} of {len(numbers)} stated numbers did not come out: {'; '.join(failed)}")
     return summary

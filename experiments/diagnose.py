@@ -45,17 +45,19 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 
 def run(config: Config) -> Diagnosis:
-    """Print the diagnosis; exit with status 1 where the gradient is wrong."""
+    """Print the diagnosis."""
     arrays = read(config.file)
     try:
         diagnosis = diagnose_gradient(arrays["logits"], arrays["targets"], arrays["gradient"], config.axis)
     except (TypeError, ValueError) as error:
         raise InputError(f"{config.file}: {error}") from None
     print(f"{diagnosis.verdict}\n\n{diagnosis}")
-    if not diagnosis.correct:
-        sys.exit(1)
     return diagnosis
 
 
+def main(config: Config) -> None:
+    sys.exit(0 if run(config).correct else 1)
+
+
 if __name__ == "__main__":
-    enter(Config, run, __doc__)
+    enter(Config, main, __doc__)

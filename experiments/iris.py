@@ -4,6 +4,7 @@ python -m experiments.iris --seed 42
 """
 
 import functools
+import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,9 @@ class Split(NamedTuple):
 def read_iris(path: Path) -> tuple[Float[np.ndarray, "flowers 4"], Int[np.ndarray, " flowers"]]:
     """Measurements and species numbers, refusing whatever would otherwise be dropped or guessed."""
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        # Blank lines at the end are no rows; others keep their place, so that errors count lines rightly.
+        text = io.StringIO(path.read_text().rstrip())
+        table = pd.read_csv(text, dtype=str, keep_default_na=False, skip_blank_lines=False)
     except pd.errors.EmptyDataError:
         raise InputError(f"{path}: expected a table with a header, got an empty file") from None
     except (pd.errors.ParserError, UnicodeDecodeError) as error:
@@ -75,6 +78,8 @@ def read_iris(path: Path) -> tuple[Float[np.ndarray, "flowers 4"], Int[np.ndarra
     missing = [name for name in (*FEATURES, "Species") if name not in table]
     if missing:
         raise InputError(f"{path}: expected column {missing[0]!r}, got columns {', '.join(map(repr, table.columns))}")
+    if not isinstance(table.index, pd.RangeIndex):
+        raise InputError(f"{path}: expected rows of {len(table.columns)} values, as the header has, got more in some")
     if table.empty:
         raise InputError(f"{path}: expected at least one flower, got a header alone")
     columns = [np.asarray(pd.to_numeric(table[name], errors="coerce"), float) for name in FEATURES]

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from jaxsoft import energy
+from jaxsoft import caffe, energy
 from jaxsoft._checks import checked
 from jaxsoft._cross_entropy import cross_entropy
 from jaxsoft._diagnosis import Diagnosis, diagnose_gradient
@@ -14,6 +14,7 @@ __version__ = version("jaxsoft")
 __all__ = [
     "Diagnosis",
     "apply_mlp",
+    "caffe",
     "checked",
     "cross_entropy",
     "diagnose_gradient",

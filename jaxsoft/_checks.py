@@ -8,6 +8,7 @@ from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.experimental import checkify
 from jaxtyping import Array, ArrayLike, Bool
 
@@ -29,7 +30,7 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
 
     Args:
         fn: a function that calls this library, itself possibly transformed by `jax.jit`, `jax.grad`
-            or `jax.vmap`. Arguments that are not arrays must be closed over.
+            or `jax.vmap`.
 
     Returns:
         A function with the same arguments and results.
@@ -37,7 +38,9 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
     Raises:
         ValueError: a label outside [0, classes) that is not `ignore_index`; a negative or non-finite
             target, weight or class weight; a NaN logit. The message names the argument, the index
-            and the value of the first offender.
+            and the value of the first offender; under `jax.vmap` the index is that within one of
+            the mapped calls.
+        TypeError: called inside `jit`, `grad` or `vmap`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -51,6 +54,10 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(fn)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((args, kwargs))):
+            raise TypeError(
+                "checked: expected concrete arrays, got traced ones; wrap checked around jit, grad and vmap"
+            )
         with _checking(True):
             error, result = run(*args, **kwargs)
         message = error.get()
@@ -110,6 +117,8 @@ def as_integer(name: str, value: int) -> int:
 def as_axis(axis: int, ndim: int) -> int:
     """`axis` as an index in [0, ndim)."""
     index = as_integer("axis", axis)
+    if ndim == 0:
+        raise ValueError("axis: expected an array with at least one axis, the classes, got a scalar")
     if not -ndim <= index < ndim:
         raise ValueError(f"axis: expected an integer in [{-ndim}, {ndim}), got {index}")
     return index % ndim
@@ -128,7 +137,7 @@ def as_axes(axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
 def as_number(name: str, value: float, low: float, high: float = float("inf")) -> float:
     """`value` as a Python float within [low, high]: options are part of the program, not traced."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a Python number, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a Python number, an option being static, got {type(value).__name__}")
     if not low <= value <= high or value == float("inf"):
         bounds = f"at least {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}]"
         raise ValueError(f"{name}: expected a finite number {bounds}, got {value}")

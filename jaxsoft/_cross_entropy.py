@@ -58,11 +58,13 @@ def cross_entropy(
 
     Edges: a label out of range is never clamped or wrapped: its loss and its gradients are NaN, the
     gradients elsewhere are not touched (`checked` raises instead). A removed label costs +inf, with
-    finite gradients. Nothing to average gives loss 0 and gradient 0.
+    finite gradients. Nothing to average gives loss 0 and gradient 0. The logits of a position that
+    takes no part may be anything, NaN too; elsewhere a NaN or +inf logit makes the loss NaN or +inf.
 
     Differentiation: to logits and to distributions, in reverse mode to any order and forward over
     reverse (`jax.hessian`). Gradients have the dtype of their input. Labels, weights and masks are
-    constants. Only the logits and a few numbers a position are kept for the backward pass.
+    constants. Kept for the backward pass: the logits (with `where` a masked copy), a distribution, and
+    a few numbers a position.
 
     Raises:
         TypeError: logits or targets of a wrong dtype, an option that is not a plain number.
@@ -130,7 +132,7 @@ def _cross_entropy(
     )
     if where is not None:
         logits = jnp.where(where, logits, -jnp.inf)
-    check_values("logits", logits, ~jnp.isnan(logits), "a number")
+    check_values("logits", logits, ~jnp.isnan(logits) | (counts.position == 0), "a number")
     losses, lse = cast(tuple[Array, Array], _losses(logits, read, axis))
     penalties = None
     if z_loss:

@@ -18,7 +18,15 @@ from jaxsoft._softmax import softmax, softmax_vjp
 TOLERANCE = {52: 1e-4, 23: 1e-4, 10: 2e-3, 7: 2e-2}
 
 
-@dataclass(frozen=True)
+class _Precision(NamedTuple):
+    """What rounding may do: relative to a vector, the spacing of numbers at one, the smallest normal number."""
+
+    tolerance: float
+    eps: float
+    tiny: float
+
+
+@dataclass(frozen=True, eq=False)  # arrays have no one truth value to be equal by
 class Diagnosis:
     """What `diagnose_gradient` found; printing it prints the explanation."""
 
@@ -55,9 +63,10 @@ def diagnose_gradient(
         the true gradient, how far the given one is from it, and its sums over the classes.
 
     Edges: the comparison is made for each position and for the whole, in float64, and allows for the
-    rounding of the gradient's dtype: 1e-4 of a vector's length in float32 and float64. Mistakes are
-    recognised whether summed or averaged. With two classes and one position some coincide with the
-    truth up to a factor; then the factor is named. This is a tool for concrete arrays, not for `jit`.
+    rounding of the gradient's dtype: 1e-4 of a vector's length in float32 and float64, 2e-3 in float16
+    and 2e-2 in bfloat16. Mistakes are recognised whether summed or averaged. With two classes and one
+    position some are the truth up to a factor; such a mistake is named where its factor is exact. This
+    is a tool for concrete arrays, not for `jit`.
 
     Raises:
         TypeError: traced arrays, or arrays that are not real numbers.
@@ -78,54 +87,57 @@ def diagnose_gradient(
     z, t, ignored, dtype = _read_problem(logits, targets, axis)
     g = _read("gradient", gradient)
     problem = _solve(z, t, ignored)
-    if g.shape == np.shape(logits):
-        g = np.moveaxis(g, axis, -1)
-    elif not (g.ndim == 2 and g.shape == np.shape(logits)[::-1]):
-        raise ValueError(f"gradient: expected the logits' shape {np.shape(logits)}, got {g.shape}")
-    given = _dtype("gradient", gradient)
-    tolerance = TOLERANCE[jnp.finfo(given).nmant] if jnp.issubdtype(given, jnp.floating) else TOLERANCE[52]
-
-    truth = problem.truth
+    given = _floating_dtype("gradient", gradient)
+    limits = jnp.finfo(given)
+    precision = _Precision(TOLERANCE[limits.nmant], float(limits.eps), float(limits.tiny))
+    truth, scales = problem.truth, problem.scales
     restored = np.moveaxis(truth, -1, axis)
-    if g.shape != truth.shape:
-        if _factor(g.T, truth, tolerance) is not None:
-            return Diagnosis(False, "transposed", MISTAKES["transposed"], restored, np.inf, g.T.sum(-1))
-        raise ValueError(f"gradient: expected the logits' shape {np.shape(logits)}, got {g.shape}")
-    row_sums = g.sum(-1)
-    scales = problem.scales
-    error = min(_distance(g, truth / n) for n in scales.values())
+    if g.shape != restored.shape:
+        turned = np.moveaxis(g.T, axis, -1) if g.ndim == 2 and g.T.shape == restored.shape else None
+        if turned is not None and _factor(turned, truth, precision) is not None:
+            return Diagnosis(False, "transposed", MISTAKES["transposed"], restored, np.inf, turned.sum(-1))
+        raise ValueError(f"gradient: expected the logits' shape {restored.shape}, got {g.shape}")
+    g = np.moveaxis(g, axis, -1)
+    tiny = precision.tiny
+    if given != np.float16:  # differences of a few smallest normal numbers: a device may flush those to zero
+        tiny *= 4 * max(scales.values())
+        g = np.where(np.abs(g - truth) < tiny, truth, g)
+    with np.errstate(all="ignore"):  # inf − inf, or the square of a huge number
+        row_sums = g.sum(-1)
+        error = min(_distance(g, truth / n) for n in scales.values())
 
     def found(verdict: str, explanation: str, *, correct: bool = False) -> Diagnosis:
         return Diagnosis(correct, verdict, explanation, restored, error, row_sums)
 
     if not np.isfinite(g).all():
-        return found("not finite", _why_not_finite(z, t, g, dtype))
+        return found("not finite", _why_not_finite(z, t, g, min(given, dtype, key=lambda d: jnp.finfo(d).nmant)))
     for name, count in scales.items():
-        if _matches(g, truth / count, tolerance):
+        if _matches(g, truth / count, precision):
             return found(f"correct for the {name}", f"This is the gradient of the {name} of the losses.", correct=True)
     if not g.any():
         return found("all zero", MISTAKES["all zero"])
     live = ~ignored
-    if ignored.any() and any(_matches(g[live], truth[live] / count, tolerance) for count in scales.values()):
+    if ignored.any() and any(_matches(g[live], truth[live] / count, precision) for count in scales.values()):
         return found("ignored positions not zeroed", MISTAKES["ignored positions not zeroed"])
     candidates = [(name, candidate) for name, make in CANDIDATES.items() for candidate in make(problem)]
     # A mistake in a sum or a mean is likelier than the truth times an odd number, and that than both at once.
     for name, candidate in candidates:
-        if any(_matches(g, candidate / count, tolerance) for count in scales.values()):
+        if any(_matches(g, candidate / count, precision) for count in scales.values()):
             return found(name, MISTAKES[name])
-    rounding = 4 * float(jnp.finfo(given).eps) if jnp.issubdtype(given, jnp.floating) else 0.0
-    if any(np.abs(count * g - truth).max() <= rounding * problem.t.max() for count in scales.values()):
+    # Only where a target was subtracted: the other classes' probabilities lose nothing.
+    lost = precision.tolerance * np.abs(truth) + 4 * precision.eps * np.abs(t) + tiny
+    if any((np.abs(count * g - truth) <= lost).all() for count in scales.values()):
         return found("lost to rounding", MISTAKES["lost to rounding"])
-    factor = _factor(g, truth, tolerance)
+    factor = _factor(g, truth, precision)
     if factor is not None and factor < 0:
         return found("opposite sign", MISTAKES["opposite sign"] + f" The factor is {factor:.6g}.")
     if factor is not None:
         return found(f"right up to a factor of {factor:.6g}", MISTAKES["factor"].format(factor=factor))
     for name, candidate in candidates:
-        if (factor := _factor(g, candidate, tolerance)) is not None and factor > 0:
+        if np.count_nonzero(candidate) > 1 and (factor := _factor(g, candidate, precision)) is not None and factor > 0:
             return found(name, MISTAKES[name] + f" Besides, it is multiplied by {factor:.6g}.")
     nearest = truth / min(scales.values(), key=lambda n: _distance(g, truth / n))
-    return found("wrong", _how_wrong(g, nearest, error, tolerance))
+    return found("wrong", _how_wrong(g, nearest, error, precision.tolerance))
 
 
 MISTAKES = {
@@ -170,9 +182,24 @@ def _other_axes(p: _Problem) -> Iterator[np.ndarray]:
     for axis in range(p.z.ndim - 1):
         wrong = np.asarray(_in_float64(softmax, p.z, axis))
         yield np.where(live, p.t.sum(-1, keepdims=True) * wrong - p.t, 0)
-    if p.z.ndim > 1:
+    if p.z.size > p.z.shape[-1]:
         whole = np.asarray(_in_float64(softmax, p.z, None))
         yield np.where(live, p.t.sum(-1, keepdims=True) * whole - p.t, 0)
+
+
+def _unscaled(p: _Problem) -> Iterator[np.ndarray]:
+    tau = p.t.sum(-1, keepdims=True)
+    if (np.abs(tau - 1) > 1e-6)[tau != 0].any():
+        yield p.o - p.t
+        yield np.where(tau == 0, 0, p.o - p.t)
+
+
+def _neighbours(p: _Problem) -> Iterator[np.ndarray]:
+    for shift, edge in ((1, 0), (-1, -1)):
+        shifted = np.roll(p.t, shift, -1)
+        yield p.truth + p.t - shifted
+        shifted[..., edge] = 0  # a one-hot table has no row for a label beyond the last class
+        yield p.truth + p.t - shifted
 
 
 CANDIDATES: dict[str, Callable[[_Problem], Iterator[np.ndarray] | tuple[np.ndarray, ...]]] = {
@@ -180,9 +207,9 @@ CANDIDATES: dict[str, Callable[[_Problem], Iterator[np.ndarray] | tuple[np.ndarr
     "Jacobian once too often": lambda p: (np.asarray(_in_float64(softmax_vjp, p.o, p.truth)),),
     "elementwise derivative": lambda p: (p.truth * p.o * (1 - p.o), (p.o - p.t) * p.o * (1 - p.o)),
     "label not subtracted": lambda p: (p.truth + p.t, p.o),
-    "targets do not sum to one": lambda p: (p.o - p.t, np.where(p.t.any(-1, keepdims=True), p.o - p.t, 0)),
+    "targets do not sum to one": _unscaled,
     "softmax over the wrong axis": _other_axes,
-    "labels shifted by one": lambda p: tuple(p.truth + p.t - np.roll(p.t, shift, -1) for shift in (1, -1)),
+    "labels shifted by one": _neighbours,
     "transposed": lambda p: (p.truth.T,) if p.truth.ndim == 2 and p.truth.shape[0] == p.truth.shape[1] else (),
 }
 
@@ -201,7 +228,10 @@ def _read_problem(
     t = np.asarray(_concrete("targets", targets))
     if np.issubdtype(t.dtype, np.integer):
         if t.shape != z.shape[:-1]:
-            raise ValueError(f"targets: expected labels of shape {z.shape[:-1]}, got {t.shape}")
+            raise ValueError(
+                f"targets: expected integer labels of shape {z.shape[:-1]}, got {t.shape}; "
+                "a distribution must have a floating dtype"
+            )
         ignored = (t < 0) | (t >= z.shape[-1])
         t = np.where(ignored[..., None], 0.0, np.arange(z.shape[-1]) == t[..., None])
     else:
@@ -211,11 +241,18 @@ def _read_problem(
         if not np.isfinite(t).all():
             raise ValueError("targets: expected finite numbers, got NaN or infinity")
         t, ignored = np.moveaxis(t, axis, -1), np.zeros(z.shape[:-1], bool)
-    return z, t, ignored, _dtype("logits", logits)
+    return z, t, ignored, _floating_dtype("logits", logits)
 
 
 def _solve(z: np.ndarray, t: np.ndarray, ignored: np.ndarray) -> _Problem:
-    truth = _in_float64(jax.grad(lambda z: cross_entropy(z, jnp.asarray(t), reduction="sum")), z)
+    # Where one class has all the target it is a label: its 1 − p is then never formed by subtracting.
+    hot = np.count_nonzero(t, -1) <= 1
+
+    def loss(z):
+        by_label = cross_entropy(z, jnp.asarray(t.argmax(-1)), weights=jnp.asarray(hot * t.sum(-1)), reduction="sum")
+        return by_label + cross_entropy(z, jnp.asarray(np.where(hot[..., None], 0, t)), reduction="sum")
+
+    truth = _in_float64(jax.grad(loss), z)
     scales = {"sum": 1}
     if ignored.any():
         if not ignored.all():
@@ -238,8 +275,14 @@ def _concrete(name: str, value: ArrayLike) -> ArrayLike:
     return value
 
 
-def _dtype(name: str, value: ArrayLike) -> np.dtype:
-    return np.asarray(_concrete(name, value)).dtype
+def _floating_dtype(name: str, value: ArrayLike) -> np.dtype:
+    """The dtype whose rounding to expect: no finer than float64, which is also what integers are read as."""
+    dtype = np.asarray(_concrete(name, value)).dtype
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).nmant > 52:
+        return np.dtype(np.float64)
+    if jnp.finfo(dtype).nmant not in TOLERANCE:
+        raise TypeError(f"{name}: expected at least the precision of bfloat16, got dtype {dtype}")
+    return dtype
 
 
 def _read(name: str, value: ArrayLike) -> np.ndarray:
@@ -254,23 +297,24 @@ def _distance(g: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(g - expected) / (np.linalg.norm(expected) or 1))
 
 
-def _matches(g: np.ndarray, expected: np.ndarray, tolerance: float) -> bool:
+def _matches(g: np.ndarray, expected: np.ndarray, precision: _Precision) -> bool:
     """Equal within the tolerance as a whole and at each position.
 
     A position that the model is sure of has a gradient below its rounding, 1 − p in float32; it may
-    differ by that much of the largest.
+    differ by that much of the longest.
     """
-    lengths = np.linalg.norm(expected, axis=-1)
-    off = np.linalg.norm(g - expected, axis=-1)
-    sure = 1e-2 * tolerance * lengths.max(initial=0)
-    return bool(_distance(g, expected) <= tolerance and (off <= tolerance * lengths + sure).all())
+    with np.errstate(over="ignore"):
+        lengths = np.linalg.norm(expected, axis=-1)
+        off = np.linalg.norm(g - expected, axis=-1)
+        allowed = precision.tolerance * lengths + 8 * precision.eps * lengths.max(initial=0)
+        return bool(_distance(g, expected) <= precision.tolerance and (off <= allowed).all())
 
 
-def _factor(g: np.ndarray, candidate: np.ndarray, tolerance: float) -> float | None:
+def _factor(g: np.ndarray, candidate: np.ndarray, precision: _Precision) -> float | None:
     """The k for which g is k times the candidate, or None."""
     length = float(np.vdot(candidate, candidate))
     k = float(np.vdot(candidate, g)) / length if length else 0.0
-    return k if k and np.isfinite(k) and _matches(g, k * candidate, tolerance) else None
+    return k if k and np.isfinite(k) and _matches(g, k * candidate, precision) else None
 
 
 def _how_wrong(g: np.ndarray, expected: np.ndarray, error: float, tolerance: float) -> str:
@@ -289,27 +333,38 @@ def _how_wrong(g: np.ndarray, expected: np.ndarray, error: float, tolerance: flo
 
 
 def _why_not_finite(z: np.ndarray, t: np.ndarray, g: np.ndarray, dtype: np.dtype) -> str:
-    """Repeat the usual causes in the logits' own precision and see which of them spoils the same positions."""
-    narrow = z.astype(dtype if dtype.itemsize >= 4 and np.issubdtype(dtype, np.floating) else np.float32)
-    spoilt = ~np.isfinite(g)
+    """Repeat the usual causes in the precision of the arrays and see which of them spoils the same positions."""
+    dtype = np.promote_types(dtype, np.float32) if dtype.itemsize >= 4 else np.dtype(np.float32)
+    z, t, spoilt = z.astype(dtype), t.astype(dtype), ~np.isfinite(g)
+    likely = "none of the usual ones (a maximum over the whole array, no maximum, a division by o)"
     with np.errstate(all="ignore"):
-        bare = np.exp(narrow)
-        whole = np.exp(narrow - narrow.max())
-        own = np.exp(narrow - narrow.max(-1, keepdims=True))
-        divided = np.where(t > 0, t / (own / own.sum(-1, keepdims=True)), 0)
-        if np.array_equal(spoilt, ~np.isfinite(whole / whole.sum(-1, keepdims=True))):
-            cause = (
-                "softmax was shifted by the maximum of the whole array instead of each vector's own; where a vector "
-                "lies far below, all its exponentials are 0, and 0/0 is NaN"
-            )
-        elif np.array_equal(spoilt, ~np.isfinite(bare / bare.sum(-1, keepdims=True))):
-            cause = "exp(z) overflowed, since no maximum was subtracted"
-        elif np.array_equal(spoilt.any(-1), ~np.isfinite(divided).all(-1)):
-            cause = (
-                "−t/o was computed, and where a probability underflows to 0 that divides by zero. Never divide: the o "
-                "cancels, and the gradient is τo − t"
-            )
-        else:
-            cause = "none of the usual ones (a maximum over the whole array, no maximum, a division by o)"
+        for cause, formula in CAUSES.items():
+            # NumPy computes with numbers below the smallest normal one, XLA flushes them to zero: between the two.
+            least, most = (~np.isfinite(formula(z, t, tiny)) for tiny in (0, np.finfo(dtype).tiny))
+            if (least & t.any(-1, keepdims=True) <= spoilt).all() and (spoilt <= most).all():
+                likely = cause
+                break
     positions = spoilt.any(-1)
-    return f"{int(positions.sum())} of {positions.size} positions have NaN or infinity. The likely cause: {cause}."
+    return f"{int(positions.sum())} of {positions.size} positions have NaN or infinity. The likely cause: {likely}."
+
+
+def _shifted_softmax(z: np.ndarray, shift: np.ndarray | float, tiny: float) -> np.ndarray:
+    e = np.exp(z - shift)
+    e = np.where(e < tiny, 0, e)
+    return e / e.sum(-1, keepdims=True)
+
+
+def _divided(z: np.ndarray, t: np.ndarray, tiny: float) -> np.ndarray:
+    o = _shifted_softmax(z, z.max(-1, keepdims=True), tiny)
+    quotient = t / np.where(o < tiny, 0, o)
+    quotient = quotient if tiny else np.where(t == 0, 0, quotient)  # whoever divides the zeros too gets 0/0
+    return np.broadcast_to(quotient.sum(-1, keepdims=True), z.shape)  # the Jacobian spreads it over the classes
+
+
+CAUSES = {
+    "softmax was shifted by the maximum of the whole array instead of each vector's own; where a vector lies far "
+    "below, all its exponentials are 0, and 0/0 is NaN": lambda z, t, tiny: _shifted_softmax(z, z.max(), tiny),
+    "exp(z) overflowed, since no maximum was subtracted": lambda z, t, tiny: _shifted_softmax(z, 0, tiny),
+    "−t/o was computed, and where a probability underflows to 0 that divides by zero. Never divide: the o cancels, "
+    "and the gradient is τo − t": _divided,
+}

@@ -59,7 +59,9 @@ def softmax(
     outputs" (1990). The shift by the maximum: P. Blanchard, D. J. Higham, N. J. Higham, "Accurately
     computing the log-sum-exp and softmax functions" (2021).
     """
-    return _softmax(*_prepare(logits, axis, where))
+    prepared, axes, mask = _prepare(logits, axis, where)
+    probs = cast(Array, _softmax(prepared, axes))
+    return probs if mask is None else jnp.where(mask, probs, 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -177,8 +179,9 @@ def log_softmax(
     Returns:
         Array of the logits' shape and dtype. Half precision is reduced in float32.
 
-    Edges: a removed class has −inf and gradient 0. Where no class is left everything is −inf. For
-    the loss of a label use `cross_entropy`, which stays exact where log s_i rounds to 0.
+    Edges: a removed class has −inf and gradient 0, and a cotangent given to it is dropped. Where no
+    class is left everything is −inf. For the loss of a label use `cross_entropy`, which stays exact
+    where log s_i rounds to 0.
 
     Differentiation: as `softmax`; only the result is kept.
 
@@ -193,7 +196,9 @@ def log_softmax(
 
     Source: P. Blanchard, D. J. Higham, N. J. Higham (2021).
     """
-    return _log_softmax(*_prepare(logits, axis, where))
+    prepared, axes, mask = _prepare(logits, axis, where)
+    log_probs = cast(Array, _log_softmax(prepared, axes))
+    return log_probs if mask is None else jnp.where(mask, log_probs, -jnp.inf)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -255,7 +260,7 @@ def logsumexp(
 
     Source: P. Blanchard, D. J. Higham, N. J. Higham (2021).
     """
-    prepared, axes = _prepare(logits, axis, where)
+    prepared, axes, _ = _prepare(logits, axis, where)
     lse = cast(Array, _logsumexp(prepared, axes))
     return lse if keepdims else jnp.squeeze(lse, axes)
 
@@ -282,9 +287,19 @@ def _logsumexp_bwd(axes: Axes, residuals: tuple[Array, Statistics], cotangent: A
 _logsumexp.defvjp(_logsumexp_fwd, _logsumexp_bwd)
 
 
-def _prepare(logits: ArrayLike, axis: int | Sequence[int] | None, where: ArrayLike | None) -> tuple[Array, Axes]:
+def _prepare(
+    logits: ArrayLike, axis: int | Sequence[int] | None, where: ArrayLike | None
+) -> tuple[Array, Axes, Array | None]:
+    """The logits with removed classes at −inf, the class axes, and the mask.
+
+    A mask is applied to the result as well, so that a cotangent at a removed class, NaN included
+    (the derivative of p log p at 0), does not reach the others.
+    """
     array = as_floating("logits", logits)
+    axes = as_axes(axis, array.ndim)
+    mask = None
     if where is not None:
-        array = jnp.where(as_mask("where", where, array.shape), array, -jnp.inf)
+        mask = as_mask("where", where, array.shape)
+        array = jnp.where(mask, array, -jnp.inf)
     check_values("logits", array, ~jnp.isnan(array), "a number")
-    return array, as_axes(axis, array.ndim)
+    return array, axes, mask

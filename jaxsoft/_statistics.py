@@ -29,8 +29,8 @@ class Statistics(NamedTuple):
 
     @property
     def total(self) -> Array:
-        """Σ_j exp(z_j − m), at least 1; where no class is left tiny, for no division to meet a zero."""
-        return self.tail + jnp.exp(self.label) + jnp.finfo(self.tail.dtype).tiny
+        """Σ_j exp(z_j − m), at least 1; where no class is left ½, for no division to meet a zero."""
+        return jnp.maximum(self.tail + jnp.exp(self.label), 0.5)
 
     @property
     def log_total(self) -> Array:
@@ -65,6 +65,8 @@ def block_statistics(logits: Array, axes: tuple[int, ...], targets: Targets = Ta
     # finite number keeps it finite without one more operation, which XLA's CPU fusions would not take.
     lowest = jnp.finfo(logits.dtype).min
     max = lax.expand_dims(lax.reduce(lax.stop_gradient(logits), lowest, lax.max, axes), axes)
+    if max.shape == logits.shape:  # XLA takes a reduction of one element for that element
+        max = jnp.maximum(max, lowest)
     tail = jnp.sum(block_exponentials(logits, max, targets.label, axes), axes, keepdims=True)
     label, spread, gap = jnp.array([-jnp.inf, 0, 0], logits.dtype)
     if targets.label is not None:
@@ -116,12 +118,14 @@ def block_gradient(
         gradient = jnp.where(_at_label(logits, targets.label, axes), at_label, gradient)
     if targets.spread is not None:
         gradient -= share * targets.spread
-    return gradient
+    # A position without weight has no gradient, whatever its logits: padding may be NaN.
+    return jnp.where((mass == 0) & (hot == 0), 0, gradient)
 
 
 def target_gradient(logits: Array, targets: Targets, statistics: Statistics, loss_cotangent: Array) -> Array:
     """The gradient to a distribution's weights, −log p_j."""
-    return loss_cotangent * targets.share * (statistics.log_total + (statistics.max - logits))
+    share = loss_cotangent * targets.share
+    return jnp.where(share == 0, 0, share * (statistics.log_total + (statistics.max - logits)))
 
 
 def _at_label(logits: Array, label: Array, axes: tuple[int, ...]) -> Array:

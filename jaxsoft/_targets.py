@@ -65,6 +65,8 @@ def read_targets(
                 f"targets: expected integer labels of shape {positions}, the logits' {shape} "
                 f"without axis {axis}, got {given.shape}"
             )
+        if given.dtype.itemsize < 4:  # int8 cannot hold the number of classes to compare with
+            given = given.astype(jnp.int32)
         inside = (given >= 0) & (given < classes)
         allowed = f"a label in [0, {classes})"
         if ignore_index is not None:
@@ -94,7 +96,8 @@ def read_targets(
     if where is not None:  # a removed class is no variable of the loss
         spread = jnp.where(where, spread, lax.stop_gradient(spread))
     if class_weights is not None:
-        spread = spread * by_class.reshape(along_classes)
+        c = by_class.reshape(along_classes)
+        spread = jnp.where(c == 0, 0, c * spread)  # a class without weight has no gradient, even at −inf
     if label_smoothing:
         spread = (1 - label_smoothing) * spread + label_smoothing * uniform
     counted = jnp.expand_dims(counted, axis)
@@ -111,6 +114,6 @@ def _constant(name: str, value: ArrayLike, dtype: jnp.dtype) -> Array:
 
 
 def _equals(labels: Array, index: int) -> Array:
-    """Labels == index, also where the labels' dtype cannot hold the index (255 in int8 would wrap)."""
+    """Labels == index, also where the labels' dtype cannot hold the index and comparing would wrap it."""
     limits = jnp.iinfo(labels.dtype)
     return labels == index if limits.min <= index <= limits.max else jnp.zeros(labels.shape, bool)

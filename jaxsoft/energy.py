@@ -358,7 +358,7 @@ def boltzmann_probability(
         raise ValueError(f"low: expected 0 or -1, got {low}")
     t = _scalar("temperature", temperature, h)
     if not isinstance(t, Tracer) and not t > 0:
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+        raise ValueError(f"temperature: expected a number that is positive in {t.dtype}, got {temperature}")
     check_values("temperature", t, t > 0, "a positive number")
     return jax.nn.sigmoid((1 - low) * h / t)
 
@@ -529,7 +529,7 @@ def rbm_gibbs(
     v = _units("visible", visible, w.shape[0])
     if as_integer("steps", steps) < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
-    v = v.astype(jnp.result_type(v, w))
+    v, w, b, c = (a.astype(jnp.result_type(v, w, b, c)) for a in (v, w, b, c))
 
     def step(state: tuple[Array, Array], key: Array) -> tuple[tuple[Array, Array], None]:
         hidden_key, visible_key = jax.random.split(key)

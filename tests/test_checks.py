@@ -53,6 +53,12 @@ def test_under_vmap():
         checked(jax.vmap(cross_entropy))(LOGITS, with_label((1, 2), 8))
 
 
+def test_inside_another_transformation():
+    for transformed in (jax.jit(checked(cross_entropy)), jax.grad(checked(cross_entropy))):
+        with pytest.raises(TypeError, match="wrap checked around jit, grad and vmap"):
+            transformed(LOGITS, jnp.asarray(LABELS))
+
+
 def test_without_checks_nothing_raises_after_checks_ran():
     fn = jax.jit(cross_entropy)
     labels = with_label((0, 0), -1)

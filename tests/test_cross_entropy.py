@@ -11,7 +11,7 @@ import pytest
 from jax.test_util import check_grads
 
 import reference
-from jaxsoft import cross_entropy, softmax
+from jaxsoft import checked, cross_entropy, softmax
 
 rng = np.random.default_rng(0)
 LOGITS = rng.normal(size=(12, 5)) * 3
@@ -184,6 +184,13 @@ def test_ignore_index_that_the_labels_dtype_cannot_hold_ignores_nothing():
         )
 
 
+def test_narrow_labels_among_many_classes():
+    logits = jnp.asarray(np.random.default_rng(8).normal(size=(4, 200)))
+    labels = jnp.array([0, 5, 127, 3])
+    for dtype in (jnp.int8, jnp.uint8, jnp.int16):
+        assert cross_entropy(logits, labels.astype(dtype)) == cross_entropy(logits, labels)
+
+
 def test_ignored_positions_do_not_count():
     labels = np.where(np.arange(12) < 7, LABELS, 255).astype(np.uint8)
     run = jax.value_and_grad(lambda z, y: cross_entropy(z, y, ignore_index=255, z_loss=0.01, label_smoothing=0.1))
@@ -284,6 +291,72 @@ def test_a_removed_label_costs_infinity_with_finite_gradients():
     np.testing.assert_array_equal(gradient, 0)
 
 
+def test_positions_that_take_no_part_may_hold_anything():
+    labels, options = jnp.array([0, 255]), {"ignore_index": 255, "label_smoothing": 0.1, "z_loss": 0.1}
+    for poison in (np.nan, np.inf, -np.inf):
+        logits = jnp.array([[1.0, 2.0, 3.0], [poison, 0.0, 0.0]])
+        value, gradient = jax.value_and_grad(cross_entropy)(logits, labels, **options)
+        expected, expected_gradient = jax.value_and_grad(cross_entropy)(logits[:1], labels[:1], **options)
+        np.testing.assert_allclose(value, expected, rtol=1e-14)
+        np.testing.assert_allclose(gradient, [*expected_gradient, [0, 0, 0]], rtol=1e-13)
+        weights = jnp.array([1.0, 0.0])
+        distribution = jnp.array([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]])
+        for argument in (0, 1):
+            gradient = jax.grad(cross_entropy, argnums=argument)(logits, distribution, weights=weights)
+            np.testing.assert_array_equal(gradient[1], 0)
+            assert np.isfinite(gradient).all()
+    checked(lambda z: cross_entropy(z, labels, ignore_index=255))(jnp.array([[1.0, 2.0], [jnp.nan, 0.0]]))
+
+
+def test_positions_without_any_possible_class():
+    logits, label = jnp.full((1, 3), -jnp.inf), jnp.array([0])
+    for scale in (1.0, 1024.0):
+        value, gradient = jax.value_and_grad(lambda z, k=scale: k * cross_entropy(z, label))(logits)
+        assert value == np.inf
+        np.testing.assert_array_equal(gradient, 0)
+    assert np.isfinite(jax.hessian(lambda z: cross_entropy(z, label))(logits)).all()
+
+
+def test_every_option_together_for_distributions():
+    mask = np.random.default_rng(6).random((12, 5)) < 0.7
+    mask[:, 0] = True
+    t = np.where(mask, DISTRIBUTION, 0)
+    options = {"class_weights": CLASS_WEIGHTS, "label_smoothing": 0.2, "z_loss": 0.1, "weights": WEIGHTS, "where": mask}
+    value, pullback = jax.vjp(lambda z, t: cross_entropy(z, t, **options), jnp.asarray(LOGITS), jnp.asarray(t))
+    to_logits, to_targets = pullback(jnp.array(1.7))
+
+    def expected(z, t):
+        total = 0.0
+        for n in range(12):
+            kept = np.flatnonzero(mask[n])
+            q = CLASS_WEIGHTS[kept] * (0.8 * t[n, kept] + 0.2 / kept.size)
+            total += WEIGHTS[n] * reference.losses(z[n, kept], q, 0.1)
+        return total / WEIGHTS.sum()
+
+    wanted, wanted_pullback = jax.vjp(expected, jnp.asarray(LOGITS), jnp.asarray(t))
+    np.testing.assert_allclose(value, wanted, rtol=1e-12)
+    for actual, gradient in zip((to_logits, to_targets), wanted_pullback(jnp.array(1.7)), strict=True):
+        np.testing.assert_allclose(actual, gradient, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 2**-8), (jnp.float16, 2**-10)])
+def test_half_precision_gradients(dtype, tolerance):
+    logits = jnp.asarray(LOGITS).astype(dtype)
+    for targets in (jnp.asarray(LABELS), jnp.asarray(DISTRIBUTION).astype(dtype)):
+        value, pullback = jax.vjp(
+            lambda z, t=targets: cross_entropy(z, t, reduction="none", label_smoothing=0.1), logits
+        )
+        cotangent = np.random.default_rng(7).normal(size=12).astype(np.float32)
+        (gradient,) = pullback(jnp.asarray(cotangent))
+        wide = targets if targets.dtype == jnp.asarray(LABELS).dtype else targets.astype(jnp.float64)
+        exact = jax.vjp(
+            lambda z, t=wide: cross_entropy(z, t, reduction="none", label_smoothing=0.1), logits.astype(jnp.float64)
+        )
+        np.testing.assert_allclose(value, exact[0], rtol=1e-5)
+        expected = exact[1](jnp.asarray(cotangent, jnp.float64))[0]
+        np.testing.assert_allclose(gradient.astype(jnp.float64), expected, rtol=0, atol=2 * tolerance)
+
+
 def test_impossible_classes_without_target_weight_cost_nothing():
     logits = jnp.array([1.0, -jnp.inf, 2.0])
     for targets in (jnp.array(2), jnp.array([0.0, 0.0, 1.0])):
@@ -379,12 +452,12 @@ N5 = np.zeros((4, 5))
         (lambda: cross_entropy(N5, np.zeros(4, bool)), TypeError, "targets: expected integer labels or a floating distribution, got dtype bool"),
         (lambda: cross_entropy(N5 > 0, np.zeros(4, int)), TypeError, "logits: expected real numbers, got dtype bool"),
         (lambda: cross_entropy(N5, np.zeros(4, int), axis=2), ValueError, "axis: expected an integer in [-2, 2), got 2"),
-        (lambda: cross_entropy(np.zeros(()), np.zeros((), int)), ValueError, "axis: expected an integer in [0, 0), got -1"),
+        (lambda: cross_entropy(np.zeros(()), np.zeros((), int)), ValueError, "axis: expected an array with at least one axis, the classes, got a scalar"),
         (lambda: cross_entropy(np.zeros((4, 0)), np.zeros(4, int)), ValueError, "logits: expected at least one class along axis 1, got shape (4, 0)"),
         (lambda: cross_entropy(N5, np.zeros(4, int), reduction="avg"), ValueError, "reduction: expected 'none', 'sum' or 'mean', got 'avg'"),
         (lambda: cross_entropy(N5, np.zeros(4, int), label_smoothing=1.1), ValueError, "label_smoothing: expected a finite number in [0, 1], got 1.1"),
         (lambda: cross_entropy(N5, np.zeros(4, int), label_smoothing=-0.1), ValueError, "label_smoothing: expected a finite number in [0, 1], got -0.1"),
-        (lambda: cross_entropy(N5, np.zeros(4, int), label_smoothing="a"), TypeError, "label_smoothing: expected a Python number, got str"),
+        (lambda: cross_entropy(N5, np.zeros(4, int), label_smoothing="a"), TypeError, "label_smoothing: expected a Python number, an option being static, got str"),
         (lambda: cross_entropy(N5, np.zeros(4, int), z_loss=np.nan), ValueError, "z_loss: expected a finite number at least 0, got nan"),
         (lambda: cross_entropy(N5, np.zeros(4, int), class_weights=np.ones(4)), ValueError, "class_weights: expected shape (5,), one weight a class, got (4,)"),
         (lambda: cross_entropy(N5, np.zeros(4, int), weights=np.ones(5)), ValueError, "weights: expected a shape that broadcasts to (4,), got (5,)"),

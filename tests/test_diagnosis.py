@@ -72,6 +72,18 @@ def test_each_mistake_is_named(verdict, n, classes, dtype, mean):
     assert diagnosis.error > 1e-3
 
 
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_labels_counted_from_one_whose_last_class_has_no_one_hot_row(shift):
+    z, labels, o, _ = problem(64, 5)
+    wrong = o - ((labels + shift)[:, None] == np.arange(5))
+    assert diagnose_gradient(z, labels, wrong).verdict == "labels shifted by one"
+
+
+def test_one_entry_at_the_label_is_not_taken_for_a_known_mistake_times_a_number():
+    z, labels, _, t = problem(1, 5)
+    assert diagnose_gradient(z, labels, -7 * t).verdict == "wrong"
+
+
 @pytest.mark.parametrize("factor", [3.0, 0.37])
 def test_a_factor_is_named(factor):
     z, labels, o, t = problem(7, 5)
@@ -90,6 +102,9 @@ def test_a_mistake_with_an_odd_factor_is_still_named():
 def test_a_transposed_gradient(n, classes):
     z, labels, o, t = problem(n, classes)
     assert diagnose_gradient(z, labels, (o - t).T).verdict == "transposed"
+    columns = diagnose_gradient(z.T, labels, o - t, 0)
+    assert (columns.correct, columns.verdict) == (False, "transposed")
+    assert diagnose_gradient(z.T, labels, (o - t).T, 0).correct
 
 
 def test_unnormalised_targets_need_tau():
@@ -121,6 +136,17 @@ def test_ignored_positions(ignored):
 def test_all_zero():
     z, labels, *_ = problem(3, 4)
     assert diagnose_gradient(z, labels, np.zeros_like(z)).verdict == "all zero"
+
+
+def test_a_vector_that_the_model_is_sure_of_is_judged_too():
+    z, labels, *_ = problem(6, 4)
+    z[2] = np.where(np.arange(4) == labels[2], 16.0, 0.0)
+    right = np.array(jax.grad(lambda z: cross_entropy(z, labels, reduction="sum"))(jnp.asarray(z)))
+    assert diagnose_gradient(z, labels, right).correct
+    for factor in (-1, 0):
+        wrong = right.copy()
+        wrong[2] *= factor
+        assert not diagnose_gradient(z, labels, wrong).correct
 
 
 @pytest.mark.parametrize(("dtype", "gap"), [(np.float32, 104), (np.float64, 746)])
@@ -158,6 +184,36 @@ def test_a_missing_maximum_is_recognised_and_an_unknown_cause_admitted():
     )
 
 
+def causes(z, labels):
+    """The three usual causes in JAX, which flushes the smallest numbers to zero where NumPy does not."""
+    t = np.eye(z.shape[1], dtype=z.dtype)[labels]
+    whole, bare = jnp.exp(z - z.max()), jnp.exp(z)
+    return {
+        "maximum of the whole array": whole / whole.sum(1, keepdims=True) - t,
+        "no maximum was subtracted": bare / bare.sum(1, keepdims=True) - t,
+        "divides by zero": jax.grad(lambda z: -jnp.sum(t * jnp.log(jax.nn.softmax(z))))(z),
+    }
+
+
+@pytest.mark.parametrize("gap", [95, 110])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_causes_are_recognised_in_float32_on_the_device_whatever_the_dtype_of_the_logits(gap, dtype):
+    z = np.array([[gap, 0, 2], [gap, gap + 1, gap + 2], [0, 0, 1]], dtype)
+    labels = np.array([1, 1, 2])
+    for cause, gradient in causes(jnp.asarray(z, jnp.float32), labels).items():
+        assert cause in str(diagnose_gradient(z, labels, gradient))
+
+
+@pytest.mark.parametrize("gap", [90, 110])
+def test_e3_15_the_product_with_the_explicit_jacobian(gap):
+    """−inf at a gap of 90 in float32, NaN at 110."""
+    z, t = np.array([[gap, 0, 1]], np.float32), np.array([0, 1, 0], np.float32)
+    o = np.exp(z[0] - gap) / np.exp(z[0] - gap).sum()
+    with np.errstate(all="ignore"):
+        gradient = (np.diag(o) - np.outer(o, o)) @ (-t / o)
+    assert "divides by zero" in str(diagnose_gradient(z, np.array([1]), gradient[None]))
+
+
 def test_p_minus_one_in_float32_is_called_lost_not_right():
     z = np.array([[14.0, 0.0, 0.0], [0.0, 15.0, 0.0]], np.float32)
     e = np.exp(z - z.max(1, keepdims=True))
@@ -166,6 +222,29 @@ def test_p_minus_one_in_float32_is_called_lost_not_right():
     assert (diagnosis.correct, diagnosis.verdict) == (False, "lost to rounding")
     ours = jax.grad(lambda z: cross_entropy(z, labels, reduction="sum"))(jnp.asarray(z))
     assert diagnose_gradient(z, labels, ours).correct
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("margin", [16, 30, 40, 60, 80, 87, 88, 90, 104, 200])
+def test_a_label_that_leads_by_far_is_judged_by_its_tail(margin, dtype, one_hot):
+    """The other classes' sum, by hand: also in float64 the truth must not be p − 1."""
+    z = np.array([[margin, 0, 0]], dtype)
+    targets = np.eye(3)[[0]] if one_hot else np.array([0])
+    p = np.exp(-float(margin)) / (1 + 2 * np.exp(-float(margin)))
+    exact = np.array([[-2 * p, p, p]], dtype)
+    diagnosis = diagnose_gradient(z, targets, exact)
+    assert diagnosis.correct
+    np.testing.assert_allclose(diagnosis.true_gradient, [[-2 * p, p, p]], rtol=1e-12)
+    ours = jax.grad(lambda z: cross_entropy(z, jnp.array([0]), reduction="sum"))(jnp.asarray(z))
+    assert diagnose_gradient(z, targets, ours).correct
+    if margin <= 80:  # the tail is a normal number of float32
+        wrong = {"lost to rounding": [[0, p, p]], "opposite sign": -exact, "right up to a factor of 3": 3 * exact, "wrong": exact[:, [1, 0, 2]], "all zero": 0 * exact}  # fmt: skip
+        for verdict, gradient in wrong.items():
+            diagnosis = diagnose_gradient(z, targets, np.asarray(gradient, dtype))
+            assert not diagnosis.correct
+            if verdict != "lost to rounding" or margin > 40:  # before, a label's zero is no rounding of float64
+                assert diagnosis.verdict == verdict
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -223,10 +302,11 @@ def test_law_no_perturbed_gradient_is_called_right(seed, classes, n, size, singl
     ("call", "error", "message"),
     [
         (lambda z, y, g: diagnose_gradient(z, y, g[:2]), ValueError, "gradient: expected the logits' shape (4, 3), got (2, 3)"),
-        (lambda z, y, g: diagnose_gradient(z, y[:2], g), ValueError, "targets: expected labels of shape (4,), got (2,)"),
+        (lambda z, y, g: diagnose_gradient(z, y[:2], g), ValueError, "targets: expected integer labels of shape (4,), got (2,)"),
         (lambda z, y, g: diagnose_gradient(z, y * 1.0, g), ValueError, "targets: expected the logits' shape (4, 3), got (4,)"),
         (lambda z, y, g: diagnose_gradient(z * np.nan, y, g), ValueError, "logits: expected finite numbers"),
         (lambda z, y, g: diagnose_gradient(z, y, g > 0), TypeError, "gradient: expected real numbers, got dtype bool"),
+        (lambda z, y, g: diagnose_gradient(z, y, jnp.asarray(g, jnp.float8_e4m3fn)), TypeError, "gradient: expected at least the precision of bfloat16, got dtype float8_e4m3fn"),
         (lambda z, y, g: diagnose_gradient(z, y, g, 2), ValueError, "axis: expected an integer in [-2, 2), got 2"),
         (lambda z, y, g: diagnose_gradient(z[:0], y[:0], g[:0]), ValueError, "logits: expected at least one position"),
         (lambda z, y, g: jax.jit(lambda a: diagnose_gradient(a, y, g).error)(z), TypeError, "logits: expected a concrete array, got a traced one"),

@@ -494,8 +494,8 @@ BAD_RBM = energy.RestrictedBoltzmann(np.ones((3, 2)), np.ones(2), np.ones(2))
         (lambda: energy.hopfield_asynchronous(S, W, order=jnp.ones(1)), TypeError, "order: expected integers, got dtype float64"),
         (lambda: energy.perceptron_criterion(S, S[:3]), ValueError, "labels: expected a shape that broadcasts to (7,), got (3,)"),
         (lambda: energy.boltzmann_probability(S, temperature=S), ValueError, "temperature: expected a scalar, got shape (7,)"),
-        (lambda: energy.boltzmann_probability(S, temperature=0), ValueError, "temperature: expected a positive number, got 0"),
-        (lambda: energy.boltzmann_probability(S, temperature=float("nan")), ValueError, "temperature: expected a positive number, got nan"),
+        (lambda: energy.boltzmann_probability(S, temperature=0), ValueError, "temperature: expected a number that is positive in float64, got 0"),
+        (lambda: energy.boltzmann_probability(S, temperature=float("nan")), ValueError, "temperature: expected a number that is positive in float64, got nan"),
         (lambda: energy.boltzmann_probability(S, low=1), ValueError, "low: expected 0 or -1, got 1"),  # pyright: ignore[reportArgumentType]
         (lambda: energy.rbm_free_energy(RBM, S), ValueError, "visible: expected 3 units along the last axis, got shape (7,)"),
         (lambda: energy.rbm_energy(RBM, S[:3], S[:3]), ValueError, "hidden: expected 2 units along the last axis, got shape (3,)"),

@@ -3,6 +3,7 @@
 import pytest
 
 from experiments import delta, derivations
+from experiments._door import ScriptError
 from experiments._numbers import Number, each, report
 
 
@@ -28,6 +29,6 @@ def test_a_number_holds_to_all_its_digits(stated, computed, holds):
 
 
 def test_a_number_that_does_not_come_out_ends_the_script(tmp_path, capsys):
-    with pytest.raises(SystemExit, match=r"error: 1 of 3 stated numbers did not come out: v\[1\]"):
+    with pytest.raises(ScriptError, match=r"1 of 3 stated numbers did not come out: v\[1\]"):
         report([Number("right", "1.0", 1.0), *each("v", (0.5, 0.25), [0.5, 0.3], 2)], tmp_path)
     assert "differs" in capsys.readouterr().out

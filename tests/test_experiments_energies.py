@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import energies, logistic
-from experiments._door import InputError
+from experiments._door import InputError, ScriptError
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_table_summary_and_pictures_are_written(request, run, pictures):
 
 def test_a_number_that_does_not_come_out_ends_in_an_error_after_the_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(logistic, "SIGMOID", "0.66818778")
-    with pytest.raises(SystemExit, match=r"did not come out: sigmoid at x = 0.7; gradient of label 1 at x = 0.7"):
+    with pytest.raises(ScriptError, match=r"did not come out: sigmoid at x = 0.7; gradient of label 1 at x = 0.7"):
         logistic.run(logistic.Config(largest=40, out=tmp_path))
     assert "sigmoid at x = 0.7" in capsys.readouterr().out
     assert (tmp_path / "summary.json").exists()

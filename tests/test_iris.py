@@ -70,6 +70,8 @@ def test_other_optimizers_learn(tmp_path, optimizer):
         (ROWS[:1], "expected at least one flower, got a header alone"),
         (ROWS[:101], "expected at least 4 flowers of each species, got 50 setosa, 50 versicolor, 0 virginica"),
         ([*ROWS[:5], ROWS[5] + ",1,2", *ROWS[6:]], "expected comma-separated text: Error tokenizing data"),
+        ([ROWS[0], *[row + "," for row in ROWS[1:]]], "expected rows of 6 values, as the header has, got more in some"),
+        ([*ROWS[:2], "", *ROWS[2:]], "line 3: SepalLength is '', expected a number"),
     ],
 )  # fmt: skip
 def test_bad_data_is_one_line_naming_file_row_and_value(tmp_path, rows, message):

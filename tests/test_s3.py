@@ -72,12 +72,6 @@ def test_e3_15_the_way_through_the_output_breaks_in_float32(gap, by_the_output):
     assert jax.grad(cross_entropy)(jnp.asarray(z), jnp.array(1))[1] == -1
 
 
-def test_s3_29_a_one_by_one_convolution_is_the_inner_product_of_each_pixel():
-    rng = np.random.default_rng(1)
-    image, kernel = jnp.asarray(rng.normal(size=(1, 4, 5, 6))), jnp.asarray(rng.normal(size=(3, 4, 1, 1)))
-    close(jax.lax.conv(image, kernel, (1, 1), "SAME"), np.einsum("nchw,kc->nkhw", image, kernel[:, :, 0, 0]), 12)
-
-
 def test_s3_28_an_image_is_150000_losses():
     logits, labels = jnp.zeros((1, 21, 300, 500)), jnp.ones((1, 300, 500), int)
     losses = cross_entropy(logits, labels, axis=1, reduction="none")

@@ -47,7 +47,7 @@ def test_equals_jax_nn(ours, theirs, shape, axis, masked):
     expected, expected_pullback = jax.vjp(lambda z: theirs(z, axis, where=mask), logits)
     np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-12)
     assert (value.shape, value.dtype) == (expected.shape, expected.dtype)
-    cotangent = jnp.where(jnp.isfinite(expected), normal(2, value.shape), 0)
+    cotangent = normal(2, value.shape)
     np.testing.assert_allclose(pullback(cotangent)[0], expected_pullback(cotangent)[0], rtol=1e-12, atol=1e-12)
 
 
@@ -83,8 +83,12 @@ def test_dtypes(ours, theirs, dtype):
     value, pullback = jax.vjp(ours, logits)
     assert value.dtype == logits.dtype
     np.testing.assert_allclose(value.astype(jnp.float64), exact, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-    (gradient,) = pullback(jnp.ones_like(value))
+    cotangent = normal(8, value.shape).astype(dtype)
+    (gradient,) = pullback(cotangent)
     assert gradient.dtype == logits.dtype
+    wide = jax.vjp(lambda z: theirs(z, axis=-1), logits.astype(jnp.float64))[1](cotangent.astype(jnp.float64))[0]
+    scale = 4 * float(jnp.abs(wide).max())
+    np.testing.assert_allclose(gradient.astype(jnp.float64), wide, rtol=0, atol=TOLERANCE[dtype] * scale)
 
 
 def test_half_precision_is_summed_in_float32():
@@ -142,6 +146,31 @@ def test_no_class_left():
     lse, pullback = jax.vjp(lambda z: logsumexp(z, where=nothing), logits)
     assert lse[0] == -np.inf
     np.testing.assert_array_equal(pullback(jnp.ones(2))[0][0], 0)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1,), (2, 1)])
+def test_every_logit_minus_infinity(shape):
+    logits = jnp.full(shape, -jnp.inf)
+    np.testing.assert_array_equal(softmax(logits), 0)
+    np.testing.assert_array_equal(log_softmax(logits), -np.inf)
+    np.testing.assert_array_equal(logsumexp(logits), -np.inf)
+    for scale in (1.0, 1e6):
+        np.testing.assert_array_equal(jax.grad(lambda z, k=scale: k * jnp.sum(softmax(z) ** 2))(logits), 0)
+        np.testing.assert_array_equal(jax.grad(lambda z, k=scale: k * jnp.sum(logsumexp(z)))(logits), 0)
+    assert np.isfinite(jax.hessian(lambda z: jnp.sum(softmax(z) ** 2))(logits)).all()
+    assert np.isfinite(jax.hessian(lambda z: jnp.sum(logsumexp(z)))(logits)).all()
+
+
+def test_cotangents_at_removed_classes_are_dropped():
+    logits, mask = jnp.array([1.0, 2.0, 3.0]), jnp.array([True, True, False])
+    for ours, theirs in ((softmax, jax.nn.softmax), (log_softmax, jax.nn.log_softmax)):
+        for poison in (1.0, jnp.nan, jnp.inf):
+            cotangent = jnp.array([1.0, -0.5, poison])
+            expected = jax.vjp(lambda z, f=theirs: f(z[:2]), logits)[1](cotangent[:2])[0]
+            actual = jax.vjp(lambda z, f=ours: f(z, where=mask), logits)[1](cotangent)[0]
+            np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-15)
+    entropy = jax.grad(lambda z: jnp.sum(jax.scipy.special.entr(softmax(z, where=mask))))(logits)
+    assert np.isfinite(entropy).all()
 
 
 def test_infinite_and_nan_logits():

@@ -1,0 +1,1 @@
+"""A small fully convolutional network trained pixel by pixel, with ignored pixels."""

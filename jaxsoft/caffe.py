@@ -1,0 +1,284 @@
+"""Caffe's softmax and loss layers, by their names and to their letter.
+
+A network moved from Caffe keeps its numbers only if the small print moves too: the class axis is 1,
+losses are clamped but their gradients are not, and a batch is averaged in one of four ways. That
+small print is all there is here: the mathematics is `jaxsoft.softmax` and `jaxsoft.cross_entropy`.
+
+Caffe sees an array as (outer, classes, inner), the dimensions before and after the class axis
+multiplied, and calls each of the outer·inner vectors of classes a position.
+"""
+
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from jaxsoft import _softmax
+from jaxsoft._checks import as_axis, as_floating, as_integer, check_values, compute_dtype
+from jaxsoft._cross_entropy import cross_entropy
+from jaxsoft._targets import _equals
+
+__all__ = ["infogain_loss", "multinomial_logistic_loss", "softmax", "softmax_with_loss"]
+
+Normalization = Literal["FULL", "VALID", "BATCH_SIZE", "NONE"]
+Labels = Int[ArrayLike, "..."] | Float[ArrayLike, "..."]
+
+FLT_MIN = 2.0**-126  # the smallest normal float32, also where Caffe runs in double precision
+LOG_THRESHOLD = 1e-20
+
+
+def softmax(x: Float[ArrayLike, "..."], axis: int = 1) -> Float[Array, "..."]:
+    """Caffe's Softmax layer: `jaxsoft.softmax` with the classes along axis 1 by default.
+
+    s_i = exp(x_i) / Σ_j exp(x_j)
+
+    Args:
+        x: scores of any rank, in any floating dtype (integers are promoted).
+        axis: the class axis; a negative one counts from the end.
+
+    Returns:
+        Array of the shape and dtype of `x` that sums to one over `axis`.
+
+    Edges, Differentiation: as `jaxsoft.softmax`.
+
+    Raises:
+        TypeError: scores that are not real numbers, an axis that is not one integer.
+        ValueError: an axis out of range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxsoft import caffe
+        >>> print(caffe.softmax(jnp.zeros((1, 4, 2, 2)))[0, :, 0, 0])
+        [0.25 0.25 0.25 0.25]
+
+    Source: Y. Jia et al., "Caffe: convolutional architecture for fast feature embedding" (2014).
+    """
+    return _softmax.softmax(x, as_axis(axis, jnp.ndim(x)))
+
+
+def softmax_with_loss(
+    logits: Float[ArrayLike, "..."],
+    labels: Labels,
+    *,
+    axis: int = 1,
+    ignore_label: int | None = None,
+    normalization: Normalization | None = None,
+    normalize: bool | None = None,
+    loss_weight: Float[ArrayLike, ""] = 1.0,
+) -> tuple[Float[Array, ""], Float[Array, "..."]]:
+    """Caffe's SoftmaxWithLoss layer: the loss of the labels, and the probabilities.
+
+    loss = loss_weight/normaliser · Σ −log max(p_label, 2⁻¹²⁶)
+    ∂loss/∂z_j = loss_weight/normaliser · (p_j − [j = label]), whether clamped or not
+
+    Args:
+        logits: scores z of any rank, classes along `axis`, in any floating dtype.
+        labels: one a position, in any shape of that many elements whose first dimension is the
+            logits'. Floats, as Caffe stores labels, are truncated to integers.
+        axis: the class axis; a negative one counts from the end.
+        ignore_label: any integer; positions of this label have loss 0 and gradient 0 and are not counted.
+        normalization: what the sum is divided by: "FULL", all positions; "VALID", those not ignored
+            (the default); "BATCH_SIZE", the dimensions before `axis`; "NONE", 1. Never by less than 1.
+        normalize: the older flag, heeded only without `normalization`: True is "VALID", False "BATCH_SIZE".
+        loss_weight: a scalar that multiplies loss and gradient.
+
+    Returns:
+        The loss, a scalar in float32, or float64 for float64 logits; and the probabilities, of the
+        logits' shape and dtype, through which gradients flow by softmax's rule.
+
+    Edges: a position costs at most 126 log 2 = 87.3365448, also where its label's logit is −inf, and
+    goes on learning there. Nothing valid gives loss 0 and gradient 0. A label that is no class and not
+    ignored, NaN included, gives a NaN loss and gradient (`checked` raises instead).
+
+    Raises:
+        TypeError: logits, labels or options of a wrong type.
+        ValueError: another number of labels than positions, or another first dimension than the
+            logits'; an axis out of range, an unknown normalization, a loss weight that is not a scalar.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxsoft import caffe
+        >>> logits = jnp.arange(24).reshape(2, 3, 2, 2) % 7 * 0.5
+        >>> labels = jnp.array([[[0, 1], [255, 2]], [[255, 255], [1, 0]]])
+        >>> for normalization in ("FULL", "VALID", "BATCH_SIZE", "NONE"):
+        ...     loss, _ = caffe.softmax_with_loss(logits, labels, ignore_label=255, normalization=normalization)
+        ...     print(f"{normalization:10} {loss:.4f}")
+        FULL       0.7225
+        VALID      1.1561
+        BATCH_SIZE 2.8902
+        NONE       5.7804
+
+    Source: Y. Jia et al. (2014); the fully convolutional use: J. Long, E. Shelhamer, T. Darrell,
+    "Fully convolutional networks for semantic segmentation" (2015).
+    """
+    z = as_floating("logits", logits)
+    axis = as_axis(axis, z.ndim)
+    label, share = _read_labels(labels, z.shape, axis, ignore_label, compute_dtype(z.dtype))
+    log_probs = _at_least(-cross_entropy(z, label, axis, reduction="none"), math.log(FLT_MIN))
+    scale = _scale(share, z.shape[:axis], normalization, normalize, loss_weight)
+    return -scale * jnp.sum(share * log_probs), softmax(z, axis)
+
+
+def infogain_loss(
+    logits: Float[ArrayLike, "..."],
+    labels: Labels,
+    infogain: Float[ArrayLike, "classes classes"],
+    *,
+    axis: int = 1,
+    ignore_label: int | None = None,
+    normalization: Normalization | None = None,
+    normalize: bool | None = None,
+    loss_weight: Float[ArrayLike, ""] = 1.0,
+) -> tuple[Float[Array, ""], Float[Array, "..."]]:
+    """Caffe's InfogainLoss layer: every class costs what a matrix says it gains at the label.
+
+    loss = loss_weight/normaliser · Σ −Σ_j H[label, j] log max(p_j, 1e-20)
+    ∂loss/∂z_j = loss_weight/normaliser · (p_j Σ_k H[label, k] − H[label, j]), whether clamped or not
+
+    That is cross-entropy against the targets t = H[label], which need not sum to one.
+
+    Args:
+        logits: scores z, classes along `axis`; like all but `infogain` as in `softmax_with_loss`.
+        labels: one a position.
+        infogain: the matrix H, a row a label, in any shape of classes² elements. A constant: no gradient.
+        axis: the class axis.
+        ignore_label: label of the positions that take no part.
+        normalization: what the sum is divided by.
+        normalize: the older flag.
+        loss_weight: a scalar that multiplies loss and gradient.
+
+    Returns:
+        The loss and the probabilities, as `softmax_with_loss`.
+
+    Edges: with the identity matrix it is `softmax_with_loss` up to the clamp. Otherwise as there.
+
+    Raises:
+        TypeError, ValueError: as `softmax_with_loss`; a matrix of another size. Under `checked`: an
+            entry of the matrix that is not finite.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxsoft import caffe
+        >>> rare_first = jnp.diag(jnp.array([10.0, 1.0]))
+        >>> print(caffe.infogain_loss(jnp.zeros((2, 2)), jnp.array([0, 1]), rare_first)[0].round(4))  # 11/2 log 2
+        3.8123
+
+    Source: Y. Jia et al. (2014).
+    """
+    z = as_floating("logits", logits)
+    axis = as_axis(axis, z.ndim)
+    classes, dtype = z.shape[axis], compute_dtype(z.dtype)
+    label, share = _read_labels(labels, z.shape, axis, ignore_label, dtype)
+    h = jax.lax.stop_gradient(as_floating("infogain", infogain)).astype(dtype)
+    if h.size != classes**2:
+        raise ValueError(f"infogain: expected shape ({classes}, {classes}), got {h.shape}")
+    check_values("infogain", h, jnp.isfinite(h), "a finite number")
+    gains = jnp.moveaxis(share[..., None] * h.reshape(classes, classes)[label], -1, axis)
+    log_probs = _at_least(_softmax.log_softmax(z.astype(dtype), axis), math.log(LOG_THRESHOLD))
+    scale = _scale(share, z.shape[:axis], normalization, normalize, loss_weight)
+    return -scale * jnp.sum(gains * log_probs), softmax(z, axis)
+
+
+def multinomial_logistic_loss(probs: Float[ArrayLike, "..."], labels: Labels) -> Float[Array, ""]:
+    """Caffe's MultinomialLogisticLoss layer: the loss of probabilities that were computed before.
+
+    loss = 1/N Σ_n −log max(p_n,label, 1e-20)        ∂loss/∂p_n,label = −1/(N max(p_n,label, 1e-20))
+
+    Behind a softmax this is the first of two schemes, dividing by a probability that may have
+    vanished and multiplying by it again; `softmax_with_loss` is the second, which does neither.
+
+    Args:
+        probs: probabilities p of any rank, N = the first dimension; the rest, flattened, are the classes.
+        labels: N labels, in any shape whose first dimension is N. Floats are truncated to integers.
+
+    Returns:
+        The mean loss, a scalar in float32, or float64 for float64 probabilities.
+
+    Edges: both value and gradient use the clamped probability, so a position costs at most
+    20 log 10 = 46.05 with a gradient of 1e20/N. No sample gives loss 0. A label that is no class
+    gives a NaN loss and gradient (`checked` raises instead).
+
+    Raises:
+        TypeError: probabilities or labels that are not real numbers.
+        ValueError: a scalar, or another number of labels than samples.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxsoft import caffe
+        >>> print(caffe.multinomial_logistic_loss(jnp.array([[0.25, 0.75]]), jnp.array([0])).round(4))  # log 4
+        1.3863
+
+    Source: Y. Jia et al. (2014).
+    """
+    p = as_floating("probs", probs)
+    if p.ndim == 0:
+        raise ValueError("probs: expected at least one axis, the samples, got a scalar")
+    p = p.reshape(len(p), math.prod(p.shape[1:])).astype(compute_dtype(p.dtype))
+    label, share = _read_labels(labels, p.shape, 1, None, p.dtype)
+    at_label = jnp.take_along_axis(p, label[:, None], 1, mode="promise_in_bounds")[:, 0]
+    return -jnp.sum(jnp.log(_at_least(share * at_label, LOG_THRESHOLD))) / max(len(p), 1)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _at_least(x: Array, floor: float) -> Array:
+    """The larger of the two, differentiated as if there were no floor: Caffe clamps no gradient."""
+    return jnp.maximum(x, floor)
+
+
+@_at_least.defjvp
+def _at_least_jvp(floor: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return _at_least(*primals, floor), *tangents
+
+
+def _read_labels(
+    labels: Labels, shape: tuple[int, ...], axis: int, ignore_label: int | None, dtype: jnp.dtype
+) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
+    """An index into the classes for each position, and its share: 1, 0 where ignored, NaN where it is no class."""
+    given = jnp.asarray(labels)
+    classes, positions = shape[axis], shape[:axis] + shape[axis + 1 :]
+    if given.size != math.prod(positions):
+        raise ValueError(
+            f"labels: expected {math.prod(positions)} labels, one a position of shape {shape} without axis {axis}, "
+            f"got {given.size} of shape {given.shape}"
+        )
+    if given.shape[:1] != shape[:1]:
+        raise ValueError(f"labels: expected {shape[0]} as first dimension like the scores, got shape {given.shape}")
+    if jnp.issubdtype(given.dtype, jnp.floating):
+        y = jnp.trunc(given)
+    elif jnp.issubdtype(given.dtype, jnp.integer):
+        y = given if given.dtype.itemsize == 8 else given.astype(jnp.int32)  # int8 cannot be compared with 200
+    else:
+        raise TypeError(f"labels: expected real numbers, got dtype {given.dtype}")
+    inside = (y >= 0) & (y < classes)
+    ignored, allowed = jnp.zeros(y.shape, bool), f"a label in [0, {classes})"
+    if ignore_label is not None:
+        index = as_integer("ignore_label", ignore_label)
+        ignored = _equals(y, index) if jnp.issubdtype(y.dtype, jnp.integer) else y == float(index)
+        allowed += f" or ignore_label={ignore_label}"
+    check_values("labels", given, inside | ignored, allowed)
+    share = jnp.where(ignored, 0, jnp.where(inside, 1, jnp.nan)).astype(dtype)
+    return jnp.where(inside, y, 0).astype(jnp.int32).reshape(positions), share.reshape(positions)
+
+
+def _scale(
+    share: Float[Array, "..."],
+    outer: tuple[int, ...],
+    normalization: Normalization | None,
+    normalize: bool | None,
+    loss_weight: Float[ArrayLike, ""],
+) -> Float[Array, ""]:
+    """loss_weight/normaliser."""
+    if normalize is not None and not isinstance(normalize, bool):
+        raise TypeError(f"normalize: expected True, False or None, got {normalize!r}")
+    if normalization is None:
+        normalization = "BATCH_SIZE" if normalize is False else "VALID"
+    counts = {"FULL": share.size, "VALID": jnp.sum(share != 0), "BATCH_SIZE": math.prod(outer), "NONE": 1}
+    if normalization not in counts:
+        raise ValueError(f"normalization: expected one of {', '.join(counts)} or None, got {normalization!r}")
+    weight = as_floating("loss_weight", loss_weight).astype(share.dtype)
+    if weight.shape:
+        raise ValueError(f"loss_weight: expected a scalar, got shape {weight.shape}")
+    return weight / jnp.maximum(counts[normalization], 1).astype(share.dtype)

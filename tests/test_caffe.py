@@ -1,0 +1,492 @@
+"""jaxsoft.caffe: Caffe's own tests, the cases it never tested, and every entry of its small print.
+
+The names S3.x and E3.x number the claims and the errors of a text on softmax in Caffe.
+"""
+
+import inspect
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import jaxsoft
+import reference
+from jaxsoft import caffe, checked
+
+FUNCTIONS = {name: getattr(caffe, name) for name in caffe.__all__}
+CAP = 87.3365448  # −log of the smallest normal float32
+EXAMPLE = np.arange(24).reshape(2, 3, 2, 2) % 7 * 0.5
+LABELS = np.array([[[0, 1], [255, 2]], [[255, 255], [1, 0]]])
+RNG = np.random.default_rng(0)
+
+
+def layer(logits, labels, *, axis=1, ignore_label=None, infogain=None, floor=2.0**-126):
+    """The layer in Caffe's own loops over a flat buffer, in NumPy: the loss's sum, its gradient, the probabilities."""
+    outer, classes, inner = np.prod(logits.shape[:axis], dtype=int), logits.shape[axis], np.prod(logits.shape[axis + 1 :], dtype=int)  # fmt: skip
+    gains = np.eye(classes) if infogain is None else infogain
+    x, y = logits.reshape(-1), np.asarray(labels).reshape(-1)
+    probs, gradient, loss = np.zeros(x.size), np.zeros(x.size), 0.0
+    for i in range(outer):
+        for j in range(inner):
+            at = [i * classes * inner + c * inner + j for c in range(classes)]
+            exponentials = np.exp(x[at] - x[at].max())
+            p = probs[at] = exponentials / exponentials.sum()
+            label = int(y[i * inner + j])
+            if label == ignore_label:
+                continue
+            for c in range(classes):
+                loss -= gains[label, c] * np.log(max(p[c], floor))
+                gradient[at[c]] = p[c] * gains[label].sum() - gains[label, c]
+    return loss, gradient.reshape(logits.shape), probs.reshape(logits.shape)
+
+
+def loss_and_gradient(logits, labels, **options):
+    return jax.value_and_grad(lambda z: caffe.softmax_with_loss(z, labels, **options)[0])(logits)
+
+
+def problem(shape, axis=1, scale=1.0, ignore_label=None):
+    logits = scale * RNG.normal(size=shape)
+    labels = RNG.integers(0, shape[axis], shape[:axis] + shape[axis + 1 :])
+    if ignore_label is not None:
+        labels = np.where(RNG.random(labels.shape) < 0.3, ignore_label, labels)
+    return logits, labels
+
+
+# Caffe's own tests: sizes and tolerances
+
+
+@pytest.mark.x32
+def test_upstream_softmax_forward():
+    """(2,10,2,3): sums to one and equals exp(x)/Σexp(x), to 1e-4."""
+    x = RNG.normal(size=(2, 10, 2, 3)).astype(np.float32)
+    probs = caffe.softmax(x)
+    assert probs.dtype == jnp.float32
+    assert probs.shape == x.shape
+    np.testing.assert_allclose(probs.sum(1), 1, atol=1e-4)
+    np.testing.assert_allclose(probs, np.exp(x) / np.exp(x).sum(1, keepdims=True), atol=1e-4)
+
+
+def test_upstream_softmax_gradient():
+    """(2,10,2,3): every output's gradient against differences, to 1e-3; against the reference to 1e-12."""
+    x, cotangent = RNG.normal(size=(2, 2, 10, 2, 3))
+    check_grads(caffe.softmax, (x,), order=2, modes=["rev"], atol=1e-3, rtol=1e-3)
+    (gradient,) = jax.vjp(caffe.softmax, x)[1](cotangent)
+    (expected,) = jax.vjp(lambda x: reference.softmax(x, 1), x)[1](cotangent)
+    np.testing.assert_allclose(gradient, expected, atol=1e-12)
+
+
+@pytest.mark.x32
+def test_upstream_loss_gradient():
+    """(10,5,2,3) logits of N(0,10²): against differences in float32 to 1e-2, upstream's step 1e-2."""
+    logits, labels = problem((10, 5, 2, 3), scale=10)
+    logits = logits.astype(np.float32)
+    _, gradient = loss_and_gradient(logits, labels, loss_weight=30.0)
+    for index in [(0, 0, 0, 0), (3, 2, 1, 2), (9, 4, 1, 1), (5, int(labels[5, 0, 1]), 0, 1)]:
+        step = np.zeros_like(logits)
+        step[index] = 1e-2
+        up, down = (caffe.softmax_with_loss(logits + s, labels, loss_weight=30.0)[0] for s in (step, -step))
+        np.testing.assert_allclose(gradient[index], (up - down) / 2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("ignore_label", [None, 0, 255, -1])
+@pytest.mark.parametrize("normalization", ["FULL", "VALID", "BATCH_SIZE", "NONE"])
+def test_upstream_loss_gradient_in_double_precision(normalization, ignore_label):
+    """(10,5,2,3) logits of N(0,10²): loss and gradient against Caffe's loops, to rounding."""
+    logits, labels = problem((10, 5, 2, 3), scale=10, ignore_label=ignore_label)
+    loss, gradient = loss_and_gradient(logits, labels, ignore_label=ignore_label, normalization=normalization)
+    total, expected, _ = layer(logits, labels, ignore_label=ignore_label)
+    valid = int((labels != ignore_label).sum()) if ignore_label is not None else 60
+    count = {"FULL": 60, "VALID": valid, "BATCH_SIZE": 10, "NONE": 1}[normalization]
+    np.testing.assert_allclose(loss, total / count, rtol=1e-12)
+    np.testing.assert_allclose(gradient, expected / count, atol=1e-14)
+
+
+@pytest.mark.x32
+def test_upstream_ignoring_each_class_in_turn():
+    """Σ over k of the loss ignoring k = 4·(full loss) for 5 classes, normalize false: upstream's 1e-4."""
+    logits, labels = problem((10, 5, 2, 3), scale=10)
+    full, *parts = (
+        caffe.softmax_with_loss(jnp.float32(logits), labels, normalize=False, ignore_label=k)[0]
+        for k in (None, *range(5))
+    )
+    np.testing.assert_allclose(sum(parts), 4 * full, rtol=1e-4)
+
+
+# The normalisers
+
+
+@pytest.mark.parametrize(
+    ("normalization", "stated"), [("FULL", 0.722547), ("VALID", 1.156076), ("BATCH_SIZE", 2.890190), ("NONE", 5.780380)]
+)
+def test_normalisation_table(normalization, stated):
+    """The worked example to 1e-6, loss and gradient."""
+    loss, gradient = loss_and_gradient(EXAMPLE, LABELS, ignore_label=255, normalization=normalization)
+    assert loss == pytest.approx(stated, abs=1e-6)
+    np.testing.assert_allclose(gradient, layer(EXAMPLE, LABELS, ignore_label=255)[1] * stated / 5.780380, atol=1e-6)
+
+
+def test_batch_size_divides_by_the_dimensions_before_the_axis():
+    """(2,4,3,5), axis 2: by 8, not by shape[0]; negative axes count from the end."""
+    logits, labels = problem((2, 4, 3, 5), axis=2)
+    total, gradient, _ = layer(logits, labels, axis=2)
+    for axis in (2, -2):
+        loss, computed = loss_and_gradient(logits, labels, axis=axis, normalization="BATCH_SIZE")
+        np.testing.assert_allclose(loss, total / 8, rtol=1e-13)
+        np.testing.assert_allclose(computed, gradient / 8, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("normalization", "normalize", "means"),
+    [
+        (None, None, "VALID"),
+        (None, True, "VALID"),
+        (None, False, "BATCH_SIZE"),
+        ("FULL", False, "FULL"),
+        ("VALID", False, "VALID"),
+        ("NONE", True, "NONE"),
+    ],
+)
+def test_the_old_flag_counts_only_where_normalization_is_unset(normalization, normalize, means):
+    stated = {"FULL": 0.722547, "VALID": 1.156076, "BATCH_SIZE": 2.890190, "NONE": 5.780380}[means]
+    loss, _ = caffe.softmax_with_loss(
+        EXAMPLE, LABELS, ignore_label=255, normalization=normalization, normalize=normalize
+    )
+    assert loss == pytest.approx(stated, abs=1e-6)
+
+
+@pytest.mark.parametrize("normalization", ["FULL", "VALID", "BATCH_SIZE", "NONE"])
+@pytest.mark.parametrize("batch", [2, 0])
+def test_nothing_valid_gives_zero_and_zero(normalization, batch):
+    """Never a division by zero: an image without a valid pixel, and no image."""
+    logits = EXAMPLE[:batch]
+    loss, gradient = loss_and_gradient(logits, np.full((batch, 2, 2), 7), ignore_label=7, normalization=normalization)
+    assert loss == 0
+    np.testing.assert_array_equal(gradient, np.zeros(logits.shape))
+
+
+# What upstream never tested (with FULL, NONE and nothing valid above)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((4, 3), 1), ((2, 3, 4), 2), ((2, 3, 4, 2), 3), ((2, 3, 2, 2, 2), 1), ((2, 4, 2), 0)])  # fmt: skip
+def test_any_axis_of_any_rank(shape, axis):
+    """Against Caffe's loops; with axis 0 the labels must still have the logits' first dimension."""
+    logits, labels = problem(shape, axis)
+    labels = labels.reshape(shape[0], -1)
+    loss, gradient = loss_and_gradient(logits, labels, axis=axis, normalization="NONE")
+    total, expected, probs = layer(logits, labels, axis=axis)
+    np.testing.assert_allclose(loss, total, rtol=1e-13)
+    np.testing.assert_allclose(gradient, expected, atol=1e-15)
+    np.testing.assert_allclose(caffe.softmax(logits, axis), probs, rtol=1e-13)
+
+
+def test_second_output_is_the_probabilities_and_gradients_flow_through_it():
+    """By softmax's rule, added to the loss's own gradient."""
+    logits, labels = problem((2, 3, 2, 2))
+    cotangent = RNG.normal(size=logits.shape)
+    (loss, probs), vjp = jax.vjp(lambda z: caffe.softmax_with_loss(z, labels, normalization="NONE"), logits)
+    total, gradient, expected = layer(logits, labels)
+    np.testing.assert_allclose(loss, total, rtol=1e-13)
+    np.testing.assert_allclose(probs, expected, rtol=1e-13)
+    through = expected * (cotangent - (expected * cotangent).sum(1, keepdims=True))
+    np.testing.assert_allclose(vjp((jnp.array(0.0), cotangent))[0], through, atol=1e-15)
+    np.testing.assert_allclose(vjp((jnp.array(2.0), cotangent))[0], 2 * gradient + through, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("gap", [80.0, 90.0, 110.0, 1000.0, np.inf])
+def test_a_position_costs_at_most_the_clamp_and_its_gradient_ignores_it(gap, dtype):
+    """87.3365448 from there on, and always a gradient of −1; at −inf too."""
+    logits = jnp.asarray([[0.0, -gap]], dtype)
+    loss, gradient = loss_and_gradient(logits, np.array([1]))
+    assert loss == pytest.approx(min(gap, CAP), abs=5.1e-8 if dtype == "float64" else 4e-6)
+    np.testing.assert_allclose(gradient, [[1, -1]], rtol=1e-6)
+    assert (loss.dtype, gradient.dtype) == (dtype, dtype)
+
+
+def test_e3_15_the_second_scheme_has_a_gradient_where_the_first_has_none():
+    """Through float32 probabilities and 1/p the label's gradient dies at a gap of 110; directly it is −1."""
+    logits = jnp.array([[0.0, -110.0]], jnp.float32)
+    label = np.array([1])
+    first = jax.grad(lambda z: caffe.multinomial_logistic_loss(caffe.softmax(z), label))(logits)
+    assert first[0, 1] == 0
+    assert loss_and_gradient(logits, label)[1][0, 1] == -1
+
+
+def test_infinite_logits():
+    """−inf off the label is a class of probability 0; a vector of −inf alone costs the clamp and stays finite."""
+    loss, gradient = loss_and_gradient(np.array([[0.0, -np.inf, np.log(3)]]), np.array([0]))
+    assert loss == pytest.approx(np.log(4), rel=1e-14)
+    np.testing.assert_allclose(gradient, [[-0.75, 0, 0.75]], rtol=1e-14)
+    loss, gradient = loss_and_gradient(np.full((1, 3), -np.inf), np.array([0]))
+    assert loss == pytest.approx(CAP, abs=5.1e-8)
+    assert np.isfinite(gradient).all()
+
+
+BAD = {
+    "int": np.array([3, -1, 1000, -(2**31), 2**32 + 1]),
+    "float": np.array([3.0, -1.0, np.nan, np.inf, -np.inf, 1e30, 2.0**32 + 1]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("ignore_label", [None, -7])
+def test_bad_labels_are_nan_there_and_an_error_under_checked(kind, ignore_label):
+    """Loss NaN, gradient NaN at those positions and right elsewhere, also under jit."""
+    labels = np.append(BAD[kind], [1, 0])
+    logits = RNG.normal(size=(len(labels), 3))
+    loss, gradient = jax.jit(lambda z: loss_and_gradient(z, labels, ignore_label=ignore_label))(logits)
+    assert np.isnan(loss)
+    assert np.isnan(gradient[:-2]).all()
+    np.testing.assert_allclose(gradient[-2:], layer(logits[-2:], [1, 0])[1] / len(labels), atol=1e-15)
+    allowed = "" if ignore_label is None else f" or ignore_label={ignore_label}"
+    with pytest.raises(ValueError, match=re.escape(f"labels[0] is {labels[0]}: expected a label in [0, 3){allowed}")):
+        checked(lambda z: caffe.softmax_with_loss(z, labels, ignore_label=ignore_label)[0])(logits)
+
+
+@pytest.mark.x32
+def test_an_ignored_label_that_no_label_can_be():
+    """A Python integer beyond the labels' dtype ignores nothing."""
+    for labels in (np.array([0, 1], np.int32), np.array([0, 1], np.float32)):
+        loss, _ = caffe.softmax_with_loss(jnp.zeros((2, 3)), labels, ignore_label=2**40)
+        assert loss == pytest.approx(np.log(3), rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("ignore_label", [-1, -2])
+def test_a_label_that_is_not_a_number_is_never_the_ignored_one(bad, ignore_label):
+    loss, _ = caffe.softmax_with_loss(np.zeros((2, 3)), np.array([0, bad]), ignore_label=ignore_label)
+    assert np.isnan(loss)
+
+
+# Labels
+
+
+def test_labels_given_as_floats_are_truncated_to_integers():
+    """Towards zero, as a cast in C: −0.9 is class 0, 254.5 is not 255."""
+    logits = RNG.normal(size=(5, 3))
+    loss, gradient = loss_and_gradient(logits, np.array([0.0, 1.9, 2.5, -0.9, 255.7]), ignore_label=255)
+    expected = loss_and_gradient(logits, np.array([0, 1, 2, 0, 255]), ignore_label=255)
+    assert loss == expected[0]
+    np.testing.assert_array_equal(gradient, expected[1])
+    assert np.isnan(caffe.softmax_with_loss(logits, np.full(5, 254.5), ignore_label=255)[0])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "uint32", "uint64", "float16"])
+def test_labels_of_any_dtype(dtype):
+    """Also more classes than the dtype of the labels counts, and an ignored label it cannot hold."""
+    logits = RNG.normal(size=(3, 200))
+    loss, _ = caffe.softmax_with_loss(logits, np.array([0, 100, 127]).astype(dtype), ignore_label=-1)
+    np.testing.assert_allclose(loss, layer(logits, [0, 100, 127])[0] / 3, rtol=1e-13)
+
+
+def test_s3_31_labels_lie_at_i_inner_plus_j():
+    """Any shape of the right size whose first dimension is the batch, read in memory's order."""
+    logits, labels = problem((2, 3, 2, 2))
+    expected = caffe.softmax_with_loss(logits, labels)[0]
+    for shape in [(2, 1, 2, 2), (2, 4), (2, 4, 1, 1)]:
+        assert caffe.softmax_with_loss(logits, labels.reshape(shape))[0] == expected
+
+
+def test_e3_8_all_gradients_of_an_ignored_pixel_are_zero():
+    """p_i − 1 at the label, p_i off it, 0 for the whole class vector where ignored, the label being a class."""
+    logits = np.array([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+    loss, gradient = loss_and_gradient(logits, np.array([2, 0]), ignore_label=0)
+    assert loss == pytest.approx(0.40760596, abs=5.1e-9)
+    np.testing.assert_allclose(gradient[0], [0.09003057, 0.24472847, -0.33475904], atol=5.1e-9)
+    np.testing.assert_array_equal(gradient[1], np.zeros(3))
+
+
+def test_loss_weight_multiplies_loss_and_gradient():
+    """Python numbers, arrays and tracers alike; the probabilities are not touched."""
+    logits, labels = problem((2, 3, 2))
+    loss, gradient = loss_and_gradient(logits, labels)
+    for weight in (2, -0.5, np.float32(3), jnp.array(0.25)):
+        weighted = jax.jit(lambda z, w: loss_and_gradient(z, labels, loss_weight=w))(logits, weight)
+        np.testing.assert_allclose(weighted[0], float(weight) * loss, rtol=1e-14)
+        np.testing.assert_allclose(weighted[1], float(weight) * gradient, rtol=1e-14, atol=1e-17)
+
+
+# Infogain and multinomial logistic loss
+
+GAINS = np.array([[1.0, 0.2, 0.0], [0.0, 2.0, 0.5], [-0.3, 0.1, 1.0]])
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((4, 3), 1), ((2, 3, 2, 2), 1), ((2, 2, 3, 2), 2), ((2, 3, 2, 3), -1)])
+@pytest.mark.parametrize("normalization", ["FULL", "VALID", "BATCH_SIZE", "NONE"])
+def test_infogain_loss(shape, axis, normalization):
+    """−Σ H[y,l] log p_l and p_l ΣH[y,:] − H[y,l]; ignored positions and normalisers as softmax_with_loss."""
+    logits, labels = problem(shape, axis % len(shape), ignore_label=255)
+    (loss, probs), vjp = jax.vjp(
+        lambda z: caffe.infogain_loss(z, labels, GAINS, axis=axis, ignore_label=255, normalization=normalization),
+        logits,
+    )
+    axis %= len(shape)
+    total, gradient, expected = layer(logits, labels, axis=axis, ignore_label=255, infogain=GAINS, floor=1e-20)
+    outer = int(np.prod(shape[:axis]))
+    valid = int((labels != 255).sum())
+    count = {"FULL": labels.size, "VALID": max(valid, 1), "BATCH_SIZE": outer, "NONE": 1}[normalization]
+    np.testing.assert_allclose(loss, total / count, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(probs, expected, rtol=1e-13)
+    np.testing.assert_allclose(vjp((jnp.array(1.0), jnp.zeros(shape)))[0], gradient / count, atol=1e-15)
+
+
+def test_infogain_clamp_is_1e_20_and_its_gradient_ignores_it():
+    """20 log 10 a class, −inf included; the gradient is that of τo − t."""
+    logits = np.array([[0.0, -100.0, -np.inf]])
+    loss, gradient = jax.value_and_grad(lambda z: caffe.infogain_loss(z, np.array([0]), np.ones((3, 3)))[0])(logits)
+    assert loss == pytest.approx(2 * 20 * np.log(10), rel=1e-13)
+    np.testing.assert_allclose(gradient, [[2, -1, -1]], rtol=1e-13)
+
+
+def test_infogain_with_the_identity_is_softmax_with_loss():
+    logits, labels = problem((2, 3, 2, 2), scale=3)
+    for output, expected in zip(
+        caffe.infogain_loss(logits, labels, np.eye(3)), caffe.softmax_with_loss(logits, labels), strict=True
+    ):
+        np.testing.assert_allclose(output, expected, rtol=1e-12)
+
+
+def test_infogain_matrix_is_a_constant_of_any_shape_with_classes_squared_entries():
+    logits, labels = problem((2, 3))
+    loss, gradient = jax.value_and_grad(lambda h: caffe.infogain_loss(logits, labels, h)[0])(GAINS[None, None])
+    assert loss == caffe.infogain_loss(logits, labels, GAINS)[0]
+    assert not gradient.any()
+
+
+def test_infogain_bad_label_is_nan_there_and_an_error_under_checked():
+    logits = RNG.normal(size=(2, 3))
+    fn = jax.value_and_grad(lambda z: caffe.infogain_loss(z, np.array([-1, 2]), GAINS)[0])
+    loss, gradient = fn(logits)
+    assert np.isnan(loss)
+    assert np.isnan(gradient[0]).all()
+    assert np.isfinite(gradient[1]).all()
+    with pytest.raises(ValueError, match=re.escape("labels[0] is -1: expected a label in [0, 3)")):
+        checked(fn)(logits)
+    bad = np.where(GAINS == 0.5, np.nan, GAINS)
+    with pytest.raises(ValueError, match=re.escape("infogain[1, 2] is nan: expected a finite number")):
+        checked(lambda z: caffe.infogain_loss(z, np.array([0, 2]), bad)[0])(logits)
+
+
+def test_multinomial_logistic_loss():
+    """−Σ log p_label / N over the first dimension, the rest flattened into the classes; −1/(N p) at the label."""
+    probs = RNG.dirichlet(np.ones(6), 4).reshape(4, 3, 2)
+    labels = np.array([5, 0, 3, 3])
+    at = np.arange(4), labels
+    expected = np.zeros((4, 6))
+    expected[at] = -1 / (4 * probs.reshape(4, 6)[at])
+    for shape in [(4,), (4, 1, 1, 1)]:
+        loss, gradient = jax.value_and_grad(caffe.multinomial_logistic_loss)(probs, labels.reshape(shape) + 0.5)
+        np.testing.assert_allclose(loss, -np.log(probs.reshape(4, 6)[at]).mean(), rtol=1e-13)
+        np.testing.assert_allclose(gradient.reshape(4, 6), expected, rtol=1e-13)
+
+
+def test_multinomial_clamp_holds_forward_and_backward():
+    """log 1e-20 and 1/1e-20, at probability 0 and below the clamp."""
+    for p in (0.0, 1e-30):
+        loss, gradient = jax.value_and_grad(caffe.multinomial_logistic_loss)(np.array([[p, 1.0]]), np.array([0]))
+        assert loss == pytest.approx(20 * np.log(10), rel=1e-13)
+        np.testing.assert_allclose(gradient, [[-1e20, 0]], rtol=1e-13)
+
+
+def test_multinomial_bad_label_is_nan_and_an_error_under_checked():
+    probs = np.full((2, 2), 0.5)
+    loss, gradient = jax.value_and_grad(caffe.multinomial_logistic_loss)(probs, np.array([0, -1]))
+    assert np.isnan(loss)
+    assert np.isnan(gradient[1]).any()
+    np.testing.assert_array_equal(gradient[0], [-1, 0])
+    with pytest.raises(ValueError, match=re.escape("labels[1] is -1: expected a label in [0, 2)")):
+        checked(caffe.multinomial_logistic_loss)(probs, np.array([0, -1]))
+    assert caffe.multinomial_logistic_loss(np.ones((0, 2)), np.ones(0)) == 0
+
+
+# The interface
+
+
+CALLS = {  # each of an array of shape (2, 3, 2)
+    "infogain_loss": lambda z: caffe.infogain_loss(z, jnp.zeros((2, 2)), GAINS)[0],
+    "multinomial_logistic_loss": lambda z: caffe.multinomial_logistic_loss(caffe.softmax(z), jnp.zeros(2, int)),
+    "softmax": lambda z: jnp.sum(caffe.softmax(z) ** 2),
+    "softmax_with_loss": lambda z: caffe.softmax_with_loss(z, jnp.zeros((2, 2), int))[0],
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_works_under_jit_and_vmap_and_reduces_half_precision_in_float32(name, dtype):
+    call, batch = jax.value_and_grad(CALLS[name]), jnp.asarray(RNG.normal(size=(4, 2, 3, 2)), dtype)
+    one_by_one = [jnp.stack(parts) for parts in zip(*map(call, batch), strict=True)]
+    for together, single in zip(jax.jit(jax.vmap(call))(batch), one_by_one, strict=True):
+        assert together.dtype == single.dtype
+        tolerance = {"float64": 1e-13, "bfloat16": 1e-2}[dtype]
+        np.testing.assert_allclose(
+            together.astype(np.float64), single.astype(np.float64), rtol=tolerance, atol=tolerance
+        )
+    assert one_by_one[1].dtype == dtype
+    if name.endswith("_loss"):
+        assert one_by_one[0].dtype == ("float64" if dtype == "float64" else "float32")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_second_derivatives(name):
+    """In reverse mode, and forward over reverse, where no clamp is active."""
+    z = RNG.normal(size=(2, 3, 2))
+    check_grads(CALLS[name], (z,), order=2, modes=["rev"], atol=1e-6, rtol=1e-6)
+    tangent = RNG.normal(size=z.shape)
+    gradient = jax.grad(CALLS[name])
+    _, forward = jax.jvp(gradient, (z,), (tangent,))
+    np.testing.assert_allclose(forward, jax.grad(lambda z: jnp.vdot(gradient(z), tangent))(z), atol=1e-12)
+
+
+@pytest.mark.x32
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_works_in_default_mode(name):
+    assert CALLS[name](jnp.linspace(-1, 1, 12).reshape(2, 3, 2)).dtype == jnp.float32
+
+
+def test_softmax_is_the_library_s_with_another_default_axis():
+    x = RNG.normal(size=(2, 3, 4))
+    np.testing.assert_array_equal(caffe.softmax(x), jaxsoft.softmax(x, 1))
+    np.testing.assert_array_equal(caffe.softmax(x, -1), jaxsoft.softmax(x))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_docstring_states_everything_and_options_are_keyword_only(name):
+    doc = inspect.getdoc(FUNCTIONS[name]) or ""
+    for part in ("Args:", "Returns:", "Edges", "Raises:", "Example:", ">>> ", "Source:"):
+        assert part in doc, f"{name} has no {part!r}"
+    for parameter in inspect.signature(FUNCTIONS[name]).parameters.values():
+        by_position = parameter.name in {"x", "logits", "probs", "labels", "infogain"} or name == "softmax"
+        assert by_position == (parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
+
+
+Z, Y = np.zeros((2, 3, 2, 2)), np.zeros((2, 2, 2), int)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: caffe.softmax(1.0), ValueError, "axis: expected an array with at least one axis, the classes, got a scalar"),
+        (lambda: caffe.softmax(Z, (1, 2)), TypeError, "axis: expected an integer, got (1, 2)"),
+        (lambda: caffe.softmax_with_loss(Z, Y, axis=4), ValueError, "axis: expected an integer in [-4, 4), got 4"),
+        (lambda: caffe.softmax_with_loss(Z, Y[:, :1]), ValueError, "labels: expected 8 labels, one a position of shape (2, 3, 2, 2) without axis 1, got 4 of shape (2, 1, 2)"),
+        (lambda: caffe.softmax_with_loss(Z, Y.reshape(4, 2)), ValueError, "labels: expected 2 as first dimension like the scores, got shape (4, 2)"),
+        (lambda: caffe.softmax_with_loss(Z, Y.reshape(8)), ValueError, "labels: expected 2 as first dimension like the scores, got shape (8,)"),
+        (lambda: caffe.softmax_with_loss(Z, Y > 0), TypeError, "labels: expected real numbers, got dtype bool"),
+        (lambda: caffe.softmax_with_loss(Z > 0, Y), TypeError, "logits: expected real numbers, got dtype bool"),
+        (lambda: caffe.softmax_with_loss(Z[:, :0], Y), ValueError, "logits: expected at least one class along axis 1, got shape (2, 0, 2, 2)"),
+        (lambda: caffe.softmax_with_loss(Z, Y, ignore_label=0.5), TypeError, "ignore_label: expected an integer, got 0.5"),
+        (lambda: caffe.softmax_with_loss(Z, Y, normalization="valid"), ValueError, "normalization: expected one of FULL, VALID, BATCH_SIZE, NONE or None, got 'valid'"),
+        (lambda: caffe.softmax_with_loss(Z, Y, normalize=1), TypeError, "normalize: expected True, False or None, got 1"),
+        (lambda: caffe.softmax_with_loss(Z, Y, loss_weight=np.ones(2)), ValueError, "loss_weight: expected a scalar, got shape (2,)"),
+        (lambda: caffe.infogain_loss(Z, Y, np.eye(2)), ValueError, "infogain: expected shape (3, 3), got (2, 2)"),
+        (lambda: caffe.infogain_loss(Z, Y[:, :1], np.eye(3)), ValueError, "labels: expected 8 labels, one a position of shape (2, 3, 2, 2) without axis 1, got 4 of shape (2, 1, 2)"),
+        (lambda: caffe.multinomial_logistic_loss(1.0, 0), ValueError, "probs: expected at least one axis, the samples, got a scalar"),
+        (lambda: caffe.multinomial_logistic_loss(Z, Y), ValueError, "labels: expected 2 labels, one a position of shape (2, 12) without axis 1, got 8 of shape (2, 2, 2)"),
+    ],
+)  # fmt: skip
+def test_errors(call, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        call()

@@ -1,0 +1,458 @@
+"""The segmentation experiment: its scenes, its scores, its folders, and runs that are killed."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from experiments._checkpoints import Checkpoint, latest_whole, open_checkpoints, read_record, read_state, save
+from experiments._door import InputError, enter
+from experiments.segmentation.__main__ import Config, run
+from experiments.segmentation.network import apply_network, init_network
+from experiments.segmentation.scenes import VOID, Pair, digit_scenes, read_digits
+from experiments.segmentation.training import batches, confusion, logits_of, loss_of, pad, random_crop, score
+from experiments.segmentation.voc import read_mask, voc_folder
+from jaxsoft import cross_entropy
+
+pytestmark = pytest.mark.x32
+
+STEPS = 7
+RNG = np.random.default_rng(0)
+
+
+def config(out, **options):
+    return Config(**{"steps": STEPS, "batch_size": 2, "crop": 32, "checkpoint_every": 2, "out": out} | options)
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory):
+    """Five photographs of five sizes, two of them PNG, with palette and greyscale masks of three classes."""
+    folder = tmp_path_factory.mktemp("voc")
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / name).mkdir(parents=True)
+    for n, (height, width) in enumerate([(30, 50), (64, 40), (33, 33), (20, 20), (41, 70)]):
+        labels = RNG.integers(0, 3, (height, width), np.uint8)
+        labels[:2] = VOID
+        Image.fromarray(np.stack([80 * labels] * 3, -1)).save(folder / f"JPEGImages/{n}.{'png' if n % 2 else 'jpg'}")
+        mask = Image.fromarray(labels)
+        if n % 2:
+            mask.putpalette([*range(256)] * 3)
+        mask.save(folder / f"SegmentationClass/{n}.png")
+    (folder / "ImageSets/Segmentation/train.txt").write_text("0\n1\n2\n")
+    (folder / "ImageSets/Segmentation/val.txt").write_text("3\n4\n\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(voc, tmp_path_factory):
+    """A run on the folder that was left alone."""
+    out = tmp_path_factory.mktemp("whole")
+    return run(config(out, data=str(voc))), out
+
+
+def parameters(out, step=STEPS):
+    """What orbax reads back with no help from the experiment, as bytes."""
+    with open_checkpoints(out / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step() == step
+        state = checkpoints.restore(step)["state"]
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+# Scenes.
+
+
+def test_the_shipped_digits_are_scikit_learns():
+    pixels, digits = read_digits()
+    np.testing.assert_array_equal(digits, load_digits().target)
+    np.testing.assert_array_equal(pixels, (255 * load_digits().images / 16).astype(np.uint8))
+
+
+def test_scenes_depend_on_seed_and_index_alone():
+    train, test = digit_scenes(3, 48, 5)
+    scene = train[7].image
+    again, _ = digit_scenes(3, 48, 5)
+    assert (again[2].image != scene).any()
+    np.testing.assert_array_equal(again[7].image, scene)
+    assert (digit_scenes(4, 48, 5)[0][7].image != scene).any()
+    assert (test[4].image != train[4].image).any()
+    assert len(test) == 5
+
+
+def test_training_and_held_out_digits_are_different_and_complete():
+    train, test = digit_scenes(0, 64, 1)
+    everything = read_digits()[0]
+    together = np.concatenate([train.pixels, test.pixels])
+    assert sorted(d.tobytes() for d in together) == sorted(d.tobytes() for d in everything)
+    assert len(np.unique(test.digits)) == 10
+
+
+def test_every_class_occurs_and_every_digit_has_a_void_border():
+    train, _ = digit_scenes(0, 64, 1)
+    seen = set()
+    for n in range(40):
+        image, labels = train[n]
+        assert image.shape == (64, 64, 3)
+        assert image.dtype == labels.dtype == np.uint8
+        seen |= set(np.unique(labels).tolist())
+        for axis in (0, 1):
+            a, b = (labels[:-1], labels[1:]) if axis == 0 else (labels[:, :-1], labels[:, 1:])
+            assert not ((a != b) & (a != VOID) & (b != VOID)).any()  # no two classes ever touch
+    assert seen == {*range(11), VOID}
+
+
+# Loader.
+
+
+def test_batches_are_the_same_from_any_position(voc):
+    train, _, _ = voc_folder(voc, None)
+    all_of_them = batches(train, 2, 32, seed=5)
+    expected = [next(all_of_them) for _ in range(6)]
+    for start in (1, 4):
+        moved = batches(train, 2, 32, seed=5)
+        for _ in range(start):
+            next(moved)
+        position = json.loads(json.dumps(moved.get_state()))
+        fresh = batches(train, 2, 32, seed=5)
+        fresh.set_state(position)
+        for batch in expected[start:]:
+            found = next(fresh)
+            np.testing.assert_array_equal(found.image, batch.image)
+            np.testing.assert_array_equal(found.labels, batch.labels)
+
+
+def test_crops_are_windows_and_small_images_are_padded_with_void():
+    image = RNG.integers(1, 256, (40, 20, 3), np.uint8)
+    pair = Pair(image, image[..., 0] // 2)
+    cropped = random_crop(pair, np.random.default_rng(1), 32)
+    assert cropped.image.shape == (32, 32, 3)
+    assert (cropped.labels[:, 20:] == VOID).all()
+    np.testing.assert_array_equal(cropped.image[:, :20, 0] // 2, cropped.labels[:, :20])
+    assert any((cropped.image[:, :20] == image[top : top + 32]).all() for top in range(9))
+    assert pad(pair, 10, 10).image.shape == image.shape
+
+
+# Network and scores.
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(init_network, static_argnums=1)(jax.random.key(0), 11)
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """A scene with void pixels, as a batch of one."""
+    image, labels = digit_scenes(0, 32, 1)[0][0]
+    assert (labels == VOID).any()
+    return Pair(image[None], labels[None])
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (5, 8)])
+def test_the_network_scores_every_pixel_of_any_size(params, size):
+    images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
+    assert jax.eval_shape(apply_network, params, images) == jax.ShapeDtypeStruct((2, *size, 11), jnp.float32)
+
+
+def test_void_pixels_have_gradient_exactly_zero(params, scene):
+    logits = jax.jit(logits_of)(params, scene.image)
+    gradient = np.asarray(jax.grad(cross_entropy)(logits, scene.labels, ignore_index=VOID))
+    assert (gradient[scene.labels == VOID] == 0).all()
+    assert (gradient[scene.labels != VOID] != 0).all()
+
+
+def test_a_batch_of_void_alone_moves_nothing(params, scene):
+    void = Pair(scene.image, np.full_like(scene.labels, VOID))
+    for leaf in jax.tree.leaves(jax.jit(jax.grad(lambda p: loss_of(p, void)[0]))(params)):
+        assert (leaf == 0).all()
+
+
+def test_loss_is_the_mean_over_the_pixels_that_are_not_void(params, scene):
+    loss, predicted = jax.jit(loss_of)(params, scene)
+    logits = np.asarray(jax.jit(logits_of)(params, scene.image), float)
+    pixels = zip(logits.reshape(-1, 11), scene.labels.ravel(), strict=True)
+    assert loss == pytest.approx(np.mean([np.log(np.exp(z - z[y]).sum()) for z, y in pixels if y != VOID]), rel=1e-6)
+    np.testing.assert_array_equal(predicted, logits.argmax(-1))
+
+
+def test_scores_of_a_counted_example():
+    """Six valid pixels: class 0 has IoU 2/4, class 1 1/3, class 2 1, and class 3 is met at void pixels alone."""
+    truth = np.uint8([[0, 0, 0, 1], [1, 2, VOID, VOID]])
+    guess = np.uint8([[0, 0, 1, 1], [0, 2, 3, 0]])
+    found = score(confusion(truth, guess, 4))
+    assert found["per_class_iou"] == pytest.approx([2 / 4, 1 / 3, 1.0, None])
+    assert found["mean_iou"] == pytest.approx((1 / 2 + 1 / 3 + 1) / 3)
+    assert found["pixel_accuracy"] == pytest.approx(4 / 6)
+    assert found["valid_pixels"] == 6
+
+
+# Runs.
+
+
+def test_learns_a_folder_of_differing_sizes(whole):
+    summary, out = whole
+    metrics = pd.read_csv(out / "metrics.csv")
+    assert list(metrics) == ["step", "loss", "pixel_accuracy", "mean_iou"]
+    assert metrics["step"].tolist() == list(range(1, STEPS + 1))
+    assert metrics["loss"].iloc[0] == pytest.approx(np.log(3), abs=0.05)
+    assert metrics["loss"].iloc[-1] < metrics["loss"].iloc[0]
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert set(summary) == {"pixel_accuracy", "mean_iou", "per_class_iou", "valid_pixels", "steps", "seconds"}
+    assert summary["valid_pixels"] == 18 * 20 + 39 * 70
+    assert len(summary["per_class_iou"]) == 3
+    assert {path.name for path in out.glob("*.*")} == {"metrics.csv", "summary.json", "examples.png", "loss.png"}
+
+
+def kill_and_resume(voc, out, patience):
+    """kill -9 the command once `patience` is satisfied, then run it again with --resume."""
+    command = [
+        sys.executable, "-m", "experiments.segmentation", f"--data={voc}", f"--steps={STEPS}", "--batch-size=2",
+        "--crop=32", "--checkpoint-every=2", f"--out={out}",
+    ]  # fmt: skip
+    environment = os.environ | {
+        "JAX_NUM_CPU_DEVICES": str(jax.local_device_count()),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        while process.poll() is None and not patience():
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        output = process.communicate()[0].decode()
+    assert process.returncode == -signal.SIGKILL, output
+    return run(config(out, data=str(voc), resume=True))
+
+
+def test_a_killed_run_resumes_bit_for_bit(voc, whole, tmp_path):
+    metrics = tmp_path / "metrics.csv"
+    summary = kill_and_resume(voc, tmp_path, lambda: metrics.exists() and metrics.read_text().count("\n") > 4)
+    assert metrics.read_bytes() == (whole[1] / "metrics.csv").read_bytes()
+    assert parameters(tmp_path) == parameters(whole[1])
+    assert {**summary, "seconds": 0} == {**whole[0], "seconds": 0}
+
+
+class Stopped(Exception):
+    pass
+
+
+def stopped_at(monkeypatch, configuration, step):
+    """Run and stop as if killed when the row of `step` is about to be written."""
+    from experiments.segmentation import __main__ as script
+
+    append = script.append
+
+    def stop(path, row):
+        if row[0] == step:
+            with path.open("a") as file:
+                file.write(f"{step},0.")  # torn
+            raise Stopped
+        append(path, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "append", stop)
+        with pytest.raises(Stopped):
+            run(configuration)
+
+
+def largest(checkpoint):
+    return max(
+        (path for path in (checkpoint / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
+
+
+def halve_arrays(checkpoint):
+    os.truncate(largest(checkpoint), largest(checkpoint).stat().st_size // 2)
+
+
+def flip_a_bit(checkpoint):
+    content = bytearray(largest(checkpoint).read_bytes())
+    content[len(content) // 2] ^= 16
+    largest(checkpoint).write_bytes(content)
+
+
+def halve_record(checkpoint):
+    os.truncate(checkpoint / "record" / "metadata", 20)
+
+
+def unfinished(checkpoint):
+    (checkpoint / "sha256.json").write_text('{"state/')
+
+
+def empty(checkpoint):
+    for path in [path for path in checkpoint.rglob("*") if path.is_file()]:
+        path.unlink()
+
+
+@pytest.mark.parametrize("damage", [halve_arrays, flip_a_bit, halve_record, unfinished, empty])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capfd, damage):
+    state = {"x": jnp.arange(4.0), "y": (jnp.ones((20, 30)), jnp.int32(3))}
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2, 3):
+            save(checkpoints, Checkpoint(step, state, {"step": step}))
+    assert {path.name for path in tmp_path.iterdir()} == {"2", "3"}
+    damage(tmp_path / "3")
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert latest_whole(checkpoints) == 2
+        assert f"{tmp_path}/3: damaged or unfinished, taking the checkpoint before it" in capfd.readouterr().err
+        assert read_record(checkpoints, 2) == {"step": 2}
+        assert (read_state(checkpoints, 2, state)["y"][0] == 1).all()
+        save(checkpoints, Checkpoint(3, state, {}))
+        assert latest_whole(checkpoints) == 3
+
+
+def test_a_run_resumes_bit_for_bit_from_the_checkpoint_before_a_damaged_one(voc, whole, tmp_path, monkeypatch):
+    stopped_at(monkeypatch, config(tmp_path, data=str(voc)), 6)
+    halve_arrays(tmp_path / "checkpoints" / "4")
+    run(config(tmp_path, data=str(voc), resume=True))
+    assert (tmp_path / "metrics.csv").read_bytes() == (whole[1] / "metrics.csv").read_bytes()
+    assert parameters(tmp_path) == parameters(whole[1])
+
+
+def test_resume_starts_where_there_is_no_checkpoint_and_rests_where_all_is_done(voc, whole, tmp_path, monkeypatch):
+    stopped_at(monkeypatch, config(tmp_path, data=str(voc)), 2)
+    for _ in range(2):
+        run(config(tmp_path, data=str(voc), resume=True))
+        assert (tmp_path / "metrics.csv").read_bytes() == (whole[1] / "metrics.csv").read_bytes()
+        assert parameters(tmp_path) == parameters(whole[1])
+
+
+def test_an_unfinished_run_is_neither_overwritten_nor_continued_with_other_options(voc, tmp_path, monkeypatch):
+    options = config(tmp_path, data=str(voc))
+    stopped_at(monkeypatch, options, 3)
+    with pytest.raises(InputError, match="holds an unfinished run: go on with --resume, or choose another --out"):
+        run(options)
+    with pytest.raises(InputError, match=r"--learning-rate: .*checkpoints was written with 0.003, got 0.1"):
+        run(dataclasses.replace(options, resume=True, learning_rate=0.1))
+    with pytest.raises(InputError, match=r"--classes: .*checkpoints was written with 3, got 4"):
+        run(dataclasses.replace(options, resume=True, classes=4))
+    (tmp_path / "metrics.csv").write_text("step,loss,pixel_accuracy,mean_iou\n")
+    with pytest.raises(InputError, match=r"metrics.csv: expected the rows of steps 1 to 2, which the checkpoint"):
+        run(dataclasses.replace(options, resume=True))
+
+
+def test_a_finished_run_is_replaced(voc, whole, tmp_path):
+    run(config(tmp_path, data=str(voc), seed=1, steps=2))
+    run(config(tmp_path, data=str(voc)))
+    assert parameters(tmp_path) == parameters(whole[1])
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    state = {"x": jnp.arange(4.0)}
+    with open_checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, Checkpoint(1, state, {"n": 0.1}))
+
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints, "save", full)
+            with pytest.raises(InputError, match=r"/2: cannot write the checkpoint: .*No space left on device"):
+                save(checkpoints, Checkpoint(2, state, {}))
+        assert latest_whole(checkpoints) == 1
+        assert read_record(checkpoints, 1) == {"n": 0.1}
+        np.testing.assert_array_equal(read_state(checkpoints, 1, state)["x"], [0, 1, 2, 3])
+
+
+def test_an_output_folder_that_cannot_be_written_stops_the_script_in_one_line(voc, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["segmentation", f"--data={voc}", f"--out={tmp_path}/file/out"])
+    with pytest.raises(SystemExit) as ended:
+        enter(Config, run, None)
+    assert ended.value.code == f"error: {tmp_path}/file/out: Not a directory"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "--steps: expected at least 1, got 0"),
+        ({"batch_size": -1}, "--batch-size: expected at least 1, got -1"),
+        ({"checkpoint_every": 0}, "--checkpoint-every: expected at least 1, got 0"),
+        ({"learning_rate": float("nan")}, "--learning-rate: expected a positive number, got nan"),
+        ({"seed": -1}, "--seed: expected an integer in"),
+        ({"crop": 8}, "--crop: expected at least 32 pixels, got 8"),
+        ({"classes": 256}, "--classes: expected an integer from 2 to 255, got 256"),
+        ({"classes": 10}, "--classes: the digits have 11 with their background, got 10"),
+        ({"learning_rate": 1e30}, "--learning-rate 1e+30: expected a finite loss, got nan at step"),
+    ],
+)
+def test_bad_options_are_one_line(tmp_path, options, message):
+    with pytest.raises(InputError) as caught:
+        run(config(tmp_path, **options))
+    assert message in str(caught.value)
+
+
+# Folders.
+
+
+@pytest.fixture
+def broken(voc, tmp_path):
+    """A copy of the folder to break."""
+    for path in voc.rglob("*.*"):
+        copy = tmp_path / "voc" / path.relative_to(voc)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    return tmp_path / "voc"
+
+
+MASK, IMAGE, LIST = "SegmentationClass/1.png", "JPEGImages/0.jpg", "ImageSets/Segmentation/train.txt"
+
+
+def save_mask(pixels):
+    return lambda path: Image.fromarray(pixels).save(path)
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil", "message"),
+    [
+        (MASK, save_mask(np.zeros((40, 64), np.uint8)), "JPEGImages/1.png, 40×64, got 64×40"),
+        (MASK, save_mask(np.full((64, 40), 200, np.uint8)), "expected labels below --classes 3 or 255 (void), got 200"),
+        (MASK, save_mask(np.zeros((64, 40, 3), np.uint8)), "expected a palette or 8-bit greyscale mask, got 3 channels"),
+        (MASK, save_mask(np.zeros((64, 40), np.uint16)), "expected a palette or 8-bit greyscale mask, got pixels of uint16"),
+        (MASK, lambda path: path.unlink(), "no such file, listed in {folder}/ImageSets/Segmentation/train.txt, line 2"),
+        (MASK, lambda path: os.truncate(path, 600), "cannot read the image: "),
+        (IMAGE, lambda path: path.unlink(), "no such file, listed in {folder}/ImageSets/Segmentation/train.txt, line 1"),
+        (IMAGE, lambda path: os.truncate(path, path.stat().st_size // 2), "cannot read the image: "),
+        (IMAGE, lambda path: path.write_text("no image"), "cannot read the image: "),
+        (LIST, lambda path: path.write_text(" \n"), "expected at least one name, got an empty list"),
+        (LIST, lambda path: path.write_bytes(b"\xff\xfe0"), "expected text, a name a line"),
+        (LIST.replace("train", "val"), lambda path: path.write_text(""), "expected at least one name, got an empty list"),
+    ],
+)  # fmt: skip
+def test_bad_folders_are_one_line_naming_the_file(broken, tmp_path, file, spoil, message):
+    spoil(broken / file)
+    with pytest.raises(InputError) as caught:
+        run(config(tmp_path / "out", data=str(broken), classes=3))
+    assert str(caught.value).startswith(f"{broken / file}: ")
+    assert message.format(folder=broken) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_lists_is_named(tmp_path):
+    with pytest.raises(OSError, match="No such file") as caught:
+        voc_folder(tmp_path / "nowhere", None)
+    assert caught.value.filename == str(tmp_path / "nowhere/ImageSets/Segmentation/train.txt")
+
+
+def test_masks_of_void_alone_are_refused(broken):
+    for n in (3, 4):
+        path = broken / f"SegmentationClass/{n}.png"
+        Image.fromarray(np.full_like(read_mask(path), VOID)).save(path)
+    with pytest.raises(InputError, match=r"val.txt: expected a labelled pixel in its masks, got 255 everywhere"):
+        voc_folder(broken, None)
+
+
+def test_classes_are_found_or_given(voc):
+    assert voc_folder(voc, None)[2] == 3
+    assert voc_folder(voc, 21)[2] == 21
