@@ -70,7 +70,7 @@ def read_targets(
         inside = (given >= 0) & (given < classes)
         allowed = f"a label in [0, {classes})"
         if ignore_index is not None:
-            counted = jnp.where(_equals(given, ignore_index), 0, counted)
+            counted = jnp.where(equals(given, ignore_index), 0, counted)
             allowed += f" or ignore_index={ignore_index}"
         check_values("targets", given, inside | (counted == 0), allowed)
         # NaN, never a clamped or wrapped class: a compiled function has no other way to object.
@@ -113,7 +113,7 @@ def _constant(name: str, value: ArrayLike, dtype: jnp.dtype) -> Array:
     return lax.stop_gradient(array.astype(dtype))
 
 
-def _equals(labels: Array, index: int) -> Array:
+def equals(labels: Array, index: int) -> Array:
     """Labels == index, also where the labels' dtype cannot hold the index and comparing would wrap it."""
     limits = jnp.iinfo(labels.dtype)
     return labels == index if limits.min <= index <= limits.max else jnp.zeros(labels.shape, bool)

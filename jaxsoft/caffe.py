@@ -19,7 +19,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from jaxsoft import _softmax
 from jaxsoft._checks import as_axis, as_floating, as_integer, check_values, compute_dtype
 from jaxsoft._cross_entropy import cross_entropy
-from jaxsoft._targets import _equals
+from jaxsoft._targets import equals
 
 __all__ = ["infogain_loss", "multinomial_logistic_loss", "softmax", "softmax_with_loss"]
 
@@ -256,7 +256,7 @@ def _read_labels(
     ignored, allowed = jnp.zeros(y.shape, bool), f"a label in [0, {classes})"
     if ignore_label is not None:
         index = as_integer("ignore_label", ignore_label)
-        ignored = _equals(y, index) if jnp.issubdtype(y.dtype, jnp.integer) else y == float(index)
+        ignored = equals(y, index) if jnp.issubdtype(y.dtype, jnp.integer) else y == float(index)
         allowed += f" or ignore_label={ignore_label}"
     check_values("labels", given, inside | ignored, allowed)
     share = jnp.where(ignored, 0, jnp.where(inside, 1, jnp.nan)).astype(dtype)
