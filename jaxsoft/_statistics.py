@@ -116,10 +116,12 @@ def block_gradient(
     if targets.label is not None:
         at_label = (mass * jnp.exp(statistics.label) - hot * statistics.tail) / total
         gradient = jnp.where(_at_label(logits, targets.label, axes), at_label, gradient)
+    idle = (hot == 0) & (lse_cotangent == 0)
     if targets.spread is not None:
         gradient -= share * targets.spread
+        idle &= share == 0
     # A position without weight has no gradient, whatever its logits: padding may be NaN.
-    return jnp.where((mass == 0) & (hot == 0), 0, gradient)
+    return jnp.where(idle, 0, gradient)
 
 
 def target_gradient(logits: Array, targets: Targets, statistics: Statistics, loss_cotangent: Array) -> Array:

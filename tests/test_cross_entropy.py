@@ -261,6 +261,13 @@ def test_z_loss_is_averaged_over_positions_and_not_weighted_by_class(reduction):
     np.testing.assert_allclose(gradient - plain_gradient, pullback(cotangent)[0], rtol=1e-11, atol=1e-14)
 
 
+def test_z_loss_that_cancels_the_target_mass_leaves_the_target():
+    # At lse = −1 and ζ = ½ the probabilities' factor τ + 2ζ·lse is exactly 0; −q is not.
+    for targets, options in ((jnp.array([1.0]), {}), (jnp.array(0), {"label_smoothing": 1.0}), (jnp.array(0), {})):
+        gradient = jax.grad(lambda z, t=targets, o=options: cross_entropy(z, t, z_loss=0.5, **o))(jnp.array([-1.0]))
+        np.testing.assert_allclose(gradient, [-1.0], rtol=1e-14)
+
+
 def test_where_removes_classes():
     mask = np.random.default_rng(5).random((12, 5)) < 0.6
     mask[np.arange(12), LABELS] = True

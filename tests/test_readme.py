@@ -1,11 +1,13 @@
 """What the README says of the scripts is what the scripts say of themselves."""
 
+import math
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
 from experiments import __main__ as listing
+from jaxsoft import cross_entropy
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -28,6 +30,19 @@ def test_the_usage_example_trains():
     for _ in range(20):
         params, moments = names["step"](params, moments, features, labels)
     assert names["loss"](params, features, labels) < 0.9 * before
+
+
+@pytest.mark.x32
+def test_the_table_of_margins_is_what_comes_out():
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in README.splitlines()
+        if line.startswith(("| 10 |", "| 16 |", "| 20 |", "| 40 |", "| 80 |"))
+    ]
+    assert len(rows) == 5
+    for margin, true, ours, _ in rows:
+        assert f"{math.log1p(2 * math.exp(-float(margin))):.4e}" == true
+        assert f"{float(cross_entropy(jnp.array([float(margin), 0, 0]), jnp.array(0))):.4e}" == ours
 
 
 def test_every_picture_exists():
