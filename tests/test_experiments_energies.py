@@ -149,17 +149,14 @@ def test_the_logistic_reference_is_right_in_arbitrary_precision():
             np.testing.assert_allclose([curve[n] for curve in curves], [float(e) for e in expected], rtol=1e-13)
 
 
-@pytest.mark.parametrize(
-    ("run", "pictures"),
-    [
-        ("energy_run", {"hopfield", "temperature", "gibbs_sampling", "inverse_temperature", "prior"}),
-        ("logistic_run", {"logistic"}),
-    ],
-)
-def test_table_summary_and_pictures_are_written(request, run, pictures):
-    numbers, out = request.getfixturevalue(run)
-    assert {path.stem for path in out.glob("*.png")} == pictures
-    assert json.loads((out / "summary.json").read_text()) == numbers
+def test_table_summary_and_pictures_are_written(energy_run, logistic_run):
+    # Requested by name, so that the scripts run in JAX's own mode and not inside the tests' strict one.
+    for (numbers, out), pictures in (
+        (energy_run, {"hopfield", "temperature", "gibbs_sampling", "inverse_temperature", "prior"}),
+        (logistic_run, {"logistic"}),
+    ):
+        assert {path.stem for path in out.glob("*.png")} == pictures
+        assert json.loads((out / "summary.json").read_text()) == numbers
 
 
 def test_a_number_that_does_not_come_out_ends_in_an_error_after_the_table(tmp_path, capsys, monkeypatch):
