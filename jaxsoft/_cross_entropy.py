@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoft._checks import as_axis, as_floating, as_integer, as_mask, as_number, check_values, compute_dtype
+from jaxsoft._shards import AxisName, as_axis_name
 from jaxsoft._statistics import Statistics, block_gradient, block_statistics, position_losses, target_gradient
 from jaxsoft._targets import Counts, Targets, read_targets
 
@@ -26,6 +27,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: Reduction = "mean",
+    axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
     """Cross-entropy between targets and softmax(logits), in nats.
 
@@ -51,6 +53,10 @@ def cross_entropy(
         z_loss: ζ ≥ 0, which draws lse towards 0. It is not weighted by class.
         reduction: "none", the loss of each position; "sum"; or "mean", over the weights of the
             positions that are not ignored, each times its label's class weight when targets are labels.
+        axis_name: inside `jax.shard_map`, the mesh axis over which the classes are laid in contiguous
+            blocks: logits, masks and distributions are of one block, labels and class weights of all
+            classes. The loss and gradients are those of the whole, for two all-reduces of a few numbers
+            a position (a third with `where` and smoothing).
 
     Returns:
         The loss in float32, or float64 for float64 logits: a scalar, or with "none" an array of the
@@ -102,10 +108,13 @@ def cross_entropy(
         label_smoothing=as_number("label_smoothing", label_smoothing, 0, 1),
         z_loss=as_number("z_loss", z_loss, 0),
         reduction=reduction,
+        axis_name=as_axis_name(axis_name),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "ignore_index", "label_smoothing", "z_loss", "reduction"))
+@functools.partial(
+    jax.jit, static_argnames=("axis", "ignore_index", "label_smoothing", "z_loss", "reduction", "axis_name")
+)
 def _cross_entropy(
     logits: Array,
     targets: Array,
@@ -118,6 +127,7 @@ def _cross_entropy(
     label_smoothing: float,
     z_loss: float,
     reduction: Reduction,
+    axis_name: AxisName,
 ) -> Array:
     read, counts = read_targets(
         targets,
@@ -129,11 +139,12 @@ def _cross_entropy(
         class_weights=class_weights,
         where=where,
         label_smoothing=label_smoothing,
+        axis_name=axis_name,
     )
     if where is not None:
         logits = jnp.where(where, logits, -jnp.inf)
     check_values("logits", logits, ~jnp.isnan(logits) | (counts.position == 0), "a number")
-    losses, lse = cast(tuple[Array, Array], _losses(logits, read, axis))
+    losses, lse = cast(tuple[Array, Array], _losses(logits, read, axis, axis_name))
     penalties = None
     if z_loss:
         lse = jnp.where((counts.position == 0) | jnp.isneginf(lse), 0, lse)
@@ -156,19 +167,22 @@ def _or_one(count: Array) -> Array:
     return jnp.where(count == 0, 1, count)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _losses(logits: Array, targets: Targets, axis: int) -> tuple[Array, Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _losses(logits: Array, targets: Targets, axis: int, axis_name: AxisName) -> tuple[Array, Array]:
     """Loss and lse of each position: z-loss and every reduction are ordinary functions of the two."""
-    return _losses_fwd(logits, targets, axis)[0]
+    return _losses_fwd(logits, targets, axis, axis_name)[0]
 
 
-def _losses_fwd(logits: Array, targets: Targets, axis: int):
-    statistics = block_statistics(logits.astype(compute_dtype(logits.dtype)), (axis,), targets)
+def _losses_fwd(logits: Array, targets: Targets, axis: int, axis_name: AxisName):
+    statistics = block_statistics(logits.astype(compute_dtype(logits.dtype)), (axis,), targets, axis_name)
     return (position_losses(targets, statistics), statistics.logsumexp), (logits, targets, statistics)
 
 
 def _losses_bwd(
-    axis: int, residuals: tuple[Array, Targets, Statistics], cotangents: tuple[Array, Array]
+    axis: int,
+    axis_name: AxisName,
+    residuals: tuple[Array, Targets, Statistics],
+    cotangents: tuple[Array, Array],
 ) -> tuple[Array, Targets]:
     logits, targets, statistics = residuals
     wide = logits.astype(compute_dtype(logits.dtype))

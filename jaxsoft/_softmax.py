@@ -6,9 +6,12 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from jaxsoft._checks import as_axes, as_floating, as_mask, check_values, compute_dtype
+from jaxsoft._reductions import dot_classes, reduce_classes
+from jaxsoft._shards import AxisName, as_axis_name, sum_shards
 from jaxsoft._statistics import Statistics, block_exponentials, block_gradient, block_statistics
 from jaxsoft._targets import Targets
 
@@ -19,6 +22,8 @@ def softmax(
     logits: Float[ArrayLike, "..."],
     axis: int | Sequence[int] | None = -1,
     where: Bool[ArrayLike, "..."] | None = None,
+    *,
+    axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
     """Probabilities proportional to the exponentials of the logits.
 
@@ -32,6 +37,8 @@ def softmax(
         logits: scores z of any shape, in any floating dtype (integers are promoted).
         axis: the class axis, several axes that together enumerate the classes, or None for all.
         where: booleans that broadcast to the logits' shape; False removes a class.
+        axis_name: inside `jax.shard_map`, the mesh axis over which the classes are laid in blocks. The
+            result is this block of the whole softmax, for two all-reduces of one number a vector.
 
     Returns:
         Array of the logits' shape and dtype that sums to one over `axis`. Half precision is
@@ -47,7 +54,8 @@ def softmax(
 
     Raises:
         TypeError: logits that are not real numbers, a mask that is not boolean, an axis that is not an integer.
-        ValueError: an axis out of range or repeated, a mask that does not broadcast.
+        ValueError: an axis out of range or repeated, a mask that does not broadcast, an `axis_name` that
+            no enclosing `shard_map` has.
 
     Example:
         >>> import jax.numpy as jnp
@@ -60,34 +68,39 @@ def softmax(
     computing the log-sum-exp and softmax functions" (2021).
     """
     prepared, axes, mask = _prepare(logits, axis, where)
-    probs = cast(Array, _softmax(prepared, axes))
+    axis_name = as_axis_name(axis_name)
+    probs = cast(Array, _softmax(prepared, axes, axis_name))
     return probs if mask is None else jnp.where(mask, probs, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _softmax(logits: Array, axes: Axes) -> Array:
-    return _softmax_fwd(logits, axes)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _softmax(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
+    return _softmax_fwd(logits, axes, axis_name)[0]
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _softmax_fwd(logits: Array, axes: Axes) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, Array]:
     wide = logits.astype(compute_dtype(logits.dtype))
-    statistics = block_statistics(wide, axes)
-    probs = block_exponentials(wide, statistics.max, None, axes) / statistics.total
+    statistics = block_statistics(wide, axes, axis_name=axis_name)
+    probs = block_exponentials(wide, statistics.max, None, axes) * (1 / statistics.total)
     probs = probs.astype(logits.dtype)
     return probs, probs
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _softmax_bwd(axes: Axes, probs: Array, cotangent: Array) -> tuple[Array]:
-    return (softmax_vjp(probs, cotangent, axes),)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _softmax_bwd(axes: Axes, axis_name: AxisName, probs: Array, cotangent: Array) -> tuple[Array]:
+    return (softmax_vjp(probs, cotangent, axes, axis_name=axis_name),)
 
 
 _softmax.defvjp(_softmax_fwd, _softmax_bwd)
 
 
 def softmax_vjp(
-    probs: Float[ArrayLike, "..."], cotangent: Float[ArrayLike, "..."], axis: int | Sequence[int] | None = -1
+    probs: Float[ArrayLike, "..."],
+    cotangent: Float[ArrayLike, "..."],
+    axis: int | Sequence[int] | None = -1,
+    *,
+    axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
     """The product of softmax's Jacobian with a vector, from the probabilities alone.
 
@@ -97,6 +110,7 @@ def softmax_vjp(
         probs: softmax output s, of any shape.
         cotangent: the gradient g of a scalar to s, of the same shape.
         axis: the class axis, several axes, or None for all, as given to `softmax`.
+        axis_name: the mesh axis over which the classes are sharded, as given to `softmax`.
 
     Returns:
         The gradient to the logits, of the shape and dtype of `probs`; reduced in float32 for half precision.
@@ -125,7 +139,8 @@ def softmax_vjp(
     axes = as_axes(axis, s.ndim)
     dtype = compute_dtype(s.dtype)
     wide_s, wide_g = s.astype(dtype), g.astype(dtype)
-    return (wide_s * (wide_g - jnp.sum(wide_s * wide_g, axes, keepdims=True))).astype(s.dtype)
+    dot = sum_shards(dot_classes(wide_s, wide_g, axes), as_axis_name(axis_name))
+    return (wide_s * (wide_g - dot)).astype(s.dtype)
 
 
 def softmax_jacobian(probs: Float[ArrayLike, "*batch classes"]) -> Float[Array, "*batch classes classes"]:
@@ -166,6 +181,8 @@ def log_softmax(
     logits: Float[ArrayLike, "..."],
     axis: int | Sequence[int] | None = -1,
     where: Bool[ArrayLike, "..."] | None = None,
+    *,
+    axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
     """Logarithms of the softmax probabilities, without forming the probabilities.
 
@@ -175,6 +192,7 @@ def log_softmax(
         logits: scores z of any shape, in any floating dtype (integers are promoted).
         axis: the class axis, several axes, or None for all.
         where: booleans that broadcast to the logits' shape; False removes a class.
+        axis_name: the mesh axis over which the classes are sharded, as in `softmax`.
 
     Returns:
         Array of the logits' shape and dtype. Half precision is reduced in float32.
@@ -197,28 +215,30 @@ def log_softmax(
     Source: P. Blanchard, D. J. Higham, N. J. Higham (2021).
     """
     prepared, axes, mask = _prepare(logits, axis, where)
-    log_probs = cast(Array, _log_softmax(prepared, axes))
+    axis_name = as_axis_name(axis_name)
+    log_probs = cast(Array, _log_softmax(prepared, axes, axis_name))
     return log_probs if mask is None else jnp.where(mask, log_probs, -jnp.inf)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _log_softmax(logits: Array, axes: Axes) -> Array:
-    return _log_softmax_fwd(logits, axes)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _log_softmax(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
+    return _log_softmax_fwd(logits, axes, axis_name)[0]
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _log_softmax_fwd(logits: Array, axes: Axes) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _log_softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, Array]:
     wide = logits.astype(compute_dtype(logits.dtype))
-    statistics = block_statistics(wide, axes)
+    statistics = block_statistics(wide, axes, axis_name=axis_name)
     log_probs = (wide - statistics.max - jnp.log(statistics.total)).astype(logits.dtype)
     return log_probs, log_probs
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _log_softmax_bwd(axes: Axes, log_probs: Array, cotangent: Array) -> tuple[Array]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _log_softmax_bwd(axes: Axes, axis_name: AxisName, log_probs: Array, cotangent: Array) -> tuple[Array]:
     dtype = compute_dtype(log_probs.dtype)
     g = cotangent.astype(dtype)
-    gradient = g - jnp.exp(log_probs.astype(dtype)) * jnp.sum(g, axes, keepdims=True)
+    total = sum_shards(reduce_classes(lax.add, 0, lambda _, g: g, (g,), axes), axis_name)
+    gradient = g - jnp.exp(log_probs.astype(dtype)) * total
     return (gradient.astype(log_probs.dtype),)
 
 
@@ -231,6 +251,7 @@ def logsumexp(
     where: Bool[ArrayLike, "..."] | None = None,
     *,
     keepdims: bool = False,
+    axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
     """Logarithm of the sum of exponentials: softmax's normaliser, the log partition function.
 
@@ -241,6 +262,7 @@ def logsumexp(
         axis: the class axis (by default the last, unlike `jax.nn.logsumexp`), several axes, or None for all.
         where: booleans that broadcast to the logits' shape; False removes a class.
         keepdims: keep the reduced axes with length one.
+        axis_name: the mesh axis over which the classes are sharded, as in `softmax`; the result is that of all.
 
     Returns:
         Array of the logits' dtype without `axis`. Half precision is reduced in float32.
@@ -261,23 +283,26 @@ def logsumexp(
     Source: P. Blanchard, D. J. Higham, N. J. Higham (2021).
     """
     prepared, axes, _ = _prepare(logits, axis, where)
-    lse = cast(Array, _logsumexp(prepared, axes))
+    axis_name = as_axis_name(axis_name)
+    lse = cast(Array, _logsumexp(prepared, axes, axis_name))
     return lse if keepdims else jnp.squeeze(lse, axes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _logsumexp(logits: Array, axes: Axes) -> Array:
-    return _logsumexp_fwd(logits, axes)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _logsumexp(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
+    return _logsumexp_fwd(logits, axes, axis_name)[0]
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _logsumexp_fwd(logits: Array, axes: Axes) -> tuple[Array, tuple[Array, Statistics]]:
-    statistics = block_statistics(logits.astype(compute_dtype(logits.dtype)), axes)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _logsumexp_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, tuple[Array, Statistics]]:
+    statistics = block_statistics(logits.astype(compute_dtype(logits.dtype)), axes, axis_name=axis_name)
     return statistics.logsumexp.astype(logits.dtype), (logits, statistics)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logsumexp_bwd(axes: Axes, residuals: tuple[Array, Statistics], cotangent: Array) -> tuple[Array]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logsumexp_bwd(
+    axes: Axes, axis_name: AxisName, residuals: tuple[Array, Statistics], cotangent: Array
+) -> tuple[Array]:
     logits, statistics = residuals
     wide = logits.astype(compute_dtype(logits.dtype))
     g = cotangent.astype(wide.dtype)

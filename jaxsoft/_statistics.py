@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxsoft._reductions import reduce_classes
+from jaxsoft._shards import AxisName, max_shards, sum_shards
 from jaxsoft._targets import Targets
 
 
@@ -59,26 +61,41 @@ def block_exponentials(logits: Array, max: Array, label: Array | None, axes: tup
     return exponentials if label is None else jnp.where(_at_label(logits, label, axes), 0, exponentials)
 
 
-def block_statistics(logits: Array, axes: tuple[int, ...], targets: Targets = Targets()) -> Statistics:
-    """What a block of classes contributes to the loss of each position."""
+def block_statistics(
+    logits: Array, axes: tuple[int, ...], targets: Targets = Targets(), axis_name: AxisName = None
+) -> Statistics:
+    """What a block of classes contributes to the loss of each position, summed over the shards of `axis_name`."""
     # Every result is independent of the shift, so its derivative is dropped. Reducing from the lowest
     # finite number keeps it finite without one more operation, which XLA's CPU fusions would not take.
     lowest = jnp.finfo(logits.dtype).min
-    max = lax.expand_dims(lax.reduce(lax.stop_gradient(logits), lowest, lax.max, axes), axes)
+    max = reduce_classes(lax.max, lowest, lambda _, z: z, (lax.stop_gradient(logits),), axes)
     if max.shape == logits.shape:  # XLA takes a reduction of one element for that element
         max = jnp.maximum(max, lowest)
-    tail = jnp.sum(block_exponentials(logits, max, targets.label, axes), axes, keepdims=True)
-    label, spread, gap = jnp.array([-jnp.inf, 0, 0], logits.dtype)
+    max = max_shards(max, axis_name)
+
+    def exponentials(first: Array | int, z: Array) -> Array:
+        return block_exponentials(z, max, None if targets.label is None else targets.label - first, axes)
+
+    softmax_alone = targets.label is None and targets.spread is None
+    sums = [reduce_classes(lax.add, 0, exponentials, (logits,), axes, read_once=softmax_alone)]
     if targets.label is not None:
         (axis,) = axes
-        # A label out of range has no logit; its weight, 0 or NaN, decides what becomes of any other.
+        # A label in no block has no logit; its weight, 0 or NaN, decides what becomes of any other.
         index = jnp.clip(targets.label, 0, logits.shape[axis] - 1)
         label = jnp.take_along_axis(logits, index, axis, mode="promise_in_bounds") - max
+        sums.append(label if axis_name is None else jnp.where(index == targets.label, label, 0))
     if targets.spread is not None:
-        spread = jnp.sum(targets.spread, axes, keepdims=True)
+        spread = jnp.broadcast_to(targets.spread, logits.shape)
         # A class without target weight costs nothing, at −inf too.
-        gaps = jnp.where(targets.spread == 0, 0, targets.spread * (max - logits))
-        gap = jnp.sum(gaps, axes, keepdims=True)
+        gaps = reduce_classes(lax.add, 0, lambda _, z, q: jnp.where(q == 0, 0, q * (max - z)), (logits, spread), axes)
+        sums += [reduce_classes(lax.add, 0, lambda _, q: q, (spread,), axes), gaps]
+    if axis_name is not None:  # one all-reduce for them all
+        packed = sum_shards(jnp.concatenate(sums, axes[-1]), axis_name)
+        sums = jnp.split(packed, len(sums), axes[-1])
+    tail, *rest = sums
+    no_label, zero = jnp.array([-jnp.inf, 0], logits.dtype)
+    label = rest.pop(0) if targets.label is not None else no_label
+    spread, gap = rest or (zero, zero)
     return Statistics(max, tail, label, spread, gap)
 
 

@@ -7,6 +7,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike
 
 from jaxsoft._checks import broadcast, check_values
+from jaxsoft._shards import AxisName, all_classes, first_class, sum_shards
 
 
 class Targets(NamedTuple):
@@ -15,7 +16,7 @@ class Targets(NamedTuple):
     Arrays have the logits' rank; `label`, `hot` and `share` have length one along the class axis.
     """
 
-    label: Array | None = None  # index of the label, possibly out of range
+    label: Array | None = None  # index of the label within the block, possibly outside of it
     hot: Array | float = 0.0  # its weight; 0 where ignored, NaN where the label is out of range
     spread: Array | None = None  # weights of all classes, broadcasting against the logits
     share: Array | float = 1.0  # what a position's weights are multiplied by
@@ -39,11 +40,16 @@ def read_targets(
     class_weights: ArrayLike | None,
     where: Array | None,
     label_smoothing: float,
+    axis_name: AxisName = None,
 ) -> tuple[Targets, Counts]:
-    """Check the targets against the shape of the logits and represent them in the dtype to compute in."""
+    """Check the targets against the shape of the logits and represent them in the dtype to compute in.
+
+    Under `axis_name` the logits' shape is that of one block of the classes; labels and class weights are of all.
+    """
     given = jnp.asarray(targets)
-    classes, positions = shape[axis], shape[:axis] + shape[axis + 1 :]
-    along_classes = tuple(classes if n == axis else 1 for n in range(len(shape)))
+    block, positions = shape[axis], shape[:axis] + shape[axis + 1 :]
+    classes, first = all_classes(block, axis_name), first_class(block, axis_name)
+    along_classes = tuple(block if n == axis else 1 for n in range(len(shape)))
     counted = jnp.ones(positions, dtype)
     if weights is not None:
         counted = broadcast("weights", _constant("weights", weights, dtype), positions)
@@ -53,11 +59,13 @@ def read_targets(
         if by_class.shape != (classes,):
             raise ValueError(f"class_weights: expected shape ({classes},), one weight a class, got {by_class.shape}")
 
+    of_block = lax.dynamic_slice_in_dim(by_class, first, block).reshape(along_classes)
+
     # Smoothing shares its mass among the classes that are left, each by its class weight.
-    uniform = by_class.reshape(along_classes) / classes
+    uniform = of_block / classes
     if where is not None and label_smoothing:
-        left = jnp.sum(where, axis, keepdims=True, dtype=dtype)
-        uniform = jnp.where(where, by_class.reshape(along_classes), 0) / jnp.maximum(left, 1)
+        left = sum_shards(jnp.sum(where, axis, keepdims=True, dtype=dtype), axis_name)
+        uniform = jnp.where(where, of_block, 0) / jnp.maximum(left, 1)
 
     if jnp.issubdtype(given.dtype, jnp.integer):
         if given.shape != positions:
@@ -80,7 +88,7 @@ def read_targets(
         label, share, by_label, counted = (jnp.expand_dims(a, axis) for a in (label, share, by_label, counted))
         hot = share * by_label * (1 - label_smoothing)
         spread = label_smoothing * uniform if label_smoothing else None
-        return Targets(label, hot, spread, share), Counts(counted * by_label, counted)
+        return Targets(label - first, hot, spread, share), Counts(counted * by_label, counted)
 
     if not jnp.issubdtype(given.dtype, jnp.floating):
         raise TypeError(f"targets: expected integer labels or a floating distribution, got dtype {given.dtype}")
@@ -96,8 +104,7 @@ def read_targets(
     if where is not None:  # a removed class is no variable of the loss
         spread = jnp.where(where, spread, lax.stop_gradient(spread))
     if class_weights is not None:
-        c = by_class.reshape(along_classes)
-        spread = jnp.where(c == 0, 0, c * spread)  # a class without weight has no gradient, even at −inf
+        spread = jnp.where(of_block == 0, 0, of_block * spread)  # a class without weight has no gradient, even at −inf
     if label_smoothing:
         spread = (1 - label_smoothing) * spread + label_smoothing * uniform
     counted = jnp.expand_dims(counted, axis)

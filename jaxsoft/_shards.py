@@ -1,0 +1,59 @@
+"""A class axis laid in contiguous blocks over the devices of a mesh axis, inside `jax.shard_map`."""
+
+from collections.abc import Hashable
+from typing import TypeVar
+
+import jax
+from jax import lax
+from jaxtyping import Array
+
+AxisName = Hashable | None  # one mesh axis or a tuple of them; None where the classes are not sharded
+Tree = TypeVar("Tree")
+
+
+def as_axis_name(axis_name: AxisName) -> AxisName:
+    """`axis_name`, or a ValueError where no enclosing `shard_map` knows it and keeps track of what varies over it."""
+    if axis_name is None:
+        return None
+    try:
+        tracked = varying(lax.axis_index(axis_name))
+    except NameError:
+        raise ValueError(
+            f"axis_name: expected a mesh axis of an enclosing jax.shard_map, got {axis_name!r} outside of one"
+        ) from None
+    if not tracked:
+        # Without it JAX divides the cotangent of a loss that is equal on all shards by their number.
+        raise ValueError(f"axis_name: expected jax.shard_map with check_vma=True, its default, around {axis_name!r}")
+    return axis_name
+
+
+def first_class(classes: int, axis_name: AxisName) -> Array | int:
+    """The index of the first of a shard's `classes` among those of all shards."""
+    return 0 if axis_name is None else lax.axis_index(axis_name) * classes
+
+
+def all_classes(classes: int, axis_name: AxisName) -> int:
+    return classes if axis_name is None else lax.axis_size(axis_name) * classes
+
+
+def sum_shards(array: Array, axis_name: AxisName) -> Array:
+    return array if axis_name is None else lax.psum(array, axis_name)
+
+
+def max_shards(array: Array, axis_name: AxisName) -> Array:
+    return array if axis_name is None else lax.pmax(array, axis_name)
+
+
+def varying(tree: object) -> frozenset:
+    """The mesh axes over which any array of `tree` may differ from device to device."""
+    return frozenset().union(*(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(tree)))
+
+
+def vary(tree: Tree, axes: frozenset) -> Tree:
+    """`tree` with every array typed as differing over `axes`; in reverse mode the gradients are summed over them."""
+
+    def cast(leaf: Array) -> Array:
+        missing = tuple(axes - varying(leaf))
+        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, tree)
