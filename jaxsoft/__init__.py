@@ -6,6 +6,7 @@ from jaxsoft import caffe, energy
 from jaxsoft._checks import checked
 from jaxsoft._cross_entropy import cross_entropy
 from jaxsoft._diagnosis import Diagnosis, diagnose_gradient
+from jaxsoft._linear_cross_entropy import Plan, linear_cross_entropy, plan_linear_cross_entropy
 from jaxsoft._mlp import apply_mlp, init_mlp
 from jaxsoft._softmax import log_softmax, logsumexp, softmax, softmax_jacobian, softmax_vjp
 
@@ -13,6 +14,7 @@ __version__ = version("jaxsoft")
 
 __all__ = [
     "Diagnosis",
+    "Plan",
     "apply_mlp",
     "caffe",
     "checked",
@@ -20,8 +22,10 @@ __all__ = [
     "diagnose_gradient",
     "energy",
     "init_mlp",
+    "linear_cross_entropy",
     "log_softmax",
     "logsumexp",
+    "plan_linear_cross_entropy",
     "softmax",
     "softmax_jacobian",
     "softmax_vjp",

@@ -14,6 +14,7 @@ from jaxtyping import Array, ArrayLike, Bool
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Option = TypeVar("Option")
 
 # A context that is part of the key of every `jax.jit` cache. The checks are traced only inside it:
 # their effect, even discarded, would cost every other compiled call JAX's fast dispatch (0.1 ms).
@@ -142,6 +143,13 @@ def as_number(name: str, value: float, low: float, high: float = float("inf")) -
         bounds = f"at least {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}]"
         raise ValueError(f"{name}: expected a finite number {bounds}, got {value}")
     return float(value)
+
+
+def as_option(name: str, value: Option, options: Sequence[Option]) -> Option:
+    """`value` if it is one of several words."""
+    if value not in options:
+        raise ValueError(f"{name}: expected {', '.join(map(repr, options[:-1]))} or {options[-1]!r}, got {value!r}")
+    return value
 
 
 def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:

@@ -1,18 +1,19 @@
 """Cross-entropy of dense logits against labels or distributions."""
 
 import functools
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from jaxsoft._checks import as_axis, as_floating, as_integer, as_mask, as_number, check_values, compute_dtype
+from jaxsoft._checks import as_axis, as_floating, as_integer, as_mask, as_number, as_option, check_values, compute_dtype
 from jaxsoft._shards import AxisName, as_axis_name
 from jaxsoft._statistics import Statistics, block_gradient, block_statistics, position_losses, target_gradient
 from jaxsoft._targets import Counts, Targets, read_targets
 
 Reduction = Literal["none", "sum", "mean"]
+REDUCTIONS = get_args(Reduction)
 
 
 def cross_entropy(
@@ -95,8 +96,6 @@ def cross_entropy(
         raise ValueError(f"logits: expected at least one class along axis {axis}, got shape {logits.shape}")
     if ignore_index is not None:
         ignore_index = as_integer("ignore_index", ignore_index)
-    if reduction not in ("none", "sum", "mean"):
-        raise ValueError(f"reduction: expected 'none', 'sum' or 'mean', got {reduction!r}")
     return _cross_entropy(
         logits,
         jnp.asarray(targets),
@@ -107,7 +106,7 @@ def cross_entropy(
         ignore_index=ignore_index,
         label_smoothing=as_number("label_smoothing", label_smoothing, 0, 1),
         z_loss=as_number("z_loss", z_loss, 0),
-        reduction=reduction,
+        reduction=as_option("reduction", reduction, REDUCTIONS),
         axis_name=as_axis_name(axis_name),
     )
 
@@ -144,7 +143,7 @@ def _cross_entropy(
     if where is not None:
         logits = jnp.where(where, logits, -jnp.inf)
     check_values("logits", logits, ~jnp.isnan(logits) | (counts.position == 0), "a number")
-    losses, lse = cast(tuple[Array, Array], _losses(logits, read, axis, axis_name))
+    losses, lse = cast(tuple[Array, Array], losses_and_lse(logits, read, axis, axis_name))
     penalties = None
     if z_loss:
         lse = jnp.where((counts.position == 0) | jnp.isneginf(lse), 0, lse)
@@ -160,25 +159,25 @@ def _reduce(losses: Array, penalties: Array | None, counts: Counts, axis: int, r
     penalty = 0 if penalties is None else jnp.sum(penalties)
     if reduction == "sum":
         return total + penalty
-    return total / _or_one(jnp.sum(counts.loss)) + penalty / _or_one(jnp.sum(counts.position))
+    return total / or_one(jnp.sum(counts.loss)) + penalty / or_one(jnp.sum(counts.position))
 
 
-def _or_one(count: Array) -> Array:
+def or_one(count: Array) -> Array:
     return jnp.where(count == 0, 1, count)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _losses(logits: Array, targets: Targets, axis: int, axis_name: AxisName) -> tuple[Array, Array]:
+def losses_and_lse(logits: Array, targets: Targets, axis: int, axis_name: AxisName) -> tuple[Array, Array]:
     """Loss and lse of each position: z-loss and every reduction are ordinary functions of the two."""
-    return _losses_fwd(logits, targets, axis, axis_name)[0]
+    return _losses_and_lse_fwd(logits, targets, axis, axis_name)[0]
 
 
-def _losses_fwd(logits: Array, targets: Targets, axis: int, axis_name: AxisName):
+def _losses_and_lse_fwd(logits: Array, targets: Targets, axis: int, axis_name: AxisName):
     statistics = block_statistics(logits.astype(compute_dtype(logits.dtype)), (axis,), targets, axis_name)
     return (position_losses(targets, statistics), statistics.logsumexp), (logits, targets, statistics)
 
 
-def _losses_bwd(
+def _losses_and_lse_bwd(
     axis: int,
     axis_name: AxisName,
     residuals: tuple[Array, Targets, Statistics],
@@ -193,4 +192,4 @@ def _losses_bwd(
     return gradient.astype(logits.dtype), Targets(constant, constant, to_spread, constant)  # pyright: ignore[reportArgumentType]
 
 
-_losses.defvjp(_losses_fwd, _losses_bwd)
+losses_and_lse.defvjp(_losses_and_lse_fwd, _losses_and_lse_bwd)

@@ -49,6 +49,11 @@ def varying(tree: object) -> frozenset:
     return frozenset().union(*(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(tree)))
 
 
+def unsharded(axes: frozenset, axis_name: AxisName) -> frozenset:
+    """Those of `axes` over which a sum over the shards of `axis_name` still differs."""
+    return axes - (frozenset(axis_name) if isinstance(axis_name, tuple) else {axis_name})
+
+
 def vary(tree: Tree, axes: frozenset) -> Tree:
     """`tree` with every array typed as differing over `axes`; in reverse mode the gradients are summed over them."""
 
