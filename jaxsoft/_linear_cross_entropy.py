@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -310,18 +310,18 @@ def _coefficients(counts: Counts, z_loss: float, reduction: Reduction) -> Coeffi
     return Coefficients(loss, square)
 
 
-class Gradients(NamedTuple):
-    """Of what is wanted of them: the layer's, and the weights of a distribution's."""
+class Variables(NamedTuple):
+    """One array, or None, for each input that may be differentiated."""
 
-    layer: Layer
-    spread: Array | None
+    features: Any = None
+    kernel: Any = None
+    bias: Any = None
+    spread: Any = None
 
     def as_cotangents(self) -> tuple[Layer, Targets, Coefficients]:
         constant: Any = None  # JAX's word for a zero cotangent
-        return self.layer, Targets(constant, constant, self.spread, constant), Coefficients(constant, constant)
-
-
-NO_GRADIENTS = Gradients(Layer(*3 * (cast(Any, None),)), None)
+        targets = Targets(constant, constant, self.spread, constant)
+        return Layer(*self[:3]), targets, Coefficients(constant, constant)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -335,10 +335,10 @@ def _total_fwd(options: Options, *primals):
     return _total_and_gradients(options, wanted, *arrays)
 
 
-def _total_bwd(options: Options, gradients: Gradients, cotangent: Any):
+def _total_bwd(options: Options, gradients: Variables, cotangent: Any):
     if type(cotangent) is SymbolicZero:
-        return NO_GRADIENTS.as_cotangents()
-    return jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), gradients).as_cotangents()
+        return Variables().as_cotangents()
+    return jax.tree.map(lambda g: (cotangent * g.astype(cotangent.dtype)).astype(g.dtype), gradients).as_cotangents()
 
 
 _total.defvjp(_total_fwd, _total_bwd, symbolic_zeros=True)
@@ -358,7 +358,7 @@ def _position_terms_fwd(options: Options, *primals):
 def _position_terms_bwd(options: Options, residuals, cotangent: Any):
     wanted, (layer, targets, coefficients) = residuals
     if type(cotangent) is SymbolicZero:
-        return NO_GRADIENTS.as_cotangents()
+        return Variables().as_cotangents()
     coefficients = jax.tree.map(lambda c: c * cotangent, coefficients)
     return _total_and_gradients(options, wanted, layer, targets, coefficients)[1].as_cotangents()
 
@@ -377,14 +377,10 @@ class Wanted:
     spread: bool
 
 
-def _wanted(*primals):
+def _wanted(*primals) -> tuple[Wanted, tuple[Layer, Targets, Coefficients]]:
     """Which of the primals of a rule with `symbolic_zeros` are differentiated, and the primals themselves."""
     layer, targets, _ = primals
-
-    def perturbed(primal: Any) -> bool:
-        return primal is not None and primal.perturbed
-
-    wanted = Wanted(*map(perturbed, (layer.features, layer.kernel, layer.bias, targets.spread)))
+    wanted = Wanted(*(v is not None and v.perturbed for v in (*layer, targets.spread)))
     return wanted, jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
 
 
@@ -419,13 +415,13 @@ def _terms_jvp(options: Options, primals, tangents):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _total_and_gradients(
     options: Options, wanted: Wanted, layer: Layer, targets: Targets, coefficients: Coefficients
-) -> tuple[Array, Gradients]:
+) -> tuple[Array, Variables]:
     """The sum of all terms and the gradients that are wanted."""
     dtype = coefficients.loss.dtype
     product = functools.partial(lax.dot_general, preferred_element_type=dtype)
 
-    def step(rows: Array, carry: tuple[Array, Gradients]) -> tuple[Array, Gradients]:
-        total, ((to_features, to_kernel, to_bias), to_spread) = carry
+    def step(rows: Array, carry: tuple[Array, Variables]) -> tuple[Array, Variables]:
+        total, (to_features, to_kernel, to_bias, to_spread) = carry
         x, t, c = _take(rows, layer.features, targets, coefficients)
         logits = _logits(x, layer.kernel, layer.bias, options.soft_cap)
         statistics = block_statistics(logits, (1,), t, options.axis_name)
@@ -436,56 +432,48 @@ def _total_and_gradients(
             gradient *= 1 - (logits / options.soft_cap) ** 2
         narrow = gradient.astype(x.dtype)  # or the products would be taken in float32
         if wanted.features:
-            to_features = to_features.at[rows].set(
-                product(narrow, layer.kernel, (((1,), (1,)), ((), ()))).astype(x.dtype), mode="drop"
-            )
+            to_rows = product(narrow, layer.kernel, (((1,), (1,)), ((), ()))).astype(x.dtype)
+            to_features = to_features.at[rows].set(to_rows, mode="drop")
         if wanted.kernel:
             to_kernel += product(x, narrow, (((0,), (0,)), ((), ())))
         if wanted.bias:
             to_bias += jnp.sum(gradient, 0)
         if wanted.spread:
             to_spread = to_spread.at[rows].set(target_gradient(logits, t, statistics, c.loss), mode="drop")
-        return total, Gradients(Layer(to_features, to_kernel, to_bias), to_spread)
+        return total, Variables(to_features, to_kernel, to_bias, to_spread)
 
-    def zeros(wanted: bool, like: Array | None, dtype: jnp.dtype) -> Any:
-        return vary(jnp.zeros(like.shape, dtype), varying(layer.kernel)) if wanted and like is not None else None
+    def zeros(array: Array, wanted: bool, dtype: jnp.dtype) -> Array | None:
+        return vary(jnp.zeros(array.shape, dtype), varying(layer)) if wanted else None
 
-    none_yet = Gradients(
-        Layer(
-            zeros(wanted.features, layer.features, layer.features.dtype),
-            zeros(wanted.kernel, layer.kernel, dtype),
-            zeros(wanted.bias, layer.bias, dtype),
-        ),
-        zeros(wanted.spread, targets.spread, dtype),
-    )
+    dtypes = Variables(layer.features.dtype, dtype, dtype, dtype)
+    inputs = Variables(*layer, targets.spread)
+    none_yet = Variables(*map(zeros, inputs, astuple(wanted), dtypes))
     nothing = vary(jnp.zeros((), dtype), unsharded(varying(layer), options.axis_name))
     total, gradients = _over_tiles(options, targets, step, (nothing, none_yet))
     if wanted.kernel:
-        to_kernel = gradients.layer.kernel.astype(layer.kernel.dtype)
-        gradients = gradients._replace(layer=gradients.layer._replace(kernel=to_kernel))
+        gradients = gradients._replace(kernel=gradients.kernel.astype(layer.kernel.dtype))
     return total, gradients
 
 
 @_total_and_gradients.defjvp
 def _total_and_gradients_jvp(options: Options, wanted: Wanted, primals, tangents):
-    def total_and_gradients(layer: Layer, targets: Targets, coefficients: Coefficients) -> tuple[Array, Gradients]:
-        def total(variables: Gradients) -> Array:
-            parts = [new if new is not None else old for new, old in zip(variables.layer, layer, strict=True)]
-            spread = targets.spread if variables.spread is None else variables.spread
-            changed = Layer(*parts), targets._replace(spread=spread)
+    def total_and_gradients(layer: Layer, targets: Targets, coefficients: Coefficients) -> tuple[Array, Variables]:
+        every = Variables(*layer, targets.spread)
+
+        def total(chosen: Variables) -> Array:
+            *inputs, spread = (old if new is None else new for new, old in zip(chosen, every, strict=True))
+            changed = Layer(*inputs), targets._replace(spread=spread)
             return jnp.sum(_scanned_terms(options, losses_and_lse, *changed, coefficients))
 
-        chosen = Layer(
-            *(a if w else None for w, a in zip((wanted.features, wanted.kernel, wanted.bias), layer, strict=True))
-        )
-        return jax.value_and_grad(total)(Gradients(chosen, targets.spread if wanted.spread else None))
+        chosen = (v if w else None for v, w in zip(every, astuple(wanted), strict=True))
+        return jax.value_and_grad(total)(Variables(*chosen))
 
     return jax.jvp(total_and_gradients, primals, tangents)
 
 
 def _scanned_terms(
     options: Options,
-    losses_and_lse: Callable[[Array, Targets, int, AxisName], tuple[Array, Array]],
+    losses_and_lse: Callable[..., Any],
     layer: Layer,
     targets: Targets,
     coefficients: Coefficients,
@@ -507,7 +495,8 @@ def _scanned_terms(
 
 def _over_tiles(options: Options, targets: Targets, step: Callable[[Array, Any], Any], start: Any) -> Any:
     """Fold `step` over tiles of the positions that take part; rows past the last have an index out of range."""
-    positions = targets.share.shape[0]
+    share = jnp.asarray(targets.share)
+    positions = share.shape[0]
 
     def fold(first: Array | int, end: Array | int, size: int, carry: Any) -> Any:
         def body(tile: Array, carry: Any) -> Any:
@@ -519,7 +508,7 @@ def _over_tiles(options: Options, targets: Targets, step: Callable[[Array, Any],
 
     order, count, whole = jnp.arange(positions), positions, positions
     if options.skips:
-        idle = targets.share[:, 0] == 0
+        idle = share[:, 0] == 0
         order, count = jnp.argsort(idle, stable=True), positions - jnp.sum(idle)
         # What whole tiles leave is taken in small ones, or most of the last tile could be idle. Not so between
         # shards: each loop brings two all-reduces of its own.

@@ -31,8 +31,11 @@ class Statistics(NamedTuple):
 
     @property
     def total(self) -> Array:
-        """Σ_j exp(z_j − m), at least 1; where no class is left ½, for no division to meet a zero."""
-        return jnp.maximum(self.tail + jnp.exp(self.label), 0.5)
+        """Σ_j exp(z_j − m), at least 1; where no class is left a little above 0, for no division to meet a zero."""
+        # Rounding absorbs what is added to 1 or more. Unlike a maximum, which some of XLA's CPU kernels take to be
+        # the other argument, it keeps a NaN.
+        total = self.tail + jnp.exp(self.label)
+        return total + jnp.finfo(total.dtype).eps / 8
 
     @property
     def log_total(self) -> Array:

@@ -12,11 +12,12 @@ import jaxsoft
 
 FUNCTIONS = {name: fn for name in jaxsoft.__all__ if inspect.isfunction(fn := getattr(jaxsoft, name))}
 # What may be passed by position after the first argument: arrays, and the axis and mask of jax.nn's names.
-POSITIONAL = {"targets", "cotangent", "features", "gradient", "axis", "where", "sizes"}
+POSITIONAL = {"kernel", "targets", "bias", "classes", "dtype", "cotangent", "features", "gradient", "axis", "where", "sizes"}
 
 CALLS = {
     "apply_mlp": lambda z: jaxsoft.apply_mlp(jaxsoft.init_mlp(jax.random.key(0), (6, 2)), z),
     "cross_entropy": lambda z: jaxsoft.cross_entropy(z, jnp.array(1)),
+    "linear_cross_entropy": lambda z: jaxsoft.linear_cross_entropy(z, jnp.eye(6)[:, :4], jnp.array(1)),
     "log_softmax": jaxsoft.log_softmax,
     "logsumexp": jaxsoft.logsumexp,
     "softmax": jaxsoft.softmax,
@@ -70,5 +71,5 @@ def test_works_under_shard_map_with_the_batch_over_two_devices(name):
 
 
 def test_every_function_is_called_above():
-    host_side = {"checked", "diagnose_gradient", "init_mlp"}
+    host_side = {"checked", "diagnose_gradient", "init_mlp", "plan_linear_cross_entropy"}
     assert set(FUNCTIONS) == set(CALLS) | (host_side & set(FUNCTIONS))

@@ -1,0 +1,319 @@
+"""linear_cross_entropy: values, gradients, work and memory."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import reference
+from jaxsoft import checked, cross_entropy, linear_cross_entropy, plan_linear_cross_entropy
+
+SIZES = [(37, 8, 101), (130, 16, 2049), (1064, 24, 3001), (1, 3, 2), (5, 4, 128_256)]
+OPTIONS = {
+    "plain": {},
+    "ignored": {"ignore_index": -100},
+    "weighted": {"weights", "class_weights"},
+    "smooth": {"label_smoothing": 0.1, "z_loss": 0.01, "ignore_index": -100},
+    "capped": {"soft_cap": 20.0, "reduction": "sum"},
+    "each": {"reduction": "none", "z_loss": 0.01, "ignore_index": -100, "label_smoothing": 0.2, "soft_cap": 30.0},
+    "distributions": {"distributions", "label_smoothing", "class_weights"},
+}
+
+
+def problem(positions, width, classes, seed=0):
+    """Features, kernel, strongly negative bias, labels, position and class weights, distributions."""
+    rng = np.random.default_rng(seed)
+    x, w = rng.normal(size=(positions, width)), rng.normal(size=(width, classes))
+    labels = rng.integers(0, classes, positions)
+    distributions = rng.gamma(0.1, size=(positions, classes))
+    return (
+        x,
+        w,
+        rng.normal(size=classes) - 10,
+        labels,
+        rng.uniform(0.1, 2, positions),
+        rng.uniform(0.1, 2, classes),
+        distributions,
+    )
+
+
+def naive(x, w, b, q, weights, denominators, cap=None, z_loss=0.0):
+    """What each position adds, from all logits at once, in float64."""
+    z = x @ w + b
+    z = z if cap is None else cap * jnp.tanh(z / cap)
+    squares = reference.logsumexp(z) ** 2
+    return weights * (reference.losses(z, q) / denominators[0] + z_loss * squares / denominators[1])
+
+
+def relative(actual, expected):
+    return np.abs(np.asarray(actual, float) - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_equals_the_unfused_computation(size, case):
+    x, w, b, labels, weights, class_weights, distributions = problem(*size)
+    positions, _, classes = size
+    given = OPTIONS[case]
+    options = dict(given) if isinstance(given, dict) else {}
+    if "weights" in given:
+        options["weights"] = jnp.asarray(weights, jnp.float32)
+    if "class_weights" in given:
+        options["class_weights"] = jnp.asarray(class_weights, jnp.float32)
+    if case == "distributions":
+        options["label_smoothing"] = 0.1
+    smoothing = options.get("label_smoothing", 0.0)
+
+    ignored = (np.arange(positions) % 3 == 1) if "ignore_index" in options else np.zeros(positions, bool)
+    c = class_weights if "class_weights" in options else np.ones(classes)
+    t = distributions if case == "distributions" else np.equal.outer(labels, np.arange(classes))
+    q = c * ((1 - smoothing) * t + smoothing / classes)
+    counted = np.where(ignored, 0.0, weights if "weights" in options else 1.0)
+    denominators = 1.0, 1.0
+    if options.get("reduction", "mean") == "mean":
+        denominators = np.sum(counted * (1 if case == "distributions" else c[labels])), np.sum(counted)
+    cotangent = (
+        np.random.default_rng(1).normal(size=positions) if options.get("reduction") == "none" else np.float64(1.7)
+    )
+
+    def expected(x, w, b):
+        return jnp.sum(
+            cotangent * naive(x, w, b, q, counted, denominators, options.get("soft_cap"), options.get("z_loss", 0.0))
+        )
+
+    targets = distributions.astype(np.float32) if case == "distributions" else np.where(ignored, -100, labels)
+    row = 8 * classes * (3 if case == "distributions" else 1)
+    budget = row * max(1, positions // 3)  # three tiles and a ragged one
+
+    def ours(x, w, b):
+        loss = linear_cross_entropy(x, w, jnp.asarray(targets), b, memory_budget=budget, **options)
+        assert loss.dtype == jnp.float32
+        return jnp.sum(jnp.asarray(cotangent, jnp.float32) * loss)
+
+    value, gradients = jax.value_and_grad(expected, (0, 1, 2))(*map(jnp.asarray, (x, w, b)))
+    narrow = [jnp.asarray(a, jnp.float32) for a in (x, w, b)]
+    actual, actual_gradients = jax.value_and_grad(ours, (0, 1, 2))(*narrow)
+    np.testing.assert_allclose(actual, value, rtol=1e-5)
+    np.testing.assert_allclose(ours(*narrow), value, rtol=1e-5)  # without differentiation
+    for got, want in zip(actual_gradients, gradients, strict=True):
+        assert got.dtype == jnp.float32
+        assert relative(got, want) < 3e-5
+    assert (np.asarray(actual_gradients[0])[ignored] == 0).all()
+
+
+def float64_problem(positions=21, width=4, classes=13):
+    x, w, b, labels, *_, distributions = map(jnp.asarray, problem(positions, width, classes))
+    return x, w, b + 10, labels.at[::4].set(-100), distributions
+
+
+TWICE = {
+    "mean": {"ignore_index": -100, "z_loss": 0.1},
+    "none": {"ignore_index": -100, "reduction": "none", "soft_cap": 4.0, "label_smoothing": 0.1},
+}
+
+
+@pytest.mark.parametrize("case", [*TWICE, "distributions"])
+def test_derivatives_of_second_order(case):
+    x, w, b, labels, distributions = float64_problem()
+    variables, options, targets = (x, w, b), TWICE.get(case, {}), labels
+    if case == "distributions":
+        variables = (x, w, b, distributions)
+    cotangent = jnp.asarray(np.random.default_rng(2).normal(size=21))
+
+    def ours(x, w, b, targets=targets):
+        loss = linear_cross_entropy(x, w, targets, b, memory_budget=8 * 16 * 13, **options)
+        return jnp.sum(cotangent * loss)
+
+    def unfused(x, w, b, targets=targets):
+        kept = dict(options)
+        cap = kept.pop("soft_cap", None)
+        z = x @ w + b
+        return jnp.sum(cotangent * cross_entropy(z if cap is None else cap * jnp.tanh(z / cap), targets, **kept))
+
+    every = tuple(range(len(variables)))
+    directions = [jnp.asarray(np.random.default_rng(n).normal(size=v.shape)) for n, v in enumerate(variables)]
+
+    def twice(fn):
+        def slope(*variables):
+            return sum(jnp.vdot(d, g) for d, g in zip(directions, jax.grad(fn, every)(*variables), strict=True))
+
+        forward = jax.jvp(jax.value_and_grad(fn, every), variables, tuple(directions))[1]
+        return jax.tree.leaves((jax.grad(slope, every)(*variables), forward))
+
+    for got, want in zip(twice(ours), twice(unfused), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11)
+
+
+def test_gradient_to_distributions():
+    x, w, b, _, distributions = float64_problem()
+    got = jax.grad(lambda t: linear_cross_entropy(x, w, t, b, memory_budget=32 * 16 * 13))(distributions)
+    want = jax.grad(lambda t: reference.losses(x @ w + b, t).mean())(distributions)
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+def test_transformations():
+    x, w, b, labels, _ = float64_problem()
+    options = {"ignore_index": -100, "memory_budget": 8 * 16 * 13}
+
+    def gradient(x, w, b, labels):
+        return jax.grad(lambda w: linear_cross_entropy(x, w, labels, b, **options))(w)
+
+    plain = gradient(x, w, b, labels)
+    shapes = x.reshape(3, 7, 4), w, b, labels.reshape(3, 7)
+    np.testing.assert_allclose(gradient(*shapes), plain, rtol=1e-13)
+    rematerialised = jax.grad(jax.checkpoint(lambda w: linear_cross_entropy(x, w, labels, b, **options)))(w)
+    np.testing.assert_allclose(rematerialised, plain, rtol=1e-13)
+    # Each mapped problem ignores another number of positions.
+    xs, many = x.reshape(3, 7, 4), jnp.stack([labels[:7], labels[7:14].at[:].set(-100), jnp.arange(7)])
+    mapped = jax.vmap(gradient, in_axes=(0, None, None, 0))(xs, w, b, many)
+    np.testing.assert_allclose(mapped, [gradient(x, w, b, y) for x, y in zip(xs, many, strict=True)], rtol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_bfloat16(reduction):
+    x, w, b, labels, *_ = problem(130, 16, 2049)
+    labels = jnp.asarray(labels)
+    half = [jnp.asarray(a, jnp.bfloat16) for a in (x, w, b + 10)]
+    cotangent = jnp.asarray(np.random.default_rng(3).normal(size=130) if reduction == "none" else 1, jnp.float32)
+
+    def run(*variables):
+        return jax.value_and_grad(
+            lambda x, w, b: jnp.sum(
+                cotangent * linear_cross_entropy(x, w, labels, b, reduction=reduction, memory_budget=2**20)
+            ),
+            (0, 1, 2),
+        )(*variables)
+
+    value, gradients = run(*half)
+    exact, exact_gradients = run(*(a.astype(jnp.float32) for a in half))
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, exact, rtol=1e-5)  # products of bfloat16 are exact in float32
+    for got, want in zip(gradients, exact_gradients, strict=True):
+        assert got.dtype == jnp.bfloat16
+        assert relative(got, np.asarray(want)) < 6e-3
+
+
+def test_the_kernels_gradient_is_summed_in_float32():
+    """4096 positions of one label: each tile adds 1/256 of the sum, which bfloat16 would round away."""
+    x, labels = jnp.ones((4096, 1), jnp.bfloat16), jnp.zeros(4096, int)
+    w = jnp.zeros((1, 2), jnp.bfloat16)
+    gradient = jax.grad(lambda w: linear_cross_entropy(x, w, labels, reduction="sum", memory_budget=8 * 2 * 8))(w)
+    np.testing.assert_array_equal(gradient.astype(float), [[-2048, 2048]])
+
+
+def test_a_label_out_of_range_is_nan_and_nothing_else():
+    x, w, b, labels, _ = float64_problem()
+    for bad in (-1, 13):
+        wrong = labels.at[1].set(bad)
+        losses = linear_cross_entropy(x, w, wrong, b, ignore_index=-100, reduction="none", memory_budget=8 * 16 * 13)
+        assert np.isnan(losses).nonzero()[0].tolist() == [1]
+        to_features = jax.grad(
+            lambda x, y=wrong: linear_cross_entropy(x, w, y, b, ignore_index=-100, memory_budget=8 * 16 * 13)
+        )(x)
+        assert np.isnan(to_features).all(1).nonzero()[0].tolist() == [1]
+        with pytest.raises(ValueError, match=rf"targets\[1\] is {bad}: expected a label in \[0, 13\) or ignore_index"):
+            checked(lambda y=wrong: linear_cross_entropy(x, w, y, ignore_index=-100))()
+
+
+def test_nothing_to_average():
+    x, w, b, labels, _ = float64_problem()
+    fn = jax.value_and_grad(lambda x, w, b: linear_cross_entropy(x, w, 0 * labels, b, ignore_index=0), (0, 1, 2))
+    for array in jax.tree.leaves(fn(x * jnp.nan, w, b)):  # padding may be anything
+        assert (array == 0).all()
+    assert linear_cross_entropy(x[:0], w, labels[:0]) == 0
+    assert linear_cross_entropy(x[:0], w, labels[:0], reduction="none").shape == (0,)
+
+
+def gemms(fn, *variables):
+    """Floating-point operations of the matrix products in the compiled program's loop bodies, each run once."""
+    text = jax.jit(fn).lower(*variables).as_text()
+    return len(re.findall(r"stablehlo\.dot_general", text))
+
+
+def test_products_that_nobody_asked_for_are_not_taken():
+    x, w, _b, labels, _ = float64_problem()
+    y = jnp.maximum(labels, 0)
+
+    def loss(x, w, reduction="mean"):
+        return jnp.sum(linear_cross_entropy(x, w, y, reduction=reduction))
+
+    assert gemms(loss, x, w) == 1
+    assert gemms(jax.grad(loss, (0, 1)), x, w) == 3
+    assert gemms(jax.grad(loss, 0), x, w) == 2
+    assert gemms(jax.grad(loss, 1), x, w) == 2
+    each = lambda x, w: loss(x, w, "none")  # noqa: E731
+    assert gemms(jax.value_and_grad(each, (0, 1)), x, w) == 4
+    assert gemms(jax.value_and_grad(each, 1), x, w) == 3
+
+
+@pytest.mark.parametrize("positions", [1024, 4096, 16384])
+def test_temporaries_are_bounded_by_the_budget_and_the_gradients(positions):
+    width, classes = 64, 32_000
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((positions, width), (width, classes))]
+    labels = jax.ShapeDtypeStruct((positions,), jnp.int32)
+    budget = 64 * 2**20
+
+    def temporaries(loss):
+        compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*shapes, labels).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    fused = temporaries(lambda x, w, y: linear_cross_entropy(x, w, y, ignore_index=-100, memory_budget=budget))
+    plan = plan_linear_cross_entropy(positions, width, classes, memory_budget=budget)
+    assert plan.tile_bytes <= budget
+    assert fused <= plan.tile_bytes + plan.gradient_bytes + 64 * (positions + classes)
+    if positions == 4096:
+        unfused = temporaries(lambda x, w, y: cross_entropy(jnp.dot(x, w), y))
+        assert fused < 0.35 * unfused
+
+
+def test_the_loop_ends_with_the_last_position_that_takes_part():
+    """The bound of the loop over tiles is a value of the program, not its length."""
+    x, w, _b, labels, _ = float64_problem()
+    jaxpr = str(
+        jax.make_jaxpr(lambda y: linear_cross_entropy(x, w, y, ignore_index=-100, memory_budget=8 * 8 * 13))(labels)
+    )
+    assert "while" in jaxpr
+    assert "scan" not in jaxpr
+
+
+def test_plan():
+    plan = plan_linear_cross_entropy(1064, 24, 3001, memory_budget=8 * 3001 * 100)
+    assert (plan.rows, plan.tiles) == (96, 12)  # whole vectors of 8 within the budget, the last tile ragged
+    assert plan.flops == 2 * 1064 * 24 * 3001
+    assert plan.training_flops == 3 * plan.flops
+    assert plan.tile_bytes == 96 * 3001 * 8
+    assert plan_linear_cross_entropy(1, 3, 2).rows == 1
+    each = plan_linear_cross_entropy(10, 3, 7, "bfloat16", reduction="none", distributions=True)
+    assert each.training_flops == 4 * each.flops
+    assert each.gradient_bytes == 3 * (10 * 2 + 7 * 4)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_lowers_for_accelerators(platform):
+    x, w, b, labels, _ = float64_problem()
+    fn = jax.jit(jax.grad(lambda x: linear_cross_entropy(x, w, labels, b, ignore_index=-100)))
+    assert jax.export.export(fn, platforms=[platform])(x).platforms == (platform,)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x, w, b, y: linear_cross_entropy(x, w.T, y), ValueError, r"kernel: expected shape (4, classes) with at least one class, got (13, 4)"),
+        (lambda x, w, b, y: linear_cross_entropy(x, w, y, b[:3]), ValueError, r"bias: expected shape (13,), one number a class, got (3,)"),
+        (lambda x, w, b, y: linear_cross_entropy(x[0, 0], w, y), ValueError, r"features: expected at least one axis, the features, got a scalar"),
+        (lambda x, w, b, y: linear_cross_entropy(x, w, y[:2]), ValueError, r"targets: expected integer labels of shape (21,)"),
+        (lambda x, w, b, y: linear_cross_entropy(x, w, y, soft_cap=0), ValueError, r"soft_cap: expected a number above 0, got 0"),
+        (lambda x, w, b, y: linear_cross_entropy(x, w, y, memory_budget=100), ValueError, r"memory_budget: expected at least 208 bytes, the logits of one position and their gradient, got 100"),
+        (lambda x, w, b, y: linear_cross_entropy(x, w, y, memory_budget=1e9), TypeError, r"memory_budget: expected an integer, got 1000000000.0"),
+        (lambda x, w, b, y: linear_cross_entropy(x, w, y, reduction="average"), ValueError, r"reduction: expected 'none', 'sum' or 'mean', got 'average'"),
+        (lambda x, w, b, y: linear_cross_entropy(x, w, y, axis_name="v"), ValueError, r"axis_name: expected a mesh axis of an enclosing jax.shard_map, got 'v' outside of one"),
+        (lambda x, w, b, y: linear_cross_entropy(x.astype(complex), w, y), TypeError, r"features: expected real numbers, got dtype complex128"),
+        (lambda x, w, b, y: plan_linear_cross_entropy(0, 4, 13), ValueError, r"positions: expected a positive integer, got 0"),
+    ],
+)  # fmt: skip
+def test_errors_name_argument_expected_and_actual(call, error, message):
+    x, w, b, labels, _ = float64_problem()
+    with pytest.raises(error, match=re.escape(message)):
+        call(x, w, b, labels)

@@ -1,0 +1,168 @@
+"""A class axis laid over eight devices: everything equals the whole."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+import jaxsoft
+
+MESHES = {"eight": ((8,), ("classes",)), "two by four": ((2, 4), ("data", "classes"))}
+rng = np.random.default_rng(0)
+LOGITS, COTANGENT = (jnp.asarray(rng.normal(size=(12, 40)), jnp.float32) for _ in range(2))
+FEATURES, KERNEL, BIAS = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((12, 6), (6, 40), (40,)))
+LABELS = jnp.asarray(rng.integers(0, 40, 12)).at[jnp.array([0, 1, 2, 3, 7])].set(-100)  # not alike on both halves
+DISTRIBUTION = jnp.asarray(rng.dirichlet(np.ones(40), 12), jnp.float32)
+WEIGHTS, CLASS_WEIGHTS = (jnp.asarray(rng.uniform(0.2, 2, n), jnp.float32) for n in (12, 40))
+MASK = jnp.asarray(rng.random((12, 40)) < 0.7)
+OPTIONS = {
+    "plain": {},
+    "ignored": {"ignore_index": -100},
+    "smooth": {"ignore_index": -100, "label_smoothing": 0.2, "z_loss": 0.1, "class_weights": CLASS_WEIGHTS},
+    "each": {"ignore_index": -100, "reduction": "none", "label_smoothing": 0.1},
+    "distributions": {"label_smoothing": 0.2, "class_weights": CLASS_WEIGHTS},
+}
+
+
+@pytest.fixture(params=MESHES)
+def mesh(request):
+    shape, names = MESHES[request.param]
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def rows(mesh):
+    return "data" if "data" in mesh.axis_names else None
+
+
+def over_shards(mesh, fn, in_specs, out_specs):
+    return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs))
+
+
+def close(actual, expected):
+    for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_softmax_functions(mesh, name, axis):
+    logits, cotangent = (LOGITS, COTANGENT) if axis else (LOGITS.T, COTANGENT.T)
+    spec = PartitionSpec(rows(mesh), "classes") if axis else PartitionSpec("classes", rows(mesh))
+    if name == "logsumexp":
+        cotangent = cotangent.sum(axis)
+    out = PartitionSpec(rows(mesh)) if name == "logsumexp" else spec
+
+    def value_and_vjp(logits, cotangent, **options):
+        value, pullback = jax.vjp(lambda z: getattr(jaxsoft, name)(z, axis, **options), logits)
+        return value, pullback(cotangent)[0]
+
+    sharded = over_shards(mesh, lambda z, g: value_and_vjp(z, g, axis_name="classes"), (spec, out), (out, spec))
+    close(sharded(logits, cotangent), value_and_vjp(logits, cotangent))
+
+
+def test_masks(mesh):
+    spec, out = PartitionSpec(rows(mesh), "classes"), PartitionSpec(rows(mesh))
+    labels = jnp.argmax(MASK, 1)
+    options = {"label_smoothing": 0.2, "reduction": "none"}
+
+    def losses(z, m, y, **more):
+        return jaxsoft.cross_entropy(z, y, where=m, **options, **more)
+
+    sharded = over_shards(mesh, lambda *a: losses(*a, axis_name="classes"), (spec, spec, out), out)
+    close(sharded(LOGITS, MASK, labels), losses(LOGITS, MASK, labels))
+    probs = over_shards(mesh, lambda z, m: jaxsoft.softmax(z, -1, m, axis_name="classes"), (spec, spec), spec)
+    close(probs(LOGITS, MASK), jaxsoft.softmax(LOGITS, -1, MASK))
+
+
+@pytest.mark.parametrize("grad_inside", [False, True])
+@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("linear", [False, True])
+def test_losses(mesh, case, linear, grad_inside):
+    options = {"reduction": "sum"} | OPTIONS[case]
+    row = rows(mesh)
+    targets, target_spec = LABELS, PartitionSpec(row)
+    if case == "distributions":
+        targets, target_spec = DISTRIBUTION, PartitionSpec(row, "classes")
+    elif "ignore_index" not in options:
+        targets = jnp.maximum(LABELS, 0)
+    if linear:
+        variables = FEATURES, KERNEL, BIAS
+        specs = PartitionSpec(row), PartitionSpec(None, "classes"), PartitionSpec("classes")
+    else:
+        variables, specs = (LOGITS,), (PartitionSpec(row, "classes"),)
+
+    def loss(targets, weights, *variables, **more):
+        if linear:
+            features, kernel, bias = variables
+            # Room for two positions a tile on a shard of 40 / 8 classes.
+            losses = jaxsoft.linear_cross_entropy(
+                features, kernel, targets, bias, soft_cap=5.0, weights=weights,
+                memory_budget=2000 if more else 2**20, **options, **more,
+            )  # fmt: skip
+        else:
+            losses = jaxsoft.cross_entropy(*variables, targets, weights=weights, **options, **more)
+        return jnp.sum(losses)
+
+    def whole(targets, weights, *variables):
+        total = loss(targets, weights, *variables, axis_name="classes")
+        return jax.lax.psum(total, row) if row else total
+
+    of_variables = tuple(range(2, 2 + len(variables))) + ((0,) if case == "distributions" else ())
+    in_specs = (target_spec, PartitionSpec(row), *specs)
+    if grad_inside:
+        gradient_specs = tuple(in_specs[n] for n in of_variables)
+        fn = jax.value_and_grad(whole, of_variables)
+        sharded = over_shards(mesh, fn, in_specs, (PartitionSpec(), gradient_specs))
+    else:
+        sharded = jax.value_and_grad(over_shards(mesh, whole, in_specs, PartitionSpec()), of_variables)
+    expected = jax.value_and_grad(loss, of_variables)(targets, WEIGHTS, *variables)
+    close(sharded(targets, WEIGHTS, *variables), expected)
+
+    forward = over_shards(mesh, lambda *a: loss(*a, axis_name="classes")[None], in_specs, PartitionSpec(row))
+    program = forward.lower(targets, WEIGHTS, *variables).compile().as_text()
+    assert len(re.findall(r" all-reduce(?:-start)?\(", program)) == 2
+    assert "all-gather" not in program
+
+
+def test_second_order(mesh):
+    spec = PartitionSpec(rows(mesh), "classes")
+    labels = jnp.maximum(LABELS, 0)
+
+    def slope(z, y, **options):
+        gradient = jax.grad(lambda z: jaxsoft.cross_entropy(z, y, reduction="sum", **options))(z)
+        return jnp.sum(jnp.sin(gradient))
+
+    fn = over_shards(
+        mesh,
+        lambda z, y: jax.grad(lambda z: jax.lax.psum(slope(z, y, axis_name="classes"), mesh.axis_names))(z),
+        (spec, PartitionSpec(rows(mesh))),
+        spec,
+    )
+    close(fn(LOGITS, labels), jax.grad(slope)(LOGITS, labels))
+
+
+def test_a_label_beyond_the_last_shard_is_nan(mesh):
+    spec = PartitionSpec(rows(mesh), "classes")
+    labels = jnp.maximum(LABELS, 0).at[jnp.array([4, 9])].set(jnp.array([40, -1], LABELS.dtype))
+    out = PartitionSpec(rows(mesh))
+    losses = over_shards(
+        mesh, lambda z, y: jaxsoft.cross_entropy(z, y, reduction="none", axis_name="classes"), (spec, out), out
+    )(LOGITS, labels)
+    assert np.isnan(losses).nonzero()[0].tolist() == [4, 9]
+
+
+def test_errors_say_where_the_name_must_come_from():
+    with pytest.raises(
+        ValueError, match=r"axis_name: expected a mesh axis of an enclosing jax\.shard_map, got 'x' outside"
+    ):
+        jaxsoft.softmax(LOGITS, axis_name="x")
+    mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec(None, "classes")
+    untracked = jax.shard_map(
+        lambda z: jaxsoft.softmax(z, axis_name="classes"), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+    )
+    with pytest.raises(ValueError, match=r"axis_name: expected jax\.shard_map with check_vma=True"):
+        untracked(LOGITS)
