@@ -182,7 +182,7 @@ def plan_linear_cross_entropy(
     Example:
         >>> from jaxsoft import plan_linear_cross_entropy
         >>> print(plan_linear_cross_entropy(4096, 4096, 128_256, "bfloat16"))
-        12 tiles of 344 positions: 4,303.5 GFLOP for the loss, 12,910.5 with its gradients; 252.4 MiB for a tile and
+        16 tiles of 256 positions: 4,303.6 GFLOP for the loss, 12,910.7 with its gradients; 250.5 MiB for a tile and
         2,036.0 MiB for gradients, in place of 4,008.0 MiB for all logits
     """
     sizes = {"positions": positions, "features": features, "classes": classes}
