@@ -169,12 +169,18 @@ def or_one(count: Array) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def losses_and_lse(logits: Array, targets: Targets, axis: int, axis_name: AxisName) -> tuple[Array, Array]:
     """Loss and lse of each position: z-loss and every reduction are ordinary functions of the two."""
-    return _losses_and_lse_fwd(logits, targets, axis, axis_name)[0]
+    statistics = _statistics(logits, targets, axis, axis_name, for_gradient=False)
+    return position_losses(targets, statistics), statistics.logsumexp
 
 
 def _losses_and_lse_fwd(logits: Array, targets: Targets, axis: int, axis_name: AxisName):
-    statistics = block_statistics(logits.astype(compute_dtype(logits.dtype)), (axis,), targets, axis_name)
+    statistics = _statistics(logits, targets, axis, axis_name, for_gradient=True)
     return (position_losses(targets, statistics), statistics.logsumexp), (logits, targets, statistics)
+
+
+def _statistics(logits: Array, targets: Targets, axis: int, axis_name: AxisName, *, for_gradient: bool) -> Statistics:
+    wide = logits.astype(compute_dtype(logits.dtype))
+    return block_statistics(wide, (axis,), targets, axis_name, for_gradient=for_gradient)
 
 
 def _losses_and_lse_bwd(

@@ -55,17 +55,31 @@ class Statistics(NamedTuple):
         return jnp.where(jnp.isinf(self.max), self.max, self.max + jnp.log(total))
 
 
-def block_exponentials(logits: Array, max: Array, label: Array | None, axes: tuple[int, ...]) -> Array:
+def block_exponentials(
+    logits: Array, max: Array, label: Array | None, axes: tuple[int, ...], *, for_gradient: bool = True
+) -> Array:
     """exp(z_j − m), with the label's own term left out.
 
-    Forward and backward share it, so under one `jit` the compiler computes it once.
+    Forward and backward share it, so under one `jit` the compiler computes it once. Where it is only summed,
+    the mask is arithmetic: XLA's CPU backend fuses that with the sum, and no comparison.
     """
     exponentials = jnp.exp(logits - max)
-    return exponentials if label is None else jnp.where(_at_label(logits, label, axes), 0, exponentials)
+    if label is None:
+        return exponentials
+    (axis,) = axes
+    if for_gradient or logits.shape[axis] > 1 / jnp.finfo(logits.dtype).eps:
+        return jnp.where(_at_label(logits, label, axes), 0, exponentials)
+    distance = lax.broadcasted_iota(logits.dtype, logits.shape, axis) - label.astype(logits.dtype)
+    return exponentials * jnp.minimum(jnp.abs(distance), 1)
 
 
 def block_statistics(
-    logits: Array, axes: tuple[int, ...], targets: Targets = Targets(), axis_name: AxisName = None
+    logits: Array,
+    axes: tuple[int, ...],
+    targets: Targets = Targets(),
+    axis_name: AxisName = None,
+    *,
+    for_gradient: bool = True,
 ) -> Statistics:
     """What a block of classes contributes to the loss of each position, summed over the shards of `axis_name`."""
     # Every result is independent of the shift, so its derivative is dropped. Reducing from the lowest
@@ -77,7 +91,8 @@ def block_statistics(
     max = max_shards(max, axis_name)
 
     def exponentials(first: Array | int, z: Array) -> Array:
-        return block_exponentials(z, max, None if targets.label is None else targets.label - first, axes)
+        label = None if targets.label is None else targets.label - first
+        return block_exponentials(z, max, label, axes, for_gradient=for_gradient)
 
     softmax_alone = targets.label is None and targets.spread is None
     sums = [reduce_classes(lax.add, 0, exponentials, (logits,), axes, read_once=softmax_alone)]

@@ -62,6 +62,8 @@ def test_equals_the_unfused_computation(size, case):
         options["weights"] = jnp.asarray(weights, jnp.float32)
     if "class_weights" in given:
         options["class_weights"] = jnp.asarray(class_weights, jnp.float32)
+    if case == "weighted":
+        options["z_loss"] = 0.01
     if case == "distributions":
         options["label_smoothing"] = 0.1
     smoothing = options.get("label_smoothing", 0.0)

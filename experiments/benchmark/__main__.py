@@ -4,119 +4,136 @@ python -m experiments.benchmark
 
 Every implementation of a case runs in one process, in a new random order every round, after its result
 was compared with ours. The time is that of a call whose result is ready; ratios above one mean that
-ours is faster.
+ours is faster. How to read the table, and how to run on a GPU: experiments/benchmark/README.md.
 """
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+import datetime
+import json
+import os
+import platform
+import re
+import shlex
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from experiments._door import InputError, enter, make_folder
-from experiments.benchmark.cases import CASES, Case
+from experiments._door import InputError, enter, make_folder, write_json
+from experiments.benchmark.cases import SUITES
+from experiments.benchmark.measure import COLUMNS, Ceilings, measure, measure_ceilings, obstacle
+from experiments.benchmark.peers import missing
+from experiments.benchmark.pictures import plot_ratios, plot_roofline
+from experiments.benchmark.report import fallen_ratios, markdown, read_table
+
+NAMED = ["jaxsoft", "jax", "jaxlib", "numpy", "optax", "torch", "jax-cce", "tokamax", "liger-kernel", "quack-kernels"]
+"""Distributions whose versions the table states."""
 
 
 @dataclass(frozen=True)
 class Config:
     """Options of the benchmark."""
 
-    rounds: int = 41
-    """Timed rounds of each case; cases that take microseconds get ten times as many."""
+    suite: Literal["quick", "full"] = "quick"
+    """The cases: quick takes less than three minutes on two cores."""
     only: str = ""
-    """Run the cases whose name contains this."""
+    """Run the cases whose name, shape and dtype, as the table writes them, contain this: "softmax (150, 3) float32"."""
+    seconds: float = 1.0
+    """Time each case for about this long, in at least 5 and at most 401 rounds."""
     seed: int = 0
     """Draws the inputs and the order of the implementations."""
+    compare: Path | None = None
+    """A results.csv of an earlier run: rows whose ratio has fallen by more than a tenth are flagged."""
+    resume: bool = False
+    """Go on after the cases that results.csv in the folder of results has."""
     out: Path = Path("out/benchmark")
-    """Folder for results.csv and results.md."""
-
-
-def timed(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
-
-
-def check(case: Case, name: str, result: Any, ours: Any) -> str:
-    """Empty where the result agrees with ours, else what differs: a wrong peer is not timed as fast."""
-    for theirs, expected in zip(jax.tree.leaves(result), jax.tree.leaves(ours), strict=True):
-        theirs, expected = np.asarray(theirs, float), np.asarray(expected, float)
-        error = np.abs(theirs - expected).max() / np.abs(expected).max()
-        if not error < case.tolerance:
-            return f"{name} differs by {error:.1e}"
-    return ""
-
-
-def measure(case: Case, config: Config, progress: tqdm) -> list[dict[str, Any]]:
-    rng = np.random.default_rng(config.seed)
-    calls = case.build(rng)
-    results = {name: jax.block_until_ready(call()) for name, call in calls.items()}
-    wrong = {name: check(case, name, result, results["jaxsoft"]) for name, result in results.items()}
-    del results
-    names = [name for name in calls if not wrong[name]]
-    rounds = config.rounds * (10 if timed(calls["jaxsoft"]) < 1e-3 else 1)
-    seconds = {name: np.empty(rounds) for name in names}
-    for n in range(rounds):
-        for name in rng.permutation(names):
-            seconds[name][n] = timed(calls[name])
-        progress.update(1 / rounds)
-    rows = []
-    for name in calls:
-        row = {"case": case.name, "shape": case.shape, "implementation": name, "wrong": wrong[name]}
-        if name in seconds:
-            ratio = seconds[name] / seconds["jaxsoft"]
-            row |= {
-                "median_ms": 1e3 * np.median(seconds[name]),
-                "least_ms": 1e3 * seconds[name].min(),
-                "ratio": np.median(seconds[name]) / np.median(seconds["jaxsoft"]),
-                "ratio_low": np.quantile(ratio, 0.25),
-                "ratio_high": np.quantile(ratio, 0.75),
-            }
-        rows.append(row)
-    return rows
+    """Folder for results.csv, results.md, about.json and the pictures."""
 
 
 def run(config: Config) -> pd.DataFrame:
-    """Time the chosen cases and write the table."""
-    if config.rounds < 3:
-        raise InputError(f"--rounds: expected at least 3, got {config.rounds}")
-    chosen = [case for case in CASES if config.only in case.name]
+    """Time the chosen cases and write the table and the pictures."""
+    # A GPU's memory is shared with PyTorch in this process. JAX reads this when it first looks for devices.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if not 0 < config.seconds < float("inf"):
+        raise InputError(f"--seconds: expected a positive number, got {config.seconds}")
+    if not 0 <= config.seed < 2**32:
+        raise InputError(f"--seed: expected an integer in [0, 2**32), got {config.seed}")
+    chosen = [case for case in SUITES[config.suite] if config.only in case.label]
     if not chosen:
-        raise InputError(f"--only: expected part of one of {sorted({c.name for c in CASES})}, got {config.only!r}")
+        names = sorted({case.name for case in SUITES[config.suite]})
+        raise InputError(f"--only: expected part of one of {names} with shape and dtype, got {config.only!r}")
+    old = read_table(config.compare) if config.compare else None
     out = make_folder(config.out)
-    rows = []
-    with tqdm(total=len(chosen), unit="case", bar_format="{l_bar}{bar}| {elapsed}") as progress:
-        for case in chosen:
-            progress.set_description(f"{case.name} {case.shape}")
-            rows += measure(case, config, progress)
-    table = pd.DataFrame(rows)
-    table.to_csv(out / "results.csv", index=False)
-    (out / "results.md").write_text(markdown(table))
-    print(markdown(table))
+    about, rows = begin(config, {case.dtype: None for case in chosen})
+    ceilings, left_out = Ceilings(**about["ceilings"]), missing()
+    done = {(row["case"], row["shape"], row["dtype"]) for row in rows}
+    with tqdm(total=len(chosen), unit="case", bar_format="{l_bar}{bar}| {elapsed}") as bar:
+        for n, case in enumerate(chosen):
+            bar.set_description(case.label)
+            if reason := obstacle(case, ceilings):
+                left_out[case.label] = reason
+            elif (case.name, str(case.shape), case.dtype) not in done:
+                # A generator for each case, which so draws the same whichever cases were timed before it.
+                rows += measure(case, ceilings, config.seconds, np.random.default_rng([config.seed, n]))
+                pd.DataFrame(rows, columns=COLUMNS).to_csv(out / "unfinished.csv", index=False)
+                (out / "unfinished.csv").replace(out / "results.csv")
+            bar.update()
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    text = markdown(table, about, left_out, None if old is None else fallen_ratios(table, old))
+    (out / "results.md").write_text(text)
+    plot_ratios(table, out / "ratios.png")
+    plot_roofline(table, ceilings, out / "roofline.png")
+    print(text)
     return table
 
 
-def markdown(table: pd.DataFrame) -> str:
-    lines = [
-        f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {jax.local_device_count()} device(s)\n",
-        "| case | shape | implementation | median ms | least ms | ratio to ours | middle half |",
-        "|---|---|---|---|---|---|---|",
+def begin(config: Config, dtypes: Iterable[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What there is to say of the run, with its ceilings, and the rows to go on from."""
+    given = {name: value for name, value in asdict(config).items() if value != getattr(Config(), name)}
+    given = [
+        f"--{name} {shlex.quote(str(given[name]))}" for name in ("suite", "only", "seconds", "seed") if name in given
     ]
-    for row in table.to_dict("records"):
-        start = f"| {row['case']} | {row['shape']} | {row['implementation']} | "
-        if row["wrong"]:
-            lines.append(start + f"{row['wrong']}: not timed | | | |")
-            continue
-        lines.append(
-            start + f"{row['median_ms']:.3g} | {row['least_ms']:.3g} | {row['ratio']:.2f} | "
-            f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+    about: dict[str, Any] = {
+        "command": " ".join(["python -m experiments.benchmark", *given]),
+        "device": device(),
+        "versions": {"Python": platform.python_version()} | installed(),
+    }
+    path, results = config.out / "about.json", config.out / "results.csv"
+    if config.resume and path.exists():
+        earlier = json.loads(path.read_text())
+        for name, value in about.items():
+            if earlier[name] != value:
+                raise InputError(f"--resume: {path}: expected {name} {value} as here, got {earlier[name]}")
+        return earlier, list(read_table(results).to_dict("records")) if results.exists() else []  # pyright: ignore
+    path.unlink(missing_ok=True)
+    results.unlink(missing_ok=True)
+    about |= {"date": f"{datetime.date.today()}", "ceilings": asdict(measure_ceilings(dtypes))}
+    write_json(path, about)
+    return about, []
+
+
+def installed() -> dict[str, str]:
+    found = {}
+    for name in NAMED:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def device() -> str:
+    """What JAX calls the device; of a CPU the model, where the system tells."""
+    kind = jax.devices()[0].device_kind
+    if kind != "cpu":
+        return f"{jax.device_count()} × {kind}"
+    information = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", information.read_text()) if information.exists() else []
+    return f"{os.cpu_count()} cores of {models[0] if models else platform.processor() or 'a CPU'}"
 
 
 if __name__ == "__main__":

@@ -1,140 +1,135 @@
-"""What is timed: each case builds its inputs and one call for each implementation that is installed."""
+"""What is timed: the cases as data, their inputs, and how their work is counted."""
 
-import importlib.util
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
-import jaxsoft
-from experiments import iris, numpy_classifier
+IGNORE = -100  # PyTorch's default, and that of everything written for it
+IGNORED, SMOOTHING, Z_LOSS = 0.05, 0.1, 1e-4
 
-torch: Any = None  # unless the optional extra "peers" is installed
-if importlib.util.find_spec("torch"):
-    torch = importlib.import_module("torch")
 
-Calls = dict[str, Callable[[], Any]]
+# Operations for each logit, and in a linear head for each feature of it; an exponential is one.
+OPERATIONS = {
+    "softmax": 5, "softmax + VJP": 9, "log_softmax": 5, "cross-entropy": 4, "cross-entropy + gradient": 6,
+    "linear cross-entropy": 2, "linear cross-entropy + gradient": 6, "Iris, 1000 steps": math.nan,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
     """One row group of the table."""
 
-    name: str
-    shape: tuple[int, ...]
-    build: Callable[[np.random.Generator], Calls]  # must name one implementation "jaxsoft"
-    tolerance: float = 1e-5
+    task: str  # of OPERATIONS
+    shape: tuple[int, ...]  # of the logits; (positions, features, classes) of a linear head
+    dtype: str = "float32"
+    axis: int = -1
+    ignored: bool = False
+    smooth: bool = False  # with label smoothing and z-loss
+
+    @property
+    def name(self) -> str:
+        name = self.task if self.axis == -1 else f"{self.task}, axis {self.axis}"
+        return name + f", {IGNORED:.0%} ignored" * self.ignored + ", smoothing and z-loss" * self.smooth
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.shape} {self.dtype}"
+
+    @property
+    def base(self) -> str:
+        return self.task.removesuffix(" + VJP").removesuffix(" + gradient")
+
+    @property
+    def gradient(self) -> bool:
+        return self.task != self.base
+
+    @property
+    def is_loss(self) -> bool:
+        return self.base.endswith("cross-entropy")
+
+    @property
+    def is_linear(self) -> bool:
+        return self.base.startswith("linear")
+
+    @property
+    def is_training(self) -> bool:
+        return self.task.startswith("Iris")
+
+    @property
+    def flops(self) -> float:
+        return OPERATIONS[self.task] * math.prod(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the inputs."""
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.eval_shape(self.draw, jax.random.key(0)))
+
+    @property
+    def memory(self) -> int:
+        """Bytes to hold the inputs and, to compare them, two results of their size, with four float32 temporaries."""
+        return 3 * self.size + 4 * 4 * math.prod(self.shape) // (self.shape[1] if self.is_linear else 1)
+
+    def draw(self, key: jax.Array) -> tuple[jax.Array, ...]:
+        """The variables, then the labels or the cotangent where there are any."""
+        if self.is_training:
+            return ()
+        first, second, third = jax.random.split(key, 3)
+        logits = (self.shape[0], self.shape[2]) if self.is_linear else self.shape
+        array = jax.random.normal(first, self.shape[:2] if self.is_linear else logits, self.dtype)
+        other = jax.random.normal(second, self.shape[1:] if self.is_linear else logits, self.dtype)
+        if not self.is_loss:
+            return (3 * array, 3 * other) if self.gradient else (3 * array,)
+        axis = self.axis % len(logits)
+        positions = logits[:axis] + logits[axis + 1 :]
+        labels = jax.random.randint(third, positions, 0, logits[axis])
+        if self.ignored:
+            labels = jnp.where(jax.random.bernoulli(second, IGNORED, positions), IGNORE, labels)
+        return (array, other / math.sqrt(self.shape[1]), labels) if self.is_linear else (3 * array, labels)
 
 
-def compiled(fn: Callable[..., Any], *args: jax.Array) -> Callable[[], Any]:
-    run = jax.jit(fn)
-    return lambda: run(*args)
+def cases(kinds: list[dict[str, Any]], shapes: list[Any], dtypes: Iterable[str]) -> list[Case]:
+    return [Case(shape=shape, dtype=dtype, **kind) for kind, shape, dtype in itertools.product(kinds, shapes, dtypes)]
 
 
-def value_and_vjp(fn: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array, jax.Array], Any]:
-    def both(logits: jax.Array, cotangent: jax.Array):
-        value, pullback = jax.vjp(fn, logits)
-        return value, pullback(cotangent)[0]
-
-    return both
-
-
-def logits_of(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    return rng.normal(size=shape).astype(np.float32) * 3
-
-
-def softmax_forward(shape: tuple[int, ...]) -> Case:
-    def build(rng: np.random.Generator) -> Calls:
-        logits = logits_of(rng, shape)
-        array = jnp.asarray(logits)
-        calls = {"jaxsoft": compiled(jaxsoft.softmax, array), "jax.nn": compiled(jax.nn.softmax, array)}
-        if torch is not None:
-            tensor = torch.from_numpy(logits)
-            calls["PyTorch"] = lambda: torch.softmax(tensor, -1)
-        return calls
-
-    return Case("softmax", shape, build)
-
-
-def softmax_and_vjp(shape: tuple[int, ...]) -> Case:
-    def build(rng: np.random.Generator) -> Calls:
-        logits, cotangent = logits_of(rng, shape), logits_of(rng, shape)
-        args = jnp.asarray(logits), jnp.asarray(cotangent)
-        calls = {
-            "jaxsoft": compiled(value_and_vjp(jaxsoft.softmax), *args),
-            "jax.nn": compiled(value_and_vjp(jax.nn.softmax), *args),
-        }
-        if torch is not None:
-            tensor = torch.from_numpy(logits).requires_grad_()
-            back = torch.from_numpy(cotangent)
-
-            def both():
-                value = torch.softmax(tensor, -1)
-                return value.detach(), torch.autograd.grad(value, tensor, back)[0]
-
-            calls["PyTorch"] = both
-        return calls
-
-    return Case("softmax + VJP", shape, build)
-
-
-def cross_entropy_and_gradient(shape: tuple[int, ...]) -> Case:
-    def build(rng: np.random.Generator) -> Calls:
-        logits, labels = logits_of(rng, shape), rng.integers(0, shape[-1], shape[:-1])
-        args = jnp.asarray(logits), jnp.asarray(labels, jnp.int32)
-
-        def theirs(z: jax.Array, y: jax.Array) -> jax.Array:
-            return optax.softmax_cross_entropy_with_integer_labels(z, y).mean()
-
-        def by_log_softmax(z: jax.Array, y: jax.Array) -> jax.Array:
-            return -jnp.take_along_axis(jax.nn.log_softmax(z), y[..., None], axis=-1).mean()
-
-        calls = {
-            "jaxsoft": compiled(jax.value_and_grad(jaxsoft.cross_entropy), *args),
-            "optax": compiled(jax.value_and_grad(theirs), *args),
-            "jax.nn.log_softmax": compiled(jax.value_and_grad(by_log_softmax), *args),
-        }
-        if torch is not None:
-            tensor, target = torch.from_numpy(logits).requires_grad_(), torch.from_numpy(labels)
-
-            def both():
-                loss = torch.nn.functional.cross_entropy(tensor, target)
-                return loss.detach(), torch.autograd.grad(loss, tensor)[0]
-
-            calls["PyTorch"] = both
-        return calls
-
-    return Case("cross-entropy + gradient", shape, build)
-
-
-def iris_training(steps: int) -> Case:
-    """The same descent on the same flowers, each implementation measuring loss and accuracy at every step."""
-
-    def build(rng: np.random.Generator) -> Calls:
-        split = iris.read_split(iris.Config().data, seed=42)
-        weights = numpy_classifier.draw_weights(normal=True)
-        biases = numpy_classifier.constant_biases(0.0, 1)
-        features, classes = np.asarray(split.train_x, float).T, np.eye(3)[:, np.asarray(split.train_y)]
-        optimizer = optax.sgd(numpy_classifier.ALPHA)
-        params = tuple(
-            {"kernel": jnp.asarray(w.T, jnp.float32), "bias": jnp.asarray(b[:, 0], jnp.float32)}
-            for w, b in zip(weights, biases, strict=True)
-        )
-        state = params, optimizer.init(params)
-        return {
-            "jaxsoft": lambda: iris.train(state, split, optimizer, steps)[1]["loss"][-1],
-            "NumPy": lambda: numpy_classifier.descend(features, classes, weights, biases, steps=steps - 1).loss[-1],
-        }
-
-    return Case(f"Iris, {steps} steps", (105, 4), build, tolerance=1e-3)
-
-
-SHAPES = [(150, 3), (4096, 1000), (512, 32768)]
-CASES = [
-    *(make(shape) for make in (softmax_forward, softmax_and_vjp, cross_entropy_and_gradient) for shape in SHAPES),
-    iris_training(1000),
+DENSE: list[dict[str, Any]] = [
+    {"task": "softmax"},
+    {"task": "softmax + VJP"},
+    {"task": "log_softmax"},
+    {"task": "cross-entropy"},
+    {"task": "cross-entropy + gradient"},
+    {"task": "cross-entropy + gradient", "smooth": True},
+    {"task": "cross-entropy + gradient", "ignored": True},
 ]
+SPATIAL = [DENSE[0], DENSE[1], DENSE[6]]
+FIRST = [kind | {"axis": 1} for kind in SPATIAL]
+LINEAR = [{"task": "linear cross-entropy"}, {"task": "linear cross-entropy + gradient"}]
+SHAPES = [(150, 3), (4096, 1000), (512, 32768)]
+LARGE = [(65536, 128), (2048, 131072), (8192, 131072)]
+IMAGES = [(1, 21, 300, 500), (8, 150, 64, 64)]
+HEADS = [(1024, 256, 32768), (2048, 512, 32768), (8192, 4096, 131072)]
+RAGGED = [(2048, 512, 32003)]  # a multiple of no block; in bfloat16 rounding would hide who gets it wrong
+BOTH = "float32", "bfloat16"
+IRIS = Case("Iris, 1000 steps", (105, 4))
+SUITES = {
+    "quick": [
+        *cases(DENSE, SHAPES, BOTH[:1]),
+        *cases(DENSE, SHAPES[1:2], BOTH[1:]),
+        *cases(FIRST, IMAGES, BOTH[:1]),
+        *cases(SPATIAL, [(1, 300, 500, 21)], BOTH[:1]),
+        *cases(LINEAR, HEADS[:1], BOTH[:1]),
+        IRIS,
+    ],
+    "full": [
+        *cases(DENSE, SHAPES + LARGE, BOTH),
+        *cases(FIRST, IMAGES, BOTH),
+        *cases(SPATIAL, [(1, 300, 500, 21)], BOTH),
+        *cases(LINEAR, HEADS, BOTH),
+        *cases(LINEAR, RAGGED, BOTH[:1]),
+        IRIS,
+    ],
+}

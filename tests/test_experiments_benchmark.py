@@ -1,0 +1,236 @@
+"""experiments.benchmark: all compute the same, the counts are right, and what is wrong is not timed."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+
+import jaxsoft
+from experiments._door import InputError
+from experiments.benchmark import measure as measuring
+from experiments.benchmark import peers
+from experiments.benchmark.__main__ import Config, run
+from experiments.benchmark.cases import SUITES, Case
+from experiments.benchmark.measure import COLUMNS, KEY, Ceilings, measure, obstacle, prepare, relative_error
+from experiments.benchmark.peers import Peer, missing, peers_of
+from experiments.benchmark.report import fallen_ratios
+
+pytestmark = pytest.mark.x32
+
+CEILINGS = Ceilings(1e10, {"float32": 1e11, "bfloat16": 1e11})
+TWO = "softmax (150, 3)"  # also part of log_softmax's name
+
+
+def shrunk(case):
+    """The case at a size where no two axes are equal."""
+    return dataclasses.replace(case, shape={2: (6, 5), 3: (6, 4, 7), 4: (2, 3, 4, 5)}[len(case.shape)])
+
+
+DISTINCT = {shrunk(case) for case in SUITES["full"] if not case.is_training}
+# What differs in half precision differs in dense cases already.
+SHRUNK = sorted((c for c in DISTINCT if c.dtype == "float32" or len(c.shape) == 2), key=lambda case: case.label)
+
+
+def rows_of(case, **options):
+    rows = measure(case, CEILINGS, 1e-9, np.random.default_rng(0))
+    return {row["implementation"]: row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run on two cases."""
+    out = tmp_path_factory.mktemp("whole")
+    return run(Config(only=TWO, seconds=0.01, out=out)), out
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    return shutil.copytree(whole[1], tmp_path / "copy")
+
+
+# Peers.
+
+
+@pytest.mark.parametrize("case", SHRUNK, ids=lambda case: case.label)
+def test_every_installed_peer_computes_what_ours_does(case):
+    rows = rows_of(case)
+    assert not {name: row["not timed"] for name, row in rows.items() if "not timed" in row}
+    expected = (
+        {"jaxsoft", "jax.nn"} if not case.is_loss else {"jaxsoft", "optax, full logits" if case.is_linear else "optax"}
+    )
+    if case.axis == 1:
+        expected |= {
+            f"{name}, {layout}"
+            for name in expected - {"jaxsoft"}
+            for layout in ("transposed inside", "data class-last")
+        }
+    if importlib.util.find_spec("torch"):
+        expected |= {"PyTorch"}
+    assert expected <= rows.keys()
+
+
+def test_the_iris_loops_descend_alike():
+    assert not [row for row in rows_of(Case("Iris, 1000 steps", (105, 4))).values() if "not timed" in row]
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (lambda z, axis: 1.001 * jaxsoft.softmax(z, axis), "differs from ours by 1.0e-03"),
+        (lambda z, axis: z * jnp.nan, "differs from ours by nan"),
+        (lambda z, axis: z.no_such_method(), "no_such_method"),
+    ],
+)
+def test_a_wrong_peer_is_named_and_not_timed(monkeypatch, broken, said):
+    monkeypatch.setattr(jax.nn, "softmax", broken)
+    rows = rows_of(Case("softmax", (6, 5)))
+    assert said in rows["jax.nn"]["not timed"]
+    assert "ratio" not in rows["jax.nn"]
+    assert rows["jaxsoft"]["ratio"] == 1
+
+
+def test_a_fault_of_ours_is_raised(monkeypatch):
+    monkeypatch.setattr(jaxsoft, "softmax", lambda z, axis: z.no_such_method())
+    with pytest.raises(AttributeError, match="no_such_method"):
+        rows_of(Case("softmax", (6, 5)))
+
+
+def test_peers_that_are_not_installed_are_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert {**missing()}.keys() == peers.PACKAGES.keys()
+    assert [peer.name for peer in peers_of(Case("softmax", (6, 5)))] == ["jaxsoft", "jax.nn"]
+
+
+# Counts and times.
+
+
+def test_what_is_counted_is_what_is_read_and_written():
+    """Each input once, each output once: 30 logits, 6 labels and a loss, of 4 bytes or 2."""
+    expected = {
+        Case("softmax", (6, 5)): (60 * 4, 5 * 30),
+        Case("softmax + VJP", (6, 5), "bfloat16"): (120 * 2, 9 * 30),
+        Case("cross-entropy", (6, 5)): ((30 + 6 + 1) * 4, 4 * 30),
+        Case("cross-entropy + gradient", (6, 5), "bfloat16"): (60 * 2 + (6 + 1) * 4, 6 * 30),
+    }
+    for case, (moved, flops) in expected.items():
+        for row in rows_of(case).values():
+            assert row["MB"] == pytest.approx(moved / 1e6)
+            assert row["GFLOP"] == pytest.approx(flops / 1e9)
+            assert row["GB/s"] == pytest.approx(row["MB"] / row["median ms"])
+            assert row["TFLOP/s"] == pytest.approx(row["GFLOP"] / row["median ms"])
+            assert row["of ceiling"] == pytest.approx(row["GB/s"] / 10)
+
+
+def test_labels_are_ignored_in_the_share_stated():
+    _, labels = Case("cross-entropy", (100_000, 3), ignored=True).draw(jax.random.key(0))
+    assert np.mean(labels == -100) == pytest.approx(0.05, abs=0.005)
+    assert set(np.unique(labels)) == {-100, 0, 1, 2}
+
+
+def test_temporaries_are_those_of_the_compiled_call():
+    """An array of 4 MB that is summed both ways has to be held."""
+    x = jnp.ones((1000, 1000))
+    _, _, megabytes = prepare(Peer("", lambda x: jnp.sort(x, 0)[::2].sum() + jnp.sort(x, 1)[:, ::2].sum()), [(x,)])
+    assert megabytes >= 4
+
+
+def test_on_a_gpu_inputs_take_turns_and_calls_are_queued(monkeypatch):
+    _, call, _ = prepare(Peer("", lambda x: x + 1), [(jnp.array(n),) for n in (1, 2)])
+    assert [int(call()) for _ in range(3)] == [2, 3, 2]
+    counted = []
+    monkeypatch.setattr(measuring, "on_gpu", lambda: True)
+    monkeypatch.setattr(measuring, "timed", lambda call, wait, calls=1: counted.append(calls) or 1e-3)
+    rows_of(Case("softmax", (6, 5)))
+    assert set(counted) == {1, 5}
+
+
+def test_relative_error_is_of_the_largest_entry():
+    assert relative_error(jnp.array([1.0, 4.2]), jnp.array([1.1, 4.0])) == pytest.approx(0.05)
+
+
+def test_cases_that_do_not_fit_are_left_out_with_a_reason():
+    case = Case("softmax", (2**20, 2**20))
+    assert re.fullmatch(r"needs about 30786 GB of \d+ GB", obstacle(case, CEILINGS))
+    head = Case("linear cross-entropy", (100, 100, 100))
+    assert obstacle(head, Ceilings(1e10, {"float32": 1e4})) == "a call takes at least 200 s"
+    assert not obstacle(head, CEILINGS)
+
+
+# Results.
+
+
+def test_table_summary_and_pictures_are_written(whole):
+    table, out = whole
+    assert {path.name for path in out.iterdir()} == {
+        "about.json", "ratios.png", "results.csv", "results.md", "roofline.png"
+    }  # fmt: skip
+    pd.testing.assert_frame_equal(pd.read_csv(out / "results.csv"), table, check_dtype=False)
+    assert list(table) == COLUMNS
+    assert set(table["case"]) == {"softmax", "log_softmax"}
+    for _, group in table.groupby("case"):
+        median = group.set_index("implementation")["median ms"]
+        np.testing.assert_allclose(group["ratio"], group["median ms"] / median["jaxsoft"])
+    about, text = json.loads((out / "about.json").read_text()), (out / "results.md").read_text()
+    for said in (about["date"], about["command"], about["device"], jax.__version__, "GB/s, matrix product"):
+        assert said in text
+    assert about["command"] == f"python -m experiments.benchmark --only '{TWO}' --seconds 0.01"
+    assert text.count("\n| softmax | (150, 3) | float32 | ") == len(table) / 2
+
+
+def test_a_killed_run_goes_on_after_the_cases_it_has(whole, copy):
+    """The first case is left as it is, the second one timed again."""
+    results = copy / "results.csv"
+    table = pd.read_csv(results)
+    first = table["case"] == table["case"][0]
+    table.loc[first].assign(**{"median ms": 123.0}).to_csv(results, index=False)
+    resumed = run(Config(only=TWO, seconds=0.01, out=copy, resume=True))
+    assert (resumed["median ms"] == 123).tolist() == first.tolist()
+    pd.testing.assert_frame_equal(resumed[KEY], whole[0][KEY])
+    with pytest.raises(InputError, match=re.escape("--resume: ") + ".*expected command .*--seconds 0.02 as here"):
+        run(Config(only=TWO, seconds=0.02, out=copy, resume=True))
+
+
+def test_ratios_that_fell_are_flagged(copy, tmp_path):
+    old = pd.read_csv(copy / "results.csv")
+    theirs = (old["case"] == "softmax") & (old["implementation"] == "jax.nn")
+    old.loc[theirs, "ratio"] *= 2
+    old.to_csv(tmp_path / "old.csv", index=False)
+    run(Config(only=TWO, seconds=0.01, out=copy, resume=True, compare=tmp_path / "old.csv"))
+    text = (copy / "results.md").read_text()
+    assert "1 ratios have fallen by more than 10%" in text
+    assert re.search(r"\n- softmax \(150, 3\) float32 jax\.nn: \*\*[\d.]+ to [\d.]+\*\*\n", text)
+
+
+def test_a_tenth_is_the_limit():
+    old = pd.DataFrame([(*"abcd", 1.0), (*"abce", 2.0), (*"abcf", 1.0)], columns=[*KEY, "ratio"])
+    new = pd.DataFrame([(*"abcd", 0.91), (*"abce", 1.79), (*"abcg", 0.1)], columns=[*KEY, "ratio"])
+    assert fallen_ratios(new, old)["implementation"].tolist() == ["e"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seconds": 0}, "--seconds: expected a positive number, got 0"),
+        ({"seconds": math.inf}, "--seconds: expected a positive number, got inf"),
+        ({"seed": -1}, "--seed: expected an integer in [0, 2**32), got -1"),
+        ({"only": "sparsemax"}, "--only: expected part of one of ['Iris, 1000 steps', "),
+    ],
+)
+def test_bad_options_are_refused(options, message, tmp_path):
+    with pytest.raises(InputError, match=re.escape(message)):
+        run(Config(out=tmp_path, **options))
+
+
+@pytest.mark.parametrize("content", ["", "case,shape\nsoftmax,3\n", "\0\n1,2\n3,4,5\n"])
+def test_an_old_table_that_is_none_is_refused(tmp_path, content):
+    (tmp_path / "old.csv").write_text(content)
+    with pytest.raises(InputError, match=r"old\.csv: expected a results\.csv of this benchmark, got "):
+        run(Config(only=TWO, compare=tmp_path / "old.csv", out=tmp_path))
