@@ -250,6 +250,25 @@ def test_products_that_nobody_asked_for_are_not_taken():
     assert gemms(jax.value_and_grad(each, 1), x, w) == 3
 
 
+def test_products_are_taken_in_the_dtype_of_the_inputs():
+    x, w = jnp.ones((40, 8), jnp.bfloat16), jnp.ones((8, 5), jnp.bfloat16)
+    gradient = jax.jit(jax.grad(lambda x, w: linear_cross_entropy(x, w, jnp.zeros(40, int)), (0, 1)))
+    products = re.findall(r"stablehlo\.dot_general.* : \((.*)\) ->", gradient.lower(x, w).as_text())
+    assert len(products) == 3
+    assert all(operands.count("bf16") == 2 for operands in products)
+
+
+def test_no_class_left():
+    """Targets without weight cost nothing, and there is no lse to draw towards 0."""
+    x, w, b, *_ = float64_problem()
+    nothing = jnp.zeros((21, 13))
+    fn = jax.value_and_grad(
+        lambda x, w: linear_cross_entropy(x, w, nothing, jnp.full_like(b, -jnp.inf), z_loss=0.1), (0, 1)
+    )
+    for array in jax.tree.leaves(fn(x, w)):
+        assert (array == 0).all()
+
+
 @pytest.mark.parametrize("positions", [1024, 4096, 16384])
 def test_temporaries_are_bounded_by_the_budget_and_the_gradients(positions):
     width, classes = 64, 32_000
