@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from experiments._door import InputError
@@ -23,9 +24,15 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoints(folder: Path) -> ocp.CheckpointManager:
-    """The two latest checkpoints of `folder`, created where missing."""
-    # Written at once, not in the background: a checkpoint is on disk before the next step is taken.
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    """The two latest checkpoints of `folder`, created where missing; of several processes one alone calls this."""
+    folder.mkdir(parents=True, exist_ok=True)
+    process = jax.process_index()
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2,
+        enable_async_checkpointing=False,  # a checkpoint is on disk before the next step is taken
+        create=False,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process}),
+    )
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
@@ -61,8 +68,8 @@ def read_record(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]
 
 
 def read_state(checkpoints: ocp.CheckpointManager, step: int, like: Any) -> Any:
-    """The arrays of a checkpoint in the structure of `like`."""
-    template = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+    """The arrays of a checkpoint in the structure of `like`, in NumPy."""
+    template = ocp.args.StandardRestore(jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), like))
     return checkpoints.restore(step, args=ocp.args.Composite(state=template))["state"]
 
 

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from experiments import _runs
 from experiments._checkpoints import Checkpoint, latest_whole, open_checkpoints, read_record, read_state, save
 from experiments._door import InputError, enter
 from experiments.segmentation.__main__ import Config, run
@@ -248,9 +249,7 @@ class Stopped(Exception):
 
 def stopped_at(monkeypatch, configuration, step):
     """Run and stop as if killed when the row of `step` is about to be written."""
-    from experiments.segmentation import __main__ as script
-
-    append = script.append
+    append = _runs.append
 
     def stop(path, row):
         if row[0] == step:
@@ -260,7 +259,7 @@ def stopped_at(monkeypatch, configuration, step):
         append(path, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(script, "append", stop)
+        patch.setattr(_runs, "append", stop)
         with pytest.raises(Stopped):
             run(configuration)
 

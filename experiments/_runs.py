@@ -1,0 +1,179 @@
+"""A training run in a folder: a row a step, checkpoints, and going on exactly where it was killed.
+
+Where several processes train together, the first alone reads and writes the folder.
+"""
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from experiments._checkpoints import Checkpoint, latest_whole, open_checkpoints, read_record, read_state, save
+from experiments._door import InputError
+
+Row = tuple[float, ...]
+
+
+class Options(Protocol):
+    """The options of every training run."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def checkpoint_every(self) -> int: ...
+    @property
+    def resume(self) -> bool: ...
+    @property
+    def out(self) -> Path: ...
+
+
+class Loader(Protocol):
+    """Batches in an order that can be entered anywhere."""
+
+    def get_state(self) -> Any: ...
+    def set_state(self, state: Any) -> None: ...
+
+
+def check_options(config: Options, *counts: str) -> None:
+    """Refuse options out of range: those of every run, and the further ones that count something."""
+    for name in ("steps", "batch_size", "checkpoint_every", *counts):
+        if getattr(config, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(config, name)}")
+    if not 0 < config.learning_rate < float("inf"):
+        raise InputError(f"--learning-rate: expected a positive number, got {config.learning_rate}")
+    if not 0 <= config.seed < 2**32:
+        raise InputError(f"--seed: expected an integer in [0, 2**32), got {config.seed}")
+
+
+def train(
+    config: Options,
+    columns: tuple[str, ...],
+    options: dict[str, Any],
+    state: Any,
+    advance: Callable[[Any, int], tuple[Any, Row]],
+    unit: str,
+    loader: Loader | None = None,
+) -> tuple[Any, float]:
+    """Take the steps that are not yet taken.
+
+    Args:
+        config: the options of the script.
+        columns: what the rows of metrics.csv say: the step, its loss, and whatever else.
+        options: by name, all that the run depends on; a checkpoint is gone on from with the same alone.
+        state: what the run starts with, as arrays on their devices.
+        advance: takes a state and the step to take; returns the state after it and its row without the step.
+        unit: what a batch consists of.
+        loader: where `advance` takes its batches from, unless the step says which they are.
+
+    Returns:
+        The state after the last step, and the seconds all steps took.
+    """
+    first, size = jax.process_index() == 0, config.batch_size
+    record = {"options": options, "position": loader and loader.get_state(), "seconds": 0.0}
+    fresh = Checkpoint(0, state, record)
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(open_checkpoints(config.out / "checkpoints")) if first else None
+        done, state, record = begin(config, columns, checkpoints, fresh)
+        if loader:
+            loader.set_state(record["position"])
+        start = time.perf_counter() - record["seconds"]
+        bar = stack.enter_context(
+            tqdm(total=config.steps * size, initial=done * size, unit=unit, unit_scale=True, disable=not first)
+        )
+        for step in range(done + 1, config.steps + 1):
+            state, row = advance(state, step)
+            if not math.isfinite(row[0]):
+                raise InputError(
+                    f"--learning-rate {config.learning_rate:g}: expected a finite loss, got {row[0]} at step {step}"
+                )
+            if first:
+                append(config.out / "metrics.csv", (step, *row))
+            if step % config.checkpoint_every == 0 or step == config.steps:
+                seconds = time.perf_counter() - start
+                record = {"options": options, "position": loader and loader.get_state(), "seconds": seconds}
+                whole = state if jax.process_count() == 1 else multihost_utils.process_allgather(state, tiled=True)
+                if checkpoints:
+                    save(checkpoints, Checkpoint(step, whole, record))
+            bar.update(size)
+            bar.set_postfix(loss=f"{row[0]:.4f}", refresh=False)
+    return state, record["seconds"]
+
+
+def begin(
+    config: Options, columns: tuple[str, ...], checkpoints: ocp.CheckpointManager | None, fresh: Checkpoint
+) -> Checkpoint:
+    """Where every process begins: where the folder of the first one says."""
+    begun = fresh if checkpoints is None else start_or_resume(config, columns, checkpoints, fresh)
+    if jax.process_count() > 1:
+        assert fresh.record["position"] is None  # it is not passed on
+        begun = begun._replace(step=int(multihost_utils.broadcast_one_to_all(np.int32(begun.step))))
+        if begun.step:
+            begun = begun._replace(state=jax.tree.map(from_first, begun.state))
+    return begun._replace(state=jax.tree.map(place, begun.state, fresh.state)) if begun.step else fresh
+
+
+def start_or_resume(
+    config: Options, columns: tuple[str, ...], checkpoints: ocp.CheckpointManager, fresh: Checkpoint
+) -> Checkpoint:
+    """Where to begin, with metrics.csv holding the rows up to there and no more."""
+    metrics, summary = config.out / "metrics.csv", config.out / "summary.json"
+    header = ",".join(columns) + "\n"
+    if not config.resume:
+        if checkpoints.all_steps() and not summary.exists():
+            raise InputError(f"{config.out}: holds an unfinished run: go on with --resume, or choose another --out")
+        summary.unlink(missing_ok=True)
+        for step in checkpoints.all_steps():
+            checkpoints.delete(step)
+    step = latest_whole(checkpoints) if config.resume else None
+    if step is None:
+        metrics.write_text(header)
+        return fresh
+    record = read_record(checkpoints, step)
+    for name, value in fresh.record["options"].items():
+        if record["options"][name] != value:
+            raise InputError(
+                f"--{name.replace('_', '-')}: {checkpoints.directory} was written with "
+                f"{record['options'][name]}, got {value}: resume takes the same options"
+            )
+    # The rows after the checkpoint are taken again. Cutting them off, unlike writing anew, survives the next kill.
+    rows = metrics.read_bytes().splitlines(keepends=True)[: step + 1]
+    if len(rows) <= step or not rows[-1].startswith(b"%d," % step):
+        raise InputError(f"{metrics}: expected the rows of steps 1 to {step}, which the checkpoint goes on from")
+    os.truncate(metrics, sum(map(len, rows)))
+    return Checkpoint(step, read_state(checkpoints, step, fresh.state), record)
+
+
+def append(path: Path, row: Row) -> None:
+    try:
+        with path.open("a") as file:
+            file.write(",".join(map(repr, row)) + "\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot write: {error.strerror}") from error
+
+
+def from_first(array: np.ndarray | jax.Array) -> np.ndarray:
+    """The first process's array, in every process."""
+    values = array if isinstance(array, np.ndarray) else np.zeros(array.shape, array.dtype)
+    # It is added to the others' zeros, which as a number would turn -0 into 0.
+    sent = multihost_utils.broadcast_one_to_all(np.frombuffer(values.tobytes(), np.uint8))
+    return np.frombuffer(sent.tobytes(), values.dtype).reshape(values.shape)
+
+
+def place(values: np.ndarray, like: jax.Array) -> jax.Array:
+    """The values on the devices of another array."""
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda block: values[block])

@@ -1,0 +1,251 @@
+"""Do several processes that share a vocabulary train as one, and what happens when one of them dies?
+
+python -m experiments.distributed --processes 2
+
+The training of `experiments.vocabulary` on a grid of devices: the batch is divided along its first axis, the
+head's classes along its second, where `jaxsoft.linear_cross_entropy(..., axis_name="vocabulary")` merges the
+parts. --processes starts as many on this machine, with one CPU device each. On a cluster run the same command
+once for each process, with --coordinator, --processes and --process-id; under SLURM or Open MPI with none of
+the three. When a process dies the others end too, within a minute and with an error, and the same command
+with --resume goes on, on as many processes as you like. Only process 0 uses the folder of results.
+"""
+
+import math
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import traceback
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from experiments._door import InputError, ScriptError, enter, make_folder
+from experiments.vocabulary.__main__ import report
+from experiments.vocabulary.corpus import read_text
+from experiments.vocabulary.training import Batch, Layout, Training, all_it_depends_on, check, fit, loss_of
+
+HEARTBEAT = 30
+"""Seconds without a sign of life after which a process counts as dead."""
+
+
+@dataclass(frozen=True)
+class Config(Training):
+    """Options of the experiment."""
+
+    mesh: tuple[int, int] | None = None
+    """Devices along the batch and along the vocabulary; 1 and all of them where not given."""
+    processes: int | None = None
+    """Processes to start on this machine; with --coordinator, all that take part."""
+    coordinator: str | None = None
+    """ADDRESS:PORT at which process 0 of a cluster can be reached, the same for every process."""
+    process_id: int | None = None
+    """Number of this process of a cluster, from 0."""
+    out: Path = Path("out/distributed")
+    """Folder for metrics.csv (each training batch, before its step), summary.json, the picture and the checkpoints."""
+
+
+def check_cluster(config: Config) -> None:
+    check(config)
+    if config.processes is not None and config.processes < 1:
+        raise InputError(f"--processes: expected at least 1, got {config.processes}")
+    if config.coordinator is None:
+        if config.process_id is not None:
+            raise InputError(f"--process-id {config.process_id}: expected --coordinator and --processes with it")
+        return
+    if not re.fullmatch(r".+:\d+", config.coordinator):
+        raise InputError(f"--coordinator: expected ADDRESS:PORT, got {config.coordinator!r}")
+    if config.processes is None or config.process_id is None:
+        raise InputError("--coordinator: expected --processes and --process-id with it")
+    if not 0 <= config.process_id < config.processes:
+        raise InputError(
+            f"--process-id: expected 0 to {config.processes - 1}, below --processes, got {config.process_id}"
+        )
+
+
+def grid(config: Config, devices: int) -> tuple[int, int]:
+    """Devices along the batch and along the vocabulary, which divide them evenly."""
+    data, vocabulary = shape = config.mesh or (1, devices)
+    if min(shape) < 1 or math.prod(shape) != devices:
+        raise InputError(
+            f"--mesh: expected two numbers whose product is the devices' {devices}, got {data} {vocabulary}"
+        )
+    if config.batch_size % data:
+        raise InputError(f"--batch-size: expected a multiple of {data}, the devices along it, got {config.batch_size}")
+    if config.vocabulary % vocabulary:
+        raise InputError(
+            f"--vocabulary: expected a multiple of {vocabulary}, the devices along it, got {config.vocabulary}"
+        )
+    return shape
+
+
+def spread(mesh: Mesh) -> Layout:
+    """The head's classes along one axis, the batch along the other, everything else on every device."""
+
+    def spec(path: tuple, leaf: Any) -> P:
+        in_head = jax.tree_util.DictKey("head") in path
+        return P(*[None] * (leaf.ndim - 1), "vocabulary") if in_head else P()
+
+    def shardings(state):
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, spec(path, leaf)), state)
+
+    def loss(params, batch: Batch, memory_budget: int):
+        def block(params, batch: Batch):
+            return jax.lax.psum(loss_of(params, batch, memory_budget, axis_name="vocabulary"), "data")
+
+        in_specs = jax.tree_util.tree_map_with_path(spec, params), P("data")
+        return jax.shard_map(block, mesh=mesh, in_specs=in_specs, out_specs=P())(params, batch)
+
+    def put(batch: Batch) -> Batch:
+        rows = NamedSharding(mesh, P("data"))
+        return Batch(*(jax.make_array_from_callback(part.shape, rows, part.__getitem__) for part in batch))
+
+    return Layout(loss, shardings, put)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train on all devices of all processes; the first process writes the results to `config.out`."""
+    check_cluster(config)
+    shape = grid(config, jax.device_count())
+    text = read_text(config.corpus, config.vocabulary, config.context, config.seed)
+    same = zlib.crc32(repr((all_it_depends_on(config, text), config.checkpoint_every, shape)).encode())
+    try:
+        multihost_utils.assert_equal(np.uint32(same))
+    except AssertionError:
+        raise InputError(f"expected every process to have the same options and corpus, here {text.origin}") from None
+    first = jax.process_index() == 0
+    if first:
+        make_folder(config.out)
+    mesh = jax.make_mesh(shape, ("data", "vocabulary"), axis_types=(AxisType.Auto, AxisType.Auto))
+    summary = fit(config, text, spread(mesh)) | {"mesh": shape, "processes": jax.process_count()}
+    if first:
+        report(config, text, summary)
+    return summary
+
+
+def start(config: Config) -> None:
+    """Start processes on this machine, or be one of a cluster, or all there is."""
+    check_cluster(config)
+    if config.processes is not None and config.coordinator is None:
+        watch(config, config.processes)
+        return
+    if config.coordinator is not None:
+        print(f"process {config.process_id}: meeting all {config.processes} at {config.coordinator}", file=sys.stderr)
+    try:
+        jax.distributed.initialize(
+            config.coordinator, config.processes, config.process_id, heartbeat_timeout_seconds=HEARTBEAT
+        )
+    except ValueError as error:
+        if "coordinator_address" not in str(error):
+            raise
+        run(config)  # no cluster
+        return
+    run_among_others(config, lambda line: print(f"error: {line}", file=sys.stderr, flush=True))
+
+
+def run_among_others(config: Config, tell: Callable[[str], None]) -> None:
+    """Run, and end at once where that fails: an ordinary exit waits for the others, which may wait for this one."""
+    try:
+        run(config)
+    except BaseException as error:
+        line = " ".join(str(error).split())
+        if isinstance(error, OSError):
+            line = f"{error.filename or 'system'}: {error.strerror or error}"
+        elif re.match(r"[A-Z_]+: ", line):  # a status of JAX's runtime
+            line = f"another process has ended, or the runtime failed ({line[:200]}); start all again with --resume"
+        elif not isinstance(error, ScriptError):
+            traceback.print_exc()
+            line = f"{type(error).__name__}: {line}"
+        tell(line)
+        os._exit(1)
+
+
+def watch(config: Config, count: int) -> None:
+    """Start processes on this machine, and end them all where one fails."""
+    grid(config, count)
+    make_folder(config.out)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    spawn = multiprocessing.get_context("spawn")
+    pipes = [spawn.Pipe(duplex=False) for _ in range(count)]
+    processes = [
+        spawn.Process(target=follow, args=(replace(config, coordinator=address, process_id=n), sender), daemon=True)
+        for n, (_, sender) in enumerate(pipes)
+    ]
+    try:
+        for process, (_, sender) in zip(processes, pipes, strict=True):
+            process.start()
+            sender.close()
+        running = dict(enumerate(processes))
+        while running:
+            ended = connection.wait([process.sentinel for process in running.values()])
+            codes = {}
+            for n in [n for n, process in running.items() if process.sentinel in ended]:
+                process = running.pop(n)
+                process.join()
+                codes[n] = process.exitcode
+            failed = [n for n in codes if codes[n]]
+            if failed:  # of several at once, the one that a signal killed: the others noticed it
+                first = min(failed, key=codes.__getitem__)
+                raise ScriptError(last_words(first, count, codes[first], pipes[first][0]))
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.kill()
+                process.join()
+
+
+def last_words(n: int, count: int, exitcode: int, told: connection.Connection) -> str:
+    """Why a process failed: in its own words, or by its exit."""
+    try:
+        return told.recv()
+    except EOFError:
+        how = f"was ended by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"ended with status {exitcode}"
+        return f"process {n} of {count} {how}, and the others with it; --resume goes on from the last checkpoint"
+
+
+def follow(config: Config, sender: connection.Connection) -> None:
+    """Be one of the processes that `watch` started."""
+    watcher = multiprocessing.parent_process()
+    assert watcher is not None
+
+    def end_with_it():  # or they would go on writing where the next run begins
+        connection.wait([watcher.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_it, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which reaches them all: the watcher alone decides
+    if config.process_id:
+        log = os.open(config.out / f"process-{config.process_id}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+    tqdm.set_lock(threading.RLock())  # its own one is shared between processes, and reported as leaked by a kill
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        del os.environ[name]  # through which gRPC would look for this machine itself
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 1)
+    jax.distributed.initialize(
+        config.coordinator,
+        config.processes,
+        config.process_id,
+        heartbeat_timeout_seconds=HEARTBEAT,
+        coordinator_bind_address=config.coordinator,
+    )
+    run_among_others(config, lambda line: sender.send(line))
+
+
+if __name__ == "__main__":
+    enter(Config, start, __doc__)
