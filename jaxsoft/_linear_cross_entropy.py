@@ -142,7 +142,7 @@ class Plan(NamedTuple):
         mib = (f"{n / 2**20:,.1f} MiB" for n in (self.tile_bytes, self.gradient_bytes, self.unfused_bytes))
         tile, gradients, unfused = mib
         return (
-            f"{self.tiles} tiles of {self.rows} positions: {self.flops / 1e9:,.1f} GFLOP for the loss, "
+            f"{self.tiles} tile{'s' * (self.tiles > 1)} of {self.rows} positions: {self.flops / 1e9:,.1f} GFLOP for the loss, "
             f"{self.training_flops / 1e9:,.1f} with its gradients; {tile} for a tile and {gradients} for gradients, "
             f"in place of {unfused} for all logits"
         )
