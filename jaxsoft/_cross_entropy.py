@@ -57,7 +57,8 @@ def cross_entropy(
         axis_name: inside `jax.shard_map`, the mesh axis over which the classes are laid in contiguous
             blocks: logits, masks and distributions are of one block, labels and class weights of all
             classes. The loss and gradients are those of the whole, for two all-reduces of a few numbers
-            a position (a third with `where` and smoothing).
+            a position (a third with `where` and smoothing). Where the positions are sharded too, "mean" is
+            over those of one device: take "sum", and divide by the `psum` of the count.
 
     Returns:
         The loss in float32, or float64 for float64 logits: a scalar, or with "none" an array of the
@@ -107,7 +108,7 @@ def cross_entropy(
         label_smoothing=as_number("label_smoothing", label_smoothing, 0, 1),
         z_loss=as_number("z_loss", z_loss, 0),
         reduction=as_option("reduction", reduction, REDUCTIONS),
-        axis_name=as_axis_name(axis_name),
+        axis_name=as_axis_name(axis_name, "logits", logits),
     )
 
 

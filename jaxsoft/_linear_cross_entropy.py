@@ -2,20 +2,18 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, ArrayLike, DTypeLike, Float, Int
 
-from jaxsoft._checks import as_floating, as_integer, as_number, as_option, compute_dtype
+from jaxsoft._checks import as_floating, as_integer, as_number, as_option, check_values, compute_dtype
 from jaxsoft._cross_entropy import REDUCTIONS, Reduction, losses_and_lse, or_one
 from jaxsoft._shards import AxisName, as_axis_name, unsharded, vary, varying
 from jaxsoft._statistics import block_gradient, block_statistics, position_losses, target_gradient
-from jaxsoft._targets import Counts, Targets, read_targets
+from jaxsoft._targets import Targets, read_targets
 
 MEMORY_BUDGET = 256 * 2**20
 
@@ -59,23 +57,26 @@ def linear_cross_entropy(
         memory_budget: bytes that one tile's logits and their gradient may take.
         axis_name: inside `jax.shard_map`, the mesh axis over which the classes are laid in contiguous
             blocks: kernel, bias and distributions are of one block; labels and class weights are of all
-            classes. The loss and gradients are those of the whole layer.
+            classes. The loss and gradients are those of the whole layer. Where the positions are sharded
+            too, "mean" is over those of one device: take "sum", and divide by the `psum` of the count.
 
     Returns:
         The loss in float32, or float64 for float64 inputs: a scalar, or with "none" an array of the
         features' shape without the last axis, 0 at ignored positions.
 
     Edges: as in `cross_entropy`: a label out of range gives NaN, nothing to average gives 0, and the
-    features of a position that takes no part may be NaN.
+    features of a position that takes no part may be NaN. A bias of −inf removes a class, soft cap or not.
 
-    Differentiation: to features, kernel, bias and distributions, in reverse mode to second order and forward
+    Differentiation: to features, kernel, bias and distributions, in reverse mode to any order and forward
     over reverse (`jax.hessian`). Under differentiation a scalar loss forms its gradients along with it:
     three matrix products a tile, 6·N·D·V operations. "none" forms them in the backward pass, from logits
     computed again: four, 8·N·D·V. Without differentiation there is one, and none for an input that is not
-    differentiated. The gradient of the kernel is summed in float32, so training keeps memory for one tile
-    and the gradients: see `plan_linear_cross_entropy`.
+    differentiated. The gradient of the kernel is summed in float32. Training takes memory for one tile, the
+    gradients, and a product or two of the kernel's size: see `plan_linear_cross_entropy`.
 
-    Products are computed in the dtype of features and kernel, their sums and everything else in float32.
+    Products are computed in the wider dtype of features and kernel (cast the kernel to compute in bfloat16),
+    their sums and everything else in float32. On several devices shard the positions with `jax.shard_map`:
+    a tile takes rows from anywhere, which automatic sharding answers with every device doing all of them.
 
     Raises:
         TypeError: inputs that are not real numbers, targets of a wrong dtype, an option that is not a plain number.
@@ -87,7 +88,7 @@ def linear_cross_entropy(
         >>> x, w = jnp.linspace(-1, 1, 6).reshape(3, 2), jnp.linspace(-2, 1, 8).reshape(2, 4)
         >>> labels = jnp.array([0, 3, 1])
         >>> print(linear_cross_entropy(x, w, labels).round(4), cross_entropy(x @ w, labels).round(4))
-        1.1979 1.1979
+        1.342 1.342
 
     Source: tiles with gradients formed in the forward pass, P.-L. Hsu et al., "Liger kernel" (2024);
     the memory argument, E. Wijmans et al., "Cut your losses in large-vocabulary language models" (2024);
@@ -123,7 +124,7 @@ def linear_cross_entropy(
         soft_cap=soft_cap,
         reduction=as_option("reduction", reduction, REDUCTIONS),
         memory_budget=as_integer("memory_budget", memory_budget),
-        axis_name=as_axis_name(axis_name),
+        axis_name=as_axis_name(axis_name, "kernel", w),
     )
 
 
@@ -141,8 +142,9 @@ class Plan(NamedTuple):
     def __str__(self) -> str:
         mib = (f"{n / 2**20:,.1f} MiB" for n in (self.tile_bytes, self.gradient_bytes, self.unfused_bytes))
         tile, gradients, unfused = mib
+        plural = "s" if self.tiles > 1 else ""
         return (
-            f"{self.tiles} tile{'s' * (self.tiles > 1)} of {self.rows} positions: {self.flops / 1e9:,.1f} GFLOP for the loss, "
+            f"{self.tiles} tile{plural} of {self.rows} positions: {self.flops / 1e9:,.1f} GFLOP for the loss, "
             f"{self.training_flops / 1e9:,.1f} with its gradients; {tile} for a tile and {gradients} for gradients, "
             f"in place of {unfused} for all logits"
         )
@@ -191,19 +193,17 @@ def plan_linear_cross_entropy(
             raise ValueError(f"{name}: expected a positive integer, got {size}")
     as_option("reduction", reduction, REDUCTIONS)
     dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
     wide, narrow = compute_dtype(dtype).itemsize, dtype.itemsize
-    unfused = wide + wide
-    row_bytes = classes * (unfused + 2 * wide * distributions)
+    entry = 2 * wide  # bytes of a logit and its gradient
+    row_bytes = classes * (2 * entry if distributions else entry)  # a distribution and its gradient besides
     if as_integer("memory_budget", memory_budget) < row_bytes:
         raise ValueError(
-            f"memory_budget: expected at least {row_bytes} bytes, the logits of one position and their gradient, "
-            f"got {memory_budget}"
+            f"memory_budget: expected at least {row_bytes} bytes, what one position's logits take, got {memory_budget}"
         )
-    most = memory_budget // row_bytes
-    if most > 8:  # rows in whole vectors
-        most -= most % 8
-    tiles = -(-positions // most)
-    rows = min(positions, -(-positions // (8 * tiles)) * 8, most)
+    tiles = -(-positions // (memory_budget // row_bytes))
+    rows = -(-positions // tiles)
     product = 2 * positions * features * classes
     return Plan(
         tiles=-(-positions // rows),
@@ -212,7 +212,7 @@ def plan_linear_cross_entropy(
         training_flops=product * (4 if reduction == "none" else 3),
         tile_bytes=rows * row_bytes,
         gradient_bytes=features * (positions * narrow + classes * wide),
-        unfused_bytes=positions * classes * unfused,
+        unfused_bytes=positions * classes * entry,
     )
 
 
@@ -270,15 +270,25 @@ def _linear_cross_entropy(
         distributions=read.label is None,
         memory_budget=memory_budget,
     )
-    layer = Layer(features.reshape(-1, width), kernel, None if bias is None else bias.astype(dtype))
+    layer = Layer(features.reshape(positions, width), kernel, None if bias is None else bias.astype(dtype))
+    takes_part = counts.position != 0
+    check_values("features", layer.features, ~(jnp.isnan(layer.features) & takes_part), "a number")
+    check_values("kernel", kernel, ~jnp.isnan(kernel), "a number")
     own = varying((layer, flat, counts))
     # Differences between devices are declared before the rule, so that JAX sums the gradients over them.
     layer = vary(layer, own)
-    options = Options(plan.rows, soft_cap, axis_name, ignore_index is not None or weights is not None)
-    coefficients = _coefficients(counts, z_loss, reduction)
+    skips = ignore_index is not None or weights is not None
+    options = Options(plan.rows, soft_cap, axis_name, features.dtype, skips)
+    coefficients = Coefficients(jnp.ones_like(counts.loss), z_loss * counts.position if z_loss else None)
     if reduction == "none":
         return cast(Array, _position_terms(options, layer, flat, coefficients)).reshape(leading)
-    return cast(Array, _total(options, layer, flat, coefficients))
+    if reduction == "sum":
+        return cast(Array, _total(options, layer, flat, coefficients))
+    # Divided by the count at the end: float16 could not hold a position's share of a gradient.
+    count = or_one(jnp.sum(counts.loss))
+    if coefficients.square is not None:
+        coefficients = coefficients._replace(square=coefficients.square * (count / or_one(jnp.sum(counts.position))))
+    return cast(Array, _total(options, layer, flat, coefficients)) / count
 
 
 class Layer(NamedTuple):
@@ -293,21 +303,15 @@ class Coefficients(NamedTuple):
     """What a position adds to the result: loss·its loss + square·lse², both of shape (N, 1)."""
 
     loss: Array
-    square: Array
+    square: Array | None  # None without z-loss
 
 
 class Options(NamedTuple):
     rows: int
     soft_cap: float | None
     axis_name: AxisName
+    dtype: jnp.dtype  # of features and kernel
     skips: bool  # whether positions may be ignored
-
-
-def _coefficients(counts: Counts, z_loss: float, reduction: Reduction) -> Coefficients:
-    loss, square = jnp.ones_like(counts.loss), z_loss * counts.position
-    if reduction == "mean":
-        loss, square = loss / or_one(jnp.sum(counts.loss)), square / or_one(jnp.sum(counts.position))
-    return Coefficients(loss, square)
 
 
 class Variables(NamedTuple):
@@ -321,7 +325,7 @@ class Variables(NamedTuple):
     def as_cotangents(self) -> tuple[Layer, Targets, Coefficients]:
         constant: Any = None  # JAX's word for a zero cotangent
         targets = Targets(constant, constant, self.spread, constant)
-        return Layer(*self[:3]), targets, Coefficients(constant, constant)
+        return Layer(self.features, self.kernel, self.bias), targets, Coefficients(constant, constant)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -332,13 +336,15 @@ def _total(options: Options, layer: Layer, targets: Targets, coefficients: Coeff
 
 def _total_fwd(options: Options, *primals):
     wanted, arrays = _wanted(*primals)
-    return _total_and_gradients(options, wanted, *arrays)
+    total, gradients = _total_and_gradients(options, wanted, *arrays)
+    # What is kept has one structure whichever gradients are wanted, and says which by its shapes: JAX caches the
+    # structure with the traced function, and a later trace for other variables would replace it.
+    return total, tuple(jnp.zeros(()) if g is None else g for g in gradients)
 
 
-def _total_bwd(options: Options, gradients: Variables, cotangent: Any):
-    if type(cotangent) is SymbolicZero:
-        return Variables().as_cotangents()
-    return jax.tree.map(lambda g: (cotangent * g.astype(cotangent.dtype)).astype(g.dtype), gradients).as_cotangents()
+def _total_bwd(options: Options, gradients: tuple[Array, ...], cotangent: Array):
+    scaled = Variables(*(cotangent * g.astype(cotangent.dtype) if g.ndim else None for g in gradients))
+    return _in_dtype(options, scaled).as_cotangents()
 
 
 _total.defvjp(_total_fwd, _total_bwd, symbolic_zeros=True)
@@ -352,36 +358,34 @@ def _position_terms(options: Options, layer: Layer, targets: Targets, coefficien
 
 def _position_terms_fwd(options: Options, *primals):
     wanted, arrays = _wanted(*primals)
-    return _terms(options, *arrays), (wanted, arrays)
+    return _terms(options, *arrays), (tuple(jnp.zeros(int(w)) for w in wanted), arrays)
 
 
-def _position_terms_bwd(options: Options, residuals, cotangent: Any):
-    wanted, (layer, targets, coefficients) = residuals
-    if type(cotangent) is SymbolicZero:
-        return Variables().as_cotangents()
+def _position_terms_bwd(options: Options, residuals, cotangent: Array):
+    flags, (layer, targets, coefficients) = residuals
+    wanted = Variables(*(flag.size > 0 for flag in flags))
     coefficients = jax.tree.map(lambda c: c * cotangent, coefficients)
-    return _total_and_gradients(options, wanted, layer, targets, coefficients)[1].as_cotangents()
+    _, gradients = _total_and_gradients(options, wanted, layer, targets, coefficients)
+    return _in_dtype(options, gradients).as_cotangents()
 
 
 _position_terms.defvjp(_position_terms_fwd, _position_terms_bwd, symbolic_zeros=True)
 
 
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class Wanted:
-    """Which gradients are asked for: no matrix product is spent on any other."""
+def _wanted(*primals) -> tuple[Variables, tuple[Layer, Targets, Coefficients]]:
+    """Which of the primals of a rule with `symbolic_zeros` are differentiated, and the primals themselves.
 
-    features: bool
-    kernel: bool
-    bias: bool
-    spread: bool
-
-
-def _wanted(*primals) -> tuple[Wanted, tuple[Layer, Targets, Coefficients]]:
-    """Which of the primals of a rule with `symbolic_zeros` are differentiated, and the primals themselves."""
+    No matrix product is spent on the gradient of any other.
+    """
     layer, targets, _ = primals
-    wanted = Wanted(*(v is not None and v.perturbed for v in (*layer, targets.spread)))
+    wanted = Variables(*(v is not None and v.perturbed for v in (*layer, targets.spread)))
     return wanted, jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
+
+
+def _in_dtype(options: Options, gradients: Variables) -> Variables:
+    """Gradients to features and kernel in the dtype of these, last of all: a sum may not fit into float16."""
+    features, kernel = (None if g is None else g.astype(options.dtype) for g in (gradients.features, gradients.kernel))
+    return gradients._replace(features=features, kernel=kernel)
 
 
 # The loops over tiles. Each is fast and cannot be differentiated, hence a rule: that of the same sum as a scan.
@@ -404,17 +408,17 @@ def _terms(options: Options, layer: Layer, targets: Targets, coefficients: Coeff
 
 @_terms.defjvp
 def _terms_jvp(options: Options, primals, tangents):
-    def losses_and_lse(logits: Array, targets: Targets, axis: int, axis_name: AxisName) -> tuple[Array, Array]:
+    def without_rule(logits: Array, targets: Targets, axis: int, axis_name: AxisName) -> tuple[Array, Array]:
         statistics = block_statistics(logits, (axis,), targets, axis_name)
         return position_losses(targets, statistics), statistics.logsumexp
 
-    # In forward mode JAX takes no custom_vjp, but the sums within it.
-    return jax.jvp(functools.partial(_scanned_terms, options, losses_and_lse), primals, tangents)
+    # A custom_vjp, as `losses_and_lse` is, cannot be differentiated in forward mode.
+    return jax.jvp(functools.partial(_scanned_terms, options, without_rule), primals, tangents)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _total_and_gradients(
-    options: Options, wanted: Wanted, layer: Layer, targets: Targets, coefficients: Coefficients
+    options: Options, wanted: Variables, layer: Layer, targets: Targets, coefficients: Coefficients
 ) -> tuple[Array, Variables]:
     """The sum of all terms and the gradients that are wanted."""
     dtype = coefficients.loss.dtype
@@ -426,10 +430,10 @@ def _total_and_gradients(
         logits = _logits(x, layer.kernel, layer.bias, options.soft_cap)
         statistics = block_statistics(logits, (1,), t, options.axis_name)
         total += jnp.sum(_term(c, position_losses(t, statistics), statistics.logsumexp))
-        lse_cotangent = 2 * c.square * _finite(statistics.logsumexp)
+        lse_cotangent = jnp.zeros_like(c.loss) if c.square is None else 2 * c.square * _finite(statistics.logsumexp)
         gradient = block_gradient(logits, t, statistics, (1,), c.loss, lse_cotangent)
         if options.soft_cap is not None:
-            gradient *= 1 - (logits / options.soft_cap) ** 2
+            gradient *= jnp.where(jnp.isneginf(logits), 0, 1 - (logits / options.soft_cap) ** 2)
         narrow = gradient.astype(x.dtype)  # or the products would be taken in float32
         if wanted.features:
             to_rows = product(narrow, layer.kernel, (((1,), (1,)), ((), ()))).astype(x.dtype)
@@ -447,16 +451,13 @@ def _total_and_gradients(
 
     dtypes = Variables(layer.features.dtype, dtype, dtype, dtype)
     inputs = Variables(*layer, targets.spread)
-    none_yet = Variables(*map(zeros, inputs, astuple(wanted), dtypes))
+    none_yet = Variables(*map(zeros, inputs, wanted, dtypes))
     nothing = vary(jnp.zeros((), dtype), unsharded(varying(layer), options.axis_name))
-    total, gradients = _over_tiles(options, targets, step, (nothing, none_yet))
-    if wanted.kernel:
-        gradients = gradients._replace(kernel=gradients.kernel.astype(layer.kernel.dtype))
-    return total, gradients
+    return _over_tiles(options, targets, step, (nothing, none_yet))
 
 
 @_total_and_gradients.defjvp
-def _total_and_gradients_jvp(options: Options, wanted: Wanted, primals, tangents):
+def _total_and_gradients_jvp(options: Options, wanted: Variables, primals, tangents):
     def total_and_gradients(layer: Layer, targets: Targets, coefficients: Coefficients) -> tuple[Array, Variables]:
         every = Variables(*layer, targets.spread)
 
@@ -465,7 +466,7 @@ def _total_and_gradients_jvp(options: Options, wanted: Wanted, primals, tangents
             changed = Layer(*inputs), targets._replace(spread=spread)
             return jnp.sum(_scanned_terms(options, losses_and_lse, *changed, coefficients))
 
-        chosen = (v if w else None for v, w in zip(every, astuple(wanted), strict=True))
+        chosen = (v if w else None for v, w in zip(every, wanted, strict=True))
         return jax.value_and_grad(total)(Variables(*chosen))
 
     return jax.jvp(total_and_gradients, primals, tangents)
@@ -483,6 +484,7 @@ def _scanned_terms(
     @jax.checkpoint
     def tile(rows: Array) -> Array:
         x, t, c = _take(rows, layer.features, targets, coefficients)
+        x = jnp.where(t.share == 0, 0, x)  # the loops leave these rows out
         logits = _logits(x, layer.kernel, layer.bias, options.soft_cap)
         losses, lse = losses_and_lse(logits, t, 1, options.axis_name)
         return _term(c, losses, lse)
@@ -506,16 +508,16 @@ def _over_tiles(options: Options, targets: Targets, step: Callable[[Array, Any],
 
         return lax.fori_loop(0, (end - first + size - 1) // size, body, carry)
 
-    order, count, whole = jnp.arange(positions), positions, positions
+    order, count = jnp.arange(positions), positions
     if options.skips:
         idle = share[:, 0] == 0
         order, count = jnp.argsort(idle, stable=True), positions - jnp.sum(idle)
-        # What whole tiles leave is taken in small ones, or most of the last tile could be idle. Not so between
-        # shards: each loop brings two all-reduces of its own.
-        whole = count - count % options.rows if options.axis_name is None else count
     order = jnp.pad(order, (0, options.rows), constant_values=positions)
-    carry = fold(0, whole, options.rows, start)
-    return carry if whole is count else fold(whole, count, -(-options.rows // 8), carry)
+    if not options.skips or options.axis_name is not None:  # each loop brings two all-reduces of its own
+        return fold(0, count, options.rows, start)
+    # What whole tiles leave is taken in tiles of an eighth, or most of the last one could be idle.
+    whole = count - count % options.rows
+    return fold(whole, count, -(-options.rows // 8), fold(0, whole, options.rows, start))
 
 
 def _take(
@@ -524,7 +526,7 @@ def _take(
     """A tile's rows, zero where the index is out of range."""
 
     def take(array: Array) -> Array:
-        shared = array.ndim < 2 or array.shape[0] == 1
+        shared = array.ndim < 2 or array.shape[0] == 1  # by all positions, or there is but one
         return array if shared else jnp.take(array, rows, axis=0, mode="fill", fill_value=0)
 
     return take(features), jax.tree.map(take, targets), jax.tree.map(take, coefficients)
@@ -534,11 +536,15 @@ def _logits(features: Array, kernel: Array, bias: Array | None, soft_cap: float 
     logits = jnp.dot(features, kernel, preferred_element_type=compute_dtype(features.dtype))
     if bias is not None:
         logits += bias
-    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
+    if soft_cap is None:
+        return logits
+    # A class removed by a bias of −inf stays removed.
+    return jnp.where(jnp.isneginf(logits), logits, soft_cap * jnp.tanh(logits / soft_cap))
 
 
 def _term(coefficients: Coefficients, losses: Array, lse: Array) -> Array:
-    return coefficients.loss * losses + coefficients.square * _finite(lse) ** 2
+    terms = coefficients.loss * losses
+    return terms if coefficients.square is None else terms + coefficients.square * _finite(lse) ** 2
 
 
 def _finite(lse: Array) -> Array:

@@ -1,30 +1,36 @@
 """A class axis laid in contiguous blocks over the devices of a mesh axis, inside `jax.shard_map`."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
 import jax
 from jax import lax
 from jaxtyping import Array
 
-AxisName = Hashable | None  # one mesh axis or a tuple of them; None where the classes are not sharded
+AxisName = Hashable | Sequence[Hashable] | None  # one mesh axis or several; None where the classes are not sharded
 Tree = TypeVar("Tree")
 
 
-def as_axis_name(axis_name: AxisName) -> AxisName:
-    """`axis_name`, or a ValueError where no enclosing `shard_map` knows it and keeps track of what varies over it."""
+def as_axis_name(axis_name: AxisName, name: str, array: Array) -> AxisName:
+    """`axis_name`, or a ValueError where it is no axis over which a `shard_map` has laid the classes of `array`."""
     if axis_name is None:
         return None
+    names = tuple(axis_name) if isinstance(axis_name, list | tuple) else (axis_name,)
     try:
-        tracked = varying(lax.axis_index(axis_name))
+        tracked = varying(lax.axis_index(names))
     except NameError:
-        raise ValueError(
-            f"axis_name: expected a mesh axis of an enclosing jax.shard_map, got {axis_name!r} outside of one"
-        ) from None
+        tracked = frozenset()
+    # Untracked, JAX would divide the cotangent of a loss that is equal on all shards by their number.
     if not tracked:
-        # Without it JAX divides the cotangent of a loss that is equal on all shards by their number.
-        raise ValueError(f"axis_name: expected jax.shard_map with check_vma=True, its default, around {axis_name!r}")
-    return axis_name
+        raise ValueError(
+            "axis_name: expected a mesh axis of an enclosing jax.shard_map with check_vma=True, its default, "
+            f"got {axis_name!r}"
+        )
+    if not tracked <= varying(array):
+        raise ValueError(
+            f"{name}: expected one block of the classes on each device along {axis_name!r}, got copies of all"
+        )
+    return names
 
 
 def first_class(classes: int, axis_name: AxisName) -> Array | int:
@@ -51,7 +57,7 @@ def varying(tree: object) -> frozenset:
 
 def unsharded(axes: frozenset, axis_name: AxisName) -> frozenset:
     """Those of `axes` over which a sum over the shards of `axis_name` still differs."""
-    return axes - (frozenset(axis_name) if isinstance(axis_name, tuple) else {axis_name})
+    return axes - frozenset(axis_name if isinstance(axis_name, tuple) else ())
 
 
 def vary(tree: Tree, axes: frozenset) -> Tree:

@@ -38,7 +38,8 @@ def softmax(
         axis: the class axis, several axes that together enumerate the classes, or None for all.
         where: booleans that broadcast to the logits' shape; False removes a class.
         axis_name: inside `jax.shard_map`, the mesh axis over which the classes are laid in blocks. The
-            result is this block of the whole softmax, for two all-reduces of one number a vector.
+            result is this block of the whole softmax, for two all-reduces of one number a vector, and one more
+            in the backward pass.
 
     Returns:
         Array of the logits' shape and dtype that sums to one over `axis`. Half precision is
@@ -68,7 +69,7 @@ def softmax(
     computing the log-sum-exp and softmax functions" (2021).
     """
     prepared, axes, mask = _prepare(logits, axis, where)
-    axis_name = as_axis_name(axis_name)
+    axis_name = as_axis_name(axis_name, "logits", prepared)
     probs = cast(Array, _softmax(prepared, axes, axis_name))
     return probs if mask is None else jnp.where(mask, probs, 0)
 
@@ -139,7 +140,7 @@ def softmax_vjp(
     axes = as_axes(axis, s.ndim)
     dtype = compute_dtype(s.dtype)
     wide_s, wide_g = s.astype(dtype), g.astype(dtype)
-    dot = sum_shards(dot_classes(wide_s, wide_g, axes), as_axis_name(axis_name))
+    dot = sum_shards(dot_classes(wide_s, wide_g, axes), as_axis_name(axis_name, "probs", s))
     return (wide_s * (wide_g - dot)).astype(s.dtype)
 
 
@@ -215,7 +216,7 @@ def log_softmax(
     Source: P. Blanchard, D. J. Higham, N. J. Higham (2021).
     """
     prepared, axes, mask = _prepare(logits, axis, where)
-    axis_name = as_axis_name(axis_name)
+    axis_name = as_axis_name(axis_name, "logits", prepared)
     log_probs = cast(Array, _log_softmax(prepared, axes, axis_name))
     return log_probs if mask is None else jnp.where(mask, log_probs, -jnp.inf)
 
@@ -283,7 +284,7 @@ def logsumexp(
     Source: P. Blanchard, D. J. Higham, N. J. Higham (2021).
     """
     prepared, axes, _ = _prepare(logits, axis, where)
-    axis_name = as_axis_name(axis_name)
+    axis_name = as_axis_name(axis_name, "logits", prepared)
     lse = cast(Array, _logsumexp(prepared, axes, axis_name))
     return lse if keepdims else jnp.squeeze(lse, axes)
 

@@ -103,10 +103,11 @@ def block_statistics(
         label = jnp.take_along_axis(logits, index, axis, mode="promise_in_bounds") - max
         sums.append(label if axis_name is None else jnp.where(index == targets.label, label, 0))
     if targets.spread is not None:
-        spread = jnp.broadcast_to(targets.spread, logits.shape)
+        spread = reduce_classes(lax.add, 0, lambda _, q: q, (targets.spread,), axes)
+        weights = jnp.broadcast_to(targets.spread, logits.shape)
         # A class without target weight costs nothing, at −inf too.
-        gaps = reduce_classes(lax.add, 0, lambda _, z, q: jnp.where(q == 0, 0, q * (max - z)), (logits, spread), axes)
-        sums += [reduce_classes(lax.add, 0, lambda _, q: q, (spread,), axes), gaps]
+        gap = reduce_classes(lax.add, 0, lambda _, z, q: jnp.where(q == 0, 0, q * (max - z)), (logits, weights), axes)
+        sums += [jnp.broadcast_to(spread, gap.shape), gap]
     if axis_name is not None:  # one all-reduce for them all
         packed = sum_shards(jnp.concatenate(sums, axes[-1]), axis_name)
         sums = jnp.split(packed, len(sums), axes[-1])

@@ -59,7 +59,8 @@ def read_targets(
         if by_class.shape != (classes,):
             raise ValueError(f"class_weights: expected shape ({classes},), one weight a class, got {by_class.shape}")
 
-    of_block = lax.dynamic_slice_in_dim(by_class, first, block).reshape(along_classes)
+    own = by_class if axis_name is None else lax.dynamic_slice_in_dim(by_class, first, block)
+    of_block = own.reshape(along_classes)
 
     # Smoothing shares its mass among the classes that are left, each by its class weight.
     uniform = of_block / classes

@@ -250,6 +250,82 @@ def test_products_that_nobody_asked_for_are_not_taken():
     assert gemms(jax.value_and_grad(each, 1), x, w) == 3
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_pullback_survives_derivatives_to_other_variables(reduction):
+    """JAX caches what a rule keeps with the function it traced."""
+    x, w, _, labels, _ = float64_problem()
+    labels = jnp.maximum(labels, 0)
+
+    def loss(x, w):
+        return jnp.sum(linear_cross_entropy(x, w, labels, reduction=reduction))
+
+    def unfused(x, w):
+        return jnp.sum(cross_entropy(x @ w, labels, reduction=reduction))
+
+    _, pullback = jax.vjp(loss, x, w)
+    expected = jax.grad(unfused, (0, 1))(x, w)
+    np.testing.assert_allclose(jax.grad(loss, 1)(x, w), expected[1], rtol=1e-12)
+    slope = jax.jvp(jax.grad(loss, 1), (x, w), (x, w))[1]
+    np.testing.assert_allclose(slope, jax.jvp(jax.grad(unfused, 1), (x, w), (x, w))[1], rtol=1e-10, atol=1e-13)
+    for got, want in zip((*pullback(1.0), *jax.grad(loss, (0, 1))(x, w)), expected * 2, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+def test_float16_gradients_neither_vanish_nor_overflow():
+    x, w, labels = jnp.ones((32768, 1), jnp.float16), jnp.zeros((1, 2), jnp.float16), jnp.zeros(32768, int)
+    scaled = jax.grad(lambda w: 2.0**10 * linear_cross_entropy(x, w, labels))(w)
+    np.testing.assert_array_equal(scaled.astype(float), [[-512, 512]])
+    many = jax.grad(lambda w: linear_cross_entropy(x, w, labels, reduction="sum") / 32768)(w)
+    np.testing.assert_array_equal(many.astype(float), [[-0.5, 0.5]])
+
+
+def test_padding_may_be_nan_to_second_order():
+    x, w, b, labels, _ = float64_problem()
+    padded = jnp.where(labels[:, None] == -100, jnp.nan, x)
+    for reduction in ("mean", "none"):
+
+        def slope(w, x, reduction=reduction):
+            loss = lambda w: jnp.sum(linear_cross_entropy(x, w, labels, b, ignore_index=-100, reduction=reduction))  # noqa: E731
+            return jnp.sum(jnp.sin(jax.grad(loss)(w)))
+
+        np.testing.assert_allclose(slope(w, padded), slope(w, x), rtol=1e-12)
+        np.testing.assert_allclose(jax.grad(slope)(w, padded), jax.grad(slope)(w, x), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
+def test_a_bias_of_minus_infinity_removes_a_class(soft_cap):
+    x, w, b, labels, _ = float64_problem()
+    labels, keep = jnp.maximum(labels, 0) % 12, slice(0, 12)
+
+    def value_and_gradients(w, b):
+        loss = lambda x, w: linear_cross_entropy(x, w, labels, b, soft_cap=soft_cap, z_loss=0.1)  # noqa: E731
+        return jax.value_and_grad(loss, (0, 1))(x, w)
+
+    removed = value_and_gradients(w, b.at[12].set(-jnp.inf))
+    without = value_and_gradients(w[:, keep], b[keep])
+    np.testing.assert_allclose(removed[0], without[0], rtol=1e-12)
+    np.testing.assert_allclose(removed[1][0], without[1][0], rtol=1e-12)
+    np.testing.assert_allclose(removed[1][1][:, keep], without[1][1], rtol=1e-12)
+    assert (removed[1][1][:, 12] == 0).all()
+
+
+def test_no_features_and_huge_logits():
+    assert linear_cross_entropy(jnp.zeros((5, 0)), jnp.zeros((0, 7)), jnp.zeros(5, int)) == np.log(7)
+    x = jnp.full((1, 1), 1e20, jnp.float32)
+    assert linear_cross_entropy(x, jnp.ones((1, 2), jnp.float32), jnp.zeros(1, int)) == np.float32(np.log(2))
+
+
+def test_checked_names_the_first_nan():
+    x, w, _, labels, _ = float64_problem()
+    padded = jnp.where(labels[:, None] == -100, jnp.nan, x)
+    call = checked(lambda x, w: linear_cross_entropy(x, w, labels, ignore_index=-100))
+    call(padded, w)
+    with pytest.raises(ValueError, match=r"features\[5, 2\] is nan: expected a number"):
+        call(padded.at[5, 2].set(jnp.nan), w)
+    with pytest.raises(ValueError, match=r"kernel\[0, 3\] is nan: expected a number"):
+        call(padded, w.at[0, 3].set(jnp.nan))
+
+
 def test_products_are_taken_in_the_dtype_of_the_inputs():
     x, w = jnp.ones((40, 8), jnp.bfloat16), jnp.ones((8, 5), jnp.bfloat16)
     gradient = jax.jit(jax.grad(lambda x, w: linear_cross_entropy(x, w, jnp.zeros(40, int)), (0, 1)))
@@ -301,10 +377,10 @@ def test_the_loop_ends_with_the_last_position_that_takes_part():
 
 def test_plan():
     plan = plan_linear_cross_entropy(1064, 24, 3001, memory_budget=8 * 3001 * 100)
-    assert (plan.rows, plan.tiles) == (96, 12)  # whole vectors of 8 within the budget, the last tile ragged
+    assert (plan.rows, plan.tiles) == (97, 11)  # as many tiles as 100 rows need, of equal size
     assert plan.flops == 2 * 1064 * 24 * 3001
     assert plan.training_flops == 3 * plan.flops
-    assert plan.tile_bytes == 96 * 3001 * 8
+    assert plan.tile_bytes == 97 * 3001 * 8
     assert plan_linear_cross_entropy(1, 3, 2).rows == 1
     each = plan_linear_cross_entropy(10, 3, 7, "bfloat16", reduction="none", distributions=True)
     assert each.training_flops == 4 * each.flops
@@ -326,11 +402,12 @@ def test_lowers_for_accelerators(platform):
         (lambda x, w, b, y: linear_cross_entropy(x[0, 0], w, y), ValueError, r"features: expected at least one axis, the features, got a scalar"),
         (lambda x, w, b, y: linear_cross_entropy(x, w, y[:2]), ValueError, r"targets: expected integer labels of shape (21,)"),
         (lambda x, w, b, y: linear_cross_entropy(x, w, y, soft_cap=0), ValueError, r"soft_cap: expected a number above 0, got 0"),
-        (lambda x, w, b, y: linear_cross_entropy(x, w, y, memory_budget=100), ValueError, r"memory_budget: expected at least 208 bytes, the logits of one position and their gradient, got 100"),
+        (lambda x, w, b, y: linear_cross_entropy(x, w, y, memory_budget=100), ValueError, r"memory_budget: expected at least 208 bytes, what one position's logits take, got 100"),
         (lambda x, w, b, y: linear_cross_entropy(x, w, y, memory_budget=1e9), TypeError, r"memory_budget: expected an integer, got 1000000000.0"),
         (lambda x, w, b, y: linear_cross_entropy(x, w, y, reduction="average"), ValueError, r"reduction: expected 'none', 'sum' or 'mean', got 'average'"),
-        (lambda x, w, b, y: linear_cross_entropy(x, w, y, axis_name="v"), ValueError, r"axis_name: expected a mesh axis of an enclosing jax.shard_map, got 'v' outside of one"),
+        (lambda x, w, b, y: linear_cross_entropy(x, w, y, axis_name="v"), ValueError, r"axis_name: expected a mesh axis of an enclosing jax.shard_map with check_vma=True, its default, got 'v'"),
         (lambda x, w, b, y: linear_cross_entropy(x.astype(complex), w, y), TypeError, r"features: expected real numbers, got dtype complex128"),
+        (lambda x, w, b, y: plan_linear_cross_entropy(4, 4, 13, "int32"), TypeError, r"dtype: expected a floating dtype, got int32"),
         (lambda x, w, b, y: plan_linear_cross_entropy(0, 4, 13), ValueError, r"positions: expected a positive integer, got 0"),
     ],
 )  # fmt: skip

@@ -154,15 +154,57 @@ def test_a_label_beyond_the_last_shard_is_nan(mesh):
     assert np.isnan(losses).nonzero()[0].tolist() == [4, 9]
 
 
+def test_second_order_of_the_linear_loss(mesh):
+    specs = PartitionSpec(rows(mesh)), PartitionSpec(None, "classes"), PartitionSpec(rows(mesh))
+
+    def loss(x, w, y, **options):
+        return linear_sum(x, w, y, **options)
+
+    def slope(fn):
+        return lambda x, w: jnp.sum(jnp.sin(jax.grad(fn, 1)(x, w)))
+
+    def whole(x, w, y):
+        total = loss(x, w, y, axis_name="classes")
+        return jax.lax.psum(total, rows(mesh)) if rows(mesh) else total
+
+    sharded = jax.shard_map(whole, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+    got = jax.jit(jax.grad(slope(lambda x, w: sharded(x, w, LABELS)), (0, 1)))(FEATURES, KERNEL)
+    close(got, jax.grad(slope(lambda x, w: loss(x, w, LABELS)), (0, 1))(FEATURES, KERNEL))
+
+
+def linear_sum(features, kernel, labels, **options):
+    return jaxsoft.linear_cross_entropy(features, kernel, labels, ignore_index=-100, reduction="sum", **options)
+
+
+def test_classes_over_two_mesh_axes():
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    spec = PartitionSpec(None, ("a", "b"))
+    fn = over_shards(
+        mesh,
+        lambda z, y: jaxsoft.cross_entropy(z, y, ignore_index=-100, axis_name=["a", "b"]),
+        (spec, PartitionSpec()),
+        PartitionSpec(),
+    )
+    close(fn(LOGITS, LABELS), jaxsoft.cross_entropy(LOGITS, LABELS, ignore_index=-100))
+
+
+def test_explicit_sharding_of_the_class_axis():
+    with jax.set_mesh(jax.make_mesh((8,), ("classes",))):
+        placed = jax.device_put(LOGITS, PartitionSpec(None, "classes"))
+        gradient = jax.jit(jax.grad(lambda z: jnp.sum(jaxsoft.softmax(z) ** 2)))(placed)
+    close(gradient, jax.grad(lambda z: jnp.sum(jaxsoft.softmax(z) ** 2))(LOGITS))
+
+
 def test_errors_say_where_the_name_must_come_from():
-    with pytest.raises(
-        ValueError, match=r"axis_name: expected a mesh axis of an enclosing jax\.shard_map, got 'x' outside"
-    ):
-        jaxsoft.softmax(LOGITS, axis_name="x")
+    message = r"axis_name: expected a mesh axis of an enclosing jax\.shard_map with check_vma=True, its default, got 'classes'"
+    with pytest.raises(ValueError, match=message):
+        jaxsoft.softmax(LOGITS, axis_name="classes")
     mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
     spec = PartitionSpec(None, "classes")
-    untracked = jax.shard_map(
-        lambda z: jaxsoft.softmax(z, axis_name="classes"), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
-    )
-    with pytest.raises(ValueError, match=r"axis_name: expected jax\.shard_map with check_vma=True"):
-        untracked(LOGITS)
+    fn = lambda z: jaxsoft.softmax(z, axis_name="classes")  # noqa: E731
+    with pytest.raises(ValueError, match=message):
+        jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(LOGITS)
+    with pytest.raises(
+        ValueError, match="logits: expected one block of the classes on each device along 'classes', got copies of all"
+    ):
+        jax.shard_map(fn, mesh=mesh, in_specs=PartitionSpec(), out_specs=spec)(LOGITS)
