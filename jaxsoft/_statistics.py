@@ -19,6 +19,10 @@ from jaxsoft._reductions import reduce_classes
 from jaxsoft._shards import AxisName, max_shards, sum_shards
 from jaxsoft._targets import Targets
 
+# Bytes above which the C library hands out new pages for each array: touching them takes longer than exponentials,
+# and those of the sum are best kept for the gradient.
+LARGE = 32 * 2**20
+
 
 class Statistics(NamedTuple):
     """Sums over the classes of a block, relative to its largest logit m."""
@@ -60,17 +64,20 @@ def block_exponentials(
 ) -> Array:
     """exp(z_j − m), with the label's own term left out.
 
-    Forward and backward share it, so under one `jit` the compiler computes it once. Where it is only summed,
-    the mask is arithmetic: XLA's CPU backend fuses that with the sum, and no comparison.
+    Forward and backward share it, so under one `jit` the compiler may compute it once. On the CPU the form of
+    the mask decides whether it does: XLA fuses arithmetic with the sum, but no comparison.
     """
     exponentials = jnp.exp(logits - max)
     if label is None:
         return exponentials
     (axis,) = axes
-    if for_gradient or logits.shape[axis] > 1 / jnp.finfo(logits.dtype).eps:
+    if for_gradient and logits.nbytes > LARGE:
         return jnp.where(_at_label(logits, label, axes), 0, exponentials)
-    distance = lax.broadcasted_iota(logits.dtype, logits.shape, axis) - label.astype(logits.dtype)
-    return exponentials * jnp.minimum(jnp.abs(distance), 1)
+    # Beside a gradient whole numbers are faster, for the sum alone they are slower.
+    whole = for_gradient or logits.shape[axis] > 1 / jnp.finfo(logits.dtype).eps
+    dtype = label.dtype if whole else logits.dtype
+    distance = lax.broadcasted_iota(dtype, logits.shape, axis) - label.astype(dtype)
+    return exponentials * jnp.minimum(jnp.abs(distance), 1).astype(logits.dtype)
 
 
 def block_statistics(

@@ -12,7 +12,19 @@ import jaxsoft
 
 FUNCTIONS = {name: fn for name in jaxsoft.__all__ if inspect.isfunction(fn := getattr(jaxsoft, name))}
 # What may be passed by position after the first argument: arrays, and the axis and mask of jax.nn's names.
-POSITIONAL = {"kernel", "targets", "bias", "classes", "dtype", "cotangent", "features", "gradient", "axis", "where", "sizes"}
+POSITIONAL = {
+    "kernel",
+    "targets",
+    "bias",
+    "classes",
+    "dtype",
+    "cotangent",
+    "features",
+    "gradient",
+    "axis",
+    "where",
+    "sizes",
+}
 
 CALLS = {
     "apply_mlp": lambda z: jaxsoft.apply_mlp(jaxsoft.init_mlp(jax.random.key(0), (6, 2)), z),
