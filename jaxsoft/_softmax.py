@@ -83,7 +83,7 @@ def _softmax(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
 def _softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, Array]:
     wide = logits.astype(compute_dtype(logits.dtype))
     statistics = block_statistics(wide, axes, axis_name=axis_name)
-    probs = block_exponentials(wide, statistics.max, None, axes) * (1 / statistics.total)
+    probs = block_exponentials(wide, statistics.max, None, axes) / statistics.total
     probs = probs.astype(logits.dtype)
     return probs, probs
 
