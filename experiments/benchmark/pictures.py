@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
 
 from experiments.benchmark.measure import Ceilings
 
@@ -50,6 +51,8 @@ def plot_ratios(table: pd.DataFrame, path: Path) -> None:
     axis.axvline(1, color="black", linewidth=1)
     axis.set(title="time of the peers over ours: right of 1 ours is faster", xlabel="ratio, a bar for the fastest peer")
     axis.set(xscale="log", ylim=(len(groups) - 0.5, -0.5))
+    axis.xaxis.set_major_locator(LogLocator(base=2, numticks=20))
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.set_yticks(range(len(groups)), [name for name, _ in groups], fontsize=7)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.grid(axis="x", which="both", alpha=0.3)
