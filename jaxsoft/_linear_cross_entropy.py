@@ -274,9 +274,8 @@ def _linear_cross_entropy(
     takes_part = counts.position != 0
     check_values("features", layer.features, ~(jnp.isnan(layer.features) & takes_part), "a number")
     check_values("kernel", kernel, ~jnp.isnan(kernel), "a number")
-    own = varying((layer, flat, counts))
     # Differences between devices are declared before the rule, so that JAX sums the gradients over them.
-    layer = vary(layer, own)
+    layer = vary(layer, varying((layer, flat, counts)))
     skips = ignore_index is not None or weights is not None
     options = Options(plan.rows, soft_cap, axis_name, features.dtype, skips)
     coefficients = Coefficients(jnp.ones_like(counts.loss), z_loss * counts.position if z_loss else None)
@@ -307,7 +306,9 @@ class Coefficients(NamedTuple):
 
 
 class Options(NamedTuple):
-    rows: int
+    """What the program depends on beside its arrays."""
+
+    rows: int  # positions in a tile
     soft_cap: float | None
     axis_name: AxisName
     dtype: jnp.dtype  # of features and kernel

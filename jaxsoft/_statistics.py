@@ -5,7 +5,8 @@ For one position with logits z, target weights q_j (see `Targets`), τ = Σ_j q_
     loss       = τ·lse − Σ_j q_j z_j              lse = log Σ_j exp(z_j)
     ∂loss/∂z_j = τ·p_j − q_j
 
-Every reduction over classes in this package is `block_statistics`, every gradient `block_gradient`.
+Every loss and normaliser in this package comes from `block_statistics`; every gradient to logits comes from
+`block_gradient`, but for softmax and log_softmax, which keep their output alone.
 Arrays of statistics keep the class axes with length one, so they broadcast against the logits.
 """
 

@@ -229,7 +229,7 @@ def test_nothing_to_average():
 
 
 def gemms(fn, *variables):
-    """Floating-point operations of the matrix products in the compiled program's loop bodies, each run once."""
+    """The matrix products in the program, those of a loop's body counted once."""
     text = jax.jit(fn).lower(*variables).as_text()
     return len(re.findall(r"stablehlo\.dot_general", text))
 
