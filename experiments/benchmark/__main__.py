@@ -60,6 +60,8 @@ def run(config: Config) -> pd.DataFrame:
     """Time the chosen cases and write the table and the pictures."""
     # A GPU's memory is shared with PyTorch in this process. JAX reads this when it first looks for devices.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # PyTorch's threads would spin for milliseconds after each call, on the cores of whoever comes next.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if not 0 < config.seconds < float("inf"):
         raise InputError(f"--seconds: expected a positive number, got {config.seconds}")
     if not 0 <= config.seed < 2**32:

@@ -19,6 +19,8 @@ FEWEST, MOST = 5, 401
 """Rounds of a case."""
 LONGEST = 10.0
 """Seconds that a call may take."""
+SHORT = 0.05
+"""Seconds under which a call is felt to begin with what the one before left in the caches and the allocator."""
 KEY = ["case", "shape", "dtype", "implementation"]
 COLUMNS = [
     *KEY, "median ms", "least ms", "spread", "ratio", "ratio low", "ratio high",
@@ -131,11 +133,13 @@ def measure(case: Case, ceilings: Ceilings, seconds: float, rng: np.random.Gener
     # On a GPU so many calls at a time that starting one is hidden behind those before it.
     once = {name: min(timed(*timer) for _ in range(2)) for name, timer in timers.items()}
     calls = {name: min(200, math.ceil(5e-3 / once[name])) if on_gpu() else 1 for name in timers}
-    rounds = int(seconds / sum(once[name] * calls[name] for name in timers))
+    repeats = {name: 2 if once[name] < SHORT else 1 for name in timers}  # the last of them counts
+    rounds = int(seconds / sum(once[name] * calls[name] * repeats[name] for name in timers))
     times = {name: np.empty(min(max(rounds, FEWEST), MOST)) for name in timers}
     for n in range(len(times["jaxsoft"])):
         for name in rng.permutation([*timers]):
-            times[name][n] = timed(*timers[name], calls[name])
+            for _ in range(repeats[name]):
+                times[name][n] = timed(*timers[name], calls[name])
     for row in rows:
         if row["implementation"] in times:
             row |= summary(case, ceilings, moved, times[row["implementation"]], times["jaxsoft"])
