@@ -170,18 +170,13 @@ def or_one(count: Array) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def losses_and_lse(logits: Array, targets: Targets, axis: int, axis_name: AxisName) -> tuple[Array, Array]:
     """Loss and lse of each position: z-loss and every reduction are ordinary functions of the two."""
-    statistics = _statistics(logits, targets, axis, axis_name, for_gradient=False)
+    statistics = block_statistics(logits, (axis,), targets, axis_name, reused=False)
     return position_losses(targets, statistics), statistics.logsumexp
 
 
 def _losses_and_lse_fwd(logits: Array, targets: Targets, axis: int, axis_name: AxisName):
-    statistics = _statistics(logits, targets, axis, axis_name, for_gradient=True)
+    statistics = block_statistics(logits, (axis,), targets, axis_name)
     return (position_losses(targets, statistics), statistics.logsumexp), (logits, targets, statistics)
-
-
-def _statistics(logits: Array, targets: Targets, axis: int, axis_name: AxisName, *, for_gradient: bool) -> Statistics:
-    wide = logits.astype(compute_dtype(logits.dtype))
-    return block_statistics(wide, (axis,), targets, axis_name, for_gradient=for_gradient)
 
 
 def _losses_and_lse_bwd(
@@ -191,11 +186,10 @@ def _losses_and_lse_bwd(
     cotangents: tuple[Array, Array],
 ) -> tuple[Array, Targets]:
     logits, targets, statistics = residuals
-    wide = logits.astype(compute_dtype(logits.dtype))
-    gradient = block_gradient(wide, targets, statistics, (axis,), *cotangents)
+    gradient = block_gradient(logits, targets, statistics, (axis,), *cotangents)
     constant = None  # JAX's word for a zero cotangent: labels, weights and smoothing are no variables
     is_distribution = targets.label is None
-    to_spread = target_gradient(wide, targets, statistics, cotangents[0]) if is_distribution else constant
+    to_spread = target_gradient(logits, targets, statistics, cotangents[0]) if is_distribution else constant
     return gradient.astype(logits.dtype), Targets(constant, constant, to_spread, constant)  # pyright: ignore[reportArgumentType]
 
 

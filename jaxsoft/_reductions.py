@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike
 
 FAR = 1 << 14  # elements from one class to the next
+LONG, SHORT = 1 << 15, 1 << 7  # classes side by side; of a run of them
 
 
 def reduce_classes(
@@ -27,8 +28,9 @@ def reduce_classes(
 ) -> Array:
     """`op` over `term(first, *arrays)`, elementwise in arrays whose first class has the index `first`.
 
-    Where classes lie far apart, the CPU folds in one class after the other. `read_once`: the terms are
-    exponentials and one expression alone reads the result.
+    The first array has the classes, others may have a length of one in their place. The CPU folds in classes far
+    apart one after the other, and reduces long rows in runs, which the term sees as one axis more before the last.
+    `read_once`: the terms are exponentials and one expression alone reads the result.
     """
 
     def at_once(*arrays: Array) -> Array:
@@ -38,12 +40,23 @@ def reduce_classes(
     axis = axes[-1]
     shape = arrays[0].shape
     classes = shape[axis]
-    if len(axes) > 1 or classes < 3 or math.prod(shape[axis + 1 :]) <= FAR:
-        return at_once(*arrays)
+
+    def in_runs(*arrays: Array) -> Array:
+        count = classes // length
+        runs = (a.reshape(*a.shape[:-1], *((1, 1) if a.shape[-1] == 1 else (count, length))) for a in arrays)
+        terms = term(length * jnp.arange(count, dtype=jnp.int32)[:, None], *runs)
+        reduced = lax.reduce(terms, jnp.asarray(start, terms.dtype), op, (axis + 1,))
+
+        def fold(n: Array, total: Array) -> Array:
+            return op(total, lax.dynamic_slice_in_dim(reduced, n, 1, axis))
+
+        # XLA takes a reduction of reductions for one, unless a loop stands between.
+        return lax.fori_loop(1, count, fold, reduced[..., :1])
 
     def one_by_one(*arrays: Array) -> Array:
         def one(index: Array | int) -> Array:
-            return term(index, *(lax.dynamic_slice_in_dim(a, index, 1, axis) for a in arrays))
+            of_class = (a if a.shape[axis] == 1 else lax.dynamic_slice_in_dim(a, index, 1, axis) for a in arrays)
+            return term(index, *of_class)
 
         def fold(reduced: Array, first: Array | int, count: int) -> Array:
             return functools.reduce(op, (one(first + n) for n in range(count)), reduced)
@@ -56,7 +69,12 @@ def reduce_classes(
         reduced = fold(op(first, jnp.asarray(start, first.dtype)), 1, head - 1)
         return lax.fori_loop(0, turns, lambda n, reduced: fold(reduced, head + n * block, block), reduced)
 
-    return lax.platform_dependent(*arrays, cpu=one_by_one, default=at_once)
+    if len(axes) == 1 and classes > 2 and math.prod(shape[axis + 1 :]) > FAR:
+        return lax.platform_dependent(*arrays, cpu=one_by_one, default=at_once)
+    length = next(n for n in range(LONG, 0, -1) if classes % n == 0)
+    if len(axes) == 1 and axis == len(shape) - 1 and classes > LONG and length >= SHORT:
+        return lax.platform_dependent(*arrays, cpu=in_runs, default=at_once)
+    return at_once(*arrays)
 
 
 def dot_classes(a: Array, b: Array, axes: tuple[int, ...]) -> Array:

@@ -81,9 +81,8 @@ def _softmax(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, Array]:
-    wide = logits.astype(compute_dtype(logits.dtype))
-    statistics = block_statistics(wide, axes, axis_name=axis_name)
-    probs = block_exponentials(wide, statistics.max, None, axes) / statistics.total
+    statistics = block_statistics(logits, axes, axis_name=axis_name)
+    probs = block_exponentials(logits, statistics.max, None, axes) / statistics.total
     probs = probs.astype(logits.dtype)
     return probs, probs
 
@@ -228,9 +227,9 @@ def _log_softmax(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _log_softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, Array]:
-    wide = logits.astype(compute_dtype(logits.dtype))
-    statistics = block_statistics(wide, axes, axis_name=axis_name)
-    log_probs = (wide - statistics.max - jnp.log(statistics.total)).astype(logits.dtype)
+    statistics = block_statistics(logits, axes, axis_name=axis_name, reused=False)
+    log_probs = logits.astype(statistics.max.dtype) - statistics.max - jnp.log(statistics.total)
+    log_probs = log_probs.astype(logits.dtype)
     return log_probs, log_probs
 
 
@@ -296,7 +295,7 @@ def _logsumexp(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _logsumexp_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, tuple[Array, Statistics]]:
-    statistics = block_statistics(logits.astype(compute_dtype(logits.dtype)), axes, axis_name=axis_name)
+    statistics = block_statistics(logits, axes, axis_name=axis_name, reused=False)
     return statistics.logsumexp.astype(logits.dtype), (logits, statistics)
 
 
@@ -305,9 +304,8 @@ def _logsumexp_bwd(
     axes: Axes, axis_name: AxisName, residuals: tuple[Array, Statistics], cotangent: Array
 ) -> tuple[Array]:
     logits, statistics = residuals
-    wide = logits.astype(compute_dtype(logits.dtype))
-    g = cotangent.astype(wide.dtype)
-    return (block_gradient(wide, Targets(), statistics, axes, jnp.zeros_like(g), g).astype(logits.dtype),)
+    g = cotangent.astype(statistics.max.dtype)
+    return (block_gradient(logits, Targets(), statistics, axes, jnp.zeros_like(g), g).astype(logits.dtype),)
 
 
 _logsumexp.defvjp(_logsumexp_fwd, _logsumexp_bwd)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxsoft._checks import compute_dtype
 from jaxsoft._reductions import reduce_classes
 from jaxsoft._shards import AxisName, max_shards, sum_shards
 from jaxsoft._targets import Targets
@@ -61,24 +62,24 @@ class Statistics(NamedTuple):
 
 
 def block_exponentials(
-    logits: Array, max: Array, label: Array | None, axes: tuple[int, ...], *, for_gradient: bool = True
+    logits: Array, max: Array, label: Array | None, axes: tuple[int, ...], *, reused: bool = True
 ) -> Array:
     """exp(z_j − m), with the label's own term left out.
 
     Forward and backward share it, so under one `jit` the compiler may compute it once. On the CPU the form of
     the mask decides whether it does: XLA fuses arithmetic with the sum, but no comparison.
     """
-    exponentials = jnp.exp(logits - max)
+    exponentials = jnp.exp(logits.astype(max.dtype) - max)
     if label is None:
         return exponentials
     (axis,) = axes
-    if for_gradient and logits.nbytes > LARGE:
+    if reused and exponentials.nbytes > LARGE:
         return jnp.where(_at_label(logits, label, axes), 0, exponentials)
     # Beside a gradient whole numbers are faster, for the sum alone they are slower.
-    whole = for_gradient or logits.shape[axis] > 1 / jnp.finfo(logits.dtype).eps
-    dtype = label.dtype if whole else logits.dtype
-    distance = lax.broadcasted_iota(dtype, logits.shape, axis) - label.astype(dtype)
-    return exponentials * jnp.minimum(jnp.abs(distance), 1).astype(logits.dtype)
+    whole = reused or logits.shape[axis] > 1 / jnp.finfo(max.dtype).eps
+    dtype = label.dtype if whole else max.dtype
+    distance = lax.broadcasted_iota(dtype, logits.shape, axis % logits.ndim) - label.astype(dtype)
+    return exponentials * jnp.minimum(jnp.abs(distance), 1).astype(max.dtype)
 
 
 def block_statistics(
@@ -87,40 +88,53 @@ def block_statistics(
     targets: Targets = Targets(),
     axis_name: AxisName = None,
     *,
-    for_gradient: bool = True,
+    reused: bool = True,
 ) -> Statistics:
-    """What a block of classes contributes to the loss of each position, summed over the shards of `axis_name`."""
+    """What a block of classes contributes to the loss of each position, summed over the shards of `axis_name`.
+
+    Logits of half precision are widened term by term, never as an array: only their maximum is taken as they are.
+    """
     # Every result is independent of the shift, so its derivative is dropped. Reducing from the lowest
     # finite number keeps it finite without one more operation, which XLA's CPU fusions would not take.
     lowest = jnp.finfo(logits.dtype).min
     max = reduce_classes(lax.max, lowest, lambda _, z: z, (lax.stop_gradient(logits),), axes)
     if max.shape == logits.shape:  # XLA takes a reduction of one element for that element
         max = jnp.maximum(max, lowest)
-    max = max_shards(max, axis_name)
+    max = max_shards(max, axis_name).astype(compute_dtype(logits.dtype))
 
-    def exponentials(first: Array | int, z: Array) -> Array:
-        label = None if targets.label is None else targets.label - first
-        return block_exponentials(z, max, label, axes, for_gradient=for_gradient)
+    if reused:
+        stored = block_exponentials(logits, max, targets.label, axes)
+        sums = [reduce_classes(lax.add, 0, lambda _, e: e, (stored,), axes)]
+    else:
+        from_end = tuple(axis - logits.ndim for axis in axes)
 
-    softmax_alone = targets.label is None and targets.spread is None
-    sums = [reduce_classes(lax.add, 0, exponentials, (logits,), axes, read_once=softmax_alone)]
+        def exponentials(first: Array | int, z: Array, max: Array, label: Array | None = None) -> Array:
+            return block_exponentials(z, max, None if label is None else label - first, from_end, reused=False)
+
+        arrays = (logits, max) if targets.label is None else (logits, max, targets.label)
+        lse_alone = targets.label is None and targets.spread is None
+        sums = [reduce_classes(lax.add, 0, exponentials, arrays, axes, read_once=lse_alone)]
     if targets.label is not None:
         (axis,) = axes
         # A label in no block has no logit; its weight, 0 or NaN, decides what becomes of any other.
         index = jnp.clip(targets.label, 0, logits.shape[axis] - 1)
-        label = jnp.take_along_axis(logits, index, axis, mode="promise_in_bounds") - max
+        label = jnp.take_along_axis(logits, index, axis, mode="promise_in_bounds").astype(max.dtype) - max
         sums.append(label if axis_name is None else jnp.where(index == targets.label, label, 0))
     if targets.spread is not None:
         spread = reduce_classes(lax.add, 0, lambda _, q: q, (targets.spread,), axes)
         weights = jnp.broadcast_to(targets.spread, logits.shape)
-        # A class without target weight costs nothing, at −inf too.
-        gap = reduce_classes(lax.add, 0, lambda _, z, q: jnp.where(q == 0, 0, q * (max - z)), (logits, weights), axes)
+
+        def surprise(_: Array | int, z: Array, q: Array, max: Array) -> Array:
+            # A class without target weight costs nothing, at −inf too.
+            return jnp.where(q == 0, 0, q * (max - z.astype(max.dtype)))
+
+        gap = reduce_classes(lax.add, 0, surprise, (logits, weights, max), axes)
         sums += [jnp.broadcast_to(spread, gap.shape), gap]
     if axis_name is not None:  # one all-reduce for them all
         packed = sum_shards(jnp.concatenate(sums, axes[-1]), axis_name)
         sums = jnp.split(packed, len(sums), axes[-1])
     tail, *rest = sums
-    no_label, zero = jnp.array([-jnp.inf, 0], logits.dtype)
+    no_label, zero = jnp.array([-jnp.inf, 0], max.dtype)
     label = rest.pop(0) if targets.label is not None else no_label
     spread, gap = rest or (zero, zero)
     return Statistics(max, tail, label, spread, gap)
@@ -171,7 +185,7 @@ def block_gradient(
 def target_gradient(logits: Array, targets: Targets, statistics: Statistics, loss_cotangent: Array) -> Array:
     """The gradient to a distribution's weights, −log p_j."""
     share = loss_cotangent * targets.share
-    return jnp.where(share == 0, 0, share * (statistics.log_total + (statistics.max - logits)))
+    return jnp.where(share == 0, 0, share * (statistics.log_total + (statistics.max - logits.astype(share.dtype))))
 
 
 def _at_label(logits: Array, label: Array, axes: tuple[int, ...]) -> Array:

@@ -1,4 +1,4 @@
-"""Class axes whose elements lie far apart, where the CPU folds class after class."""
+"""Class axes whose elements lie far apart, where the CPU folds class after class, and long rows, which it cuts."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 
 import jaxsoft
 import reference
-from jaxsoft._reductions import FAR
+from jaxsoft._reductions import FAR, LONG
 
 EXTENT = FAR + 16  # elements from one class to the next
 rng = np.random.default_rng(0)
@@ -78,4 +78,80 @@ def test_only_the_cpu_loops(platform, loops):
     fn = jax.jit(jax.value_and_grad(lambda z, y: jaxsoft.cross_entropy(z, y, 1)))
     shapes = jax.ShapeDtypeStruct((1, 21, EXTENT), jnp.float32), jax.ShapeDtypeStruct((1, EXTENT), jnp.int32)
     program = jax.export.export(fn, platforms=[platform])(*shapes).mlir_module()
+    assert ("stablehlo.while" in program) == loops
+
+
+# GPT-2's 50257 = 29 · 1733; an even number; a prime, which cannot be cut into equal runs.
+@pytest.mark.parametrize("classes", [50257, LONG + 2, LONG + 3])
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
+def test_long_rows_equal_the_reference(name, classes):
+    logits = far(2, classes)
+    value, pullback = jax.vjp(getattr(jaxsoft, name), logits)
+    expected, reference_pullback = jax.vjp(getattr(reference, name), logits)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    cotangent = jnp.asarray(rng.normal(size=value.shape))
+    np.testing.assert_allclose(pullback(cotangent)[0], reference_pullback(cotangent)[0], rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.1}], ids=["plain", "smooth"])
+def test_cross_entropy_of_long_rows(options):
+    """Labels at both ends of the first and the last run, and within one; alone and beside the gradient."""
+    classes, run = 50257, 1733
+    labels = jnp.array([0, run - 1, run, 3 * run + 5, classes - run, classes - 1, -7])
+    logits = far(len(labels), classes)
+
+    def loss(logits):
+        return jaxsoft.cross_entropy(logits, labels, ignore_index=-7, reduction="sum", **options)
+
+    def expected(logits):
+        log_probs = reference.log_softmax(logits)[:-1]
+        smoothing, z_loss = options.get("label_smoothing", 0), options.get("z_loss", 0)
+        q = (1 - smoothing) * jax.nn.one_hot(labels[:-1], classes) + smoothing / classes
+        return -jnp.sum(q * log_probs) + z_loss * jnp.sum(reference.logsumexp(logits[:-1]) ** 2)
+
+    np.testing.assert_allclose(loss(logits), expected(logits), rtol=1e-12)
+    value, gradient = jax.value_and_grad(loss)(logits)
+    np.testing.assert_allclose(value, expected(logits), rtol=1e-12)
+    np.testing.assert_allclose(gradient, jax.grad(expected)(logits), rtol=1e-9, atol=1e-15)
+
+
+def test_the_tail_of_a_label_that_leads_a_long_row():
+    """The other classes' share is all of the loss: with the label's 1 in any sum it would be lost in float32."""
+    logits = jnp.full((1, 50257), -30.0, jnp.float32).at[0, 1733].set(0)
+    label = jnp.array([1733])
+    np.testing.assert_allclose(jaxsoft.cross_entropy(logits, label), 50256 * np.exp(-30.0), rtol=1e-5)
+    np.testing.assert_allclose(jax.value_and_grad(jaxsoft.cross_entropy)(logits, label)[0], 50256 * np.exp(-30.0), rtol=1e-5)
+
+
+def test_edges_of_long_rows():
+    logits = far(4, 50257).at[0].set(-jnp.inf).at[1, 9000].set(jnp.inf).at[2, 50256].set(jnp.nan)
+    np.testing.assert_array_equal(jaxsoft.logsumexp(logits)[:3], [-jnp.inf, jnp.inf, jnp.nan])
+    log_probs = jaxsoft.log_softmax(logits)
+    assert (log_probs[0] == -jnp.inf).all() and jnp.isnan(log_probs[1:3]).any(-1).all()
+    assert jnp.isfinite(log_probs[3]).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_long_rows_of_half_precision(dtype):
+    logits, labels = far(3, 50257).astype(dtype), jnp.array([0, 1732, 50256])
+    expected = -jnp.take_along_axis(reference.log_softmax(logits.astype(float)), labels[:, None], -1)[:, 0]
+    np.testing.assert_allclose(jaxsoft.cross_entropy(logits, labels, reduction="none"), expected, rtol=1e-6)
+
+
+def test_long_rows_under_vmap_and_shard_map():
+    logits = far(4, 3, 2 * FAR + 2)
+    np.testing.assert_allclose(jax.vmap(jaxsoft.logsumexp)(logits), reference.logsumexp(logits), rtol=1e-12)
+    np.testing.assert_allclose(
+        jax.vmap(jaxsoft.logsumexp, in_axes=2)(logits.transpose(0, 2, 1)), reference.logsumexp(logits).T, rtol=1e-12
+    )
+    spec = jax.sharding.PartitionSpec("data")
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    fn = jax.jit(jax.shard_map(jaxsoft.logsumexp, mesh=mesh, in_specs=spec, out_specs=spec))
+    np.testing.assert_allclose(fn(logits), reference.logsumexp(logits), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("platform", "loops"), [("cpu", True), ("cuda", False), ("tpu", False)])
+def test_only_the_cpu_cuts_long_rows(platform, loops):
+    shapes = jax.ShapeDtypeStruct((4, 50257), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.int32)
+    program = jax.export.export(jax.jit(jaxsoft.cross_entropy), platforms=[platform])(*shapes).mlir_module()
     assert ("stablehlo.while" in program) == loops

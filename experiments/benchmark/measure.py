@@ -19,8 +19,8 @@ FEWEST, MOST = 5, 401
 """Rounds of a case."""
 LONGEST = 10.0
 """Seconds that a call may take."""
-SHORT = 0.05
-"""Seconds under which a call is felt to begin with what the one before left in the caches and the allocator."""
+TURN, CALLS = 1e-2, 200
+"""Seconds that an implementation has before the next one's turn, in at most so many calls."""
 KEY = ["case", "shape", "dtype", "implementation"]
 COLUMNS = [
     *KEY, "median ms", "least ms", "spread", "ratio", "ratio low", "ratio high",
@@ -55,7 +55,7 @@ def measure_ceilings(dtypes: Iterable[str]) -> Ceilings:
 
 
 def fastest(call: Function) -> float:
-    return min(timed(call, jax.block_until_ready, 10 if on_gpu() else 1) for _ in range(10))
+    return min(timed(call, jax.block_until_ready, 10) for _ in range(10))
 
 
 def obstacle(case: Case, ceilings: Ceilings) -> str:
@@ -84,10 +84,10 @@ def prepare(peer: Peer, sets: list[Arrays]) -> tuple[Arrays, Function, float]:
 
 
 def timed(call: Function, wait: Function, calls: int = 1) -> float:
-    """Seconds a call, where several are queued before the last one's result is waited for."""
-    start, result = time.perf_counter(), None
+    """Seconds a call until its result is ready; on a GPU, until all have been queued and the last one's is."""
+    queued, start, result = on_gpu(), time.perf_counter(), None
     for _ in range(calls):
-        result = call()
+        result = call() if queued else wait(call())
     wait(result)
     return (time.perf_counter() - start) / calls
 
@@ -130,16 +130,15 @@ def measure(case: Case, ceilings: Ceilings, seconds: float, rng: np.random.Gener
         timers[peer.name], ours = (call, peer.wait), ours or results
     moved = case.size + sum(x.nbytes for x in ours) if case.size else math.nan
     results = ours = ()
-    # On a GPU so many calls at a time that starting one is hidden behind those before it.
+    # So many calls at a time that what the implementation before left in the caches, the allocator and the threads
+    # is soon forgotten, and that on a GPU starting one is hidden behind those before it.
     once = {name: min(timed(*timer) for _ in range(2)) for name, timer in timers.items()}
-    calls = {name: min(200, math.ceil(5e-3 / once[name])) if on_gpu() else 1 for name in timers}
-    repeats = {name: 2 if once[name] < SHORT else 1 for name in timers}  # the last of them counts
-    rounds = int(seconds / sum(once[name] * calls[name] * repeats[name] for name in timers))
+    calls = {name: min(CALLS, math.ceil(TURN / once[name])) for name in timers}
+    rounds = int(seconds / sum(once[name] * calls[name] for name in timers))
     times = {name: np.empty(min(max(rounds, FEWEST), MOST)) for name in timers}
     for n in range(len(times["jaxsoft"])):
         for name in rng.permutation([*timers]):
-            for _ in range(repeats[name]):
-                times[name][n] = timed(*timers[name], calls[name])
+            times[name][n] = timed(*timers[name], calls[name])
     for row in rows:
         if row["implementation"] in times:
             row |= summary(case, ceilings, moved, times[row["implementation"]], times["jaxsoft"])
