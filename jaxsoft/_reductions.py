@@ -1,7 +1,8 @@
 """Reductions over the class axes, in the form that is fast on the platform they are compiled for.
 
-A plain reduction is what accelerators fuse best. XLA's CPU backend is 10 to 30 times slower than it could be,
-in jax 0.10, where the classes lie far apart or the array begins with an axis of length one.
+A plain reduction is what accelerators fuse best. XLA's CPU backend is 10 to 30 times slower than it could be, in jax
+0.10, where the classes lie far apart or the array begins with an axis of length one, and up to 10 times slower, in
+jax 0.12 too, where more than 32,768 classes lie side by side.
 """
 
 import functools
@@ -14,7 +15,8 @@ from jax import lax
 from jaxtyping import Array, ArrayLike
 
 FAR = 1 << 14  # elements from one class to the next
-LONG, SHORT = 1 << 15, 1 << 7  # classes side by side; of a run of them
+LONG = 1 << 15  # classes side by side, and rows of them
+SHORT = 1 << 7
 
 
 def reduce_classes(
@@ -39,19 +41,26 @@ def reduce_classes(
 
     axis = axes[-1]
     shape = arrays[0].shape
-    classes = shape[axis]
+    rows, classes = math.prod(shape[:-1]), shape[axis]
+    rows_of_run, classes_of_run = run_length(rows), run_length(classes)
+    cut = rows_of_run < rows or classes_of_run < classes
 
     def in_runs(*arrays: Array) -> Array:
-        count = classes // length
-        runs = (a.reshape(*a.shape[:-1], *((1, 1) if a.shape[-1] == 1 else (count, length))) for a in arrays)
-        terms = term(length * jnp.arange(count, dtype=jnp.int32)[:, None], *runs)
-        reduced = lax.reduce(terms, jnp.asarray(start, terms.dtype), op, (axis + 1,))
+        # No axis of length one: XLA would be slow with that, too.
+        of_rows = tuple(n for n in (rows // rows_of_run, rows_of_run) if n > 1)
+        runs = tuple(n for n in (classes // classes_of_run,) if n > 1)
 
-        def fold(n: Array, total: Array) -> Array:
-            return op(total, lax.dynamic_slice_in_dim(reduced, n, 1, axis))
+        def view(array: Array) -> Array:
+            along = (*runs, classes_of_run)
+            return array.reshape(*of_rows, *(along if array.shape[-1] > 1 else (1 for _ in along)))
 
-        # XLA takes a reduction of reductions for one, unless a loop stands between.
-        return lax.fori_loop(1, count, fold, reduced[..., :1])
+        first = classes_of_run * jnp.arange(*runs, dtype=jnp.int32)[:, None] if runs else 0
+        terms = term(first, *map(view, arrays))
+        reduced = lax.reduce(terms, jnp.asarray(start, terms.dtype), op, (terms.ndim - 1,))
+        if runs:  # a loop, because XLA takes a reduction of reductions for one
+            each = jnp.moveaxis(reduced, -1, 0)
+            reduced = lax.fori_loop(1, len(each), lambda n, total: op(total, each[n]), each[0])
+        return reduced.reshape(*shape[:-1], 1)
 
     def one_by_one(*arrays: Array) -> Array:
         def one(index: Array | int) -> Array:
@@ -70,11 +79,22 @@ def reduce_classes(
         return lax.fori_loop(0, turns, lambda n, reduced: fold(reduced, head + n * block, block), reduced)
 
     if len(axes) == 1 and classes > 2 and math.prod(shape[axis + 1 :]) > FAR:
-        return lax.platform_dependent(*arrays, cpu=one_by_one, default=at_once)
-    length = next(n for n in range(LONG, 0, -1) if classes % n == 0)
-    if len(axes) == 1 and axis == len(shape) - 1 and classes > LONG and length >= SHORT:
-        return lax.platform_dependent(*arrays, cpu=in_runs, default=at_once)
-    return at_once(*arrays)
+        on_cpu = one_by_one
+    elif axes == (len(shape) - 1,) and (1 in shape[:-1] or cut) and is_whole(arrays[0]):
+        on_cpu = in_runs
+    else:
+        return at_once(*arrays)
+    return lax.platform_dependent(*arrays, cpu=on_cpu, default=at_once)
+
+
+def run_length(extent: int) -> int:
+    """The largest divisor that is not too long, or else the extent itself."""
+    return extent if extent <= LONG else next((n for n in range(LONG, SHORT - 1, -1) if extent % n == 0), extent)
+
+
+def is_whole(array: Array) -> bool:
+    """Whether no axis is explicitly sharded: JAX cuts none that is, and takes no dot along it."""
+    return not any(jax.typeof(array).sharding.spec)
 
 
 def dot_classes(a: Array, b: Array, axes: tuple[int, ...]) -> Array:
@@ -86,7 +106,6 @@ def dot_classes(a: Array, b: Array, axes: tuple[int, ...]) -> Array:
     def dot(a: Array, b: Array) -> Array:
         return jnp.vecdot(a, b, precision=lax.Precision.HIGHEST)[..., None]
 
-    is_last, is_whole = axes == (a.ndim - 1,), jax.typeof(a).sharding.spec[-1:] in ((), (None,))
-    if not (is_last and is_whole):  # JAX takes no dot along an axis that is explicitly sharded
+    if axes != (a.ndim - 1,) or not is_whole(a):
         return products(a, b)
     return lax.platform_dependent(a, b, cpu=dot, default=products)

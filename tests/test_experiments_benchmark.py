@@ -21,7 +21,7 @@ from experiments.benchmark.__main__ import Config, run
 from experiments.benchmark.cases import SUITES, Case
 from experiments.benchmark.measure import COLUMNS, KEY, Ceilings, measure, obstacle, prepare, relative_error
 from experiments.benchmark.peers import Peer, missing, peers_of
-from experiments.benchmark.report import fallen_ratios
+from experiments.benchmark.report import fallen_ratios, fastest_peers
 
 pytestmark = pytest.mark.x32
 
@@ -149,7 +149,23 @@ def test_on_a_gpu_inputs_take_turns_and_calls_are_queued(monkeypatch):
     monkeypatch.setattr(measuring, "on_gpu", lambda: True)
     monkeypatch.setattr(measuring, "timed", lambda call, wait, calls=1: counted.append(calls) or 1e-3)
     rows_of(Case("softmax", (6, 5)))
-    assert set(counted) == {1, 5}
+    assert set(counted) == {1, 10}
+
+
+@pytest.mark.parametrize(("gpu", "expected"), [(False, [0, 1, 2, 2]), (True, [2])])
+def test_each_result_is_waited_for_but_on_a_gpu_only_the_last(monkeypatch, gpu, expected):
+    monkeypatch.setattr(measuring, "on_gpu", lambda: gpu)
+    results, waited = iter(range(3)), []
+    measuring.timed(lambda: next(results), lambda result: waited.append(result) or result, 3)
+    assert waited == expected
+
+
+def test_the_fastest_peer_has_the_data_of_the_case():
+    rows = [("a", "jaxsoft", 1), ("a", "p", 3), ("a", "q", 2), ("a", "r, data class-last", 1.5), ("b", "p", np.nan)]
+    table = pd.DataFrame(
+        [{"case": case, "shape": "", "dtype": "", "implementation": name, "ratio": ratio} for case, name, ratio in rows]
+    )
+    assert fastest_peers(table)[["case", "implementation", "ratio"]].to_numpy().tolist() == [["a", "q", 2]]
 
 
 def test_relative_error_is_of_the_largest_entry():

@@ -1,4 +1,4 @@
-"""Class axes whose elements lie far apart, where the CPU folds class after class, and long rows, which it cuts."""
+"""What the CPU reduces otherwise than at once: class axes far apart, long or many rows, a batch of one."""
 
 import jax
 import jax.numpy as jnp
@@ -81,16 +81,33 @@ def test_only_the_cpu_loops(platform, loops):
     assert ("stablehlo.while" in program) == loops
 
 
-# GPT-2's 50257 = 29 · 1733; an even number; a prime, which cannot be cut into equal runs.
-@pytest.mark.parametrize("classes", [50257, LONG + 2, LONG + 3])
+# GPT-2's 50257 = 29 · 1733; an even number; a prime, which cannot be cut into equal runs. Then many rows, and a batch
+# of one.
+SHAPES = [(2, 50257), (50257,), (2, LONG + 2), (2, LONG + 3), (LONG + 2, 3), (2, LONG, 2), (LONG + 3, 2), (1, 4, 5)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
-def test_long_rows_equal_the_reference(name, classes):
-    logits = far(2, classes)
+def test_runs_equal_the_reference(name, shape):
+    logits = far(*shape)
     value, pullback = jax.vjp(getattr(jaxsoft, name), logits)
     expected, reference_pullback = jax.vjp(getattr(reference, name), logits)
-    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-13)
     cotangent = jnp.asarray(rng.normal(size=value.shape))
-    np.testing.assert_allclose(pullback(cotangent)[0], reference_pullback(cotangent)[0], rtol=1e-10, atol=1e-15)
+    np.testing.assert_allclose(pullback(cotangent)[0], reference_pullback(cotangent)[0], rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(2 * LONG + 4, 3), (1, 4, 5), (1, 1, 2 * LONG)], ids=str)
+def test_cross_entropy_of_many_rows_and_of_a_batch_of_one(shape):
+    logits, labels = far(*shape), jnp.asarray(rng.integers(0, shape[-1], shape[:-1]))
+
+    def expected(logits):
+        return -jnp.take_along_axis(reference.log_softmax(logits), labels[..., None], -1).mean()
+
+    np.testing.assert_allclose(jaxsoft.cross_entropy(logits, labels), expected(logits), rtol=1e-12)
+    value, gradient = jax.value_and_grad(jaxsoft.cross_entropy)(logits, labels)
+    np.testing.assert_allclose(value, expected(logits), rtol=1e-12)
+    np.testing.assert_allclose(gradient, jax.grad(expected)(logits), rtol=1e-9, atol=1e-18)
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.1}], ids=["plain", "smooth"])
@@ -141,16 +158,27 @@ def test_long_rows_of_half_precision(dtype):
     np.testing.assert_allclose(jaxsoft.cross_entropy(logits, labels, reduction="none"), expected, rtol=1e-6)
 
 
-def test_long_rows_under_vmap_and_shard_map():
-    logits = far(4, 3, 2 * FAR + 2)
-    np.testing.assert_allclose(jax.vmap(jaxsoft.logsumexp)(logits), reference.logsumexp(logits), rtol=1e-12)
-    np.testing.assert_allclose(
-        jax.vmap(jaxsoft.logsumexp, in_axes=2)(logits.transpose(0, 2, 1)), reference.logsumexp(logits).T, rtol=1e-12
-    )
+@pytest.mark.parametrize("shape", [(4, 3, 2 * FAR + 2), (4, 2 * FAR + 2, 3)], ids=["long", "many"])
+def test_runs_under_vmap_and_on_a_mesh(shape):
+    logits = far(*shape)
+    expected = reference.logsumexp(logits)
+    np.testing.assert_allclose(jax.vmap(jaxsoft.logsumexp)(logits), expected, rtol=1e-12, atol=1e-14)
+    across = jax.vmap(jaxsoft.logsumexp, in_axes=2)(logits.transpose(0, 2, 1))
+    np.testing.assert_allclose(across, expected.T, rtol=1e-12, atol=1e-14)
     spec = jax.sharding.PartitionSpec("data")
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     fn = jax.jit(jax.shard_map(jaxsoft.logsumexp, mesh=mesh, in_specs=spec, out_specs=spec))
-    np.testing.assert_allclose(fn(logits), reference.logsumexp(logits), rtol=1e-12)
+    np.testing.assert_allclose(fn(logits), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("spec", [("data",), (None, "data"), (None, None, "data")], ids=str)
+@pytest.mark.parametrize("shape", [(4, 2, 2 * FAR + 4), (4, 2 * FAR + 4, 2)], ids=["long", "many"])
+def test_runs_of_explicitly_sharded_arrays(shape, spec):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    logits = far(*shape)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(logits, jax.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
+        np.testing.assert_allclose(jaxsoft.logsumexp(placed), reference.logsumexp(logits), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize(("platform", "loops"), [("cpu", True), ("cuda", False), ("tpu", False)])

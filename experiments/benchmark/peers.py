@@ -19,6 +19,8 @@ from experiments.benchmark.cases import IGNORE, SMOOTHING, Z_LOSS, Case
 Arrays = tuple[Any, ...]
 Function = Callable[..., Any]
 
+CLASS_LAST = ", data class-last"
+"""Ends the name of a peer that is given other data than the case has."""
 PACKAGES = {"PyTorch": "torch", "jax-cce": "jax_cce", "tokamax": "tokamax", "Liger": "liger_kernel", "QuACK": "quack"}
 # Kernels for NVIDIA GPUs, called from PyTorch on arrays of two axes: module and function.
 LIGER = "liger_kernel.transformers.functional"
@@ -115,7 +117,7 @@ def layouts(case: Case, name: str, fn: Function) -> Iterator[Peer]:
         before = functools.partial(move, len(case.shape), case.axis, -1)
         after = functools.partial(move, len(case.shape), -1, case.axis)
         yield Peer(f"{name}, transposed inside", jax_mode(case, lambda *arrays: after([last(*before(arrays))])[0]))
-        yield Peer(f"{name}, data class-last", jax_mode(case, last), before, after)
+        yield Peer(f"{name}{CLASS_LAST}", jax_mode(case, last), before, after)
 
 
 def move(ndim: int, source: int, target: int, arrays: Iterable[jax.Array]) -> Arrays:

@@ -9,6 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
 from experiments.benchmark.measure import Ceilings
+from experiments.benchmark.report import fastest_peers
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -42,7 +43,7 @@ def plot_ratios(table: pd.DataFrame, path: Path) -> None:
     groups = list(peers.groupby(names, sort=False))
     figure, axis = plt.subplots(figsize=(11, 1.5 + 0.26 * len(groups)), layout="constrained")
     for row, (_, group) in enumerate(groups):
-        best = group.loc[group["ratio"].idxmin()].to_dict()
+        (best,) = fastest_peers(group).to_dict("records")
         axis.barh(row, best["ratio"] - 1, left=1, color=color(best["implementation"]), alpha=0.7)
         axis.plot([best["ratio low"], best["ratio high"]], [row, row], color="black", linewidth=1)
         axis.scatter(group["ratio"], [row] * len(group), s=12, c=[color(x) for x in group["implementation"]], zorder=3)

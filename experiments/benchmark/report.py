@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from experiments._door import InputError
 from experiments.benchmark.measure import COLUMNS, KEY, Ceilings
+from experiments.benchmark.peers import CLASS_LAST
 
 FALL = 0.1
 """A ratio that has fallen by more than this share is flagged."""
@@ -23,6 +25,12 @@ def markdown(table: pd.DataFrame, about: dict[str, Any], left_out: dict[str, str
         f"Ceilings in this run: copy {ceilings.copy / 1e9:.3g} GB/s, matrix product {products}.",
         "",
     ]
+    if len(best := fastest_peers(table)["ratio"]):
+        lines += [
+            f"The fastest peer's time over ours: {np.exp(np.log(best).mean()):.2f} in the geometric mean of {len(best)} "
+            f"cases, from {best.min():.2f} to {best.max():.2f}; below 1 in {sum(best < 1)}, below 0.9 in {sum(best < 0.9)}.",
+            "",
+        ]
     if fallen is not None:
         lines += [f"Against the older table, {len(fallen)} ratios have fallen by more than {FALL:.0%}.", ""]
         lines += [f"- {' '.join(row[name] for name in KEY)}: **{row['ratio before']:.2f} to {row['ratio']:.2f}**"
@@ -36,6 +44,13 @@ def markdown(table: pd.DataFrame, about: dict[str, Any], left_out: dict[str, str
 
 def cell(value: float | str) -> str:
     return value if isinstance(value, str) else "" if pd.isna(value) else f"{value:.3g}"
+
+
+def fastest_peers(table: pd.DataFrame) -> pd.DataFrame:
+    """The row of the fastest peer of each case, given the data as the case has them."""
+    given = ~table["implementation"].str.endswith(CLASS_LAST)
+    peers = table.loc[(table["implementation"] != "jaxsoft") & table["ratio"].notna() & given]
+    return peers.loc[peers.groupby(KEY[:3], sort=False)["ratio"].idxmin()]
 
 
 def read_table(path: Path) -> pd.DataFrame:
