@@ -27,12 +27,14 @@ def reduce_classes(
     axes: tuple[int, ...],
     *,
     read_once: bool = False,
+    alone: bool = False,
 ) -> Array:
     """`op` over `term(first, *arrays)`, elementwise in arrays whose first class has the index `first`.
 
     The first array has the classes, others may have a length of one in their place. The CPU folds in classes far
     apart one after the other, and reduces long rows in runs, which the term sees as one axis more before the last.
-    `read_once`: the terms are exponentials and one expression alone reads the result.
+    `read_once`: the terms are exponentials and one expression alone reads the result. `alone`: nothing else reads the
+    arrays, so that the CPU may cut many rows, too.
     """
 
     def at_once(*arrays: Array) -> Array:
@@ -42,7 +44,7 @@ def reduce_classes(
     axis = axes[-1]
     shape = arrays[0].shape
     rows, classes = math.prod(shape[:-1]), shape[axis]
-    rows_of_run, classes_of_run = run_length(rows), run_length(classes)
+    rows_of_run, classes_of_run = run_length(rows) if alone else rows, run_length(classes)
     cut = rows_of_run < rows or classes_of_run < classes
 
     def in_runs(*arrays: Array) -> Array:

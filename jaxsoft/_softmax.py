@@ -227,7 +227,7 @@ def _log_softmax(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _log_softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, Array]:
-    statistics = block_statistics(logits, axes, axis_name=axis_name, reused=False)
+    statistics = block_statistics(logits, axes, axis_name=axis_name, reused="logits")
     log_probs = logits.astype(statistics.max.dtype) - statistics.max - jnp.log(statistics.total)
     log_probs = log_probs.astype(logits.dtype)
     return log_probs, log_probs
@@ -295,7 +295,7 @@ def _logsumexp(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _logsumexp_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, tuple[Array, Statistics]]:
-    statistics = block_statistics(logits, axes, axis_name=axis_name, reused=False)
+    statistics = block_statistics(logits, axes, axis_name=axis_name, reused=None)
     return statistics.logsumexp.astype(logits.dtype), (logits, statistics)
 
 

@@ -10,7 +10,7 @@ Every loss and normaliser in this package comes from `block_statistics`; every g
 Arrays of statistics keep the class axes with length one, so they broadcast against the logits.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -62,7 +62,7 @@ class Statistics(NamedTuple):
 
 
 def block_exponentials(
-    logits: Array, max: Array, label: Array | None, axes: tuple[int, ...], *, reused: bool = True
+    logits: Array, max: Array, label: Array | None, axes: tuple[int, ...], *, stored: bool = True
 ) -> Array:
     """exp(z_j − m), with the label's own term left out.
 
@@ -73,10 +73,10 @@ def block_exponentials(
     if label is None:
         return exponentials
     (axis,) = axes
-    if reused and exponentials.nbytes > LARGE:
+    if stored and exponentials.nbytes > LARGE:
         return jnp.where(_at_label(logits, label, axes), 0, exponentials)
-    # Beside a gradient whole numbers are faster, for the sum alone they are slower.
-    whole = reused or logits.shape[axis] > 1 / jnp.finfo(max.dtype).eps
+    # Where the exponentials are stored whole numbers are faster, for the sum alone they are slower.
+    whole = stored or logits.shape[axis] > 1 / jnp.finfo(max.dtype).eps
     dtype = label.dtype if whole else max.dtype
     distance = lax.broadcasted_iota(dtype, logits.shape, axis % logits.ndim) - label.astype(dtype)
     return exponentials * jnp.minimum(jnp.abs(distance), 1).astype(max.dtype)
@@ -88,32 +88,35 @@ def block_statistics(
     targets: Targets = Targets(),
     axis_name: AxisName = None,
     *,
-    reused: bool = True,
+    reused: Literal["exponentials", "logits"] | None = "exponentials",
 ) -> Statistics:
     """What a block of classes contributes to the loss of each position, summed over the shards of `axis_name`.
 
-    Logits of half precision are widened term by term, never as an array: only their maximum is taken as they are.
+    `reused` is what will be read again: the exponentials, which are best stored, by softmax and by a gradient, the
+    logits by log_softmax, nothing where only statistics are wanted. Half precision is widened where it is read,
+    never as an array: its maximum is exact as it is.
     """
     # Every result is independent of the shift, so its derivative is dropped. Reducing from the lowest
     # finite number keeps it finite without one more operation, which XLA's CPU fusions would not take.
     lowest = jnp.finfo(logits.dtype).min
-    max = reduce_classes(lax.max, lowest, lambda _, z: z, (lax.stop_gradient(logits),), axes)
+    alone = reused is None
+    max = reduce_classes(lax.max, lowest, lambda _, z: z, (lax.stop_gradient(logits),), axes, alone=alone)
     if max.shape == logits.shape:  # XLA takes a reduction of one element for that element
         max = jnp.maximum(max, lowest)
     max = max_shards(max, axis_name).astype(compute_dtype(logits.dtype))
 
-    if reused:
+    if reused == "exponentials":
         stored = block_exponentials(logits, max, targets.label, axes)
         sums = [reduce_classes(lax.add, 0, lambda _, e: e, (stored,), axes)]
     else:
-        from_end = tuple(axis - logits.ndim for axis in axes)
+        from_end = tuple(axis - logits.ndim for axis in axes)  # runs are one axis more
 
         def exponentials(first: Array | int, z: Array, max: Array, label: Array | None = None) -> Array:
-            return block_exponentials(z, max, None if label is None else label - first, from_end, reused=False)
+            return block_exponentials(z, max, None if label is None else label - first, from_end, stored=False)
 
         arrays = (logits, max) if targets.label is None else (logits, max, targets.label)
         lse_alone = targets.label is None and targets.spread is None
-        sums = [reduce_classes(lax.add, 0, exponentials, arrays, axes, read_once=lse_alone)]
+        sums = [reduce_classes(lax.add, 0, exponentials, arrays, axes, read_once=lse_alone, alone=alone)]
     if targets.label is not None:
         (axis,) = axes
         # A label in no block has no logit; its weight, 0 or NaN, decides what becomes of any other.
