@@ -63,7 +63,7 @@ def obstacle(case: Case, ceilings: Ceilings) -> str:
     stats = jax.devices()[0].memory_stats()
     total = stats["bytes_limit"] if stats else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if case.memory > 0.75 * total:
-        return f"needs about {case.memory / 1e9:.0f} GB of {total / 1e9:.0f} GB"
+        return f"needs about {case.memory / 1e9:.0f} GB, more than 3/4 of {total / 1e9:.0f} GB"
     least = case.flops / ceilings.gemm[case.dtype]
     return f"a call takes at least {least:.0f} s" if case.is_linear and least > LONGEST else ""
 
