@@ -170,7 +170,7 @@ def or_one(count: Array) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def losses_and_lse(logits: Array, targets: Targets, axis: int, axis_name: AxisName) -> tuple[Array, Array]:
     """Loss and lse of each position: z-loss and every reduction are ordinary functions of the two."""
-    statistics = block_statistics(logits, (axis,), targets, axis_name, reused=None)
+    statistics = block_statistics(logits, (axis,), targets, axis_name, reused="nothing")
     return position_losses(targets, statistics), statistics.logsumexp
 
 

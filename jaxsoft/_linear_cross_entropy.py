@@ -399,7 +399,7 @@ def _terms(options: Options, layer: Layer, targets: Targets, coefficients: Coeff
     def step(rows: Array, terms: Array) -> Array:
         x, t, c = _take(rows, layer.features, targets, coefficients)
         logits = _logits(x, layer.kernel, layer.bias, options.soft_cap)
-        statistics = block_statistics(logits, (1,), t, options.axis_name, reused=None)
+        statistics = block_statistics(logits, (1,), t, options.axis_name, reused="nothing")
         term = _term(c, position_losses(t, statistics), statistics.logsumexp)
         return terms.at[rows].set(term, mode="drop")
 

@@ -2,7 +2,7 @@
 
 A plain reduction is what accelerators fuse best. XLA's CPU backend is 10 to 30 times slower than it could be, in jax
 0.10, where the classes lie far apart or the array begins with an axis of length one, and up to 10 times slower, in
-jax 0.12 too, where more than 32,768 classes lie side by side.
+jax 0.12 too, where more than 32,768 classes lie side by side or more than 32,768 rows one below the other.
 """
 
 import functools
@@ -15,8 +15,8 @@ from jax import lax
 from jaxtyping import Array, ArrayLike
 
 FAR = 1 << 14  # elements from one class to the next
-LONG = 1 << 15  # classes side by side, and rows of them
-SHORT = 1 << 7
+LONG = 1 << 15  # classes side by side, or rows of them
+SHORT = 1 << 7  # the least that a run is cut to
 
 
 def reduce_classes(
@@ -27,41 +27,44 @@ def reduce_classes(
     axes: tuple[int, ...],
     *,
     read_once: bool = False,
-    alone: bool = False,
+    only_reduced: bool = False,
 ) -> Array:
     """`op` over `term(first, *arrays)`, elementwise in arrays whose first class has the index `first`.
 
-    The first array has the classes, others may have a length of one in their place. The CPU folds in classes far
-    apart one after the other, and reduces long rows in runs, which the term sees as one axis more before the last.
-    `read_once`: the terms are exponentials and one expression alone reads the result. `alone`: nothing else reads the
-    arrays, so that the CPU may cut many rows, too.
+    The first array has the classes, others may have a length of one in their place. The CPU folds classes far apart
+    one after the other. Along a last axis it reduces views: long rows in runs, many rows in groups, no axis of length
+    one; a term may count on no more than that the classes are last. `read_once`: the terms are exponentials and one
+    expression alone reads the result. `only_reduced`: no array of their size is formed from the arrays, which XLA
+    would have to read in both shapes if their rows were cut.
     """
 
     def at_once(*arrays: Array) -> Array:
         terms = term(0, *arrays)
         return lax.expand_dims(lax.reduce(terms, jnp.asarray(start, terms.dtype), op, axes), axes)
 
-    axis = axes[-1]
-    shape = arrays[0].shape
+    if len(axes) != 1 or not arrays[0].size:
+        return at_once(*arrays)
+    (axis,), shape = axes, arrays[0].shape
     rows, classes = math.prod(shape[:-1]), shape[axis]
-    rows_of_run, classes_of_run = run_length(rows) if alone else rows, run_length(classes)
+    rows_of_run, classes_of_run = run_length(rows) if only_reduced else rows, run_length(classes)
     cut = rows_of_run < rows or classes_of_run < classes
 
     def in_runs(*arrays: Array) -> Array:
         # No axis of length one: XLA would be slow with that, too.
         of_rows = tuple(n for n in (rows // rows_of_run, rows_of_run) if n > 1)
-        runs = tuple(n for n in (classes // classes_of_run,) if n > 1)
+        count = classes // classes_of_run
+        runs = (count,) if count > 1 else ()
 
         def view(array: Array) -> Array:
             along = (*runs, classes_of_run)
             return array.reshape(*of_rows, *(along if array.shape[-1] > 1 else (1 for _ in along)))
 
-        first = classes_of_run * jnp.arange(*runs, dtype=jnp.int32)[:, None] if runs else 0
+        first = classes_of_run * jnp.arange(count, dtype=jnp.int32)[:, None] if runs else 0
         terms = term(first, *map(view, arrays))
         reduced = lax.reduce(terms, jnp.asarray(start, terms.dtype), op, (terms.ndim - 1,))
         if runs:  # a loop, because XLA takes a reduction of reductions for one
             each = jnp.moveaxis(reduced, -1, 0)
-            reduced = lax.fori_loop(1, len(each), lambda n, total: op(total, each[n]), each[0])
+            reduced = lax.fori_loop(1, count, lambda n, total: op(total, each[n]), each[0])
         return reduced.reshape(*shape[:-1], 1)
 
     def one_by_one(*arrays: Array) -> Array:
@@ -80,23 +83,24 @@ def reduce_classes(
         reduced = fold(op(first, jnp.asarray(start, first.dtype)), 1, head - 1)
         return lax.fori_loop(0, turns, lambda n, reduced: fold(reduced, head + n * block, block), reduced)
 
-    if len(axes) == 1 and classes > 2 and math.prod(shape[axis + 1 :]) > FAR:
+    if classes > 2 and math.prod(shape[axis + 1 :]) > FAR:
         on_cpu = one_by_one
-    elif axes == (len(shape) - 1,) and (1 in shape[:-1] or cut) and is_whole(arrays[0]):
+    elif axis == len(shape) - 1 and (1 in shape[:-1] or cut) and all(map(is_whole, arrays)):
         on_cpu = in_runs
     else:
         return at_once(*arrays)
     return lax.platform_dependent(*arrays, cpu=on_cpu, default=at_once)
 
 
+@functools.cache
 def run_length(extent: int) -> int:
     """The largest divisor that is not too long, or else the extent itself."""
     return extent if extent <= LONG else next((n for n in range(LONG, SHORT - 1, -1) if extent % n == 0), extent)
 
 
-def is_whole(array: Array) -> bool:
-    """Whether no axis is explicitly sharded: JAX cuts none that is, and takes no dot along it."""
-    return not any(jax.typeof(array).sharding.spec)
+def is_whole(array: Array, first: int = 0) -> bool:
+    """Whether no axis from `first` on is explicitly sharded: JAX cuts none that is, and takes no dot along it."""
+    return not any(jax.typeof(array).sharding.spec[first:])
 
 
 def dot_classes(a: Array, b: Array, axes: tuple[int, ...]) -> Array:
@@ -108,6 +112,6 @@ def dot_classes(a: Array, b: Array, axes: tuple[int, ...]) -> Array:
     def dot(a: Array, b: Array) -> Array:
         return jnp.vecdot(a, b, precision=lax.Precision.HIGHEST)[..., None]
 
-    if axes != (a.ndim - 1,) or not is_whole(a):
+    if axes != (a.ndim - 1,) or not is_whole(a, -1):
         return products(a, b)
     return lax.platform_dependent(a, b, cpu=dot, default=products)

@@ -295,7 +295,7 @@ def _logsumexp(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _logsumexp_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, tuple[Array, Statistics]]:
-    statistics = block_statistics(logits, axes, axis_name=axis_name, reused=None)
+    statistics = block_statistics(logits, axes, axis_name=axis_name, reused="nothing")
     return statistics.logsumexp.astype(logits.dtype), (logits, statistics)
 
 

@@ -88,35 +88,36 @@ def block_statistics(
     targets: Targets = Targets(),
     axis_name: AxisName = None,
     *,
-    reused: Literal["exponentials", "logits"] | None = "exponentials",
+    reused: Literal["exponentials", "logits", "nothing"] = "exponentials",
 ) -> Statistics:
     """What a block of classes contributes to the loss of each position, summed over the shards of `axis_name`.
 
     `reused` is what will be read again: the exponentials, which are best stored, by softmax and by a gradient, the
-    logits by log_softmax, nothing where only statistics are wanted. Half precision is widened where it is read,
-    never as an array: its maximum is exact as it is.
+    logits by log_softmax, nothing where only statistics are wanted. Half precision is widened inside each expression
+    that reads it, which leaves XLA the choice not to store it; its maximum is exact as it is.
     """
     # Every result is independent of the shift, so its derivative is dropped. Reducing from the lowest
     # finite number keeps it finite without one more operation, which XLA's CPU fusions would not take.
     lowest = jnp.finfo(logits.dtype).min
-    alone = reused is None
-    max = reduce_classes(lax.max, lowest, lambda _, z: z, (lax.stop_gradient(logits),), axes, alone=alone)
+    only_reduced = reused == "nothing"
+    constant = lax.stop_gradient(logits)
+    max = reduce_classes(lax.max, lowest, lambda _, z: z, (constant,), axes, only_reduced=only_reduced)
     if max.shape == logits.shape:  # XLA takes a reduction of one element for that element
         max = jnp.maximum(max, lowest)
-    max = max_shards(max, axis_name).astype(compute_dtype(logits.dtype))
+    max = max_shards(max.astype(compute_dtype(logits.dtype)), axis_name)
 
     if reused == "exponentials":
         stored = block_exponentials(logits, max, targets.label, axes)
         sums = [reduce_classes(lax.add, 0, lambda _, e: e, (stored,), axes)]
     else:
-        from_end = tuple(axis - logits.ndim for axis in axes)  # runs are one axis more
+        from_end = tuple(axis - logits.ndim for axis in axes)  # the views that are reduced differ in rank
 
         def exponentials(first: Array | int, z: Array, max: Array, label: Array | None = None) -> Array:
             return block_exponentials(z, max, None if label is None else label - first, from_end, stored=False)
 
         arrays = (logits, max) if targets.label is None else (logits, max, targets.label)
         lse_alone = targets.label is None and targets.spread is None
-        sums = [reduce_classes(lax.add, 0, exponentials, arrays, axes, read_once=lse_alone, alone=alone)]
+        sums = [reduce_classes(lax.add, 0, exponentials, arrays, axes, read_once=lse_alone, only_reduced=only_reduced)]
     if targets.label is not None:
         (axis,) = axes
         # A label in no block has no logit; its weight, 0 or NaN, decides what becomes of any other.
@@ -188,10 +189,12 @@ def block_gradient(
 def target_gradient(logits: Array, targets: Targets, statistics: Statistics, loss_cotangent: Array) -> Array:
     """The gradient to a distribution's weights, −log p_j."""
     share = loss_cotangent * targets.share
-    return jnp.where(share == 0, 0, share * (statistics.log_total + (statistics.max - logits.astype(share.dtype))))
+    return jnp.where(
+        share == 0, 0, share * (statistics.log_total + (statistics.max - logits.astype(statistics.max.dtype)))
+    )
 
 
 def _at_label(logits: Array, label: Array, axes: tuple[int, ...]) -> Array:
     """A mask by comparison, not a scatter: it fuses on every platform."""
     (axis,) = axes
-    return lax.broadcasted_iota(label.dtype, logits.shape, axis) == label
+    return lax.broadcasted_iota(label.dtype, logits.shape, axis % logits.ndim) == label

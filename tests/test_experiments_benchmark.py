@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import re
 import shutil
 
@@ -21,7 +22,7 @@ from experiments.benchmark.__main__ import Config, run
 from experiments.benchmark.cases import SUITES, Case
 from experiments.benchmark.measure import COLUMNS, KEY, Ceilings, measure, obstacle, prepare, relative_error
 from experiments.benchmark.peers import Peer, missing, peers_of
-from experiments.benchmark.report import fallen_ratios, fastest_peers
+from experiments.benchmark.report import fallen_ratios, timed_peers
 
 pytestmark = pytest.mark.x32
 
@@ -160,12 +161,12 @@ def test_each_result_is_waited_for_but_on_a_gpu_only_the_last(monkeypatch, gpu, 
     assert waited == expected
 
 
-def test_the_fastest_peer_has_the_data_of_the_case():
+def test_peers_that_were_given_other_data_or_not_timed_do_not_count():
     rows = [("a", "jaxsoft", 1), ("a", "p", 3), ("a", "q", 2), ("a", "r, data class-last", 1.5), ("b", "p", np.nan)]
     table = pd.DataFrame(
         [{"case": case, "shape": "", "dtype": "", "implementation": name, "ratio": ratio} for case, name, ratio in rows]
     )
-    assert fastest_peers(table)[["case", "implementation", "ratio"]].to_numpy().tolist() == [["a", "q", 2]]
+    assert timed_peers(table)["implementation"].tolist() == ["p", "q"]
 
 
 def test_relative_error_is_of_the_largest_entry():
@@ -174,7 +175,7 @@ def test_relative_error_is_of_the_largest_entry():
 
 def test_cases_that_do_not_fit_are_left_out_with_a_reason():
     case = Case("softmax", (2**20, 2**20))
-    assert re.fullmatch(r"needs about 30786 GB of \d+ GB", obstacle(case, CEILINGS))
+    assert re.fullmatch(r"needs about 30786 GB, more than 3/4 of \d+ GB", obstacle(case, CEILINGS))
     head = Case("linear cross-entropy", (100, 100, 100))
     assert obstacle(head, Ceilings(1e10, {"float32": 1e4})) == "a call takes at least 200 s"
     assert not obstacle(head, CEILINGS)
@@ -197,7 +198,8 @@ def test_table_summary_and_pictures_are_written(whole):
     about, text = json.loads((out / "about.json").read_text()), (out / "results.md").read_text()
     for said in (about["date"], about["command"], about["device"], jax.__version__, "GB/s, matrix product"):
         assert said in text
-    assert about["command"] == f"python -m experiments.benchmark --only '{TWO}' --seconds 0.01"
+    waiting = f"OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}"
+    assert about["command"] == f"{waiting} python -m experiments.benchmark --only '{TWO}' --seconds 0.01"
     assert text.count("\n| softmax | (150, 3) | float32 | ") == len(table) / 2
 
 

@@ -142,6 +142,23 @@ def test_the_tail_of_a_label_that_leads_a_long_row():
     )
 
 
+@pytest.mark.parametrize("shape", [(1, 0, 5), (0, 1, 5), (1, 3, 0), (0, 50257), (2 * LONG, 0)], ids=str)
+def test_nothing_to_reduce(shape):
+    assert jaxsoft.logsumexp(jnp.zeros(shape)).tolist() == np.full(shape[:-1], -np.inf).tolist()
+    assert jaxsoft.softmax(jnp.zeros(shape)).shape == shape
+
+
+def test_no_positions():
+    labels = jnp.zeros((1, 0), int)
+    assert jaxsoft.cross_entropy(jnp.zeros((1, 0, 50257)), labels, reduction="none").shape == (1, 0)
+    assert jaxsoft.cross_entropy(jnp.zeros((1, 0, 50257)), labels) == 0
+
+
+def test_no_class_axis():
+    """A scalar is the one class of its vector."""
+    assert (jaxsoft.softmax(2.0, None), jaxsoft.log_softmax(2.0, None), jaxsoft.logsumexp(2.0, None)) == (1, 0, 2)
+
+
 def test_edges_of_long_rows():
     logits = far(4, 50257).at[0].set(-jnp.inf).at[1, 9000].set(jnp.inf).at[2, 50256].set(jnp.nan)
     np.testing.assert_array_equal(jaxsoft.logsumexp(logits)[:3], [-jnp.inf, jnp.inf, jnp.nan])
@@ -152,13 +169,26 @@ def test_edges_of_long_rows():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_long_rows_of_half_precision(dtype):
-    logits, labels = far(3, 50257).astype(dtype), jnp.array([0, 1732, 50256])
-    expected = -jnp.take_along_axis(reference.log_softmax(logits.astype(float)), labels[:, None], -1)[:, 0]
-    np.testing.assert_allclose(jaxsoft.cross_entropy(logits, labels, reduction="none"), expected, rtol=1e-6)
+@pytest.mark.parametrize("shape", [(3, 50257), (2 * LONG, 3), (1, 4, 5)], ids=str)
+def test_runs_of_half_precision(shape, dtype):
+    logits, labels = far(*shape).astype(dtype), jnp.asarray(rng.integers(0, shape[-1], shape[:-1]))
+    wide = logits.astype(float)
+
+    def expected(logits):
+        return -jnp.take_along_axis(reference.log_softmax(logits), labels[..., None], -1)[..., 0]
+
+    np.testing.assert_allclose(
+        jaxsoft.cross_entropy(logits, labels, reduction="none"), expected(wide), rtol=1e-6, atol=1e-7
+    )
+    gradient = jax.grad(lambda z: jaxsoft.cross_entropy(z, labels, reduction="sum"))(logits)
+    assert gradient.dtype == dtype
+    tiny = float(jnp.finfo(dtype).smallest_subnormal)
+    np.testing.assert_allclose(
+        gradient.astype(float), jax.grad(lambda z: expected(z).sum())(wide), rtol=float(jnp.finfo(dtype).eps), atol=tiny
+    )
 
 
-@pytest.mark.parametrize("shape", [(4, 3, 2 * FAR + 2), (4, 2 * FAR + 2, 3)], ids=["long", "many"])
+@pytest.mark.parametrize("shape", [(4, 3, LONG + 2), (4, LONG + 2, 3)], ids=["long", "many"])
 def test_runs_under_vmap_and_on_a_mesh(shape):
     logits = far(*shape)
     expected = reference.logsumexp(logits)
@@ -172,7 +202,7 @@ def test_runs_under_vmap_and_on_a_mesh(shape):
 
 
 @pytest.mark.parametrize("spec", [("data",), (None, "data"), (None, None, "data")], ids=str)
-@pytest.mark.parametrize("shape", [(4, 2, 2 * FAR + 4), (4, 2 * FAR + 4, 2)], ids=["long", "many"])
+@pytest.mark.parametrize("shape", [(4, 2, LONG + 4), (4, LONG + 4, 2)], ids=["long", "many"])
 def test_runs_of_explicitly_sharded_arrays(shape, spec):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     logits = far(*shape)

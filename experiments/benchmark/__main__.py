@@ -34,6 +34,8 @@ from experiments.benchmark.report import fallen_ratios, markdown, read_table
 
 NAMED = ["jaxsoft", "jax", "jaxlib", "numpy", "optax", "torch", "jax-cce", "tokamax", "liger-kernel", "quack-kernels"]
 """Distributions whose versions the table states."""
+WAITING = "OMP_WAIT_POLICY"
+"""What PyTorch's threads do between two loops."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def run(config: Config) -> pd.DataFrame:
     # A GPU's memory is shared with PyTorch in this process. JAX reads this when it first looks for devices.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     # PyTorch's threads would spin for milliseconds after each call, on the cores of whoever comes next.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault(WAITING, "passive")
     if not 0 < config.seconds < float("inf"):
         raise InputError(f"--seconds: expected a positive number, got {config.seconds}")
     if not 0 <= config.seed < 2**32:
@@ -102,7 +104,7 @@ def begin(config: Config, dtypes: Iterable[str]) -> tuple[dict[str, Any], list[d
         f"--{name} {shlex.quote(str(given[name]))}" for name in ("suite", "only", "seconds", "seed") if name in given
     ]
     about: dict[str, Any] = {
-        "command": " ".join(["python -m experiments.benchmark", *given]),
+        "command": " ".join([f"{WAITING}={os.environ[WAITING]} python -m experiments.benchmark", *given]),
         "device": device(),
         "versions": {"Python": platform.python_version()} | installed(),
     }

@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
 from experiments.benchmark.measure import Ceilings
-from experiments.benchmark.report import fastest_peers
+from experiments.benchmark.report import timed_peers
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -38,12 +38,12 @@ def handles(table: pd.DataFrame) -> list[Line2D]:
 
 def plot_ratios(table: pd.DataFrame, path: Path) -> None:
     """For each case a bar to the fastest peer, with the middle half of the rounds, and a mark for every other one."""
-    peers = table.loc[(table["implementation"] != "jaxsoft") & table["ratio"].notna()]
+    peers = timed_peers(table)
     names = peers["case"] + " " + peers["shape"] + " " + peers["dtype"].replace("float32", "")
     groups = list(peers.groupby(names, sort=False))
     figure, axis = plt.subplots(figsize=(11, 1.5 + 0.26 * len(groups)), layout="constrained")
     for row, (_, group) in enumerate(groups):
-        (best,) = fastest_peers(group).to_dict("records")
+        best = group.loc[group["ratio"].idxmin()].to_dict()
         axis.barh(row, best["ratio"] - 1, left=1, color=color(best["implementation"]), alpha=0.7)
         axis.plot([best["ratio low"], best["ratio high"]], [row, row], color="black", linewidth=1)
         axis.scatter(group["ratio"], [row] * len(group), s=12, c=[color(x) for x in group["implementation"]], zorder=3)
