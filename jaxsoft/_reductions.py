@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
+from jaxsoft._checks import compute_dtype
+
 FAR = 1 << 14  # elements from one class to the next
 LONG = 1 << 15  # classes side by side, or rows of them
 SHORT = 1 << 7  # the least that a run is cut to
@@ -31,16 +33,17 @@ def reduce_classes(
 ) -> Array:
     """`op` over `term(first, *arrays)`, elementwise in arrays whose first class has the index `first`.
 
-    The first array has the classes, others may have a length of one in their place. The CPU folds classes far apart
-    one after the other. Along a last axis it reduces views: long rows in runs, many rows in groups, no axis of length
-    one; a term may count on no more than that the classes are last. `read_once`: the terms are exponentials and one
-    expression alone reads the result. `only_reduced`: no array of their size is formed from the arrays, which XLA
-    would have to read in both shapes if their rows were cut.
+    The first array has the classes, others may have a length of one in their place. The result keeps them with length
+    one, in the dtype to compute in. The CPU folds classes far apart one after the other. Along a last axis it reduces
+    views: long rows in runs, many rows in groups, no axis of length one; a term may count on no more than that the
+    classes are last. `read_once`: the terms are exponentials and one expression alone reads the result.
+    `only_reduced`: no array of their size is formed from the arrays, which XLA would have to read in both shapes if
+    their rows were cut.
     """
 
     def at_once(*arrays: Array) -> Array:
         terms = term(0, *arrays)
-        return lax.expand_dims(lax.reduce(terms, jnp.asarray(start, terms.dtype), op, axes), axes)
+        return lax.expand_dims(widen(lax.reduce(terms, jnp.asarray(start, terms.dtype), op, axes)), axes)
 
     if len(axes) != 1 or not arrays[0].size:
         return at_once(*arrays)
@@ -61,7 +64,7 @@ def reduce_classes(
 
         first = classes_of_run * jnp.arange(count, dtype=jnp.int32)[:, None] if runs else 0
         terms = term(first, *map(view, arrays))
-        reduced = lax.reduce(terms, jnp.asarray(start, terms.dtype), op, (terms.ndim - 1,))
+        reduced = widen(lax.reduce(terms, jnp.asarray(start, terms.dtype), op, (terms.ndim - 1,)))
         if runs:  # a loop, because XLA takes a reduction of reductions for one
             each = jnp.moveaxis(reduced, -1, 0)
             reduced = lax.fori_loop(1, count, lambda n, total: op(total, each[n]), each[0])
@@ -70,7 +73,7 @@ def reduce_classes(
     def one_by_one(*arrays: Array) -> Array:
         def one(index: Array | int) -> Array:
             of_class = (a if a.shape[axis] == 1 else lax.dynamic_slice_in_dim(a, index, 1, axis) for a in arrays)
-            return term(index, *of_class)
+            return widen(term(index, *of_class))  # before it is folded, or XLA would round each step
 
         def fold(reduced: Array, first: Array | int, count: int) -> Array:
             return functools.reduce(op, (one(first + n) for n in range(count)), reduced)
@@ -96,6 +99,10 @@ def reduce_classes(
 def run_length(extent: int) -> int:
     """The largest divisor that is not too long, or else the extent itself."""
     return extent if extent <= LONG else next((n for n in range(LONG, SHORT - 1, -1) if extent % n == 0), extent)
+
+
+def widen(array: Array) -> Array:
+    return array.astype(compute_dtype(array.dtype))
 
 
 def is_whole(array: Array, first: int = 0) -> bool:

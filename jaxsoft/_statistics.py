@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoft._checks import compute_dtype
 from jaxsoft._reductions import reduce_classes
 from jaxsoft._shards import AxisName, max_shards, sum_shards
 from jaxsoft._targets import Targets
@@ -103,8 +102,8 @@ def block_statistics(
     constant = lax.stop_gradient(logits)
     max = reduce_classes(lax.max, lowest, lambda _, z: z, (constant,), axes, only_reduced=only_reduced)
     if max.shape == logits.shape:  # XLA takes a reduction of one element for that element
-        max = jnp.maximum(max, lowest)
-    max = max_shards(max.astype(compute_dtype(logits.dtype)), axis_name)
+        max = jnp.maximum(max, float(lowest))
+    max = max_shards(max, axis_name)
 
     if reused == "exponentials":
         stored = block_exponentials(logits, max, targets.label, axes)
