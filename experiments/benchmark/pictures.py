@@ -54,7 +54,7 @@ def plot_ratios(table: pd.DataFrame, path: Path) -> None:
     axis.set(xscale="log", ylim=(len(groups) - 0.5, -0.5))
     axis.xaxis.set_major_locator(LogLocator(base=2, numticks=20))
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_yticks(range(len(groups)), [name for name, _ in groups], fontsize=7)
+    axis.set_yticks(range(len(groups)), [str(name) for name, _ in groups], fontsize=7)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.grid(axis="x", which="both", alpha=0.3)
     figure.legend(handles=handles(peers), loc="outside lower center", ncols=len(COLORS), fontsize=7)

@@ -26,7 +26,9 @@ def markdown(table: pd.DataFrame, about: dict[str, Any], left_out: dict[str, str
         "",
     ]
     peers = timed_peers(table)
-    if len(best := peers[peers["implementation"] != "NumPy"].groupby(KEY[:3])["ratio"].min()):
+    fastest = peers.loc[peers["implementation"] != "NumPy"].groupby(KEY[:3]).agg({"ratio": "min"})
+    best = fastest["ratio"].to_numpy(float)
+    if len(best):
         mean, slower = np.exp(np.log(best).mean()), f"below 1 in {sum(best < 1)}, below 0.9 in {sum(best < 0.9)}"
         lines += [
             f"The fastest peer's time over ours: {mean:.2f} in the geometric mean of {len(best)} cases, "
