@@ -1,4 +1,4 @@
-"""What the CPU reduces otherwise than at once: class axes far apart, long or many rows, a batch of one."""
+"""What the CPU reduces otherwise than at once: class axes far apart, long or many rows."""
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ def test_only_the_cpu_loops(platform, loops):
 
 
 # GPT-2's 50257 = 29 · 1733; an even number; a prime, which cannot be cut into equal runs. Then many rows, and a batch
-# of one.
+# of one, which is left alone.
 SHAPES = [(2, 50257), (50257,), (2, LONG + 2), (2, LONG + 3), (LONG + 2, 3), (2, LONG, 2), (LONG + 3, 2), (1, 4, 5)]
 
 
