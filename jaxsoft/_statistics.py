@@ -196,4 +196,4 @@ def target_gradient(logits: Array, targets: Targets, statistics: Statistics, los
 def _at_label(logits: Array, label: Array, axes: tuple[int, ...]) -> Array:
     """A mask by comparison, not a scatter: it fuses on every platform."""
     (axis,) = axes
-    return lax.broadcasted_iota(label.dtype, logits.shape, axis % logits.ndim) == label
+    return lax.broadcasted_iota(label.dtype, logits.shape, axis) == label
