@@ -35,9 +35,10 @@ def reduce_classes(
 
     The first array has the classes, others may have a length of one in their place. The result keeps them with length
     one, in the dtype to compute in. The CPU folds classes far apart one after the other. Along a last axis it reduces
-    views: long rows in runs, many rows in groups; a term may count on no more than that the classes are last.
-    `read_once`: the terms are exponentials and one expression alone reads the result. `only_reduced`: no array of
-    their size is formed from the arrays, which XLA would have to read in both shapes if their rows were cut.
+    views: long rows in runs, many rows in groups, no axis of length one; a term may count on no more than that the
+    classes are last. `read_once`: the terms are exponentials and one expression alone reads the result.
+    `only_reduced`: no array of their size is formed from the arrays, which XLA would have to read in both shapes if
+    their rows were cut.
     """
 
     def at_once(*arrays: Array) -> Array:
@@ -87,7 +88,7 @@ def reduce_classes(
 
     if classes > 2 and math.prod(shape[axis + 1 :]) > FAR:
         on_cpu = one_by_one
-    elif axis == len(shape) - 1 and cut and all(map(is_whole, arrays)):
+    elif axis == len(shape) - 1 and (1 in shape[:-1] or cut) and all(map(is_whole, arrays)):
         on_cpu = in_runs
     else:
         return at_once(*arrays)

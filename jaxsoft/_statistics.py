@@ -66,18 +66,23 @@ def block_exponentials(
     """exp(z_j − m), with the label's own term left out.
 
     Forward and backward share it, so under one `jit` the compiler may compute it once. On the CPU the form of
-    the mask decides whether it does: XLA fuses arithmetic with the sum, but no comparison.
+    the mask decides whether it does: XLA fuses arithmetic with the sum, but no comparison. `stored` says whether
+    anything but the sum reads them.
     """
     exponentials = jnp.exp(logits.astype(max.dtype) - max)
     if label is None:
         return exponentials
     (axis,) = axes
-    if stored and exponentials.nbytes > LARGE:
-        return jnp.where(_at_label(logits, label, axes), 0, exponentials)
+    axis %= logits.ndim
+    large = exponentials.nbytes > LARGE
+    # For the sum alone XLA's fusion is slow where it has to widen or the classes are not side by side.
+    slow = logits.dtype != max.dtype or axis < logits.ndim - 1
+    if large if stored else slow and not large:
+        return jnp.where(_at_label(logits, label, (axis,)), 0, exponentials)
     # Where the exponentials are stored whole numbers are faster, for the sum alone they are slower.
     whole = stored or logits.shape[axis] > 1 / jnp.finfo(max.dtype).eps
-    dtype = label.dtype if whole else max.dtype
-    distance = lax.broadcasted_iota(dtype, logits.shape, axis % logits.ndim) - label.astype(dtype)
+    classes = lax.iota(label.dtype, logits.shape[axis]) if whole else _read_iota(max.dtype, logits.shape[axis])
+    distance = lax.broadcast_in_dim(classes, logits.shape, (axis,)) - label.astype(classes.dtype)
     return exponentials * jnp.minimum(jnp.abs(distance), 1).astype(max.dtype)
 
 
@@ -191,6 +196,16 @@ def target_gradient(logits: Array, targets: Targets, statistics: Statistics, los
     return jnp.where(
         share == 0, 0, share * (statistics.log_total + (statistics.max - logits.astype(statistics.max.dtype)))
     )
+
+
+def _read_iota(dtype: jnp.dtype, size: int) -> Array:
+    """0, 1, … as an array that XLA's CPU reductions read and do not compute.
+
+    In a float32 reduction jaxlib 0.11.2 and 0.12.0.1 compute no more of them than a program before did, as long as that
+    had fewer than 16, and take the others from memory nobody has written: losses came out too small.
+    """
+    numbers = lax.iota(dtype, size)
+    return lax.platform_dependent(numbers, cpu=lax.optimization_barrier, default=lambda numbers: numbers)
 
 
 def _at_label(logits: Array, label: Array, axes: tuple[int, ...]) -> Array:
