@@ -30,15 +30,19 @@ def reduce_classes(
     *,
     read_once: bool = False,
     only_reduced: bool = False,
+    apart: bool = False,
 ) -> Array:
     """`op` over `term(first, *arrays)`, elementwise in arrays whose first class has the index `first`.
 
     The first array has the classes, others may have a length of one in their place. The result keeps them with length
     one, in the dtype to compute in. The CPU folds classes far apart one after the other. Along a last axis it reduces
     views: long rows in runs, many rows in groups, no axis of length one; a term may count on no more than that the
-    classes are last. `read_once`: the terms are exponentials and one expression alone reads the result.
-    `only_reduced`: no array of their size is formed from the arrays, which XLA would have to read in both shapes if
-    their rows were cut.
+    classes are last.
+
+    `read_once`: the terms are exponentials and one expression alone reads the result. `only_reduced`: no array of
+    their size is formed from the arrays, which XLA would have to read in both shapes if their rows were cut. `apart`,
+    implied by both this and runs: the CPU widens half precision for this reduction alone, or XLA would widen once for
+    all expressions that read it and store that.
     """
 
     def at_once(*arrays: Array) -> Array:
@@ -51,6 +55,13 @@ def reduce_classes(
     rows, classes = math.prod(shape[:-1]), shape[axis]
     rows_of_run, classes_of_run = run_length(rows) if only_reduced else rows, run_length(classes)
     cut = rows_of_run < rows or classes_of_run < classes
+    narrow = is_narrow(arrays[0])
+
+    def read(array: Array) -> Array:
+        return lax.optimization_barrier(array) if narrow and array.dtype == arrays[0].dtype else array
+
+    def read_apart(*arrays: Array) -> Array:
+        return at_once(*map(read, arrays))
 
     def in_runs(*arrays: Array) -> Array:
         # No axis of length one: XLA would be slow with that, too.
@@ -60,15 +71,16 @@ def reduce_classes(
 
         def view(array: Array) -> Array:
             along = (*runs, classes_of_run)
-            return array.reshape(*of_rows, *(along if array.shape[-1] > 1 else (1 for _ in along)))
+            return read(array.reshape(*of_rows, *(along if array.shape[-1] > 1 else (1 for _ in along))))
+
+        def reduce_last(terms: Array) -> Array:
+            return lax.reduce(terms, jnp.asarray(start, terms.dtype), op, (terms.ndim - 1,))
 
         first = classes_of_run * jnp.arange(count, dtype=jnp.int32)[:, None] if runs else 0
-        terms = term(first, *map(view, arrays))
-        reduced = widen(lax.reduce(terms, jnp.asarray(start, terms.dtype), op, (terms.ndim - 1,)))
-        if runs:  # a loop, because XLA takes a reduction of reductions for one
-            each = jnp.moveaxis(reduced, -1, 0)
-            reduced = lax.fori_loop(1, count, lambda n, total: op(total, each[n]), each[0])
-        return reduced.reshape(*shape[:-1], 1)
+        reduced = reduce_last(term(first, *map(view, arrays)))
+        if runs:  # a barrier, because XLA takes a reduction of reductions for one
+            reduced = reduce_last(widen(lax.optimization_barrier(reduced)))
+        return widen(reduced).reshape(*shape[:-1], 1)
 
     def one_by_one(*arrays: Array) -> Array:
         def one(index: Array | int) -> Array:
@@ -90,6 +102,8 @@ def reduce_classes(
         on_cpu = one_by_one
     elif axis == len(shape) - 1 and (1 in shape[:-1] or cut) and all(map(is_whole, arrays)):
         on_cpu = in_runs
+    elif narrow and (only_reduced or apart):
+        on_cpu = read_apart
     else:
         return at_once(*arrays)
     return lax.platform_dependent(*arrays, cpu=on_cpu, default=at_once)
@@ -103,6 +117,15 @@ def run_length(extent: int) -> int:
 
 def widen(array: Array) -> Array:
     return array.astype(compute_dtype(array.dtype))
+
+
+def is_narrow(array: Array) -> bool:
+    return array.dtype != compute_dtype(array.dtype)
+
+
+def is_cut(classes: int) -> bool:
+    """Whether a row is reduced in runs on the CPU."""
+    return run_length(classes) < classes
 
 
 def is_whole(array: Array, first: int = 0) -> bool:

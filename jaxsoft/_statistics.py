@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoft._reductions import reduce_classes
+from jaxsoft._reductions import is_cut, is_narrow, reduce_classes
 from jaxsoft._shards import AxisName, max_shards, sum_shards
 from jaxsoft._targets import Targets
 
@@ -75,9 +75,8 @@ def block_exponentials(
     (axis,) = axes
     axis %= logits.ndim
     large = exponentials.nbytes > LARGE
-    # For the sum alone XLA's fusion is slow where it has to widen or the classes are not side by side.
-    slow = logits.dtype != max.dtype or axis < logits.ndim - 1
-    if large if stored else slow and not large:
+    # For the sum alone XLA's fusion is slow where the classes are not side by side.
+    if large if stored else axis < logits.ndim - 1 and not large:
         return jnp.where(_at_label(logits, label, (axis,)), 0, exponentials)
     # Where the exponentials are stored whole numbers are faster, for the sum alone they are slower.
     whole = stored or logits.shape[axis] > 1 / jnp.finfo(max.dtype).eps
@@ -110,7 +109,11 @@ def block_statistics(
         max = jnp.maximum(max, float(lowest))
     max = max_shards(max, axis_name)
 
-    if reused == "exponentials":
+    # In half precision what is stored would be twice as long as what is read.
+    recomputed = (
+        is_narrow(logits) and axes == (logits.ndim - 1,) and is_cut(logits.shape[-1]) and targets.spread is None
+    )
+    if reused == "exponentials" and not recomputed:
         stored = block_exponentials(logits, max, targets.label, axes)
         sums = [reduce_classes(lax.add, 0, lambda _, e: e, (stored,), axes)]
     else:
@@ -136,7 +139,7 @@ def block_statistics(
             # A class without target weight costs nothing, at −inf too.
             return jnp.where(q == 0, 0, q * (max - z.astype(max.dtype)))
 
-        gap = reduce_classes(lax.add, 0, surprise, (logits, weights, max), axes)
+        gap = reduce_classes(lax.add, 0, surprise, (logits, weights, max), axes, apart=True)
         sums += [jnp.broadcast_to(spread, gap.shape), gap]
     if axis_name is not None:  # one all-reduce for them all
         packed = sum_shards(jnp.concatenate(sums, axes[-1]), axis_name)

@@ -181,11 +181,13 @@ def test_runs_of_half_precision(shape, dtype):
         jaxsoft.cross_entropy(logits, labels, reduction="none"), expected(wide), rtol=1e-6, atol=1e-7
     )
     gradient = jax.grad(lambda z: jaxsoft.cross_entropy(z, labels, reduction="sum"))(logits)
-    assert gradient.dtype == dtype
-    tiny = float(jnp.finfo(dtype).smallest_subnormal)
-    np.testing.assert_allclose(
-        gradient.astype(float), jax.grad(lambda z: expected(z).sum())(wide), rtol=float(jnp.finfo(dtype).eps), atol=tiny
-    )
+    pairs = [(gradient, jax.grad(lambda z: expected(z).sum())(wide))]
+    for name in ("softmax", "log_softmax", "logsumexp"):
+        pairs.append((getattr(jaxsoft, name)(logits), getattr(reference, name)(wide)))
+    for found, right in pairs:
+        assert found.dtype == dtype
+        tolerances = {"rtol": float(jnp.finfo(dtype).eps), "atol": float(jnp.finfo(dtype).smallest_subnormal)}
+        np.testing.assert_allclose(found.astype(float), right, **tolerances)
 
 
 @pytest.mark.parametrize("shape", [(4, 3, LONG + 2), (4, LONG + 2, 3)], ids=["long", "many"])
@@ -211,8 +213,32 @@ def test_runs_of_explicitly_sharded_arrays(shape, spec):
         np.testing.assert_allclose(jaxsoft.logsumexp(placed), reference.logsumexp(logits), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize(("platform", "loops"), [("cpu", True), ("cuda", False), ("tpu", False)])
-def test_only_the_cpu_cuts_long_rows(platform, loops):
-    shapes = jax.ShapeDtypeStruct((4, 50257), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.int32)
+@pytest.mark.parametrize(("platform", "cuts"), [("cpu", True), ("cuda", False), ("tpu", False)])
+def test_only_the_cpu_cuts_long_rows(platform, cuts):
+    """Into 29 runs of 1733, read apart from what else reads the logits; accelerators fuse it all as it is."""
+    shapes = jax.ShapeDtypeStruct((4, 50257), jnp.bfloat16), jax.ShapeDtypeStruct((4,), jnp.int32)
     program = jax.export.export(jax.jit(jaxsoft.cross_entropy), platforms=[platform])(*shapes).mlir_module()
-    assert ("stablehlo.while" in program) == loops
+    assert [word in program for word in ("4x29x1733x", "optimization_barrier")] == [cuts, cuts]
+
+
+@pytest.mark.x32
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 50257), (4, 5)], ids=str)
+def test_second_derivatives_where_the_cpu_reads_apart(shape, dtype):
+    logits, labels = far(*shape).astype(dtype), jnp.asarray(rng.integers(0, shape[-1], shape[:-1]))
+    direction = far(*shape).astype(dtype)
+
+    def product(loss, logits, direction):
+        return jax.grad(lambda z: jnp.vdot(jax.grad(loss)(z), direction))(logits)
+
+    def expected(logits):
+        q = 0.9 * jax.nn.one_hot(labels, shape[-1]) + 0.1 / shape[-1]
+        return -jnp.mean(jnp.sum(q * reference.log_softmax(logits), -1))
+
+    found = product(lambda z: jaxsoft.cross_entropy(z, labels, label_smoothing=0.1), logits, direction)
+    with jax.enable_x64(True):
+        right = product(expected, logits.astype(float), direction.astype(float))
+    assert found.dtype == dtype
+    np.testing.assert_allclose(
+        found.astype(jnp.float32), right, rtol=0, atol=4 * float(jnp.finfo(dtype).eps) * np.abs(right).max()
+    )
