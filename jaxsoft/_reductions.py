@@ -40,9 +40,9 @@ def reduce_classes(
     classes are last.
 
     `read_once`: the terms are exponentials and one expression alone reads the result. `only_reduced`: no array of
-    their size is formed from the arrays, which XLA would have to read in both shapes if their rows were cut. `apart`,
-    implied by both this and runs: the CPU widens half precision for this reduction alone, or XLA would widen once for
-    all expressions that read it and store that.
+    their size is formed from the arrays, which XLA would have to read in both shapes if their rows were cut. `apart`:
+    other expressions read the first array, too, and XLA would store it widened, for them all, if it is in half
+    precision. Rows in runs and what is only reduced are read apart in any case, classes far apart never.
     """
 
     def at_once(*arrays: Array) -> Array:
@@ -57,27 +57,28 @@ def reduce_classes(
     cut = rows_of_run < rows or classes_of_run < classes
     narrow = is_narrow(arrays[0])
 
-    def read(array: Array) -> Array:
-        return lax.optimization_barrier(array) if narrow and array.dtype == arrays[0].dtype else array
+    def alone(logits: Array, *others: Array) -> tuple[Array, ...]:
+        return lax.optimization_barrier(logits) if narrow else logits, *others
 
-    def read_apart(*arrays: Array) -> Array:
-        return at_once(*map(read, arrays))
+    def at_once_alone(*arrays: Array) -> Array:
+        return at_once(*alone(*arrays))
 
     def in_runs(*arrays: Array) -> Array:
         # No axis of length one: XLA would be slow with that, too.
-        of_rows = tuple(n for n in (rows // rows_of_run, rows_of_run) if n > 1)
+        groups = (rows // rows_of_run, rows_of_run) if rows_of_run < rows else shape[:-1]
+        of_rows = tuple(n for n in groups if n > 1)
         count = classes // classes_of_run
         runs = (count,) if count > 1 else ()
 
         def view(array: Array) -> Array:
             along = (*runs, classes_of_run)
-            return read(array.reshape(*of_rows, *(along if array.shape[-1] > 1 else (1 for _ in along))))
+            return array.reshape(*of_rows, *(along if array.shape[-1] > 1 else (1 for _ in along)))
 
         def reduce_last(terms: Array) -> Array:
             return lax.reduce(terms, jnp.asarray(start, terms.dtype), op, (terms.ndim - 1,))
 
         first = classes_of_run * jnp.arange(count, dtype=jnp.int32)[:, None] if runs else 0
-        reduced = reduce_last(term(first, *map(view, arrays)))
+        reduced = reduce_last(term(first, *alone(*map(view, arrays))))
         if runs:  # a barrier, because XLA takes a reduction of reductions for one
             reduced = reduce_last(widen(lax.optimization_barrier(reduced)))
         return widen(reduced).reshape(*shape[:-1], 1)
@@ -103,7 +104,7 @@ def reduce_classes(
     elif axis == len(shape) - 1 and (1 in shape[:-1] or cut) and all(map(is_whole, arrays)):
         on_cpu = in_runs
     elif narrow and (only_reduced or apart):
-        on_cpu = read_apart
+        on_cpu = at_once_alone
     else:
         return at_once(*arrays)
     return lax.platform_dependent(*arrays, cpu=on_cpu, default=at_once)

@@ -67,22 +67,27 @@ def block_exponentials(
 
     Forward and backward share it, so under one `jit` the compiler may compute it once. On the CPU the form of
     the mask decides whether it does: XLA fuses arithmetic with the sum, but no comparison. `stored` says whether
-    anything but the sum reads them.
+    anything but a sum reads them.
     """
     exponentials = jnp.exp(logits.astype(max.dtype) - max)
     if label is None:
         return exponentials
     (axis,) = axes
     axis %= logits.ndim
+    # A comparison keeps the exponentials from the sum's kernel: right where they are stored anyway and large enough to
+    # be worth reading again, or where they are not large and the kernel is slow, because the classes are not last.
     large = exponentials.nbytes > LARGE
-    # For the sum alone XLA's fusion is slow where the classes are not side by side.
-    if large if stored else axis < logits.ndim - 1 and not large:
+    compared = large if stored else not large and axis < logits.ndim - 1
+    if compared:
         return jnp.where(_at_label(logits, label, (axis,)), 0, exponentials)
-    # Where the exponentials are stored whole numbers are faster, for the sum alone they are slower.
+    # Where the exponentials are stored whole numbers are faster, for the sum alone they are slower; beyond 1/ε a float
+    # no longer tells one class from the next.
     whole = stored or logits.shape[axis] > 1 / jnp.finfo(max.dtype).eps
-    classes = lax.iota(label.dtype, logits.shape[axis]) if whole else _read_iota(max.dtype, logits.shape[axis])
-    distance = lax.broadcast_in_dim(classes, logits.shape, (axis,)) - label.astype(classes.dtype)
-    return exponentials * jnp.minimum(jnp.abs(distance), 1).astype(max.dtype)
+    dtype = label.dtype if whole else max.dtype
+    # Numbered in integers and then converted: a float32 iota becomes part of XLA's CPU reduction, where jaxlib 0.11.2
+    # and 0.12.0.1 write of fewer than 16 elements only as many as an earlier program did, and losses come out wrong.
+    classes = lax.broadcast_in_dim(lax.iota(label.dtype, logits.shape[axis]).astype(dtype), logits.shape, (axis,))
+    return exponentials * jnp.minimum(jnp.abs(classes - label.astype(dtype)), 1).astype(max.dtype)
 
 
 def block_statistics(
@@ -109,7 +114,8 @@ def block_statistics(
         max = jnp.maximum(max, float(lowest))
     max = max_shards(max, axis_name)
 
-    # In half precision what is stored would be twice as long as what is read.
+    # In half precision exponentials that are stored take twice the bytes of the logits. They are computed again where
+    # runs, which have another shape, keep XLA from taking the two for one; for spread it would store widened logits.
     recomputed = (
         is_narrow(logits) and axes == (logits.ndim - 1,) and is_cut(logits.shape[-1]) and targets.spread is None
     )
@@ -139,7 +145,7 @@ def block_statistics(
             # A class without target weight costs nothing, at −inf too.
             return jnp.where(q == 0, 0, q * (max - z.astype(max.dtype)))
 
-        gap = reduce_classes(lax.add, 0, surprise, (logits, weights, max), axes, apart=True)
+        gap = reduce_classes(lax.add, 0, surprise, (logits, weights, max), axes, only_reduced=only_reduced, apart=True)
         sums += [jnp.broadcast_to(spread, gap.shape), gap]
     if axis_name is not None:  # one all-reduce for them all
         packed = sum_shards(jnp.concatenate(sums, axes[-1]), axis_name)
@@ -199,16 +205,6 @@ def target_gradient(logits: Array, targets: Targets, statistics: Statistics, los
     return jnp.where(
         share == 0, 0, share * (statistics.log_total + (statistics.max - logits.astype(statistics.max.dtype)))
     )
-
-
-def _read_iota(dtype: jnp.dtype, size: int) -> Array:
-    """0, 1, … as an array that XLA's CPU reductions read and do not compute.
-
-    In a float32 reduction jaxlib 0.11.2 and 0.12.0.1 compute no more of them than a program before did, as long as that
-    had fewer than 16, and take the others from memory nobody has written: losses came out too small.
-    """
-    numbers = lax.iota(dtype, size)
-    return lax.platform_dependent(numbers, cpu=lax.optimization_barrier, default=lambda numbers: numbers)
 
 
 def _at_label(logits: Array, label: Array, axes: tuple[int, ...]) -> Array:

@@ -63,7 +63,10 @@ def copy(whole, tmp_path):
 @pytest.mark.parametrize("case", SHRUNK, ids=lambda case: case.label)
 def test_every_installed_peer_computes_what_ours_does(case):
     rows = rows_of(case)
-    assert not {name: row["not timed"] for name, row in rows.items() if "not timed" in row}
+    not_timed = {name: row["not timed"] for name, row in rows.items() if "not timed" in row}
+    if case.is_linear:  # tokamax counts what it pads so small a vocabulary with
+        not_timed.pop("tokamax, chunked", None)
+    assert not not_timed
     expected = (
         {"jaxsoft", "jax.nn"} if not case.is_loss else {"jaxsoft", "optax, full logits" if case.is_linear else "optax"}
     )

@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import __main__ as listing
-from experiments.benchmark.peers import CLASS_LAST
-from experiments.benchmark.report import read_table
+from experiments.benchmark.headline import headline
 from jaxsoft import cross_entropy
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-RESULTS = Path(__file__).parents[1] / "experiments" / "benchmark" / "results"
 
 
 def test_the_experiments_table_is_the_listing():
@@ -48,17 +46,8 @@ def test_the_table_of_margins_is_what_comes_out():
         assert f"{float(cross_entropy(jnp.array([float(margin), 0, 0]), jnp.array(0))):.4e}" == ours
 
 
-@pytest.mark.parametrize(("column", "version"), [(0, "0.10.2"), (1, "0.12.0.1")])
-def test_the_table_of_speed_is_that_of_the_committed_results(column, version):
-    table = read_table(RESULTS / f"cpu-jax{version}.csv")
-    peers = table[(table["dtype"] == "float32") & ~table["implementation"].str.endswith(CLASS_LAST)]
-    rows = [line.strip("| ").split(" | ") for line in README.splitlines() if line.startswith("| ") and " / " in line]
-    assert len(rows) > 20
-    for case, shape, *cells in rows:
-        of_case = peers[(peers["case"] == case) & (peers["shape"] == shape)]
-        for cell, names in zip(cells, (("jax.nn", "optax"), ("PyTorch",)), strict=True):
-            fastest = of_case[of_case["implementation"].str.startswith(names)]["ratio"].min()
-            assert f"{fastest:.2f}" == cell.split(" / ")[column], (case, shape)
+def test_the_table_of_speed_is_that_of_the_committed_results():
+    assert headline() in README
 
 
 def test_every_picture_exists():
