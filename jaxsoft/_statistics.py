@@ -145,7 +145,8 @@ def block_statistics(
             # A class without target weight costs nothing, at −inf too.
             return jnp.where(q == 0, 0, q * (max - z.astype(max.dtype)))
 
-        gap = reduce_classes(lax.add, 0, surprise, (logits, weights, max), axes, only_reduced=only_reduced, apart=True)
+        # Never in groups of rows: XLA stores the select, and would store it in both shapes.
+        gap = reduce_classes(lax.add, 0, surprise, (logits, weights, max), axes, apart=True)
         sums += [jnp.broadcast_to(spread, gap.shape), gap]
     if axis_name is not None:  # one all-reduce for them all
         packed = sum_shards(jnp.concatenate(sums, axes[-1]), axis_name)
