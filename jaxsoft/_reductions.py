@@ -1,8 +1,9 @@
 """Reductions over the class axes, in the form that is fast on the platform they are compiled for.
 
 A plain reduction is what accelerators fuse best. XLA's CPU backend is 10 to 30 times slower than it could be, in jax
-0.10, where the classes lie far apart or the array begins with an axis of length one, and up to 10 times slower, in
-jax 0.12 too, where more than 32,768 classes lie side by side or more than 32,768 rows one below the other.
+0.10, where the classes lie far apart or an axis before them has length one, and up to 10 times slower, in jax 0.12 too,
+where more than 32,768 classes lie side by side or more than 32,768 rows one below the other. In half precision it
+stores the logits widened where several expressions read them.
 """
 
 import functools
@@ -41,8 +42,8 @@ def reduce_classes(
 
     `read_once`: the terms are exponentials and one expression alone reads the result. `only_reduced`: no array of
     their size is formed from the arrays, which XLA would have to read in both shapes if their rows were cut. `apart`:
-    other expressions read the first array, too, and XLA would store it widened, for them all, if it is in half
-    precision. Rows in runs and what is only reduced are read apart in any case, classes far apart never.
+    in half precision the first array is read behind a barrier of its own, or XLA would store it widened for all that
+    reads it. Rows in runs and what is only reduced are without being asked, several axes and classes far apart never.
     """
 
     def at_once(*arrays: Array) -> Array:
@@ -55,10 +56,10 @@ def reduce_classes(
     rows, classes = math.prod(shape[:-1]), shape[axis]
     rows_of_run, classes_of_run = run_length(rows) if only_reduced else rows, run_length(classes)
     cut = rows_of_run < rows or classes_of_run < classes
-    narrow = is_narrow(arrays[0])
+    apart = is_narrow(arrays[0]) and (apart or only_reduced or classes_of_run < classes)
 
     def alone(logits: Array, *others: Array) -> tuple[Array, ...]:
-        return lax.optimization_barrier(logits) if narrow else logits, *others
+        return lax.optimization_barrier(logits) if apart else logits, *others
 
     def at_once_alone(*arrays: Array) -> Array:
         return at_once(*alone(*arrays))
@@ -103,7 +104,7 @@ def reduce_classes(
         on_cpu = one_by_one
     elif axis == len(shape) - 1 and (1 in shape[:-1] or cut) and all(map(is_whole, arrays)):
         on_cpu = in_runs
-    elif narrow and (only_reduced or apart):
+    elif apart:
         on_cpu = at_once_alone
     else:
         return at_once(*arrays)
@@ -112,7 +113,7 @@ def reduce_classes(
 
 @functools.cache
 def run_length(extent: int) -> int:
-    """The largest divisor that is not too long, or else the extent itself."""
+    """The largest divisor in [SHORT, LONG] of what is longer, or else the extent itself."""
     return extent if extent <= LONG else next((n for n in range(LONG, SHORT - 1, -1) if extent % n == 0), extent)
 
 
@@ -125,7 +126,7 @@ def is_narrow(array: Array) -> bool:
 
 
 def is_cut(classes: int) -> bool:
-    """Whether a row is reduced in runs on the CPU."""
+    """Whether rows of so many classes are reduced in runs on the CPU, unless they are explicitly sharded."""
     return run_length(classes) < classes
 
 

@@ -80,12 +80,13 @@ def block_exponentials(
     compared = large if stored else not large and axis < logits.ndim - 1
     if compared:
         return jnp.where(_at_label(logits, label, (axis,)), 0, exponentials)
-    # Where the exponentials are stored whole numbers are faster, for the sum alone they are slower; beyond 1/ε a float
-    # no longer tells one class from the next.
+    # Integers are faster where the exponentials are stored and slower for the sum alone, but needed for more classes
+    # than a float can count.
     whole = stored or logits.shape[axis] > 1 / jnp.finfo(max.dtype).eps
     dtype = label.dtype if whole else max.dtype
     # Numbered in integers and then converted: a float32 iota becomes part of XLA's CPU reduction, where jaxlib 0.11.2
-    # and 0.12.0.1 write of fewer than 16 elements only as many as an earlier program did, and losses come out wrong.
+    # and 0.12.0.1, if it has fewer than 16 elements, fill only as many as an earlier program had: losses come out
+    # wrong.
     classes = lax.broadcast_in_dim(lax.iota(label.dtype, logits.shape[axis]).astype(dtype), logits.shape, (axis,))
     return exponentials * jnp.minimum(jnp.abs(classes - label.astype(dtype)), 1).astype(max.dtype)
 
@@ -100,9 +101,10 @@ def block_statistics(
 ) -> Statistics:
     """What a block of classes contributes to the loss of each position, summed over the shards of `axis_name`.
 
-    `reused` is what will be read again: the exponentials, which are best stored, by softmax and by a gradient, the
-    logits by log_softmax, nothing where only statistics are wanted. Half precision is widened inside each expression
-    that reads it, which leaves XLA the choice not to store it; its maximum is exact as it is.
+    `reused` is what will be read again: the exponentials by softmax and by a gradient, which are best stored but in
+    half precision along rows that are cut, the logits by log_softmax, nothing where only statistics are wanted. Half
+    precision is widened inside each expression that reads it, which leaves XLA the choice not to store it; its maximum
+    is exact as it is.
     """
     # Every result is independent of the shift, so its derivative is dropped. Reducing from the lowest
     # finite number keeps it finite without one more operation, which XLA's CPU fusions would not take.
@@ -114,8 +116,9 @@ def block_statistics(
         max = jnp.maximum(max, float(lowest))
     max = max_shards(max, axis_name)
 
-    # In half precision exponentials that are stored take twice the bytes of the logits. They are computed again where
-    # runs, which have another shape, keep XLA from taking the two for one; for spread it would store widened logits.
+    # Stored exponentials of half-precision logits take twice the logits' bytes. Where rows are cut they are computed
+    # once for the sum and once for the result: runs have another shape, so XLA does not merge the two. Not beside
+    # spread, for which XLA would store the widened logits.
     recomputed = (
         is_narrow(logits) and axes == (logits.ndim - 1,) and is_cut(logits.shape[-1]) and targets.spread is None
     )

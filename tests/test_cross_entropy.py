@@ -159,9 +159,9 @@ for classes in (2, 3, 5, 8, 11, 15, 16, 21):
 
 
 def test_float32_of_few_classes_after_fewer():
-    """XLA's CPU reductions compute a float32 iota wrongly in jax 0.11 and 0.12.
+    """XLA's CPU reductions compute a float32 iota wrongly in jaxlib 0.11.2 and 0.12.0.1.
 
-    Of fewer than 16 elements they write only as many as a program before, and take the others from memory as it is.
+    Of fewer than 16 elements they fill only as many as an earlier program had, and leave the rest uninitialised.
     """
     done = subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

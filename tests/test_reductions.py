@@ -1,4 +1,4 @@
-"""What the CPU reduces otherwise than at once: class axes far apart, long or many rows."""
+"""What the CPU reduces otherwise than at once: class axes far apart, long or many rows, half precision."""
 
 import re
 
@@ -234,8 +234,11 @@ def compiled(fn, *shapes):
     [((32, 50257), 0.0, 0), ((256, 4096), 0.1, 2), ((256, 4096), None, 0), ((64, 32768), None, 0)],
     ids=str,
 )
-def test_half_precision_is_not_stored_widened(shape, smoothing, widened):
-    """How often the logits' float32 is held besides: for the loss alone (None) and long rows not at all."""
+def test_how_often_half_precision_is_stored_widened(shape, smoothing, widened):
+    """Arrays of float32 as large as the logits: for the loss alone (None: no gradient) and for long rows none.
+
+    Smoothing with its gradient has two, the exponentials and what the select makes of the logits.
+    """
     options = {} if smoothing is None else {"label_smoothing": smoothing}
 
     def loss(logits, labels):
@@ -277,7 +280,7 @@ def test_no_float_iota_within_a_reduction(shape, axis):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize(("dtype", "roundings"), [(jnp.float32, 16), (jnp.bfloat16, 2)])
 @pytest.mark.parametrize("shape", [(2, 50257), (4, 5)], ids=str)
-def test_second_derivatives_where_the_cpu_reads_apart(shape, dtype, roundings, smoothing):
+def test_second_derivatives_of_long_and_short_rows(shape, dtype, roundings, smoothing):
     logits, labels = far(*shape).astype(dtype), jnp.asarray(rng.integers(0, shape[-1], shape[:-1]))
     direction = far(*shape).astype(dtype)
 
