@@ -55,8 +55,8 @@ def reduce_classes(
     (axis,), shape = axes, arrays[0].shape
     rows, classes = math.prod(shape[:-1]), shape[axis]
     rows_of_run, classes_of_run = run_length(rows) if only_reduced else rows, run_length(classes)
-    cut = rows_of_run < rows or classes_of_run < classes
-    apart = is_narrow(arrays[0]) and (apart or only_reduced or classes_of_run < classes)
+    cut = rows_of_run < rows or is_cut(classes)
+    apart = is_narrow(arrays[0]) and (apart or only_reduced or is_cut(classes))
 
     def alone(logits: Array, *others: Array) -> tuple[Array, ...]:
         return lax.optimization_barrier(logits) if apart else logits, *others
