@@ -6,8 +6,9 @@ from jaxsoft import caffe, energy
 from jaxsoft._checks import checked
 from jaxsoft._cross_entropy import cross_entropy
 from jaxsoft._diagnosis import Diagnosis, diagnose_gradient
-from jaxsoft._linear_cross_entropy import Plan, linear_cross_entropy, plan_linear_cross_entropy
+from jaxsoft._linear_cross_entropy import linear_cross_entropy
 from jaxsoft._mlp import apply_mlp, init_mlp
+from jaxsoft._plan import Plan, plan_linear_cross_entropy
 from jaxsoft._softmax import log_softmax, logsumexp, softmax, softmax_jacobian, softmax_vjp
 
 __version__ = version("jaxsoft")

@@ -1,6 +1,7 @@
 """Checks: shapes, dtypes and options when a function is traced, values when it is run under `checked`."""
 
 import functools
+import math
 import numbers
 import operator
 from collections.abc import Callable, Sequence
@@ -8,9 +9,11 @@ from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jax.experimental import checkify
-from jaxtyping import Array, ArrayLike, Bool
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -69,9 +72,14 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
+def is_checking() -> bool:
+    """Whether this is traced or run inside `checked`."""
+    return _checking.value
+
+
 def check_values(name: str, values: Array, valid: Bool[Array, "..."], expected: str) -> None:
     """Under `checked`, fail with the first of `values` that is not valid; otherwise do nothing."""
-    if not _checking.value or not values.size:
+    if not is_checking() or not values.size:
         return
     first = jnp.argmin(valid)
     index = jnp.unravel_index(first, values.shape)
@@ -80,12 +88,14 @@ def check_values(name: str, values: Array, valid: Bool[Array, "..."], expected: 
 
 
 def as_floating(name: str, value: ArrayLike) -> Array:
-    """`value` as a real floating array: integers are promoted as `jax.nn` promotes them."""
+    """`value` as a floating array of 16 bits or more: integers are promoted as `jax.nn` promotes them."""
     array = jnp.asarray(value)
     if jnp.issubdtype(array.dtype, jnp.integer):
         return array.astype(jnp.result_type(float))
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name}: expected real numbers, got dtype {array.dtype}")
+    if array.dtype.itemsize < 2:  # some have no infinity, with which classes are removed, and none can hold a result
+        raise TypeError(f"{name}: expected at least 16 bits, got dtype {array.dtype}: convert to bfloat16 first")
     return array
 
 
@@ -106,7 +116,12 @@ def broadcast(name: str, array: Array, shape: tuple[int, ...]) -> Array:
 
 
 def as_integer(name: str, value: int) -> int:
-    """`value` as a Python integer: options are part of the program, not traced."""
+    """`value` as a Python integer: it is part of the program, not traced."""
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"{name}: expected an integer known when the function is traced, got a traced value: "
+            f"bind it with functools.partial, or name it in jax.jit's static_argnames"
+        )
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -115,13 +130,13 @@ def as_integer(name: str, value: int) -> int:
         raise TypeError(f"{name}: expected an integer, got {value!r}") from None
 
 
-def as_axis(axis: int, ndim: int) -> int:
+def as_axis(axis: int, ndim: int, name: str = "axis") -> int:
     """`axis` as an index in [0, ndim)."""
-    index = as_integer("axis", axis)
+    index = as_integer(name, axis)
     if ndim == 0:
-        raise ValueError("axis: expected an array with at least one axis, the classes, got a scalar")
+        raise ValueError(f"{name}: expected an array with at least one axis, the classes, got a scalar")
     if not -ndim <= index < ndim:
-        raise ValueError(f"axis: expected an integer in [{-ndim}, {ndim}), got {index}")
+        raise ValueError(f"{name}: expected an integer in [{-ndim}, {ndim}), got {index}")
     return index % ndim
 
 
@@ -135,14 +150,25 @@ def as_axes(axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
     return tuple(sorted(axes))
 
 
-def as_number(name: str, value: float, low: float, high: float = float("inf")) -> float:
-    """`value` as a Python float within [low, high]: options are part of the program, not traced."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a Python number, an option being static, got {type(value).__name__}")
-    if not low <= value <= high or value == float("inf"):
-        bounds = f"at least {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}]"
-        raise ValueError(f"{name}: expected a finite number {bounds}, got {value}")
-    return float(value)
+def as_number(
+    name: str, value: Float[ArrayLike, ""], low: float, high: float = math.inf, *, above: bool = False
+) -> float | Array:
+    """`value` within [low, high], or above low: a Python float, or an array where it is traced, for schedules."""
+    is_array = isinstance(value, np.ndarray | jax.Array)  # traced ones too
+    if isinstance(value, bool) or not (isinstance(value, numbers.Real) or is_array):
+        raise TypeError(f"{name}: expected a number or a scalar array, got {type(value).__name__}")
+    if is_array and (value.shape or not any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer))):
+        raise TypeError(f"{name}: expected a real scalar, got shape {value.shape} and dtype {value.dtype}")
+    bounds = f"{'above' if above else 'at least'} {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+    if isinstance(value, Tracer):
+        number = lax.stop_gradient(value)
+        inside = (number > low if above else number >= low) & (number <= high) & (number < jnp.inf)
+        check_values(name, number, inside, f"a finite number {bounds}")
+        return number
+    number = float(value)
+    if not (low < number if above else low <= number) or not number <= high or number == math.inf:
+        raise ValueError(f"{name}: expected a finite number {bounds}, got {number:g}")
+    return number
 
 
 def as_option(name: str, value: Option, options: Sequence[Option]) -> Option:

@@ -1,32 +1,38 @@
 """Cross-entropy of dense logits against labels or distributions."""
 
 import functools
-from typing import Literal, cast, get_args
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from jaxsoft._checks import as_axis, as_floating, as_integer, as_mask, as_number, as_option, check_values, compute_dtype
-from jaxsoft._shards import AxisName, as_axis_name
+from jaxsoft._checks import as_axis, as_floating, as_mask, as_option, check_values, compute_dtype
+from jaxsoft._shards import AxisName, all_classes, as_axis_name
 from jaxsoft._statistics import Statistics, block_gradient, block_statistics, position_losses, target_gradient
-from jaxsoft._targets import Counts, Targets, read_targets
-
-Reduction = Literal["none", "sum", "mean"]
-REDUCTIONS = get_args(Reduction)
+from jaxsoft._targets import (
+    REDUCTIONS,
+    Options,
+    Reduction,
+    Targets,
+    as_targets,
+    read_options,
+    read_targets,
+    reduce_losses,
+)
 
 
 def cross_entropy(
     logits: Float[ArrayLike, "..."],
-    targets: Int[ArrayLike, "..."] | Float[ArrayLike, "..."],
+    targets: Int[ArrayLike, "..."] | Float[ArrayLike, "..."] | Bool[ArrayLike, "..."],
     axis: int = -1,
     *,
     ignore_index: int | None = None,
-    weights: Float[ArrayLike, "..."] | None = None,
+    weights: Float[ArrayLike, "..."] | Bool[ArrayLike, "..."] | None = None,
     class_weights: Float[ArrayLike, " classes"] | None = None,
     where: Bool[ArrayLike, "..."] | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    label_smoothing: Float[ArrayLike, ""] = 0.0,
+    z_loss: Float[ArrayLike, ""] = 0.0,
     reduction: Reduction = "mean",
     axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
@@ -40,18 +46,22 @@ def cross_entropy(
     precision where the label's float32 probability has long rounded to one.
 
     Args:
-        logits: scores z with the classes along `axis`, in any floating dtype (integers are promoted).
+        logits: scores z with the classes along `axis`, in float16, bfloat16, float32 or float64
+            (integers are promoted).
         targets: integer labels in [0, classes), of the logits' shape without the class axis; or a
-            floating distribution of the logits' shape, which need not sum to one. Told apart by dtype.
+            floating distribution of the logits' shape, which need not sum to one; or, likewise, a
+            one-hot of integers or booleans. Without x64 JAX keeps 32 bits of an integer before this
+            function sees it: only labels that come as NumPy arrays or lists may be wider.
         axis: the class axis.
         ignore_index: label of the positions that take no part: loss 0, gradient 0, not counted. Any
             integer, also one that is a class.
-        weights: weight of each position, broadcasting to the loss; 0 leaves a position out like
-            `ignore_index`.
+        weights: weight of each position, or a mask of those that take part, broadcasting to the loss; 0
+            leaves a position out like `ignore_index`.
         class_weights: weight c of each class, of shape (classes,).
         where: booleans that broadcast to the logits' shape; False removes a class.
         label_smoothing: ε in [0, 1]: targets become (1−ε)t + ε/classes, counting the classes left.
-        z_loss: ζ ≥ 0, which draws lse towards 0. It is not weighted by class.
+        z_loss: ζ ≥ 0, which draws lse towards 0. It is not weighted by class. Both may be traced, for
+            schedules, and are constants.
         reduction: "none", the loss of each position; "sum"; or "mean", over the weights of the
             positions that are not ignored, each times its label's class weight when targets are labels.
         axis_name: inside `jax.shard_map`, the mesh axis over which the classes are laid in contiguous
@@ -95,102 +105,67 @@ def cross_entropy(
     axis = as_axis(axis, logits.ndim)
     if logits.shape[axis] == 0:
         raise ValueError(f"logits: expected at least one class along axis {axis}, got shape {logits.shape}")
-    if ignore_index is not None:
-        ignore_index = as_integer("ignore_index", ignore_index)
+    axis_name = as_axis_name(axis_name, "logits", logits)
+    labels, ignore_index = as_targets(targets, all_classes(logits.shape[axis], axis_name), ignore_index)
+    mask = None if where is None else as_mask("where", where, logits.shape)
     return _cross_entropy(
         logits,
-        jnp.asarray(targets),
-        weights,
-        class_weights,
-        None if where is None else as_mask("where", where, logits.shape),
+        labels,
+        read_options(weights, class_weights, mask, label_smoothing, z_loss, compute_dtype(logits.dtype)),
         axis=axis,
         ignore_index=ignore_index,
-        label_smoothing=as_number("label_smoothing", label_smoothing, 0, 1),
-        z_loss=as_number("z_loss", z_loss, 0),
         reduction=as_option("reduction", reduction, REDUCTIONS),
-        axis_name=as_axis_name(axis_name, "logits", logits),
+        axis_name=axis_name,
     )
 
 
-@functools.partial(
-    jax.jit, static_argnames=("axis", "ignore_index", "label_smoothing", "z_loss", "reduction", "axis_name")
-)
+@functools.partial(jax.jit, static_argnames=("axis", "ignore_index", "reduction", "axis_name"))
 def _cross_entropy(
     logits: Array,
     targets: Array,
-    weights: ArrayLike | None,
-    class_weights: ArrayLike | None,
-    where: Array | None,
+    options: Options,
     *,
     axis: int,
     ignore_index: int | None,
-    label_smoothing: float,
-    z_loss: float,
     reduction: Reduction,
     axis_name: AxisName,
 ) -> Array:
-    read, counts = read_targets(
+    read, count = read_targets(
         targets,
         logits.shape,
         compute_dtype(logits.dtype),
         axis,
+        options,
         ignore_index=ignore_index,
-        weights=weights,
-        class_weights=class_weights,
-        where=where,
-        label_smoothing=label_smoothing,
+        reduction=reduction,
         axis_name=axis_name,
     )
-    if where is not None:
-        logits = jnp.where(where, logits, -jnp.inf)
-    check_values("logits", logits, ~jnp.isnan(logits) | (counts.position == 0), "a number")
-    losses, lse = cast(tuple[Array, Array], losses_and_lse(logits, read, axis, axis_name))
-    penalties = None
-    if z_loss:
-        lse = jnp.where((counts.position == 0) | jnp.isneginf(lse), 0, lse)
-        penalties = z_loss * counts.position * lse**2
-    return _reduce(losses, penalties, counts, axis, reduction)
-
-
-def _reduce(losses: Array, penalties: Array | None, counts: Counts, axis: int, reduction: Reduction) -> Array:
-    """The two terms have denominators of their own, so that class weights leave the z-loss alone."""
-    if reduction == "none":
-        return jnp.squeeze(losses if penalties is None else losses + penalties, axis)
-    total = jnp.sum(losses)
-    penalty = 0 if penalties is None else jnp.sum(penalties)
-    if reduction == "sum":
-        return total + penalty
-    return total / or_one(jnp.sum(counts.loss)) + penalty / or_one(jnp.sum(counts.position))
-
-
-def or_one(count: Array) -> Array:
-    return jnp.where(count == 0, 1, count)
+    if options.where is not None:
+        logits = jnp.where(options.where, logits, -jnp.inf)
+    check_values("logits", logits, ~jnp.isnan(logits) | (read.share == 0), "a number")
+    return reduce_losses(cast(Array, losses(logits, read, axis, axis_name)), reduction, count, axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def losses_and_lse(logits: Array, targets: Targets, axis: int, axis_name: AxisName) -> tuple[Array, Array]:
-    """Loss and lse of each position: z-loss and every reduction are ordinary functions of the two."""
-    statistics = block_statistics(logits, (axis,), targets, axis_name, reused="nothing")
-    return position_losses(targets, statistics), statistics.logsumexp
+def losses(logits: Array, targets: Targets, axis: int, axis_name: AxisName) -> Array:
+    """The loss of each position; every reduction is an ordinary function of them."""
+    return position_losses(targets, block_statistics(logits, (axis,), targets, axis_name, reused="nothing"))
 
 
-def _losses_and_lse_fwd(logits: Array, targets: Targets, axis: int, axis_name: AxisName):
+def _losses_fwd(logits: Array, targets: Targets, axis: int, axis_name: AxisName):
     statistics = block_statistics(logits, (axis,), targets, axis_name)
-    return (position_losses(targets, statistics), statistics.logsumexp), (logits, targets, statistics)
+    return position_losses(targets, statistics), (logits, targets, statistics)
 
 
-def _losses_and_lse_bwd(
-    axis: int,
-    axis_name: AxisName,
-    residuals: tuple[Array, Targets, Statistics],
-    cotangents: tuple[Array, Array],
+def _losses_bwd(
+    axis: int, axis_name: AxisName, residuals: tuple[Array, Targets, Statistics], cotangent: Array
 ) -> tuple[Array, Targets]:
     logits, targets, statistics = residuals
-    gradient = block_gradient(logits, targets, statistics, (axis,), *cotangents)
-    constant = None  # JAX's word for a zero cotangent: labels, weights and smoothing are no variables
+    gradient = block_gradient(logits, targets, statistics, (axis,), cotangent)
+    # None is JAX's word for a zero cotangent: labels, weights and smoothing are no variables.
     is_distribution = targets.label is None
-    to_spread = target_gradient(logits, targets, statistics, cotangents[0]) if is_distribution else constant
-    return gradient.astype(logits.dtype), Targets(constant, constant, to_spread, constant)  # pyright: ignore[reportArgumentType]
+    to_spread = target_gradient(logits, targets, statistics, cotangent) if is_distribution else None
+    return gradient.astype(logits.dtype), Targets(spread=to_spread)
 
 
-losses_and_lse.defvjp(_losses_and_lse_fwd, _losses_and_lse_bwd)
+losses.defvjp(_losses_fwd, _losses_bwd)

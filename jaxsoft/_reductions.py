@@ -50,7 +50,7 @@ def reduce_classes(
         terms = term(0, *arrays)
         return lax.expand_dims(widen(lax.reduce(terms, jnp.asarray(start, terms.dtype), op, axes)), axes)
 
-    if len(axes) != 1 or not arrays[0].size:
+    if len(axes) != 1 or not is_known(arrays[0].size) or not arrays[0].size:
         return at_once(*arrays)
     (axis,), shape = axes, arrays[0].shape
     rows, classes = math.prod(shape[:-1]), shape[axis]
@@ -117,6 +117,11 @@ def run_length(extent: int) -> int:
     return extent if extent <= LONG else next((n for n in range(LONG, SHORT - 1, -1) if extent % n == 0), extent)
 
 
+def is_known(size: int) -> bool:
+    """Whether a size is a number, not a symbol of `jax.export`, which serves every size and cannot be compared."""
+    return isinstance(size, int)
+
+
 def widen(array: Array) -> Array:
     return array.astype(compute_dtype(array.dtype))
 
@@ -127,7 +132,7 @@ def is_narrow(array: Array) -> bool:
 
 def is_cut(classes: int) -> bool:
     """Whether rows of so many classes are reduced in runs on the CPU, unless they are explicitly sharded."""
-    return run_length(classes) < classes
+    return is_known(classes) and run_length(classes) < classes
 
 
 def is_whole(array: Array, first: int = 0) -> bool:

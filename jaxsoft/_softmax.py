@@ -12,8 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from jaxsoft._checks import as_axes, as_floating, as_mask, check_values, compute_dtype
 from jaxsoft._reductions import dot_classes, reduce_classes
 from jaxsoft._shards import AxisName, as_axis_name, sum_shards
-from jaxsoft._statistics import Statistics, block_exponentials, block_gradient, block_statistics
-from jaxsoft._targets import Targets
+from jaxsoft._statistics import Statistics, block_exponentials, block_statistics
 
 Axes = tuple[int, ...]
 
@@ -34,7 +33,7 @@ def softmax(
     mapping `softmax` with `jax.vmap` over batch and spatial axes equals passing `axis`.
 
     Args:
-        logits: scores z of any shape, in any floating dtype (integers are promoted).
+        logits: scores z of any shape, in float16, bfloat16, float32 or float64 (integers are promoted).
         axis: the class axis, several axes that together enumerate the classes, or None for all.
         where: booleans that broadcast to the logits' shape; False removes a class.
         axis_name: inside `jax.shard_map`, the mesh axis over which the classes are laid in blocks. The
@@ -82,8 +81,7 @@ def _softmax(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, Array]:
     statistics = block_statistics(logits, axes, axis_name=axis_name)
-    probs = block_exponentials(logits, statistics.max, None, axes) / statistics.total
-    probs = probs.astype(logits.dtype)
+    probs = _block_probs(logits, statistics, axes).astype(logits.dtype)
     return probs, probs
 
 
@@ -174,7 +172,9 @@ def softmax_jacobian(probs: Float[ArrayLike, "*batch classes"]) -> Float[Array, 
     s = as_floating("probs", probs)
     if s.ndim == 0:
         raise ValueError("probs: expected at least one axis, the classes, got a scalar")
-    return s[..., :, None] * (jnp.eye(s.shape[-1], dtype=s.dtype) - s[..., None, :])
+    across = jnp.expand_dims(s, -2)
+    eye = jnp.expand_dims(jnp.eye(s.shape[-1], dtype=s.dtype), tuple(range(s.ndim - 1)))
+    return jnp.expand_dims(s, -1) * (eye - across)
 
 
 def log_softmax(
@@ -189,7 +189,7 @@ def log_softmax(
     log s_i = z_i − log Σ_j exp(z_j)        vjp: g − s Σ_j g_j
 
     Args:
-        logits: scores z of any shape, in any floating dtype (integers are promoted).
+        logits: scores z of any shape, in float16, bfloat16, float32 or float64 (integers are promoted).
         axis: the class axis, several axes, or None for all.
         where: booleans that broadcast to the logits' shape; False removes a class.
         axis_name: the mesh axis over which the classes are sharded, as in `softmax`.
@@ -201,7 +201,7 @@ def log_softmax(
     class is left everything is −inf. For the loss of a label use `cross_entropy`, which stays exact
     where log s_i rounds to 0.
 
-    Differentiation: as `softmax`; only the result is kept.
+    Differentiation: as `softmax`; the logits and two numbers a vector are kept.
 
     Raises:
         TypeError, ValueError: as `softmax`.
@@ -226,20 +226,21 @@ def _log_softmax(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _log_softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, Array]:
+def _log_softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, tuple[Array, Statistics]]:
     statistics = block_statistics(logits, axes, axis_name=axis_name, reused="logits")
     log_probs = logits.astype(statistics.max.dtype) - statistics.max - jnp.log(statistics.total)
-    log_probs = log_probs.astype(logits.dtype)
-    return log_probs, log_probs
+    return log_probs.astype(logits.dtype), (logits, statistics)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _log_softmax_bwd(axes: Axes, axis_name: AxisName, log_probs: Array, cotangent: Array) -> tuple[Array]:
-    dtype = compute_dtype(log_probs.dtype)
-    g = cotangent.astype(dtype)
-    total = sum_shards(reduce_classes(lax.add, 0, lambda _, g: g, (g,), axes), axis_name)
-    gradient = g - jnp.exp(log_probs.astype(dtype)) * total
-    return (gradient.astype(log_probs.dtype),)
+def _log_softmax_bwd(
+    axes: Axes, axis_name: AxisName, residuals: tuple[Array, Statistics], cotangent: Array
+) -> tuple[Array]:
+    logits, statistics = residuals
+    g = cotangent.astype(statistics.max.dtype)
+    summed = sum_shards(reduce_classes(lax.add, 0, lambda _, g: g, (g,), axes), axis_name)
+    # From the logits, not from the result: rounded to half precision its exponentials would not sum to one.
+    return ((g - _block_probs(logits, statistics, axes) * summed).astype(logits.dtype),)
 
 
 _log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
@@ -258,7 +259,7 @@ def logsumexp(
     lse = log Σ_j exp(z_j)        vjp: softmax(z)·g
 
     Args:
-        logits: scores z of any shape, in any floating dtype (integers are promoted).
+        logits: scores z of any shape, in float16, bfloat16, float32 or float64 (integers are promoted).
         axis: the class axis (by default the last, unlike `jax.nn.logsumexp`), several axes, or None for all.
         where: booleans that broadcast to the logits' shape; False removes a class.
         keepdims: keep the reduced axes with length one.
@@ -304,11 +305,17 @@ def _logsumexp_bwd(
     axes: Axes, axis_name: AxisName, residuals: tuple[Array, Statistics], cotangent: Array
 ) -> tuple[Array]:
     logits, statistics = residuals
-    g = cotangent.astype(statistics.max.dtype)
-    return (block_gradient(logits, Targets(), statistics, axes, jnp.zeros_like(g), g).astype(logits.dtype),)
+    # Where no class is left nothing moves, whatever the cotangent.
+    g = jnp.where(statistics.sum == 0, 0, cotangent.astype(statistics.max.dtype))
+    return ((_block_probs(logits, statistics, axes) * g).astype(logits.dtype),)
 
 
 _logsumexp.defvjp(_logsumexp_fwd, _logsumexp_bwd)
+
+
+def _block_probs(logits: Array, statistics: Statistics, axes: Axes) -> Array:
+    """softmax(z) of a block in the dtype to compute in."""
+    return block_exponentials(logits, statistics.max, None, axes) / statistics.total
 
 
 def _prepare(

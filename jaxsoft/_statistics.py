@@ -1,12 +1,12 @@
 """The one formula: what a block of classes contributes to a loss, and the block's gradient.
 
-For one position with logits z, target weights q_j (see `Targets`), τ = Σ_j q_j and p = softmax(z):
+For one position with logits z, target weights q_j (see `Targets`), τ = Σ_j q_j, p = softmax(z) and a z-loss of ζ:
 
-    loss       = τ·lse − Σ_j q_j z_j              lse = log Σ_j exp(z_j)
-    ∂loss/∂z_j = τ·p_j − q_j
+    loss       = τ·lse − Σ_j q_j z_j + ζ·lse²              lse = log Σ_j exp(z_j)
+    ∂loss/∂z_j = (τ + 2ζ·lse)·p_j − q_j
 
-Every loss and normaliser in this package comes from `block_statistics`; every gradient to logits comes from
-`block_gradient`, but for softmax and log_softmax, which keep their output alone.
+Every loss and normaliser in this package comes from `block_statistics`, every gradient to logits from
+`block_exponentials`, but for softmax, which keeps its output alone.
 Arrays of statistics keep the class axes with length one, so they broadcast against the logits.
 """
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoft._reductions import is_cut, is_narrow, reduce_classes
+from jaxsoft._reductions import is_cut, is_known, is_narrow, reduce_classes
 from jaxsoft._shards import AxisName, max_shards, sum_shards
 from jaxsoft._targets import Targets
 
@@ -26,21 +26,25 @@ LARGE = 32 * 2**20
 
 
 class Statistics(NamedTuple):
-    """Sums over the classes of a block, relative to its largest logit m."""
+    """Sums over the classes of a block, relative to its largest logit m; None where no target asks for one."""
 
     max: Array  # m, above −inf
     tail: Array  # Σ_j exp(z_j − m) over every class but the label
-    label: Array  # z_label − m; −inf where there is no label
-    spread: Array  # Σ_j spread_j
-    gap: Array  # Σ_j spread_j (m − z_j)
+    label: Array | None = None  # z_label − m
+    spread: Array | None = None  # Σ_j spread_j
+    gap: Array | None = None  # Σ_j spread_j (m − z_j)
+
+    @property
+    def sum(self) -> Array:
+        """Σ_j exp(z_j − m): at least 1, or 0 where no class is left."""
+        return self.tail if self.label is None else self.tail + jnp.exp(self.label)
 
     @property
     def total(self) -> Array:
-        """Σ_j exp(z_j − m), at least 1; where no class is left a little above 0, for no division to meet a zero."""
+        """The sum, but a little above 0 where no class is left, for no division to meet a zero."""
         # Rounding absorbs what is added to 1 or more. Unlike a maximum, which some of XLA's CPU kernels take to be
         # the other argument, it keeps a NaN.
-        total = self.tail + jnp.exp(self.label)
-        return total + jnp.finfo(total.dtype).eps / 8
+        return self.sum + jnp.finfo(self.tail.dtype).eps / 8
 
     @property
     def log_total(self) -> Array:
@@ -50,18 +54,23 @@ class Statistics(NamedTuple):
         other term in float32. A label that leads has exp(0) − 1 = 0 exactly; under any other the
         tail is at least 1 and nothing cancels.
         """
-        surplus = self.tail + (jnp.exp(self.label) - 1)
+        surplus = self.tail - 1 if self.label is None else self.tail + (jnp.exp(self.label) - 1)
         return jnp.log1p(surplus + lax.stop_gradient(jnp.maximum(-surplus, 0)))
 
     @property
     def logsumexp(self) -> Array:
         """log Σ_j exp(z_j): −inf where no class is left, +inf at a logit of +inf."""
-        total = self.tail + jnp.exp(self.label)
-        return jnp.where(jnp.isinf(self.max), self.max, self.max + jnp.log(total))
+        return jnp.where(jnp.isinf(self.max), self.max, self.max + jnp.log(self.sum))
+
+    @property
+    def finite_logsumexp(self) -> Array:
+        """lse, or 0 where no class is left and nothing is to be drawn towards 0."""
+        lse = jnp.where(jnp.isinf(self.max), self.max, self.max + jnp.log(self.total))
+        return jnp.where(self.sum == 0, 0, lse)
 
 
 def block_exponentials(
-    logits: Array, max: Array, label: Array | None, axes: tuple[int, ...], *, stored: bool = True
+    logits: Array, largest: Array, label: Array | None, axes: tuple[int, ...], *, stored: bool = True
 ) -> Array:
     """exp(z_j − m), with the label's own term left out.
 
@@ -69,26 +78,26 @@ def block_exponentials(
     the mask decides whether it does: XLA fuses arithmetic with the sum, but no comparison. `stored` says whether
     anything but a sum reads them.
     """
-    exponentials = jnp.exp(logits.astype(max.dtype) - max)
+    exponentials = jnp.exp(logits.astype(largest.dtype) - largest)
     if label is None:
         return exponentials
     (axis,) = axes
     axis %= logits.ndim
     # A comparison keeps the exponentials from the sum's kernel: right where they are stored anyway and large enough to
     # be worth reading again, or where they are not large and the kernel is slow, because the classes are not last.
-    large = exponentials.nbytes > LARGE
+    large = is_known(exponentials.nbytes) and exponentials.nbytes > LARGE
     compared = large if stored else not large and axis < logits.ndim - 1
     if compared:
         return jnp.where(_at_label(logits, label, (axis,)), 0, exponentials)
     # Integers are faster where the exponentials are stored and slower for the sum alone, but needed for more classes
     # than a float can count.
-    whole = stored or logits.shape[axis] > 1 / jnp.finfo(max.dtype).eps
-    dtype = label.dtype if whole else max.dtype
+    countable = is_known(logits.shape[axis]) and logits.shape[axis] <= 1 / jnp.finfo(largest.dtype).eps
+    dtype = largest.dtype if countable and not stored else label.dtype
     # Numbered in integers and then converted: a float32 iota becomes part of XLA's CPU reduction, where jaxlib 0.11.2
     # and 0.12.0.1, if it has fewer than 16 elements, fill only as many as an earlier program had: losses come out
     # wrong.
     classes = lax.broadcast_in_dim(lax.iota(label.dtype, logits.shape[axis]).astype(dtype), logits.shape, (axis,))
-    return exponentials * jnp.minimum(jnp.abs(classes - label.astype(dtype)), 1).astype(max.dtype)
+    return exponentials * jnp.minimum(jnp.abs(classes - label.astype(dtype)), 1).astype(largest.dtype)
 
 
 def block_statistics(
@@ -111,10 +120,10 @@ def block_statistics(
     lowest = jnp.finfo(logits.dtype).min
     only_reduced = reused == "nothing"
     constant = lax.stop_gradient(logits)
-    max = reduce_classes(lax.max, lowest, lambda _, z: z, (constant,), axes, only_reduced=only_reduced)
-    if max.shape == logits.shape:  # XLA takes a reduction of one element for that element
-        max = jnp.maximum(max, float(lowest))
-    max = max_shards(max, axis_name)
+    largest = reduce_classes(lax.max, lowest, lambda _, z: z, (constant,), axes, only_reduced=only_reduced)
+    if largest.shape == logits.shape:  # XLA takes a reduction of one element for that element
+        largest = jnp.maximum(largest, float(lowest))
+    largest = max_shards(largest, axis_name)
 
     # Stored exponentials of half-precision logits take twice the logits' bytes. Where rows are cut they are computed
     # once for the sum and once for the result: runs have another shape, so XLA does not merge the two. Not beside
@@ -123,92 +132,97 @@ def block_statistics(
         is_narrow(logits) and axes == (logits.ndim - 1,) and is_cut(logits.shape[-1]) and targets.spread is None
     )
     if reused == "exponentials" and not recomputed:
-        stored = block_exponentials(logits, max, targets.label, axes)
+        stored = block_exponentials(logits, largest, targets.label, axes)
         sums = [reduce_classes(lax.add, 0, lambda _, e: e, (stored,), axes)]
     else:
         from_end = tuple(axis - logits.ndim for axis in axes)  # the views that are reduced differ in rank
 
-        def exponentials(first: Array | int, z: Array, max: Array, label: Array | None = None) -> Array:
-            return block_exponentials(z, max, None if label is None else label - first, from_end, stored=False)
+        def exponentials(first: Array | int, z: Array, largest: Array, label: Array | None = None) -> Array:
+            return block_exponentials(z, largest, None if label is None else label - first, from_end, stored=False)
 
-        arrays = (logits, max) if targets.label is None else (logits, max, targets.label)
+        arrays = (logits, largest) if targets.label is None else (logits, largest, targets.label)
         lse_alone = targets.label is None and targets.spread is None
         sums = [reduce_classes(lax.add, 0, exponentials, arrays, axes, read_once=lse_alone, only_reduced=only_reduced)]
     if targets.label is not None:
         (axis,) = axes
         # A label in no block has no logit; its weight, 0 or NaN, decides what becomes of any other.
         index = jnp.clip(targets.label, 0, logits.shape[axis] - 1)
-        label = jnp.take_along_axis(logits, index, axis, mode="promise_in_bounds").astype(max.dtype) - max
+        label = jnp.take_along_axis(logits, index, axis, mode="promise_in_bounds").astype(largest.dtype) - largest
         sums.append(label if axis_name is None else jnp.where(index == targets.label, label, 0))
     if targets.spread is not None:
         spread = reduce_classes(lax.add, 0, lambda _, q: q, (targets.spread,), axes)
         weights = jnp.broadcast_to(targets.spread, logits.shape)
 
-        def surprise(_: Array | int, z: Array, q: Array, max: Array) -> Array:
+        def surprise(_: Array | int, z: Array, q: Array, largest: Array) -> Array:
             # A class without target weight costs nothing, at −inf too.
-            return jnp.where(q == 0, 0, q * (max - z.astype(max.dtype)))
+            return jnp.where(q == 0, 0, q * (largest - z.astype(largest.dtype)))
 
         # Never in groups of rows: XLA stores the select, and would store it in both shapes.
-        gap = reduce_classes(lax.add, 0, surprise, (logits, weights, max), axes, apart=True)
+        gap = reduce_classes(lax.add, 0, surprise, (logits, weights, largest), axes, apart=True)
         sums += [jnp.broadcast_to(spread, gap.shape), gap]
     if axis_name is not None:  # one all-reduce for them all
         packed = sum_shards(jnp.concatenate(sums, axes[-1]), axis_name)
         sums = jnp.split(packed, len(sums), axes[-1])
     tail, *rest = sums
-    no_label, zero = jnp.array([-jnp.inf, 0], max.dtype)
-    label = rest.pop(0) if targets.label is not None else no_label
-    spread, gap = rest or (zero, zero)
-    return Statistics(max, tail, label, spread, gap)
+    label = rest.pop(0) if targets.label is not None else None
+    return Statistics(largest, tail, label, *rest)
 
 
 def position_losses(targets: Targets, statistics: Statistics) -> Array:
-    """τ·lse − Σ_j q_j z_j of every position, from finished statistics."""
+    """τ·lse − Σ_j q_j z_j + ζ·lse² of every position, from finished statistics."""
+    # A term without weight costs nothing, not even where it is infinite.
     losses = jnp.zeros_like(statistics.tail)
-    # A position without target weight costs nothing, not even where its surprise is infinite.
     if targets.label is not None:
-        surprise = statistics.log_total - statistics.label
-        losses += jnp.where(targets.hot == 0, 0, targets.hot * surprise)
+        losses += jnp.where(targets.hot == 0, 0, targets.hot * (statistics.log_total - statistics.label))
     if targets.spread is not None:
         surprise = statistics.spread * statistics.log_total + statistics.gap
         losses += jnp.where(targets.share == 0, 0, targets.share * surprise)
+    if targets.square is not None:
+        losses += jnp.where(targets.square == 0, 0, targets.square * statistics.finite_logsumexp**2)
     return losses
 
 
 def block_gradient(
-    logits: Array,
-    targets: Targets,
-    statistics: Statistics,
-    axes: tuple[int, ...],
-    loss_cotangent: Array,
-    lse_cotangent: Array,
+    logits: Array, targets: Targets, statistics: Statistics, axes: tuple[int, ...], cotangent: Array
 ) -> Array:
-    """The gradient of Σ loss_cotangent·loss + lse_cotangent·lse to the logits of a block.
+    """The gradient of Σ cotangent·loss to the logits of a block.
 
     At the label τ·p_y − q_y is never formed by subtracting from one: 1 − p_y is the other classes' sum.
     """
     total = statistics.total
-    hot = loss_cotangent * targets.hot
-    share = loss_cotangent * targets.share
-    mass = lse_cotangent if targets.spread is None else lse_cotangent + share * statistics.spread
-    exponentials = block_exponentials(logits, statistics.max, targets.label, axes)
-    gradient = exponentials * ((mass + hot) / total)
+    mass = jnp.zeros_like(total)  # τ + 2ζ·lse but for the label's own weight
+    idle = jnp.ones(total.shape, bool)
+    if targets.square is not None:
+        mass += cotangent * 2 * targets.square * statistics.finite_logsumexp
+        idle &= targets.square == 0
+    if targets.spread is not None:
+        share = cotangent * targets.share
+        mass += share * statistics.spread
+        idle &= targets.share == 0
+    hot = None
     if targets.label is not None:
+        hot = cotangent * targets.hot
+        idle &= targets.hot == 0
+    exponentials = block_exponentials(logits, statistics.max, targets.label, axes)
+    gradient = exponentials * ((mass if hot is None else mass + hot) / total)
+    if hot is not None:
         at_label = (mass * jnp.exp(statistics.label) - hot * statistics.tail) / total
         gradient = jnp.where(_at_label(logits, targets.label, axes), at_label, gradient)
-    idle = (hot == 0) & (lse_cotangent == 0)
     if targets.spread is not None:
         gradient -= share * targets.spread
-        idle &= share == 0
-    # A position without weight has no gradient, whatever its logits: padding may be NaN.
+    # A position without weight has no gradient, whatever its logits and its cotangent: padding may be NaN.
     return jnp.where(idle, 0, gradient)
 
 
-def target_gradient(logits: Array, targets: Targets, statistics: Statistics, loss_cotangent: Array) -> Array:
-    """The gradient to a distribution's weights, −log p_j."""
-    share = loss_cotangent * targets.share
-    return jnp.where(
-        share == 0, 0, share * (statistics.log_total + (statistics.max - logits.astype(statistics.max.dtype)))
-    )
+def target_gradient(logits: Array, targets: Targets, statistics: Statistics, cotangent: Array) -> Array:
+    """The gradient of Σ cotangent·loss to a distribution's weights, −log p_j."""
+    surprise = statistics.log_total + (statistics.max - logits.astype(statistics.max.dtype))
+    return scale_gradient(surprise, cotangent * targets.share, targets.share == 0)
+
+
+def scale_gradient(gradient: Array, cotangent: Array, idle: Array | bool = False) -> Array:
+    """Their product, but 0 for what takes no part, and where the cotangent is 0 and the gradient infinite."""
+    return jnp.where(idle | ((cotangent == 0) & jnp.isinf(gradient)), 0, cotangent * gradient)
 
 
 def _at_label(logits: Array, label: Array, axes: tuple[int, ...]) -> Array:

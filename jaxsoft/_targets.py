@@ -1,127 +1,224 @@
-"""Targets: integer labels or distributions, ignored, weighted, smoothed, in one representation."""
+"""Targets: labels or distributions, ignored, weighted, smoothed, in one representation; reductions over them."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, cast, get_args
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
-from jaxsoft._checks import broadcast, check_values
+from jaxsoft._checks import as_integer, as_number, broadcast, check_values, is_checking
 from jaxsoft._shards import AxisName, all_classes, first_class, sum_shards
+
+Reduction = Literal["none", "sum", "mean"]
+REDUCTIONS = get_args(Reduction)
 
 
 class Targets(NamedTuple):
-    """The weights q_j = hot·[j = label] + share·spread_j of one loss per position.
+    """The weights q_j = hot·[j = label] + share·spread_j of one loss per position, and that of its z-loss.
 
-    Arrays have the logits' rank; `label`, `hot` and `share` have length one along the class axis.
+    Arrays have the logits' rank; all but `spread` have length one along the class axis. What is None is absent. A
+    position takes part in a term whose weight is not 0: weights decide that, never the cotangent of a loss.
     """
 
     label: Array | None = None  # index of the label within the block, possibly outside of it
-    hot: Array | float = 0.0  # its weight; 0 where ignored, NaN where the label is out of range
+    hot: Array | None = None  # its weight; 0 where ignored, NaN where the label is out of range
     spread: Array | None = None  # weights of all classes, broadcasting against the logits
-    share: Array | float = 1.0  # what a position's weights are multiplied by
+    share: Array | None = None  # what a position's weights are multiplied by
+    square: Array | None = None  # what lse² is multiplied by
 
 
-class Counts(NamedTuple):
-    """What each position counts in a mean: one weight for its loss, one for its z-loss."""
+class Options(NamedTuple):
+    """What a loss makes of its targets; None leaves a step out. Arrays, so that a schedule compiles once."""
 
-    loss: Array
-    position: Array
+    weights: ArrayLike | None = None  # broadcasting to the positions
+    class_weights: ArrayLike | None = None  # of all classes
+    where: Array | None = None  # broadcasting against the logits
+    label_smoothing: Array | None = None
+    z_loss: Array | None = None
 
 
-def read_targets(
-    targets: ArrayLike,
-    shape: tuple[int, ...],
-    dtype: jnp.dtype,
-    axis: int,
-    *,
-    ignore_index: int | None,
+def read_options(
     weights: ArrayLike | None,
     class_weights: ArrayLike | None,
     where: Array | None,
-    label_smoothing: float,
+    label_smoothing: ArrayLike,
+    z_loss: ArrayLike,
+    dtype: jnp.dtype,
+) -> Options:
+    """The options as a user gives them, numbers in the dtype to compute in; zeros known beforehand leave no trace."""
+    numbers = (as_number("label_smoothing", label_smoothing, 0, 1), as_number("z_loss", z_loss, 0))
+    traced_or_not_zero = (None if isinstance(n, float) and n == 0 else jnp.asarray(n, dtype) for n in numbers)
+    return Options(weights, class_weights, where, *traced_or_not_zero)
+
+
+def read_targets(
+    targets: Array,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    axis: int,
+    options: Options,
+    *,
+    ignore_index: int | None,
+    reduction: Reduction,
     axis_name: AxisName = None,
-) -> tuple[Targets, Counts]:
+    examples: int = 0,
+) -> tuple[Targets, Array | None]:
     """Check the targets against the shape of the logits and represent them in the dtype to compute in.
 
-    Under `axis_name` the logits' shape is that of one block of the classes; labels and class weights are of all.
+    Under `axis_name` the logits' shape is that of one block of the classes; labels and class weights are of all. The
+    mean is that of the positions behind the first axes, the `examples`. Beside the targets, what the sum of their
+    losses is to be divided by, or None: the z-loss has a denominator of its own, which its weights contain.
     """
-    given = jnp.asarray(targets)
+    where, smoothing = options.where, options.label_smoothing
     block, positions = shape[axis], shape[:axis] + shape[axis + 1 :]
     classes, first = all_classes(block, axis_name), first_class(block, axis_name)
     along_classes = tuple(block if n == axis else 1 for n in range(len(shape)))
     counted = jnp.ones(positions, dtype)
-    if weights is not None:
-        counted = broadcast("weights", _constant("weights", weights, dtype), positions)
-    by_class = jnp.ones(classes, dtype)
-    if class_weights is not None:
-        by_class = _constant("class_weights", class_weights, dtype)
+    if options.weights is not None:
+        counted = broadcast("weights", _weights("weights", options.weights, dtype, masks=True), positions)
+    by_class = None
+    if options.class_weights is not None:
+        by_class = _weights("class_weights", options.class_weights, dtype)
         if by_class.shape != (classes,):
             raise ValueError(f"class_weights: expected shape ({classes},), one weight a class, got {by_class.shape}")
 
-    own = by_class if axis_name is None else lax.dynamic_slice_in_dim(by_class, first, block)
-    of_block = own.reshape(along_classes)
+    of_block = jnp.ones(along_classes, dtype)
+    if by_class is not None:
+        own = by_class if axis_name is None else lax.dynamic_slice_in_dim(by_class, first, block)
+        of_block = own.reshape(along_classes)
+    uniform = None
+    if smoothing is not None:  # its mass is shared among the classes that are left, each by its class weight
+        uniform = of_block / jnp.asarray(classes, dtype)
+        if where is not None:
+            left = sum_shards(jnp.sum(where, axis, keepdims=True, dtype=dtype), axis_name)
+            uniform = jnp.where(where, of_block, 0) / jnp.maximum(left, 1)
 
-    # Smoothing shares its mass among the classes that are left, each by its class weight.
-    uniform = of_block / classes
-    if where is not None and label_smoothing:
-        left = sum_shards(jnp.sum(where, axis, keepdims=True, dtype=dtype), axis_name)
-        uniform = jnp.where(where, of_block, 0) / jnp.maximum(left, 1)
+    if not jnp.issubdtype(targets.dtype, jnp.floating) and targets.shape == shape and classes != 1:
+        targets = targets.astype(jnp.int32) if targets.dtype == jnp.bool_ else targets
+        one_hot = (targets == 0) | (targets == 1)
+        check_values("targets", targets, one_hot, "0 or 1, or labels of the logits' shape without the class axis")
+        targets = jnp.where(one_hot, targets, 0).astype(dtype) / one_hot.astype(dtype)  # 0/0 is NaN
 
-    if jnp.issubdtype(given.dtype, jnp.integer):
-        if given.shape != positions:
+    if jnp.issubdtype(targets.dtype, jnp.integer):
+        if targets.shape != positions:
             raise ValueError(
                 f"targets: expected integer labels of shape {positions}, the logits' {shape} "
-                f"without axis {axis}, got {given.shape}"
+                f"without axis {axis}, got {targets.shape}"
             )
-        if given.dtype.itemsize < 4:  # int8 cannot hold the number of classes to compare with
-            given = given.astype(jnp.int32)
-        inside = (given >= 0) & (given < classes)
-        allowed = f"a label in [0, {classes})"
-        if ignore_index is not None:
-            counted = jnp.where(equals(given, ignore_index), 0, counted)
-            allowed += f" or ignore_index={ignore_index}"
-        check_values("targets", given, inside | (counted == 0), allowed)
-        # NaN, never a clamped or wrapped class: a compiled function has no other way to object.
-        share = jnp.where(counted == 0, 0, jnp.where(inside, counted, jnp.nan))
-        label = given.astype(jnp.int32)
-        by_label = by_class[jnp.where(inside, label, 0)] if class_weights is not None else jnp.ones_like(counted)
+        if targets.dtype.itemsize < 4:  # int8 cannot hold the number of classes to compare with
+            targets = targets.astype(jnp.int32)
+        inside, ignored = (targets >= 0) & (targets < classes), equals(targets, ignore_index)
+        counted = jnp.where(ignored, 0, counted)
+        check_values("targets", targets, inside | (counted == 0), _allowed(classes, ignore_index))
+        # NaN, never a clamped or wrapped class: a compiled function has no other way to object. It is written 0/0,
+        # because JAX's `debug_nans` stops at a literal NaN even where it is not chosen.
+        share = jnp.where(inside, counted, 0) / jnp.where(inside | (counted == 0), 1, 0).astype(dtype)
+        label = jnp.where(inside, targets.astype(jnp.int32), -1)
+        by_label = jnp.ones_like(counted) if by_class is None else by_class[jnp.maximum(label, 0)]
         label, share, by_label, counted = (jnp.expand_dims(a, axis) for a in (label, share, by_label, counted))
-        hot = share * by_label * (1 - label_smoothing)
-        spread = label_smoothing * uniform if label_smoothing else None
-        return Targets(label - first, hot, spread, share), Counts(counted * by_label, counted)
+        hot, spread = share * by_label, None
+        if smoothing is not None:
+            hot, spread = hot * (1 - smoothing), smoothing * cast(Array, uniform)
+        read, weighted = Targets(label - first, hot, spread, share), counted * by_label
+    else:
+        spread = _read_distribution(targets, shape, dtype, ignore_index)
+        if where is not None:  # a removed class is no variable of the loss
+            spread = jnp.where(where, spread, lax.stop_gradient(spread))
+        if by_class is not None:
+            # A class without weight has no gradient, even at a logit of −inf.
+            spread = jnp.where(of_block == 0, 0, of_block * spread)
+        if smoothing is not None:
+            spread = jnp.where(smoothing == 1, 0, (1 - smoothing) * spread) + smoothing * cast(Array, uniform)
+        counted = jnp.expand_dims(counted, axis)
+        read, weighted = Targets(spread=spread, share=counted), counted
 
-    if not jnp.issubdtype(given.dtype, jnp.floating):
-        raise TypeError(f"targets: expected integer labels or a floating distribution, got dtype {given.dtype}")
-    if given.shape != shape:
+    count = or_one(sum_positions(weighted, examples)) if reduction == "mean" else None
+    if options.z_loss is not None:
+        # The averages of the two terms have denominators of their own, so that class weights leave the z-loss alone.
+        ratio = 1 if count is None else count / or_one(sum_positions(counted, examples))
+        read = read._replace(square=options.z_loss * counted * ratio)
+    return read, count
+
+
+def reduce_losses(losses: Array, reduction: Reduction, count: Array | None, axis: int, examples: int = 0) -> Array:
+    """The losses of all positions without their class axis, or their sum or mean over what follows the `examples`."""
+    if reduction == "none":
+        return jnp.squeeze(losses, axis)
+    total = sum_positions(losses, examples)
+    return jnp.squeeze(total if count is None else total / count, tuple(range(examples, losses.ndim)))
+
+
+def sum_positions(array: Array, examples: int) -> Array:
+    """The sum over all axes behind those of the examples, kept with length one."""
+    return jnp.sum(array, tuple(range(examples, array.ndim)), keepdims=True)
+
+
+def or_one(count: Array) -> Array:
+    return jnp.where(count == 0, 1, count)
+
+
+def as_targets(targets: ArrayLike, classes: int, ignore_index: int | None) -> tuple[Array, int | None]:
+    """The targets in a dtype of JAX's, and what to ignore among them.
+
+    Without x64 JAX keeps the lower 32 bits of a label, which may be a class. Labels that come as NumPy arrays or lists
+    are seen before that, and what does not fit becomes a label that is no class.
+    """
+    if ignore_index is not None:
+        ignore_index = as_integer("ignore_index", ignore_index)
+    if isinstance(targets, jax.Array) or jax.config.read("jax_enable_x64"):
+        return jnp.asarray(targets), ignore_index
+    labels = np.asarray(targets)
+    if labels.dtype.kind not in "iu" or labels.dtype.itemsize < 4:
+        return jnp.asarray(labels), ignore_index
+    limits = np.iinfo(np.int32)
+    fits = (labels >= limits.min) & (labels < limits.max)
+    if fits.all():
+        return jnp.asarray(labels.astype(np.int32)), ignore_index
+    ignored = np.zeros(labels.shape, bool) if ignore_index is None else labels == ignore_index
+    if is_checking() and not (fits | ignored).all():
+        first = tuple(int(n) for n in np.argwhere(~(fits | ignored))[0])
+        where = f"[{', '.join(map(str, first))}]" if first else ""
+        raise ValueError(f"targets{where} is {labels[first]}: expected {_allowed(classes, ignore_index)}")
+    if ignored.any() and not limits.min <= cast(int, ignore_index) < limits.max:
+        # A number that fits takes the place of the one that does not, and is itself none that was meant.
+        labels = np.where(ignored, limits.min, np.where(labels == limits.min, limits.max, labels))
+        fits, ignore_index = fits | ignored, int(limits.min)
+    return jnp.asarray(np.where(fits, labels, limits.max).astype(np.int32)), ignore_index
+
+
+def equals(labels: Array, index: int | None) -> Array:
+    """Labels == index, also where the labels' dtype cannot hold the index and comparing would wrap it."""
+    limits = jnp.iinfo(labels.dtype)
+    if index is None or not limits.min <= index <= limits.max:
+        return jnp.zeros(labels.shape, bool)
+    return labels == index
+
+
+def _allowed(classes: int, ignore_index: int | None) -> str:
+    return f"a label in [0, {classes})" + ("" if ignore_index is None else f" or ignore_index={ignore_index}")
+
+
+def _read_distribution(targets: Array, shape: tuple[int, ...], dtype: jnp.dtype, ignore_index: int | None) -> Array:
+    if not jnp.issubdtype(targets.dtype, jnp.floating):
+        raise TypeError(f"targets: expected integer labels or a distribution, got dtype {targets.dtype}")
+    if targets.shape != shape:
         raise ValueError(
-            f"targets: expected a distribution of the logits' shape {shape}, got {given.shape}; "
+            f"targets: expected a distribution of the logits' shape {shape}, got {targets.shape}; "
             "labels must have an integer dtype"
         )
     if ignore_index is not None:
         raise ValueError("ignore_index: expected None with distributions, which have no index; use weights")
-    check_values("targets", given, (given >= 0) & (given < jnp.inf), "a finite probability of at least 0")
-    spread = given.astype(dtype)
-    if where is not None:  # a removed class is no variable of the loss
-        spread = jnp.where(where, spread, lax.stop_gradient(spread))
-    if class_weights is not None:
-        spread = jnp.where(of_block == 0, 0, of_block * spread)  # a class without weight has no gradient, even at −inf
-    if label_smoothing:
-        spread = (1 - label_smoothing) * spread + label_smoothing * uniform
-    counted = jnp.expand_dims(counted, axis)
-    return Targets(spread=spread, share=counted), Counts(counted, counted)
+    check_values("targets", targets, (targets >= 0) & (targets < jnp.inf), "a finite probability of at least 0")
+    return targets.astype(dtype)
 
 
-def _constant(name: str, value: ArrayLike, dtype: jnp.dtype) -> Array:
+def _weights(name: str, value: ArrayLike, dtype: jnp.dtype, *, masks: bool = False) -> Array:
     """Weights: real, finite, not negative, and no variables of the loss."""
     array = jnp.asarray(value)
-    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
-        raise TypeError(f"{name}: expected real numbers, got dtype {array.dtype}")
+    kinds = (jnp.floating, jnp.integer, *((jnp.bool_,) if masks else ()))
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+        raise TypeError(f"{name}: expected real numbers{' or booleans' if masks else ''}, got dtype {array.dtype}")
     check_values(name, array, (array >= 0) & (array < jnp.inf), "a finite weight of at least 0")
     return lax.stop_gradient(array.astype(dtype))
-
-
-def equals(labels: Array, index: int) -> Array:
-    """Labels == index, also where the labels' dtype cannot hold the index and comparing would wrap it."""
-    limits = jnp.iinfo(labels.dtype)
-    return labels == index if limits.min <= index <= limits.max else jnp.zeros(labels.shape, bool)

@@ -368,11 +368,9 @@ def test_temporaries_are_bounded_by_the_budget_and_the_gradients(positions):
 def test_the_loop_ends_with_the_last_position_that_takes_part():
     """The bound of the loop over tiles is a value of the program, not its length."""
     x, w, _b, labels, _ = float64_problem()
-    jaxpr = str(
-        jax.make_jaxpr(lambda y: linear_cross_entropy(x, w, y, ignore_index=-100, memory_budget=8 * 8 * 13))(labels)
-    )
-    assert "while" in jaxpr
-    assert "scan" not in jaxpr
+    fn = jax.jit(lambda y: linear_cross_entropy(x, w, y, ignore_index=-100, memory_budget=8 * 8 * 13))
+    program = fn.lower(labels).as_text()
+    assert "stablehlo.while" in program
 
 
 def test_plan():
@@ -397,11 +395,16 @@ def test_lowers_for_accelerators(platform):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda x, w, b, y: linear_cross_entropy(x, w.T, y), ValueError, r"kernel: expected shape (4, classes) with at least one class, got (13, 4)"),
+        (lambda x, w, b, y: linear_cross_entropy(x, w.T, y), ValueError, r"kernel: expected shape (4, classes) with at least one class, got (13, 4); for a kernel of shape (classes, features) pass kernel_axis=0"),
         (lambda x, w, b, y: linear_cross_entropy(x, w, y, b[:3]), ValueError, r"bias: expected shape (13,), one number a class, got (3,)"),
         (lambda x, w, b, y: linear_cross_entropy(x[0, 0], w, y), ValueError, r"features: expected at least one axis, the features, got a scalar"),
         (lambda x, w, b, y: linear_cross_entropy(x, w, y[:2]), ValueError, r"targets: expected integer labels of shape (21,)"),
-        (lambda x, w, b, y: linear_cross_entropy(x, w, y, soft_cap=0), ValueError, r"soft_cap: expected a number above 0, got 0"),
+        (lambda x, w, b, y: linear_cross_entropy(x, w, y, soft_cap=0), ValueError, r"soft_cap: expected a finite number above 0, got 0"),
+        (lambda x, w, b, y: linear_cross_entropy(x, w, y, kernel_axis=0), ValueError, r"kernel: expected shape (classes, 4) with at least one class, got (4, 13); for a kernel of shape (features, classes) pass kernel_axis=-1"),
+        (lambda x, w, b, y: linear_cross_entropy(x, w, y, kernel_axis=2), ValueError, r"kernel_axis: expected an integer in [-2, 2), got 2"),
+        (lambda x, w, b, y: linear_cross_entropy(x, w, y, temperature=0), ValueError, r"temperature: expected a finite number above 0, got 0"),
+        (lambda x, w, b, y: linear_cross_entropy(x, w, y, where=np.ones(4, bool)), ValueError, r"where: expected a shape that broadcasts to (13,), got (4,)"),
+        (lambda x, w, b, y: linear_cross_entropy(x, w.astype(jnp.float8_e4m3fn), y), TypeError, r"kernel: expected at least 16 bits, got dtype float8_e4m3fn: convert to bfloat16 first"),
         (lambda x, w, b, y: linear_cross_entropy(x, w, y, memory_budget=100), ValueError, r"memory_budget: expected at least 208 bytes, what one position's logits take, got 100"),
         (lambda x, w, b, y: linear_cross_entropy(x, w, y, memory_budget=1e9), TypeError, r"memory_budget: expected an integer, got 1000000000.0"),
         (lambda x, w, b, y: linear_cross_entropy(x, w, y, reduction="average"), ValueError, r"reduction: expected 'none', 'sum' or 'mean', got 'average'"),

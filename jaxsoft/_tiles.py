@@ -1,0 +1,221 @@
+"""The loops over tiles of a linear layer's positions: losses, and their gradients, with one tile's logits alive."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxsoft._checks import compute_dtype
+from jaxsoft._cross_entropy import losses
+from jaxsoft._shards import AxisName, unsharded, vary, varying
+from jaxsoft._statistics import block_gradient, block_statistics, position_losses, target_gradient
+from jaxsoft._targets import Targets
+
+
+class Layer(NamedTuple):
+    """The linear layer and what is done to its logits."""
+
+    features: Array  # (N, D)
+    kernel: Array  # (D, V) or (V, D)
+    bias: Array | None  # (V,), −inf at a class that is removed
+    soft_cap: Array | None  # scalars
+    temperature: Array | None
+
+
+class Tiling(NamedTuple):
+    """What the program depends on beside its arrays."""
+
+    rows: int  # positions in a tile
+    class_axis: int  # of the kernel
+    axis_name: AxisName
+    skips: bool  # whether positions may be ignored
+
+
+class Variables(NamedTuple):
+    """Something of each input that may be differentiated: its gradient, whether that is wanted."""
+
+    features: Any = None
+    kernel: Any = None
+    bias: Any = None
+    spread: Any = None
+
+
+# Each loop is fast and cannot be differentiated, hence a rule: that of the same sum as a scan.
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def tiled_losses(tiling: Tiling, layer: Layer, targets: Targets) -> Array:
+    """The loss of every position, of shape (N, 1)."""
+
+    def step(rows: Array, losses: Array) -> Array:
+        x, t = _take(rows, (layer.features, targets))
+        logits = _to_logits(_products(tiling, x, layer), layer)
+        statistics = block_statistics(logits, (1,), t, tiling.axis_name, reused="nothing")
+        return losses.at[rows].set(position_losses(t, statistics), mode="drop")
+
+    # With no gradients to add up for each tile, small ones that stay in a cache are faster.
+    tiling = tiling._replace(rows=jax.core.min_dim(tiling.rows, jax.core.max_dim(tiling.rows // 8, 256)))
+    nothing = jnp.zeros((layer.features.shape[0], 1), compute_dtype(layer.features.dtype))
+    return _over_tiles(tiling, targets, step, vary(nothing, unsharded(varying(layer), tiling.axis_name)))
+
+
+@tiled_losses.defjvp
+def _tiled_losses_jvp(tiling: Tiling, primals, tangents):
+    def without_rule(logits: Array, targets: Targets, axis: int, axis_name: AxisName) -> Array:
+        return position_losses(targets, block_statistics(logits, (axis,), targets, axis_name))
+
+    # A custom_vjp, as `losses` is, cannot be differentiated in forward mode.
+    return jax.jvp(functools.partial(_scanned_losses, tiling, without_rule), primals, tangents)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def tiled_gradients(
+    tiling: Tiling, wanted: Variables, layer: Layer, targets: Targets, cotangent: Array
+) -> tuple[Array, Variables]:
+    """The sum of cotangent·loss over all positions, and the gradients of it that are wanted."""
+    x_dtype, dtype = layer.features.dtype, compute_dtype(layer.features.dtype)
+    product = functools.partial(lax.dot_general, preferred_element_type=dtype)
+
+    def step(rows: Array, carry: tuple[Array, Variables]) -> tuple[Array, Variables]:
+        total, (to_features, to_kernel, to_bias, to_spread) = carry
+        x, t, c = _take(rows, (layer.features, targets, cotangent))
+        logits, to_products = jax.vjp(lambda products: _to_logits(products, layer), _products(tiling, x, layer))
+        statistics = block_statistics(logits, (1,), t, tiling.axis_name)
+        total += jnp.sum(c * position_losses(t, statistics))
+        (gradient,) = to_products(block_gradient(logits, t, statistics, (1,), c))
+        narrow = gradient.astype(x_dtype)  # or the products would be taken in float32
+        if wanted.features:
+            to_rows = product(narrow, layer.kernel, (((1,), (tiling.class_axis,)), ((), ())))
+            to_features = to_features.at[rows].set(to_rows.astype(to_features.dtype), mode="drop")
+        if wanted.kernel:
+            first, second = (x, narrow) if tiling.class_axis == 1 else (narrow, x)
+            to_kernel += product(first, second, (((0,), (0,)), ((), ())))
+        if wanted.bias:
+            to_bias += jnp.sum(gradient, 0)
+        if wanted.spread:
+            to_spread = to_spread.at[rows].set(target_gradient(logits, t, statistics, c), mode="drop")
+        return total, Variables(to_features, to_kernel, to_bias, to_spread)
+
+    def zeros(array: Array, wanted: bool, dtype: jnp.dtype) -> Array | None:
+        return vary(jnp.zeros(array.shape, dtype), varying(layer)) if wanted else None
+
+    # Sums over shards are taken in the dtype to compute in, and so are what they add up.
+    of_features = x_dtype if tiling.axis_name is None else dtype
+    dtypes = Variables(of_features, dtype, dtype, dtype)
+    inputs = _variables(layer, targets)
+    none_yet = Variables(*map(zeros, inputs, wanted, dtypes))
+    nothing = vary(jnp.zeros((), dtype), unsharded(varying(layer), tiling.axis_name))
+    return _over_tiles(tiling, targets, step, (nothing, none_yet))
+
+
+@tiled_gradients.defjvp
+def _tiled_gradients_jvp(tiling: Tiling, wanted: Variables, primals, tangents):
+    def total_and_gradients(layer: Layer, targets: Targets, cotangent: Array) -> tuple[Array, Variables]:
+        every = _variables(layer, targets)
+
+        def total(chosen: Variables) -> Array:
+            *inputs, spread = (old if new is None else new for new, old in zip(chosen, every, strict=True))
+            changed = Layer(*inputs, layer.soft_cap, layer.temperature), targets._replace(spread=spread)
+            return jnp.sum(cotangent * _scanned_losses(tiling, losses, *changed))
+
+        total_now, gradients = jax.value_and_grad(total)(
+            Variables(*(v if w else None for v, w in zip(every, wanted, strict=True)))
+        )
+        if gradients.features is not None and tiling.axis_name is not None:  # in the dtype of the loop's
+            gradients = gradients._replace(features=gradients.features.astype(cotangent.dtype))
+        if gradients.kernel is not None:
+            gradients = gradients._replace(kernel=gradients.kernel.astype(cotangent.dtype))
+        return total_now, gradients
+
+    return jax.jvp(total_and_gradients, primals, tangents)
+
+
+def _variables(layer: Layer, targets: Targets) -> Variables:
+    return Variables(layer.features, layer.kernel, layer.bias, targets.spread)
+
+
+def _scanned_losses(tiling: Tiling, losses: Callable[..., Any], layer: Layer, targets: Targets) -> Array:
+    """`tiled_losses` as a scan over all tiles, which JAX can differentiate."""
+
+    @jax.checkpoint
+    def tile(rows: Array) -> Array:
+        x, t = _take(rows, (layer.features, targets))
+        x = jnp.where(t.share == 0, 0, x)  # the loops leave these rows out
+        logits = _to_logits(_products(tiling, x, layer), layer)
+        return losses(logits, t, 1, tiling.axis_name)
+
+    positions = layer.features.shape[0]
+    tiles = -(-positions // tiling.rows)
+    rows = jnp.arange(tiles * tiling.rows).reshape(tiles, tiling.rows)
+    return lax.map(tile, rows).reshape(-1, 1)[:positions]
+
+
+def _over_tiles(tiling: Tiling, targets: Targets, step: Callable[[Array, Any], Any], start: Any) -> Any:
+    """Fold `step` over tiles of the positions that take part; rows past the last have an index out of range."""
+    share = targets.share
+    assert share is not None
+    positions = share.shape[0]
+
+    def fold(first: Array | int, end: Array | int, size: int, carry: Any) -> Any:
+        def body(tile: Array, carry: Any) -> Any:
+            row = first + tile * size
+            rows = lax.dynamic_slice_in_dim(order, row, size)
+            return step(jnp.where(row + jnp.arange(size) < end, rows, positions), carry)
+
+        return lax.fori_loop(0, (end - first + size - 1) // size, body, carry)
+
+    order, count = jnp.arange(positions), positions
+    if tiling.skips:
+        idle = share[:, 0] == 0
+        order, count = jnp.argsort(idle, stable=True), positions - jnp.sum(idle)
+    order = jnp.pad(order, (0, tiling.rows), constant_values=positions)
+    if not tiling.skips or tiling.axis_name is not None:  # each loop brings two all-reduces of its own
+        return fold(0, count, tiling.rows, start)
+    # What whole tiles leave is taken in tiles of an eighth, or most of the last one could be idle.
+    whole = count - count % tiling.rows
+    return fold(whole, count, -(-tiling.rows // 8), fold(0, whole, tiling.rows, start))
+
+
+def _take(rows: Array, arrays: Any) -> Any:
+    """A tile's rows of every array, zero where the index is out of range."""
+
+    def take(array: Array) -> Array:
+        shared = array.shape[0] == 1  # by all positions, or there is but one
+        return array if shared else jnp.take(array, rows, axis=0, mode="fill", fill_value=0)
+
+    return jax.tree.map(take, arrays)
+
+
+def _products(tiling: Tiling, features: Array, layer: Layer) -> Array:
+    """x·W + b of a tile."""
+    contracted = (((1,), (1 - tiling.class_axis,)), ((), ()))
+    dtype = compute_dtype(features.dtype)
+    products = lax.dot_general(features, layer.kernel, contracted, preferred_element_type=dtype)
+    return products if layer.bias is None else products + layer.bias[None, :]
+
+
+def _to_logits(products: Array, layer: Layer) -> Array:
+    """Capped, then divided by the temperature; a class removed by a bias of −inf stays removed, without a gradient."""
+    logits = products
+    if layer.soft_cap is not None:
+        logits = _capped(logits, layer.soft_cap)
+    if layer.temperature is not None:
+        logits = logits / layer.temperature
+    return logits if layer.bias is None else jnp.where(jnp.isneginf(products), lax.stop_gradient(products), logits)
+
+
+@jax.custom_jvp
+def _capped(products: Array, soft_cap: Array) -> Array:
+    return soft_cap * jnp.tanh(products / soft_cap)
+
+
+@_capped.defjvp
+def _capped_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    """With 1 − tanh² from one exponential: by subtraction it would be 0 where the cap is nearly reached."""
+    products, soft_cap = primals
+    e = jnp.exp(-2 * jnp.abs(products / soft_cap))
+    return _capped(*primals), 4 * e / (1 + e) ** 2 * tangents[0]
