@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -220,7 +220,7 @@ def _map_examples(size: int, axes: Inputs, inputs: Inputs, static: Static) -> tu
     if axes.layer.features is None or len(jax.tree.leaves(axes)) > len(jax.tree.leaves(of_examples)):
         return None
 
-    def lead(array: Array | None, axis: int | None) -> Array | None:
+    def lead(array: Any, axis: Any) -> Any:
         if array is None:
             return None
         return jnp.broadcast_to(array, (size, *array.shape)) if axis is None else jnp.moveaxis(array, axis, 0)

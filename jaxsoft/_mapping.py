@@ -44,8 +44,8 @@ def mapped_by(rule: Callable[[int, Any, Any, Any], tuple[Array, int] | None]) ->
                 given = iter(moving)
                 return call(*(next(given) if m else p for m, p in zip(moves, primals, strict=True)), **params)
 
-            chosen = ([v for v, m in zip(values, moves, strict=True) if m] for values in (primals, tangents))
-            return jax.jvp(of_moving, *chosen)
+            moving, their_tangents = ([v for v, m in zip(vs, moves, strict=True) if m] for vs in (primals, tangents))
+            return jax.jvp(of_moving, moving, their_tangents)
 
         def abstract(*avals, **params):
             return jax.make_jaxpr(functools.partial(call, **params))(*avals).out_avals[0]

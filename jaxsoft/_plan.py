@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jax.core import min_dim
 from jaxtyping import DTypeLike
 
 from jaxsoft._checks import as_integer, as_option, compute_dtype
@@ -109,7 +109,7 @@ def tile_rows(positions: int, classes: int, dtype: jnp.dtype, distributions: boo
             )
         most = min(memory_budget // row_bytes, MOST_ROWS)
     if not is_known(positions):
-        return jax.core.min_dim(positions, most)
+        return min_dim(positions, most)
     tiles = -(-positions // most)
     return -(-positions // tiles)
 

@@ -10,7 +10,7 @@ Every loss and normaliser in this package comes from `block_statistics`, every g
 Arrays of statistics keep the class axes with length one, so they broadcast against the logits.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -30,9 +30,9 @@ class Statistics(NamedTuple):
 
     max: Array  # m, above −inf
     tail: Array  # Σ_j exp(z_j − m) over every class but the label
-    label: Array | None = None  # z_label − m
-    spread: Array | None = None  # Σ_j spread_j
-    gap: Array | None = None  # Σ_j spread_j (m − z_j)
+    label: Any = None  # z_label − m
+    spread: Any = None  # Σ_j spread_j
+    gap: Any = None  # Σ_j spread_j (m − z_j)
 
     @property
     def sum(self) -> Array:
@@ -196,20 +196,19 @@ def block_gradient(
         mass += cotangent * 2 * targets.square * statistics.finite_logsumexp
         idle &= targets.square == 0
     if targets.spread is not None:
-        share = cotangent * targets.share
-        mass += share * statistics.spread
+        mass += cotangent * targets.share * statistics.spread
         idle &= targets.share == 0
-    hot = None
-    if targets.label is not None:
+    exponentials = block_exponentials(logits, statistics.max, targets.label, axes)
+    if targets.label is None:
+        gradient = exponentials * (mass / total)
+    else:
         hot = cotangent * targets.hot
         idle &= targets.hot == 0
-    exponentials = block_exponentials(logits, statistics.max, targets.label, axes)
-    gradient = exponentials * ((mass if hot is None else mass + hot) / total)
-    if hot is not None:
         at_label = (mass * jnp.exp(statistics.label) - hot * statistics.tail) / total
+        gradient = exponentials * ((mass + hot) / total)
         gradient = jnp.where(_at_label(logits, targets.label, axes), at_label, gradient)
     if targets.spread is not None:
-        gradient -= share * targets.spread
+        gradient -= cotangent * targets.share * targets.spread
     # A position without weight has no gradient, whatever its logits and its cotangent: padding may be NaN.
     return jnp.where(idle, 0, gradient)
 

@@ -1,6 +1,6 @@
 """Targets: labels or distributions, ignored, weighted, smoothed, in one representation; reductions over them."""
 
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,9 @@ class Targets(NamedTuple):
     """
 
     label: Array | None = None  # index of the label within the block, possibly outside of it
-    hot: Array | None = None  # its weight; 0 where ignored, NaN where the label is out of range
+    hot: Any = None  # its weight; 0 where ignored, NaN where the label is out of range
     spread: Array | None = None  # weights of all classes, broadcasting against the logits
-    share: Array | None = None  # what a position's weights are multiplied by
+    share: Any = None  # what a position's weights are multiplied by
     square: Array | None = None  # what lse² is multiplied by
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import max_dim, min_dim
 from jaxtyping import Array
 
 from jaxsoft._checks import compute_dtype
@@ -58,7 +59,7 @@ def tiled_losses(tiling: Tiling, layer: Layer, targets: Targets) -> Array:
         return losses.at[rows].set(position_losses(t, statistics), mode="drop")
 
     # With no gradients to add up for each tile, small ones that stay in a cache are faster.
-    tiling = tiling._replace(rows=jax.core.min_dim(tiling.rows, jax.core.max_dim(tiling.rows // 8, 256)))
+    tiling = tiling._replace(rows=min_dim(tiling.rows, max_dim(tiling.rows // 8, 256)))
     nothing = jnp.zeros((layer.features.shape[0], 1), compute_dtype(layer.features.dtype))
     return _over_tiles(tiling, targets, step, vary(nothing, unsharded(varying(layer), tiling.axis_name)))
 
@@ -118,9 +119,9 @@ def _tiled_gradients_jvp(tiling: Tiling, wanted: Variables, primals, tangents):
         every = _variables(layer, targets)
 
         def total(chosen: Variables) -> Array:
-            *inputs, spread = (old if new is None else new for new, old in zip(chosen, every, strict=True))
-            changed = Layer(*inputs, layer.soft_cap, layer.temperature), targets._replace(spread=spread)
-            return jnp.sum(cotangent * _scanned_losses(tiling, losses, *changed))
+            x, w, b, spread = (old if new is None else new for new, old in zip(chosen, every, strict=True))
+            changed = layer._replace(features=x, kernel=w, bias=b)
+            return jnp.sum(cotangent * _scanned_losses(tiling, losses, changed, targets._replace(spread=spread)))
 
         total_now, gradients = jax.value_and_grad(total)(
             Variables(*(v if w else None for v, w in zip(every, wanted, strict=True)))
