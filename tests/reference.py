@@ -57,6 +57,7 @@ def pytorch_cross_entropy(
 
 def covering(strength, *factors):
     """Few choices of one option a factor in which every `strength` options of different factors meet: greedily found."""
+    factors = [list(options) for options in factors]
     choices = list(itertools.product(*(range(len(options)) for options in factors)))
     meetings = {choice: set(itertools.combinations(enumerate(choice), strength)) for choice in choices}
     chosen, missing = [], set().union(*meetings.values())

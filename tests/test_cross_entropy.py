@@ -194,18 +194,18 @@ def test_bfloat16_over_a_large_vocabulary():
 def test_a_label_out_of_range_is_nan_there_and_nowhere_else(dtype, bad):
     logits = jnp.asarray(LOGITS)
     clean = jnp.asarray(LABELS).astype(dtype)
-    for label in bad:
-        labels = clean.at[3].set(jnp.array(label, dtype))
-        for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.1, "class_weights": CLASS_WEIGHTS}):
-            run = jax.jit(jax.value_and_grad(lambda z, y, options=options: cross_entropy(z, y, **options)))
+    for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.1, "class_weights": CLASS_WEIGHTS}):
+        run = jax.jit(jax.value_and_grad(lambda z, y, options=options: cross_entropy(z, y, **options)))
+        each = jax.jit(lambda z, y, options=options: cross_entropy(z, y, reduction="none", **options))
+        expected = np.array(each(logits, clean))
+        expected[3] = np.nan
+        for label in bad:
+            labels = clean.at[3].set(jnp.array(label, dtype))
             mean, gradient = run(logits, labels)
             assert np.isnan(mean)
             assert np.isnan(gradient[3]).all()
             assert np.isfinite(np.delete(gradient, 3, 0)).all()
-            losses = cross_entropy(logits, labels, reduction="none", **options)
-            expected = np.array(cross_entropy(logits, clean, reduction="none", **options))
-            expected[3] = np.nan
-            np.testing.assert_allclose(losses, expected, rtol=1e-14)
+            np.testing.assert_allclose(each(logits, labels), expected, rtol=1e-14)
 
 
 def test_ignore_index_that_the_labels_dtype_cannot_hold_ignores_nothing():
@@ -241,9 +241,8 @@ def test_nothing_to_average():
         (DISTRIBUTION, {"weights": np.zeros(12)}),
     ):
         for smoothing, z_loss in itertools.product((0, 0.1), (0, 0.1)):
-            value, gradient = jax.value_and_grad(cross_entropy)(
-                jnp.asarray(LOGITS), jnp.asarray(labels), label_smoothing=smoothing, z_loss=z_loss, **options
-            )
+            loss = lambda z, y, o=options | {"label_smoothing": smoothing, "z_loss": z_loss}: cross_entropy(z, y, **o)  # noqa: E731
+            value, gradient = jax.jit(jax.value_and_grad(loss))(LOGITS, labels)
             assert value == 0
             np.testing.assert_array_equal(gradient, 0)
     assert cross_entropy(jnp.zeros((0, 5)), jnp.zeros(0, int)) == 0
@@ -436,13 +435,15 @@ def test_derivatives_of_second_order(targets, options, q):
     def expected(z):
         return reference.losses(z, jnp.asarray(q), options.get("z_loss", 0.0))
 
-    matrix = jax.hessian(expected)(logits)
-    np.testing.assert_allclose(jax.hessian(ours)(logits), matrix, rtol=1e-10, atol=1e-13)
-    np.testing.assert_allclose(jax.jacrev(jax.grad(ours))(logits), matrix, rtol=1e-10, atol=1e-13)
-    np.testing.assert_allclose(
-        jax.jvp(jax.grad(ours), (logits,), (direction,))[1], matrix @ direction, rtol=1e-10, atol=1e-13
-    )
-    check_grads(jax.checkpoint(ours), (logits,), order=2, modes=["rev"])
+    @jax.jit
+    def matrices(z):
+        return jax.hessian(ours)(z), jax.jacrev(jax.grad(ours))(z), jax.hessian(expected)(z)
+
+    *found, matrix = matrices(logits)
+    product = jax.jit(lambda *at: jax.jvp(jax.grad(ours), at[:1], at[1:])[1])(logits, direction)
+    for actual, wanted in ((found[0], matrix), (found[1], matrix), (product, matrix @ direction)):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-10, atol=1e-13)
+    check_grads(jax.jit(jax.checkpoint(ours)), (logits,), order=2, modes=["rev"])
 
 
 def test_mixed_second_derivatives_of_logits_and_targets():
@@ -450,8 +451,8 @@ def test_mixed_second_derivatives_of_logits_and_targets():
         return cross_entropy(z, t)
 
     logits, targets = jnp.asarray(LOGITS[0]), jnp.asarray(DISTRIBUTION[0])
-    actual = jax.jacrev(jax.grad(ours, argnums=1), argnums=0)(logits, targets)
-    expected = jax.jacfwd(jax.grad(reference.losses, argnums=1), argnums=0)(logits, targets)
+    actual = jax.jit(jax.jacrev(jax.grad(ours, argnums=1), argnums=0))(logits, targets)
+    expected = jax.jit(jax.jacfwd(jax.grad(reference.losses, argnums=1), argnums=0))(logits, targets)
     np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-13)
 
 

@@ -86,22 +86,21 @@ def test_equals_the_unfused_computation(size, case):
         np.random.default_rng(1).normal(size=positions) if options.get("reduction") == "none" else np.float64(1.7)
     )
 
-    def expected(x, w, b):
-        return jnp.sum(
-            cotangent * naive(x, w, b, q, counted, denominators, options.get("soft_cap"), options.get("z_loss", 0.0))
-        )
+    def expected(x, w, b, q, counted, cotangent):
+        terms = naive(x, w, b, q, counted, denominators, options.get("soft_cap"), options.get("z_loss", 0.0))
+        return jnp.sum(cotangent * terms)
 
     targets = distributions.astype(np.float32) if case == "distributions" else np.where(ignored, -100, labels)
     row = 8 * classes * (3 if case == "distributions" else 1)
     budget = row * max(1, positions // 3)  # three tiles and a ragged one
 
-    def ours(x, w, b):
-        loss = linear_cross_entropy(x, w, jnp.asarray(targets), b, memory_budget=budget, **options)
+    def ours(x, w, b, targets, cotangent):
+        loss = linear_cross_entropy(x, w, targets, b, memory_budget=budget, **options)
         assert loss.dtype == jnp.float32
-        return jnp.sum(jnp.asarray(cotangent, jnp.float32) * loss)
+        return jnp.sum(cotangent * loss)
 
-    value, gradients = jax.jit(jax.value_and_grad(expected, (0, 1, 2)))(x, w, b)
-    narrow = [jnp.asarray(a, jnp.float32) for a in (x, w, b)]
+    value, gradients = jax.jit(jax.value_and_grad(expected, (0, 1, 2)))(x, w, b, q, counted, cotangent)
+    narrow = [*(jnp.asarray(a, jnp.float32) for a in (x, w, b)), targets, jnp.asarray(cotangent, jnp.float32)]
     actual, actual_gradients = jax.jit(jax.value_and_grad(ours, (0, 1, 2)))(*narrow)
     np.testing.assert_allclose(actual, value, rtol=1e-5)
     np.testing.assert_allclose(jax.jit(ours)(*narrow), value, rtol=1e-5)  # without differentiation
