@@ -13,7 +13,7 @@ import pytest
 from jax.test_util import check_grads
 
 import reference
-from jaxsoft import checked, cross_entropy, softmax
+from jaxsoft import checked, cross_entropy, linear_cross_entropy, softmax
 
 rng = np.random.default_rng(0)
 LOGITS = rng.normal(size=(12, 5)) * 3
@@ -318,6 +318,30 @@ def test_where_removes_classes():
         np.testing.assert_array_equal(np.asarray(gradient)[~mask], 0)
 
 
+@pytest.mark.parametrize("kind", ["labels", "distribution"])
+def test_a_mask_is_that_of_the_classes_left(kind):
+    """One mask for all positions equals leaving its classes out: loss, gradient and the gradient to a distribution."""
+    kept, mask = np.array([0, 2, 3]), np.array([True, False, True, True, False])
+    targets = kept[LABELS % 3] if kind == "labels" else DISTRIBUTION
+    of_kept = LABELS % 3 if kind == "labels" else DISTRIBUTION[:, kept]
+    variables = (0,) if kind == "labels" else (0, 1)
+    options = {"label_smoothing": 0.2, "z_loss": 0.1}
+
+    def value_and_gradients(logits, targets, weights, where=None):
+        loss = lambda z, t: cross_entropy(z, t, class_weights=weights, where=where, **options)  # noqa: E731
+        return jax.value_and_grad(loss, variables)(logits, targets)
+
+    poisoned = np.where(mask, LOGITS, np.nan)
+    if kind == "distribution":
+        targets = np.where(mask, targets, 0)
+    value, gradients = value_and_gradients(poisoned, targets, CLASS_WEIGHTS, mask)
+    expected, wanted = value_and_gradients(LOGITS[:, kept], of_kept, CLASS_WEIGHTS[kept])
+    np.testing.assert_allclose(value, expected, rtol=1e-13)
+    for gradient, want in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(gradient[:, kept], want, rtol=1e-12, atol=1e-15)
+        np.testing.assert_array_equal(np.asarray(gradient)[:, ~mask], 0)
+
+
 def test_a_removed_label_costs_infinity_with_finite_gradients():
     logits, mask = jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[True, False, True]])
     for targets in (jnp.array([1]), jnp.array([[0.0, 1.0, 0.0]])):
@@ -454,6 +478,23 @@ def test_mixed_second_derivatives_of_logits_and_targets():
     actual = jax.jit(jax.jacrev(jax.grad(ours, argnums=1), argnums=0))(logits, targets)
     expected = jax.jit(jax.jacfwd(jax.grad(reference.losses, argnums=1), argnums=0))(logits, targets)
     np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("loss", [cross_entropy, lambda z, y: linear_cross_entropy(z, jnp.eye(3, dtype=z.dtype), y)])
+def test_the_values_tangent_where_the_label_leads(loss, dtype):
+    """Σ_j p_j (ż_j − ż_label), also where the others' sum is 0: a maximum there has half a derivative on each side."""
+    tangent = np.array([1.0, -0.5, 2.0])
+
+    @jax.jit
+    def forward_over_reverse(z):
+        return jax.jvp(lambda z: jax.value_and_grad(loss)(z, jnp.array(0))[0], (z,), (jnp.asarray(tangent, dtype),))[1]
+
+    for lead in (0.0, 3.0, 17.0, 40.0, 200.0, 800.0):
+        probs = np.exp([0, -lead, -lead - 1]) / np.exp([0, -lead, -lead - 1]).sum()
+        expected = probs[1:] @ (tangent[1:] - tangent[0])
+        actual = forward_over_reverse(jnp.array([lead, 0, -1], dtype))
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=4 * float(jnp.finfo(dtype).eps))
 
 
 def test_vmap_over_a_batch_of_problems():

@@ -140,6 +140,26 @@ def test_removed_classes_poison_nothing():
         np.testing.assert_allclose(logsumexp(logits, where=mask), np.log(np.e + np.e**2), rtol=1e-14)
 
 
+@pytest.mark.parametrize("ours", [softmax, log_softmax, logsumexp])
+def test_a_mask_is_that_of_the_classes_left(ours):
+    """Its input half keeps removed logits out of the value, its output half removed cotangents out of the gradient."""
+    logits, cotangent = normal(19, (4, 5)), normal(20, (4,) if ours is logsumexp else (4, 5))
+    kept, mask = np.array([0, 2, 3]), jnp.array([True, False, True, True, False])
+    rest = {softmax: 0, log_softmax: -np.inf, logsumexp: None}[ours]
+    of_kept = cotangent if rest is None else cotangent[:, kept]
+    expected, wanted = value_and_vjp(ours, logits[:, kept], of_kept)
+    for poison in (0.0, 700.0, np.nan, np.inf, -np.inf):
+        given = jnp.where(mask, logits, poison)
+        to_value = cotangent if rest is None else jnp.where(mask, cotangent, poison)
+        value, gradient = value_and_vjp(lambda z: ours(z, where=mask), given, to_value)
+        if rest is not None:
+            np.testing.assert_array_equal(value[:, ~mask], rest)
+            value = value[:, kept]
+        np.testing.assert_allclose(value, expected, rtol=1e-13)
+        np.testing.assert_allclose(gradient[:, kept], wanted, rtol=1e-12, atol=1e-15)
+        np.testing.assert_array_equal(gradient[:, ~mask], 0)
+
+
 def test_no_class_left():
     nothing = jnp.zeros((2, 3), bool).at[1].set(True)
     logits = normal(9, (2, 3))
