@@ -52,6 +52,7 @@ def relative(actual, expected):
     return np.abs(np.asarray(actual, float) - expected).max() / np.abs(expected).max()
 
 
+@pytest.mark.unoptimized
 @pytest.mark.parametrize(
     ("size", "case"),
     [(SIZES[0], case) for case in OPTIONS]
@@ -121,6 +122,7 @@ TWICE = {
 }
 
 
+@pytest.mark.unoptimized
 @pytest.mark.parametrize("case", [*TWICE, "distributions"])
 def test_derivatives_of_second_order(case):
     x, w, b, labels, distributions = float64_problem()
@@ -153,6 +155,7 @@ def test_derivatives_of_second_order(case):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.unoptimized
 def test_gradient_to_distributions():
     x, w, b, _, distributions = float64_problem()
     got = jax.jit(jax.grad(lambda t: linear_cross_entropy(x, w, t, b, memory_budget=32 * 16 * 13)))(distributions)
@@ -160,6 +163,7 @@ def test_gradient_to_distributions():
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
+@pytest.mark.unoptimized
 def test_transformations():
     x, w, b, labels, _ = float64_problem()
     options = {"ignore_index": -100, "memory_budget": 8 * 16 * 13}
@@ -212,6 +216,7 @@ def test_the_kernels_gradient_is_summed_in_float32():
     np.testing.assert_array_equal(gradient.astype(float), [[-2048, 2048]])
 
 
+@pytest.mark.unoptimized
 def test_a_label_out_of_range_is_nan_and_nothing_else():
     x, w, b, labels, _ = float64_problem()
     options = {"ignore_index": -100, "memory_budget": 8 * 16 * 13}
@@ -225,6 +230,7 @@ def test_a_label_out_of_range_is_nan_and_nothing_else():
             checked(lambda y=wrong: linear_cross_entropy(x, w, y, ignore_index=-100))()
 
 
+@pytest.mark.unoptimized
 def test_nothing_to_average():
     x, w, b, labels, _ = float64_problem()
     loss = lambda x, w, b: linear_cross_entropy(x, w, 0 * labels, b, ignore_index=0)  # noqa: E731
@@ -257,6 +263,7 @@ def test_products_that_nobody_asked_for_are_not_taken():
     assert gemms(jax.value_and_grad(each, 1), x, w) == 3
 
 
+@pytest.mark.unoptimized
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_pullback_survives_derivatives_to_other_variables(reduction):
     """JAX caches what a rule keeps with the function it traced."""
@@ -288,6 +295,7 @@ def test_float16_gradients_neither_vanish_nor_overflow():
     np.testing.assert_array_equal(many.astype(float), [[-0.5, 0.5]])
 
 
+@pytest.mark.unoptimized
 def test_padding_may_be_nan_to_second_order():
     x, w, b, labels, _ = float64_problem()
     padded = jnp.where(labels[:, None] == -100, jnp.nan, x)
@@ -303,6 +311,7 @@ def test_padding_may_be_nan_to_second_order():
         np.testing.assert_allclose(got_gradient, want_gradient, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.unoptimized
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
 def test_a_bias_of_minus_infinity_removes_a_class(soft_cap):
     x, w, b, labels, _ = float64_problem()
