@@ -13,6 +13,23 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=is_unoptimized)  # for the caches to be emptied once
+
+
+def is_unoptimized(item):
+    return item.get_closest_marker("unoptimized") is not None
+
+
+@pytest.fixture(autouse=True)
+def compilation(request):
+    """Most of XLA's optimizations take time and change no result: what is marked `unoptimized` goes without."""
+    unoptimized = is_unoptimized(request.node)
+    if jax.config.read("jax_disable_most_optimizations") != unoptimized:
+        jax.config.update("jax_disable_most_optimizations", unoptimized)
+        jax.clear_caches()  # whose keys leave it out
+
+
 @pytest.fixture(autouse=True)
 def precision(request):
     x32 = request.node.get_closest_marker("x32") is not None

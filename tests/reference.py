@@ -4,6 +4,8 @@ Plain `jnp` without shifts, rules or tricks, to be differentiated by JAX, and Nu
 documented formulas. Use them in float64 with moderate logits.
 """
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -51,3 +53,16 @@ def pytorch_cross_entropy(
         loss = -np.sum(weight * smooth * log_probs, axis=-1)
         denominator = loss.size
     return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / max(denominator, 1e-300)}[reduction]
+
+
+def covering(strength, *factors):
+    """Few choices of one option a factor in which every `strength` options of different factors meet: greedily found."""
+    factors = [list(options) for options in factors]
+    choices = list(itertools.product(*(range(len(options)) for options in factors)))
+    meetings = {choice: set(itertools.combinations(enumerate(choice), strength)) for choice in choices}
+    chosen, missing = [], set().union(*meetings.values())
+    while missing:
+        best = max(choices, key=lambda choice: len(meetings[choice] & missing))
+        missing -= meetings[best]
+        chosen.append(tuple(options[n] for options, n in zip(factors, best, strict=True)))
+    return chosen

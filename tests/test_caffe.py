@@ -16,6 +16,8 @@ import jaxsoft
 import reference
 from jaxsoft import caffe, checked
 
+pytestmark = pytest.mark.unoptimized
+
 FUNCTIONS = {name: getattr(caffe, name) for name in caffe.__all__}
 CAP = 87.3365448  # −log of the smallest normal float32
 EXAMPLE = np.arange(24).reshape(2, 3, 2, 2) % 7 * 0.5
@@ -44,7 +46,7 @@ def layer(logits, labels, *, axis=1, ignore_label=None, infogain=None, floor=2.0
 
 
 def loss_and_gradient(logits, labels, **options):
-    return jax.value_and_grad(lambda z: caffe.softmax_with_loss(z, labels, **options)[0])(logits)
+    return jax.jit(jax.value_and_grad(lambda z: caffe.softmax_with_loss(z, labels, **options)[0]))(logits)
 
 
 def problem(shape, axis=1, scale=1.0, ignore_label=None):
@@ -319,10 +321,10 @@ GAINS = np.array([[1.0, 0.2, 0.0], [0.0, 2.0, 0.5], [-0.3, 0.1, 1.0]])
 def test_infogain_loss(shape, axis, normalization):
     """−Σ H[y,l] log p_l and p_l ΣH[y,:] − H[y,l]; ignored positions and normalisers as softmax_with_loss."""
     logits, labels = problem(shape, axis % len(shape), ignore_label=255)
-    (loss, probs), vjp = jax.vjp(
-        lambda z: caffe.infogain_loss(z, labels, GAINS, axis=axis, ignore_label=255, normalization=normalization),
-        logits,
-    )
+    options = {"axis": axis, "ignore_label": 255, "normalization": normalization}
+    (loss, probs), found = jax.jit(
+        jax.value_and_grad(lambda z: caffe.infogain_loss(z, labels, GAINS, **options), has_aux=True)
+    )(logits)
     axis %= len(shape)
     total, gradient, expected = layer(logits, labels, axis=axis, ignore_label=255, infogain=GAINS, floor=1e-20)
     outer = int(np.prod(shape[:axis]))
@@ -330,7 +332,7 @@ def test_infogain_loss(shape, axis, normalization):
     count = {"FULL": labels.size, "VALID": max(valid, 1), "BATCH_SIZE": outer, "NONE": 1}[normalization]
     np.testing.assert_allclose(loss, total / count, rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(probs, expected, rtol=1e-13)
-    np.testing.assert_allclose(vjp((jnp.array(1.0), jnp.zeros(shape)))[0], gradient / count, atol=1e-15)
+    np.testing.assert_allclose(found, gradient / count, atol=1e-15)
 
 
 def test_infogain_clamp_is_1e_20_and_its_gradient_ignores_it():
@@ -433,11 +435,14 @@ def test_works_under_jit_and_vmap_and_reduces_half_precision_in_float32(name, dt
 def test_second_derivatives(name):
     """In reverse mode, and forward over reverse, where no clamp is active."""
     z = RNG.normal(size=(2, 3, 2))
-    check_grads(CALLS[name], (z,), order=2, modes=["rev"], atol=1e-6, rtol=1e-6)
-    tangent = RNG.normal(size=z.shape)
+    check_grads(jax.jit(CALLS[name]), (z,), order=2, modes=["rev"], atol=1e-6, rtol=1e-6)
     gradient = jax.grad(CALLS[name])
-    _, forward = jax.jvp(gradient, (z,), (tangent,))
-    np.testing.assert_allclose(forward, jax.grad(lambda z: jnp.vdot(gradient(z), tangent))(z), atol=1e-12)
+
+    @jax.jit
+    def both_ways(z, tangent):
+        return jax.jvp(gradient, (z,), (tangent,))[1], jax.grad(lambda z: jnp.vdot(gradient(z), tangent))(z)
+
+    np.testing.assert_allclose(*both_ways(z, RNG.normal(size=z.shape)), atol=1e-12)
 
 
 @pytest.mark.x32

@@ -48,6 +48,23 @@ def test_the_first_offender_is_named_and_the_ignored_label_allowed():
         checked(lambda z, y: cross_entropy(z, y, ignore_index=255))(LOGITS, labels)
 
 
+def test_arrays_and_options_given_by_keyword():
+    labels, bad = jnp.asarray(LABELS), with_label((1, 0), 5)
+    options = {"ignore_index": 0, "label_smoothing": 0.1, "reduction": "none"}
+    logits = jnp.arange(24.0).reshape(LOGITS.shape) % 5
+    weights = jnp.array([1.0, 0.5, 2.0])
+    for fn in (cross_entropy, jax.jit(cross_entropy, static_argnames=tuple(options))):
+        call = checked(fn)
+        given = {"targets": with_label((0, 1), 3), "weights": weights, **options}
+        np.testing.assert_array_equal(call(logits, **given), fn(logits, **given))
+        with pytest.raises(ValueError, match=re.escape("targets[1, 0] is 5: expected a label in [0, 4)")):
+            call(logits, targets=bad)
+        with pytest.raises(ValueError, match=re.escape("weights[2] is -1.0: expected a finite weight of at least 0")):
+            call(logits, labels, weights=weights.at[2].set(-1))
+    with pytest.raises(TypeError, match="wrap checked around jit, grad and vmap"):
+        jax.jit(lambda y: checked(cross_entropy)(logits, targets=y))(labels)
+
+
 def test_under_vmap():
     with pytest.raises(ValueError, match=re.escape("targets[2] is 8")):
         checked(jax.vmap(cross_entropy))(LOGITS, with_label((1, 2), 8))

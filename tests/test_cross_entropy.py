@@ -13,7 +13,7 @@ import pytest
 from jax.test_util import check_grads
 
 import reference
-from jaxsoft import checked, cross_entropy, softmax
+from jaxsoft import checked, cross_entropy, linear_cross_entropy, softmax
 
 rng = np.random.default_rng(0)
 LOGITS = rng.normal(size=(12, 5)) * 3
@@ -30,9 +30,14 @@ def spatial(a):
 
 def value_and_gradient(logits, targets, axis, **options):
     """The loss, and the gradient under a random cotangent (a sum would hide errors that cancel)."""
-    value, pullback = jax.vjp(lambda z: cross_entropy(z, targets, axis, **options), jnp.asarray(logits))
-    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=value.shape))
-    return value, pullback(cotangent)[0], cotangent
+
+    @jax.jit
+    def run(logits, targets):
+        value, pullback = jax.vjp(lambda z: cross_entropy(z, targets, axis, **options), logits)
+        cotangent = jnp.asarray(np.random.default_rng(1).normal(size=value.shape))
+        return value, pullback(cotangent)[0], cotangent
+
+    return run(jnp.asarray(logits), jnp.asarray(targets))
 
 
 def naive(logits, distribution, weights, denominator, reduction, **options):
@@ -43,17 +48,16 @@ def naive(logits, distribution, weights, denominator, reduction, **options):
 
 # PyTorch has no ignore_index for distributions, and neither have we (see the errors).
 KINDS = [("labels", None), ("labels", 1), ("labels", -100), ("distribution", None)]
-COMBINATIONS = [
-    (kind, class_weights, ignore_index, smoothing, reduction)
-    for (kind, ignore_index), class_weights, smoothing, reduction in itertools.product(
-        KINDS, [None, CLASS_WEIGHTS], [0.0, 0.3, 1.0], ["none", "sum", "mean"]
-    )
-]
+OPTIONS = [None, CLASS_WEIGHTS], [0.0, 0.3, 1.0], ["none", "sum", "mean"]
 
 
-@pytest.mark.parametrize("is_spatial", [False, True])
-@pytest.mark.parametrize(("kind", "class_weights", "ignore_index", "smoothing", "reduction"), COMBINATIONS)
-def test_equals_pytorchs_formulas(kind, class_weights, ignore_index, smoothing, reduction, is_spatial):
+@pytest.mark.unoptimized
+@pytest.mark.parametrize(
+    ("is_spatial", "kind", "class_weights", "smoothing", "reduction"),
+    reference.covering(3, [False, True], KINDS, *OPTIONS),
+)
+def test_equals_pytorchs_formulas(is_spatial, kind, class_weights, smoothing, reduction):
+    kind, ignore_index = kind
     targets = LABELS if kind == "labels" else DISTRIBUTION
     if ignore_index == -100:
         targets = np.where(np.arange(12) % 4 == 0, -100, LABELS)
@@ -77,16 +81,19 @@ def test_equals_pytorchs_formulas(kind, class_weights, ignore_index, smoothing, 
     q = weight * ((1 - smoothing) * t + smoothing / 5)
     denominator = weight[targets[valid]].sum() if kind == "labels" else 12.0
     back = cotangent if reduction != "none" else jnp.asarray(np.asarray(cotangent).reshape(12))
-    _, pullback = jax.vjp(
-        lambda z: naive(z, jnp.asarray(q), jnp.asarray(valid * 1.0), denominator, reduction), jnp.asarray(LOGITS)
-    )
-    np.testing.assert_allclose(gradient, arrange(np.asarray(pullback(back)[0])), rtol=1e-10, atol=1e-13)
+
+    @jax.jit
+    def expected_gradient(z, q, valid, denominator, back):
+        return jax.vjp(lambda z: naive(z, q, valid, denominator, reduction), z)[1](back)[0]
+
+    expected = expected_gradient(LOGITS, q, valid * 1.0, denominator, back)
+    np.testing.assert_allclose(gradient, arrange(np.asarray(expected)), rtol=1e-10, atol=1e-13)
 
 
 def test_equals_pytorch_itself():
     torch = pytest.importorskip("torch", reason="the optional extra 'peers' is not installed")
     functional = torch.nn.functional
-    for kind, class_weights, ignore_index, smoothing, reduction in COMBINATIONS:
+    for (kind, ignore_index), class_weights, smoothing, reduction in reference.covering(2, KINDS, *OPTIONS):
         targets = LABELS if kind == "labels" else DISTRIBUTION
         if ignore_index == -100:
             targets = np.where(np.arange(12) % 4 == 0, -100, LABELS)
@@ -188,25 +195,27 @@ def test_bfloat16_over_a_large_vocabulary():
 def test_a_label_out_of_range_is_nan_there_and_nowhere_else(dtype, bad):
     logits = jnp.asarray(LOGITS)
     clean = jnp.asarray(LABELS).astype(dtype)
-    for label in bad:
-        labels = clean.at[3].set(jnp.array(label, dtype))
-        for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.1, "class_weights": CLASS_WEIGHTS}):
-            run = jax.jit(jax.value_and_grad(lambda z, y, options=options: cross_entropy(z, y, **options)))
+    for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.1, "class_weights": CLASS_WEIGHTS}):
+        run = jax.jit(jax.value_and_grad(lambda z, y, options=options: cross_entropy(z, y, **options)))
+        each = jax.jit(lambda z, y, options=options: cross_entropy(z, y, reduction="none", **options))
+        expected = np.array(each(logits, clean))
+        expected[3] = np.nan
+        for label in bad:
+            labels = clean.at[3].set(jnp.array(label, dtype))
             mean, gradient = run(logits, labels)
             assert np.isnan(mean)
             assert np.isnan(gradient[3]).all()
             assert np.isfinite(np.delete(gradient, 3, 0)).all()
-            losses = cross_entropy(logits, labels, reduction="none", **options)
-            expected = np.array(cross_entropy(logits, clean, reduction="none", **options))
-            expected[3] = np.nan
-            np.testing.assert_allclose(losses, expected, rtol=1e-14)
+            np.testing.assert_allclose(each(logits, labels), expected, rtol=1e-14)
 
 
 def test_ignore_index_that_the_labels_dtype_cannot_hold_ignores_nothing():
-    labels = jnp.asarray(LABELS).astype(jnp.uint8)
-    for index in (-1, 256, 257):
-        value = cross_entropy(jnp.asarray(LOGITS), labels, ignore_index=index)
-        np.testing.assert_allclose(value, cross_entropy(jnp.asarray(LOGITS), labels), rtol=1e-14)
+    # Cut to the dtype's bits they would be classes.
+    for dtype, indices in ((jnp.uint8, (-1, 256, 257)), (jnp.int32, (2**32 + 1, 2 - 2**32)), (jnp.uint32, (2**32,))):
+        labels = jnp.asarray(LABELS).astype(dtype)
+        for index in indices:
+            value = cross_entropy(jnp.asarray(LOGITS), labels, ignore_index=index)
+            np.testing.assert_allclose(value, cross_entropy(jnp.asarray(LOGITS), labels), rtol=1e-14)
 
 
 def test_narrow_labels_among_many_classes():
@@ -228,6 +237,7 @@ def test_ignored_positions_do_not_count():
     np.testing.assert_array_equal(gradient[7:], 0)
 
 
+@pytest.mark.unoptimized
 def test_nothing_to_average():
     for labels, options in (
         (np.full(12, 255), {"ignore_index": 255}),
@@ -235,9 +245,8 @@ def test_nothing_to_average():
         (DISTRIBUTION, {"weights": np.zeros(12)}),
     ):
         for smoothing, z_loss in itertools.product((0, 0.1), (0, 0.1)):
-            value, gradient = jax.value_and_grad(cross_entropy)(
-                jnp.asarray(LOGITS), jnp.asarray(labels), label_smoothing=smoothing, z_loss=z_loss, **options
-            )
+            loss = lambda z, y, o=options | {"label_smoothing": smoothing, "z_loss": z_loss}: cross_entropy(z, y, **o)  # noqa: E731
+            value, gradient = jax.jit(jax.value_and_grad(loss))(LOGITS, labels)
             assert value == 0
             np.testing.assert_array_equal(gradient, 0)
     assert cross_entropy(jnp.zeros((0, 5)), jnp.zeros(0, int)) == 0
@@ -294,6 +303,7 @@ def test_z_loss_that_cancels_the_target_mass_leaves_the_target():
         np.testing.assert_allclose(gradient, [-1.0], rtol=1e-14)
 
 
+@pytest.mark.unoptimized
 def test_where_removes_classes():
     mask = np.random.default_rng(5).random((12, 5)) < 0.6
     mask[np.arange(12), LABELS] = True
@@ -311,6 +321,30 @@ def test_where_removes_classes():
             np.testing.assert_allclose(value[n], expected, rtol=1e-12)
             np.testing.assert_allclose(gradient[n, kept], pullback(cotangent[n])[0], rtol=1e-11, atol=1e-14)
         np.testing.assert_array_equal(np.asarray(gradient)[~mask], 0)
+
+
+@pytest.mark.parametrize("kind", ["labels", "distribution"])
+def test_a_mask_is_that_of_the_classes_left(kind):
+    """One mask for all positions equals leaving its classes out: loss, gradient and the gradient to a distribution."""
+    kept, mask = np.array([0, 2, 3]), np.array([True, False, True, True, False])
+    targets = kept[LABELS % 3] if kind == "labels" else DISTRIBUTION
+    of_kept = LABELS % 3 if kind == "labels" else DISTRIBUTION[:, kept]
+    variables = (0,) if kind == "labels" else (0, 1)
+    options = {"label_smoothing": 0.2, "z_loss": 0.1}
+
+    def value_and_gradients(logits, targets, weights, where=None):
+        loss = lambda z, t: cross_entropy(z, t, class_weights=weights, where=where, **options)  # noqa: E731
+        return jax.value_and_grad(loss, variables)(logits, targets)
+
+    poisoned = np.where(mask, LOGITS, np.nan)
+    if kind == "distribution":
+        targets = np.where(mask, targets, 0)
+    value, gradients = value_and_gradients(poisoned, targets, CLASS_WEIGHTS, mask)
+    expected, wanted = value_and_gradients(LOGITS[:, kept], of_kept, CLASS_WEIGHTS[kept])
+    np.testing.assert_allclose(value, expected, rtol=1e-13)
+    for gradient, want in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(gradient[:, kept], want, rtol=1e-12, atol=1e-15)
+        np.testing.assert_array_equal(np.asarray(gradient)[:, ~mask], 0)
 
 
 def test_a_removed_label_costs_infinity_with_finite_gradients():
@@ -351,6 +385,7 @@ def test_positions_without_any_possible_class():
     assert np.isfinite(jax.hessian(lambda z: cross_entropy(z, label))(logits)).all()
 
 
+@pytest.mark.unoptimized
 def test_every_option_together_for_distributions():
     mask = np.random.default_rng(6).random((12, 5)) < 0.7
     mask[:, 0] = True
@@ -403,6 +438,16 @@ def test_impossible_classes_without_target_weight_cost_nothing():
     assert np.isfinite(to_targets).all()
 
 
+def test_an_impossible_class_of_class_weight_0_has_no_gradient_to_its_target():
+    def loss(targets):
+        return cross_entropy(jnp.array([1.0, -jnp.inf, 2.0]), targets, class_weights=jnp.array([1.0, 0.0, 3.0]))
+
+    value, gradient = jax.value_and_grad(loss)(jnp.array([0.25, 0.5, 0.25]))
+    lse = np.log(np.exp(1) + np.exp(2))
+    np.testing.assert_allclose(value, 0.25 * (lse - 1) + 0.75 * (lse - 2), rtol=1e-13)
+    np.testing.assert_allclose(gradient, [lse - 1, 0, 3 * (lse - 2)], rtol=1e-13)
+
+
 def test_a_huge_common_offset_changes_nothing():
     value, gradient = jax.value_and_grad(cross_entropy)(jnp.array([1e6, 1e6 + 1.0]), jnp.array(0))
     np.testing.assert_allclose(value, np.log1p(np.e), rtol=1e-12)
@@ -420,6 +465,7 @@ SECOND_ORDER = {
 }
 
 
+@pytest.mark.unoptimized
 @pytest.mark.parametrize(("targets", "options", "q"), SECOND_ORDER.values(), ids=SECOND_ORDER)
 def test_derivatives_of_second_order(targets, options, q):
     logits, direction = jnp.asarray(LOGITS[0]), jnp.asarray(LOGITS[1])
@@ -430,13 +476,15 @@ def test_derivatives_of_second_order(targets, options, q):
     def expected(z):
         return reference.losses(z, jnp.asarray(q), options.get("z_loss", 0.0))
 
-    matrix = jax.hessian(expected)(logits)
-    np.testing.assert_allclose(jax.hessian(ours)(logits), matrix, rtol=1e-10, atol=1e-13)
-    np.testing.assert_allclose(jax.jacrev(jax.grad(ours))(logits), matrix, rtol=1e-10, atol=1e-13)
-    np.testing.assert_allclose(
-        jax.jvp(jax.grad(ours), (logits,), (direction,))[1], matrix @ direction, rtol=1e-10, atol=1e-13
-    )
-    check_grads(jax.checkpoint(ours), (logits,), order=2, modes=["rev"])
+    @jax.jit
+    def matrices(z):
+        return jax.hessian(ours)(z), jax.jacrev(jax.grad(ours))(z), jax.hessian(expected)(z)
+
+    *found, matrix = matrices(logits)
+    product = jax.jit(lambda *at: jax.jvp(jax.grad(ours), at[:1], at[1:])[1])(logits, direction)
+    for actual, wanted in ((found[0], matrix), (found[1], matrix), (product, matrix @ direction)):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-10, atol=1e-13)
+    check_grads(jax.jit(jax.checkpoint(ours)), (logits,), order=2, modes=["rev"])
 
 
 def test_mixed_second_derivatives_of_logits_and_targets():
@@ -444,9 +492,26 @@ def test_mixed_second_derivatives_of_logits_and_targets():
         return cross_entropy(z, t)
 
     logits, targets = jnp.asarray(LOGITS[0]), jnp.asarray(DISTRIBUTION[0])
-    actual = jax.jacrev(jax.grad(ours, argnums=1), argnums=0)(logits, targets)
-    expected = jax.jacfwd(jax.grad(reference.losses, argnums=1), argnums=0)(logits, targets)
+    actual = jax.jit(jax.jacrev(jax.grad(ours, argnums=1), argnums=0))(logits, targets)
+    expected = jax.jit(jax.jacfwd(jax.grad(reference.losses, argnums=1), argnums=0))(logits, targets)
     np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("loss", [cross_entropy, lambda z, y: linear_cross_entropy(z, jnp.eye(3, dtype=z.dtype), y)])
+def test_the_values_tangent_where_the_label_leads(loss, dtype):
+    """Σ_j p_j (ż_j − ż_label), also where the others' sum is 0: a maximum there has half a derivative on each side."""
+    tangent = np.array([1.0, -0.5, 2.0])
+
+    @jax.jit
+    def forward_over_reverse(z):
+        return jax.jvp(lambda z: jax.value_and_grad(loss)(z, jnp.array(0))[0], (z,), (jnp.asarray(tangent, dtype),))[1]
+
+    for lead in (0.0, 3.0, 17.0, 40.0, 200.0, 800.0):
+        probs = np.exp([0, -lead, -lead - 1]) / np.exp([0, -lead, -lead - 1]).sum()
+        expected = probs[1:] @ (tangent[1:] - tangent[0])
+        actual = forward_over_reverse(jnp.array([lead, 0, -1], dtype))
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=4 * float(jnp.finfo(dtype).eps))
 
 
 def test_vmap_over_a_batch_of_problems():

@@ -16,11 +16,21 @@ import pytest
 
 import jaxsoft
 from experiments._door import InputError
+from experiments.benchmark import __main__ as benchmark
 from experiments.benchmark import measure as measuring
 from experiments.benchmark import peers
 from experiments.benchmark.__main__ import Config, run
 from experiments.benchmark.cases import SUITES, Case
-from experiments.benchmark.measure import COLUMNS, KEY, Ceilings, measure, obstacle, prepare, relative_error
+from experiments.benchmark.measure import (
+    COLUMNS,
+    KEY,
+    Ceilings,
+    measure,
+    measure_ceilings,
+    obstacle,
+    prepare,
+    relative_error,
+)
 from experiments.benchmark.peers import Peer, missing, peers_of
 from experiments.benchmark.report import fallen_ratios, timed_peers
 
@@ -45,8 +55,18 @@ def rows_of(case, **options):
     return {row["implementation"]: row for row in rows}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_calls():
+    """One call a turn and few rounds, under ceilings that are given: what is timed here is of no interest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "TURN", 1e-9)
+        patch.setattr(measuring, "FEWEST", 2)
+        patch.setattr(benchmark, "measure_ceilings", lambda dtypes: CEILINGS)
+        yield
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(few_calls, tmp_path_factory):
     """A run on two cases."""
     out = tmp_path_factory.mktemp("whole")
     return run(Config(only=TWO, seconds=0.01, out=out)), out
@@ -151,6 +171,7 @@ def test_on_a_gpu_inputs_take_turns_and_calls_are_queued(monkeypatch):
     _, call, _ = prepare(Peer("", lambda x: x + 1), [(jnp.array(n),) for n in (1, 2)])
     assert [int(call()) for _ in range(3)] == [2, 3, 2]
     counted = []
+    monkeypatch.setattr(measuring, "TURN", 1e-2)
     monkeypatch.setattr(measuring, "on_gpu", lambda: True)
     monkeypatch.setattr(measuring, "timed", lambda call, wait, calls=1: counted.append(calls) or 1e-3)
     rows_of(Case("softmax", (6, 5)))
@@ -163,6 +184,20 @@ def test_each_result_is_waited_for_but_on_a_gpu_only_the_last(monkeypatch, gpu, 
     results, waited = iter(range(3)), []
     measuring.timed(lambda: next(results), lambda result: waited.append(result) or result, 3)
     assert waited == expected
+
+
+def test_ceilings_count_what_is_moved_and_multiplied(monkeypatch):
+    """In a millisecond each: 2²⁶ floats read and written, and 2048³ products added up."""
+    monkeypatch.setattr(measuring, "fastest", lambda call: 1e-3 if jax.block_until_ready(call()).size else 0)
+    ceilings = measure_ceilings(["float32", "bfloat16"])
+    assert ceilings.copy == pytest.approx(2 * 2**26 * 4 * 1e3)
+    assert ceilings.gemm == pytest.approx({"float32": 2 * 2048**3 * 1e3, "bfloat16": 2 * 2048**3 * 1e3})
+
+
+def test_the_fastest_of_ten_is_taken(monkeypatch):
+    times = iter([3.0, 5.0, 2.0, *range(3, 10)])
+    monkeypatch.setattr(measuring, "timed", lambda call, wait, calls: next(times))
+    assert measuring.fastest(None) == 2
 
 
 def test_peers_that_were_given_other_data_or_not_timed_do_not_count():

@@ -11,6 +11,7 @@ import reference
 from jaxsoft import checked, cross_entropy, linear_cross_entropy, plan_linear_cross_entropy
 
 SIZES = [(37, 8, 101), (130, 16, 2049), (1064, 24, 3001), (1, 3, 2), (5, 4, 128_256)]
+FORMED_ALONG, FORMED_BACKWARD = "smooth", "each"  # gradients of a scalar, and those of "none"
 OPTIONS = {
     "plain": {},
     "ignored": {"ignore_index": -100},
@@ -51,8 +52,14 @@ def relative(actual, expected):
     return np.abs(np.asarray(actual, float) - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize("case", OPTIONS)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.unoptimized
+@pytest.mark.parametrize(
+    ("size", "case"),
+    [(SIZES[0], case) for case in OPTIONS]
+    + [(size, case) for size in SIZES[1:] for case in (FORMED_ALONG, FORMED_BACKWARD)]
+    + [((130, 16, 2049), "distributions"), ((1, 3, 2), "weighted")],
+    ids=str,
+)
 def test_equals_the_unfused_computation(size, case):
     x, w, b, labels, weights, class_weights, distributions = problem(*size)
     positions, _, classes = size
@@ -80,25 +87,24 @@ def test_equals_the_unfused_computation(size, case):
         np.random.default_rng(1).normal(size=positions) if options.get("reduction") == "none" else np.float64(1.7)
     )
 
-    def expected(x, w, b):
-        return jnp.sum(
-            cotangent * naive(x, w, b, q, counted, denominators, options.get("soft_cap"), options.get("z_loss", 0.0))
-        )
+    def expected(x, w, b, q, counted, cotangent):
+        terms = naive(x, w, b, q, counted, denominators, options.get("soft_cap"), options.get("z_loss", 0.0))
+        return jnp.sum(cotangent * terms)
 
     targets = distributions.astype(np.float32) if case == "distributions" else np.where(ignored, -100, labels)
     row = 8 * classes * (3 if case == "distributions" else 1)
     budget = row * max(1, positions // 3)  # three tiles and a ragged one
 
-    def ours(x, w, b):
-        loss = linear_cross_entropy(x, w, jnp.asarray(targets), b, memory_budget=budget, **options)
+    def ours(x, w, b, targets, cotangent):
+        loss = linear_cross_entropy(x, w, targets, b, memory_budget=budget, **options)
         assert loss.dtype == jnp.float32
-        return jnp.sum(jnp.asarray(cotangent, jnp.float32) * loss)
+        return jnp.sum(cotangent * loss)
 
-    value, gradients = jax.value_and_grad(expected, (0, 1, 2))(*map(jnp.asarray, (x, w, b)))
-    narrow = [jnp.asarray(a, jnp.float32) for a in (x, w, b)]
-    actual, actual_gradients = jax.value_and_grad(ours, (0, 1, 2))(*narrow)
+    value, gradients = jax.jit(jax.value_and_grad(expected, (0, 1, 2)))(x, w, b, q, counted, cotangent)
+    narrow = [*(jnp.asarray(a, jnp.float32) for a in (x, w, b)), targets, jnp.asarray(cotangent, jnp.float32)]
+    actual, actual_gradients = jax.jit(jax.value_and_grad(ours, (0, 1, 2)))(*narrow)
     np.testing.assert_allclose(actual, value, rtol=1e-5)
-    np.testing.assert_allclose(ours(*narrow), value, rtol=1e-5)  # without differentiation
+    np.testing.assert_allclose(jax.jit(ours)(*narrow), value, rtol=1e-5)  # without differentiation
     for got, want in zip(actual_gradients, gradients, strict=True):
         assert got.dtype == jnp.float32
         assert relative(got, want) < 3e-5
@@ -116,6 +122,7 @@ TWICE = {
 }
 
 
+@pytest.mark.unoptimized
 @pytest.mark.parametrize("case", [*TWICE, "distributions"])
 def test_derivatives_of_second_order(case):
     x, w, b, labels, distributions = float64_problem()
@@ -141,35 +148,38 @@ def test_derivatives_of_second_order(case):
         def slope(*variables):
             return sum(jnp.vdot(d, g) for d, g in zip(directions, jax.grad(fn, every)(*variables), strict=True))
 
-        forward = jax.jvp(jax.value_and_grad(fn, every), variables, tuple(directions))[1]
-        return jax.tree.leaves((jax.grad(slope, every)(*variables), forward))
+        forward = lambda *variables: jax.jvp(jax.value_and_grad(fn, every), variables, tuple(directions))[1]  # noqa: E731
+        return jax.jit(lambda *variables: jax.tree.leaves((jax.grad(slope, every)(*variables), forward(*variables))))
 
-    for got, want in zip(twice(ours), twice(unfused), strict=True):
+    for got, want in zip(twice(ours)(*variables), twice(unfused)(*variables), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.unoptimized
 def test_gradient_to_distributions():
     x, w, b, _, distributions = float64_problem()
-    got = jax.grad(lambda t: linear_cross_entropy(x, w, t, b, memory_budget=32 * 16 * 13))(distributions)
-    want = jax.grad(lambda t: reference.losses(x @ w + b, t).mean())(distributions)
+    got = jax.jit(jax.grad(lambda t: linear_cross_entropy(x, w, t, b, memory_budget=32 * 16 * 13)))(distributions)
+    want = jax.jit(jax.grad(lambda t: reference.losses(x @ w + b, t).mean()))(distributions)
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
+@pytest.mark.unoptimized
 def test_transformations():
     x, w, b, labels, _ = float64_problem()
     options = {"ignore_index": -100, "memory_budget": 8 * 16 * 13}
 
+    @jax.jit
     def gradient(x, w, b, labels):
         return jax.grad(lambda w: linear_cross_entropy(x, w, labels, b, **options))(w)
 
     plain = gradient(x, w, b, labels)
     shapes = x.reshape(3, 7, 4), w, b, labels.reshape(3, 7)
     np.testing.assert_allclose(gradient(*shapes), plain, rtol=1e-13)
-    rematerialised = jax.grad(jax.checkpoint(lambda w: linear_cross_entropy(x, w, labels, b, **options)))(w)
+    rematerialised = jax.jit(jax.grad(jax.checkpoint(lambda w: linear_cross_entropy(x, w, labels, b, **options))))(w)
     np.testing.assert_allclose(rematerialised, plain, rtol=1e-13)
     # Each mapped problem ignores another number of positions.
     xs, many = x.reshape(3, 7, 4), jnp.stack([labels[:7], labels[7:14].at[:].set(-100), jnp.arange(7)])
-    mapped = jax.vmap(gradient, in_axes=(0, None, None, 0))(xs, w, b, many)
+    mapped = jax.jit(jax.vmap(gradient, in_axes=(0, None, None, 0)))(xs, w, b, many)
     np.testing.assert_allclose(mapped, [gradient(x, w, b, y) for x, y in zip(xs, many, strict=True)], rtol=1e-12)
 
 
@@ -180,6 +190,7 @@ def test_bfloat16(reduction):
     half = [jnp.asarray(a, jnp.bfloat16) for a in (x, w, b + 10)]
     cotangent = jnp.asarray(np.random.default_rng(3).normal(size=130) if reduction == "none" else 1, jnp.float32)
 
+    @jax.jit
     def run(*variables):
         return jax.value_and_grad(
             lambda x, w, b: jnp.sum(
@@ -205,23 +216,25 @@ def test_the_kernels_gradient_is_summed_in_float32():
     np.testing.assert_array_equal(gradient.astype(float), [[-2048, 2048]])
 
 
+@pytest.mark.unoptimized
 def test_a_label_out_of_range_is_nan_and_nothing_else():
     x, w, b, labels, _ = float64_problem()
+    options = {"ignore_index": -100, "memory_budget": 8 * 16 * 13}
+    gradient = jax.jit(jax.grad(lambda x, y: linear_cross_entropy(x, w, y, b, **options)))
     for bad in (-1, 13):
         wrong = labels.at[1].set(bad)
-        losses = linear_cross_entropy(x, w, wrong, b, ignore_index=-100, reduction="none", memory_budget=8 * 16 * 13)
+        losses = linear_cross_entropy(x, w, wrong, b, reduction="none", **options)
         assert np.isnan(losses).nonzero()[0].tolist() == [1]
-        to_features = jax.grad(
-            lambda x, y=wrong: linear_cross_entropy(x, w, y, b, ignore_index=-100, memory_budget=8 * 16 * 13)
-        )(x)
-        assert np.isnan(to_features).all(1).nonzero()[0].tolist() == [1]
+        assert np.isnan(gradient(x, wrong)).all(1).nonzero()[0].tolist() == [1]
         with pytest.raises(ValueError, match=rf"targets\[1\] is {bad}: expected a label in \[0, 13\) or ignore_index"):
             checked(lambda y=wrong: linear_cross_entropy(x, w, y, ignore_index=-100))()
 
 
+@pytest.mark.unoptimized
 def test_nothing_to_average():
     x, w, b, labels, _ = float64_problem()
-    fn = jax.value_and_grad(lambda x, w, b: linear_cross_entropy(x, w, 0 * labels, b, ignore_index=0), (0, 1, 2))
+    loss = lambda x, w, b: linear_cross_entropy(x, w, 0 * labels, b, ignore_index=0)  # noqa: E731
+    fn = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
     for array in jax.tree.leaves(fn(x * jnp.nan, w, b)):  # padding may be anything
         assert (array == 0).all()
     assert linear_cross_entropy(x[:0], w, labels[:0]) == 0
@@ -250,6 +263,7 @@ def test_products_that_nobody_asked_for_are_not_taken():
     assert gemms(jax.value_and_grad(each, 1), x, w) == 3
 
 
+@pytest.mark.unoptimized
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_pullback_survives_derivatives_to_other_variables(reduction):
     """JAX caches what a rule keeps with the function it traced."""
@@ -262,11 +276,13 @@ def test_a_pullback_survives_derivatives_to_other_variables(reduction):
     def unfused(x, w):
         return jnp.sum(cross_entropy(x @ w, labels, reduction=reduction))
 
+    def slope(loss):
+        return jax.jit(lambda *at: jax.jvp(jax.grad(loss, 1), at, at)[1])(x, w)
+
     _, pullback = jax.vjp(loss, x, w)
-    expected = jax.grad(unfused, (0, 1))(x, w)
+    expected = jax.jit(jax.grad(unfused, (0, 1)))(x, w)
     np.testing.assert_allclose(jax.grad(loss, 1)(x, w), expected[1], rtol=1e-12)
-    slope = jax.jvp(jax.grad(loss, 1), (x, w), (x, w))[1]
-    np.testing.assert_allclose(slope, jax.jvp(jax.grad(unfused, 1), (x, w), (x, w))[1], rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(slope(loss), slope(unfused), rtol=1e-10, atol=1e-13)
     for got, want in zip((*pullback(1.0), *jax.grad(loss, (0, 1))(x, w)), expected * 2, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-12)
 
@@ -279,6 +295,7 @@ def test_float16_gradients_neither_vanish_nor_overflow():
     np.testing.assert_array_equal(many.astype(float), [[-0.5, 0.5]])
 
 
+@pytest.mark.unoptimized
 def test_padding_may_be_nan_to_second_order():
     x, w, b, labels, _ = float64_problem()
     padded = jnp.where(labels[:, None] == -100, jnp.nan, x)
@@ -288,15 +305,19 @@ def test_padding_may_be_nan_to_second_order():
             loss = lambda w: jnp.sum(linear_cross_entropy(x, w, labels, b, ignore_index=-100, reduction=reduction))  # noqa: E731
             return jnp.sum(jnp.sin(jax.grad(loss)(w)))
 
-        np.testing.assert_allclose(slope(w, padded), slope(w, x), rtol=1e-12)
-        np.testing.assert_allclose(jax.grad(slope)(w, padded), jax.grad(slope)(w, x), rtol=1e-10, atol=1e-14)
+        both = jax.jit(jax.value_and_grad(slope))
+        (got, got_gradient), (want, want_gradient) = both(w, padded), both(w, x)
+        np.testing.assert_allclose(got, want, rtol=1e-12)
+        np.testing.assert_allclose(got_gradient, want_gradient, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.unoptimized
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
 def test_a_bias_of_minus_infinity_removes_a_class(soft_cap):
     x, w, b, labels, _ = float64_problem()
     labels, keep = jnp.maximum(labels, 0) % 12, slice(0, 12)
 
+    @jax.jit
     def value_and_gradients(w, b):
         loss = lambda x, w: linear_cross_entropy(x, w, labels, b, soft_cap=soft_cap, z_loss=0.1)  # noqa: E731
         return jax.value_and_grad(loss, (0, 1))(x, w)

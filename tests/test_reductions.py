@@ -19,39 +19,46 @@ def far(*shape):
     return jnp.asarray(rng.normal(size=shape) * 2)
 
 
+def value_and_vjp(module, name, logits, cotangent, *axis):
+    """In one program, as a user's step has it."""
+
+    @jax.jit
+    def run(logits, cotangent):
+        value, pullback = jax.vjp(lambda z: getattr(module, name)(z, *axis), logits)
+        return value, pullback(cotangent)[0]
+
+    return run(logits, cotangent)
+
+
 # Around the sizes of the blocks that are folded at once: 1, 2, 16 and 32 classes and a rest.
 @pytest.mark.parametrize("classes", [1, 2, 3, 4, 7, 33, 34, 66])
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
 def test_equals_the_reference(name, classes):
     logits = far(1, classes, EXTENT)
-    value, pullback = jax.vjp(lambda z: getattr(jaxsoft, name)(z, 1), logits)
-    expected, reference_pullback = jax.vjp(lambda z: getattr(reference, name)(z, 1), logits)
+    cotangent = far(1, EXTENT) if name == "logsumexp" else far(1, classes, EXTENT)
+    value, gradient = value_and_vjp(jaxsoft, name, logits, cotangent, 1)
+    expected, expected_gradient = value_and_vjp(reference, name, logits, cotangent, 1)
     np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-13)
-    cotangent = jnp.asarray(rng.normal(size=value.shape))
-    np.testing.assert_allclose(pullback(cotangent)[0], reference_pullback(cotangent)[0], rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 21])
 def test_cross_entropy_along_a_far_axis(classes):
     logits, labels = far(classes, EXTENT), jnp.asarray(rng.integers(0, classes, EXTENT)).at[::7].set(255)
     options = {"ignore_index": 255, "label_smoothing": 0.1, "z_loss": 0.1}
-    along = jax.value_and_grad(lambda z: jaxsoft.cross_entropy(z, labels, 0, **options))(logits)
-    last = jax.value_and_grad(lambda z: jaxsoft.cross_entropy(z, labels, **options))(logits.T)
-    np.testing.assert_allclose(along[0], last[0], rtol=1e-12)
-    np.testing.assert_allclose(along[1], last[1].T, rtol=1e-10, atol=1e-16)
-    assert (along[1][:, ::7] == 0).all()
+    weights = far(EXTENT)
 
-    def slope(z):
-        return jnp.sum(
-            jnp.sin(jax.grad(lambda z: jaxsoft.cross_entropy(z, labels, 0, reduction="none", **options).sum())(z))
-        )
+    def of_first_and_second_order(logits, axis):
+        loss = lambda z: jaxsoft.cross_entropy(z, labels, axis, **options)  # noqa: E731
+        each = lambda z: jnp.sum(weights * jaxsoft.cross_entropy(z, labels, axis, reduction="none", **options))  # noqa: E731
+        return *jax.value_and_grad(loss)(logits), jax.grad(lambda z: jnp.sum(jnp.sin(jax.grad(each)(z))))(logits)
 
-    def slope_last(z):
-        return jnp.sum(
-            jnp.sin(jax.grad(lambda z: jaxsoft.cross_entropy(z, labels, reduction="none", **options).sum())(z))
-        )
-
-    np.testing.assert_allclose(jax.grad(slope)(logits), jax.grad(slope_last)(logits.T).T, rtol=1e-9, atol=1e-12)
+    value, gradient, second = jax.jit(lambda z: of_first_and_second_order(z, 0))(logits)
+    expected = jax.jit(lambda z: of_first_and_second_order(z, -1))(logits.T)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-12)
+    np.testing.assert_allclose(gradient, expected[1].T, rtol=1e-10, atol=1e-16)
+    np.testing.assert_allclose(second, expected[2].T, rtol=1e-9, atol=1e-12)
+    assert (gradient[:, ::7] == 0).all()
 
 
 def test_edges_of_a_far_axis():
@@ -92,11 +99,11 @@ SHAPES = [(2, 50257), (50257,), (2, LONG + 2), (2, LONG + 3), (LONG + 2, 3), (2,
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
 def test_runs_equal_the_reference(name, shape):
     logits = far(*shape)
-    value, pullback = jax.vjp(getattr(jaxsoft, name), logits)
-    expected, reference_pullback = jax.vjp(getattr(reference, name), logits)
+    cotangent = far(*shape[:-1]) if name == "logsumexp" else far(*shape)
+    value, gradient = value_and_vjp(jaxsoft, name, logits, cotangent)
+    expected, expected_gradient = value_and_vjp(reference, name, logits, cotangent)
     np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-13)
-    cotangent = jnp.asarray(rng.normal(size=value.shape))
-    np.testing.assert_allclose(pullback(cotangent)[0], reference_pullback(cotangent)[0], rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("shape", [(2 * LONG + 4, 3), (1, 4, 5), (1, 1, 2 * LONG)], ids=str)
@@ -106,10 +113,11 @@ def test_cross_entropy_of_many_rows_and_of_a_batch_of_one(shape):
     def expected(logits):
         return -jnp.take_along_axis(reference.log_softmax(logits), labels[..., None], -1).mean()
 
-    np.testing.assert_allclose(jaxsoft.cross_entropy(logits, labels), expected(logits), rtol=1e-12)
-    value, gradient = jax.value_and_grad(jaxsoft.cross_entropy)(logits, labels)
-    np.testing.assert_allclose(value, expected(logits), rtol=1e-12)
-    np.testing.assert_allclose(gradient, jax.grad(expected)(logits), rtol=1e-9, atol=1e-18)
+    wanted, wanted_gradient = jax.jit(jax.value_and_grad(expected))(logits)
+    np.testing.assert_allclose(jaxsoft.cross_entropy(logits, labels), wanted, rtol=1e-12)
+    value, gradient = jax.jit(jax.value_and_grad(jaxsoft.cross_entropy))(logits, labels)
+    np.testing.assert_allclose(value, wanted, rtol=1e-12)
+    np.testing.assert_allclose(gradient, wanted_gradient, rtol=1e-9, atol=1e-18)
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.1}], ids=["plain", "smooth"])
@@ -128,10 +136,11 @@ def test_cross_entropy_of_long_rows(options):
         q = (1 - smoothing) * jax.nn.one_hot(labels[:-1], classes) + smoothing / classes
         return -jnp.sum(q * log_probs) + z_loss * jnp.sum(reference.logsumexp(logits[:-1]) ** 2)
 
-    np.testing.assert_allclose(loss(logits), expected(logits), rtol=1e-12)
-    value, gradient = jax.value_and_grad(loss)(logits)
-    np.testing.assert_allclose(value, expected(logits), rtol=1e-12)
-    np.testing.assert_allclose(gradient, jax.grad(expected)(logits), rtol=1e-9, atol=1e-15)
+    wanted, wanted_gradient = jax.jit(jax.value_and_grad(expected))(logits)
+    np.testing.assert_allclose(loss(logits), wanted, rtol=1e-12)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(logits)
+    np.testing.assert_allclose(value, wanted, rtol=1e-12)
+    np.testing.assert_allclose(gradient, wanted_gradient, rtol=1e-9, atol=1e-15)
 
 
 def test_the_tail_of_a_label_that_leads_a_long_row():
@@ -179,15 +188,20 @@ def test_runs_of_half_precision(shape, dtype):
     def expected(logits):
         return -jnp.take_along_axis(reference.log_softmax(logits), labels[..., None], -1)[..., 0]
 
-    np.testing.assert_allclose(
-        jaxsoft.cross_entropy(logits, labels, reduction="none"), expected(wide), rtol=1e-6, atol=1e-7
-    )
-    gradient = jax.grad(lambda z: jaxsoft.cross_entropy(z, labels, reduction="sum"))(logits)
+    def loss_and_gradient(loss, logits):
+        losses, pullback = jax.vjp(loss, logits)
+        return losses, pullback(jnp.ones_like(losses))[0]
+
+    losses, gradient = jax.jit(
+        lambda z: loss_and_gradient(lambda z: jaxsoft.cross_entropy(z, labels, reduction="none"), z)
+    )(logits)
+    wanted, wanted_gradient = jax.jit(lambda z: loss_and_gradient(expected, z))(wide)
+    np.testing.assert_allclose(losses, wanted, rtol=1e-6, atol=1e-7)
     tiny = float(jnp.finfo(dtype).smallest_subnormal)
-    pairs = [(gradient, jax.grad(lambda z: expected(z).sum())(wide), tiny)]
+    pairs = [(gradient, wanted_gradient, tiny)]
     # The two terms of logsumexp, rounded to float32, may cancel.
     for name, atol in (("softmax", tiny), ("log_softmax", tiny), ("logsumexp", 1e-6)):
-        pairs.append((getattr(jaxsoft, name)(logits), getattr(reference, name)(wide), atol))
+        pairs.append((getattr(jaxsoft, name)(logits), jax.jit(getattr(reference, name))(wide), atol))
     for found, right, atol in pairs:
         assert found.dtype == dtype
         np.testing.assert_allclose(found.astype(float), right, rtol=float(jnp.finfo(dtype).eps), atol=atol)
@@ -234,10 +248,10 @@ def compiled(fn, *shapes):
     [((32, 50257), 0.0, 0), ((256, 4096), 0.1, 2), ((256, 4096), None, 0), ((64, 32768), None, 0)],
     ids=str,
 )
-def test_how_often_half_precision_is_stored_widened(shape, smoothing, widened):
+def test_half_precision_is_stored_widened_no_more_often_than(shape, smoothing, widened):
     """Arrays of float32 as large as the logits: for the loss alone (None: no gradient) and for long rows none.
 
-    Smoothing with its gradient has two, the exponentials and what the select makes of the logits.
+    Smoothing with its gradient may have two, the exponentials and what the select makes of the logits.
     """
     options = {} if smoothing is None else {"label_smoothing": smoothing}
 
@@ -247,7 +261,7 @@ def test_how_often_half_precision_is_stored_widened(shape, smoothing, widened):
     fn = loss if smoothing is None else jax.value_and_grad(loss)
     program = compiled(fn, jax.ShapeDtypeStruct(shape, jnp.bfloat16), jax.ShapeDtypeStruct(shape[:1], jnp.int32))
     copies = program.memory_analysis().temp_size_in_bytes / (4 * shape[0] * shape[1])
-    assert widened <= copies < widened + 0.1
+    assert copies < widened + 0.1
 
 
 @pytest.mark.x32
@@ -285,7 +299,7 @@ def test_second_derivatives_of_long_and_short_rows(shape, dtype, roundings, smoo
     direction = far(*shape).astype(dtype)
 
     def product(loss, logits, direction):
-        return jax.grad(lambda z: jnp.vdot(jax.grad(loss)(z), direction))(logits)
+        return jax.jit(jax.grad(lambda z, d: jnp.vdot(jax.grad(loss)(z), d)))(logits, direction)
 
     def expected(logits):
         q = (1 - smoothing) * jax.nn.one_hot(labels, shape[-1]) + smoothing / shape[-1]

@@ -9,6 +9,9 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxsoft
+import reference
+
+pytestmark = pytest.mark.unoptimized
 
 MESHES = {"eight": ((8,), ("classes",)), "two by four": ((2, 4), ("data", "classes"))}
 rng = np.random.default_rng(0)
@@ -77,10 +80,13 @@ def test_masks(mesh):
     close(probs(LOGITS, MASK), jaxsoft.softmax(LOGITS, -1, MASK))
 
 
-@pytest.mark.parametrize("grad_inside", [False, True])
-@pytest.mark.parametrize("case", OPTIONS)
-@pytest.mark.parametrize("linear", [False, True])
-def test_losses(mesh, case, linear, grad_inside):
+# Differentiated within the shard_map and around it, on one axis of a mesh and on two: not all for every option.
+@pytest.mark.parametrize(
+    ("case", "linear", "grad_inside", "mesh"),
+    reference.covering(2, OPTIONS, [False, True], [False, True], MESHES),
+    indirect=["mesh"],
+)
+def test_losses(case, linear, grad_inside, mesh):
     options = {"reduction": "sum"} | OPTIONS[case]
     row = rows(mesh)
     targets, target_spec = LABELS, PartitionSpec(row)
@@ -117,8 +123,8 @@ def test_losses(mesh, case, linear, grad_inside):
         fn = jax.value_and_grad(whole, of_variables)
         sharded = over_shards(mesh, fn, in_specs, (PartitionSpec(), gradient_specs))
     else:
-        sharded = jax.value_and_grad(over_shards(mesh, whole, in_specs, PartitionSpec()), of_variables)
-    expected = jax.value_and_grad(loss, of_variables)(targets, WEIGHTS, *variables)
+        sharded = jax.jit(jax.value_and_grad(over_shards(mesh, whole, in_specs, PartitionSpec()), of_variables))
+    expected = jax.jit(jax.value_and_grad(loss, of_variables))(targets, WEIGHTS, *variables)
     close(sharded(targets, WEIGHTS, *variables), expected)
 
     forward = over_shards(mesh, lambda *a: loss(*a, axis_name="classes")[None], in_specs, PartitionSpec(row))
@@ -143,7 +149,7 @@ def test_second_order(mesh):
         (spec, PartitionSpec(rows(mesh))),
         spec,
     )
-    close(fn(LOGITS, labels), jax.grad(slope)(LOGITS, labels))
+    close(fn(LOGITS, labels), jax.jit(jax.grad(slope))(LOGITS, labels))
 
 
 def test_a_label_beyond_the_last_shard_is_nan(mesh):
@@ -171,7 +177,7 @@ def test_second_order_of_the_linear_loss(mesh):
 
     sharded = jax.shard_map(whole, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
     got = jax.jit(jax.grad(slope(lambda x, w: sharded(x, w, LABELS)), (0, 1)))(FEATURES, KERNEL)
-    close(got, jax.grad(slope(lambda x, w: loss(x, w, LABELS)), (0, 1))(FEATURES, KERNEL))
+    close(got, jax.jit(jax.grad(slope(lambda x, w: loss(x, w, LABELS)), (0, 1)))(FEATURES, KERNEL))
 
 
 def linear_sum(features, kernel, labels, **options):
