@@ -224,11 +224,12 @@ def multinomial_logistic_loss(probs: Float[ArrayLike, "..."], labels: Labels) ->
     p = as_floating("probs", probs)
     if p.ndim == 0:
         raise ValueError("probs: expected at least one axis, the samples, got a scalar")
-    p = p.reshape(len(p), math.prod(p.shape[1:])).astype(compute_dtype(p.dtype))
+    samples = p.shape[0]
+    p = p.reshape(samples, math.prod(p.shape[1:])).astype(compute_dtype(p.dtype))
     label = _read_labels(labels, p.shape, 1, None)
     at_label = jnp.take_along_axis(p, jnp.maximum(label, 0)[:, None], 1, mode="promise_in_bounds")[:, 0]
     at_label *= _nan_unless(label != NO_CLASS, p.dtype)
-    return -jnp.sum(jnp.log(_at_least(at_label, LOG_THRESHOLD))) / max(len(p), 1)
+    return -jnp.sum(jnp.log(_at_least(at_label, LOG_THRESHOLD))) / max(samples, 1)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

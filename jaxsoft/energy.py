@@ -226,23 +226,27 @@ def hopfield_asynchronous(
     """
     s, w, b = _read_hopfield(state, weights, bias)
     units = s.shape[-1]
-    xp = jnp if isinstance(order, jax.Array) else np  # JAX would narrow 2³² + 1 to unit 1
-    visits: Any = xp.arange(units) if order is None else xp.asarray(order)
+    given: Any = jnp.arange(units) if order is None else order
+    if not isinstance(given, jax.Array):
+        given = np.asarray(given)
+        # JAX would narrow 2³² + 1 to unit 1.
+        given = np.where((given >= -(2**31)) & (given < 2**31), given, -1)
+    visits = jnp.asarray(given)
     if not jnp.issubdtype(visits.dtype, jnp.integer):
         raise TypeError(f"order: expected integers, got dtype {visits.dtype}")
     if visits.ndim != 1:
         raise ValueError(f"order: expected one dimension, got shape {visits.shape}")
-    check_values("state", s, jnp.abs(s) == 1, "-1 or 1")
-    visits = visits.astype(np.int32) if visits.dtype.itemsize < 4 else visits  # int8 cannot be compared with 200
+    visits = visits.astype(jnp.int32) if visits.dtype.itemsize < 4 else visits  # int8 cannot be compared with 200
     exists = (visits >= 0) & (visits < units)
-    check_values("order", jnp.asarray(visits), jnp.asarray(exists), f"a unit in [0, {units})")
-    visits = xp.where(exists, visits, units).astype(np.int32)
+    check_values("state", s, jnp.abs(s) == 1, "-1 or 1")
+    check_values("order", visits, exists, f"a unit in [0, {units})")
+    visits = jnp.where(exists, visits.astype(jnp.int32), -1)
 
     def visit(s: Array, i: Array) -> tuple[Array, None]:
         moved = _towards(s @ w[i] + b[i], s[..., i])
         return jnp.where(jnp.arange(units, dtype=i.dtype) == i, moved[..., None], s), None
 
-    return jax.lax.scan(visit, s, jnp.asarray(visits))[0]
+    return jax.lax.scan(visit, s, visits)[0]
 
 
 def hopfield_synchronous(
@@ -597,9 +601,9 @@ def _read_hopfield(state: ArrayLike, weights: ArrayLike, bias: ArrayLike | None)
     w, s, *rest = _promote(arrays)
     if w.ndim != 2 or w.shape[0] != w.shape[1]:
         raise ValueError(f"weights: expected a square matrix, got shape {w.shape}")
-    b = rest[0] if rest else jnp.zeros(len(w), w.dtype)
-    _check_vector("bias", b, len(w))
-    _check_units("state", s, len(w))
+    b = rest[0] if rest else jnp.zeros(w.shape[:1], w.dtype)
+    _check_vector("bias", b, w.shape[0])
+    _check_units("state", s, w.shape[0])
     return s, w, b
 
 
