@@ -623,7 +623,7 @@ def _promote(arrays: dict[str, ArrayLike]) -> list[Array]:
     """The arrays in the dtype to which those in floating point promote: integers follow."""
     given = {name: jnp.asarray(array) for name, array in arrays.items()}
     floating = [a.dtype for a in given.values() if jnp.issubdtype(a.dtype, jnp.floating)]
-    dtype = jnp.result_type(*floating or (float,))
+    dtype = jnp.result_type(*floating, float)
     return [as_floating(name, array).astype(dtype) for name, array in given.items()]
 
 

@@ -461,6 +461,17 @@ def test_a_visit_to_no_unit_changes_nothing_in_any_dtype(order):
         checked(lambda s: energy.hopfield_asynchronous(s, SYMMETRIC, order=order))(state)
 
 
+def test_visits_wider_and_narrower_than_32_bits():
+    """2³² + 1 is not unit 1, nor is a dtype too narrow that cannot count the units."""
+    state = np.ones(2)
+    far = jnp.array([2**32 + 1])
+    np.testing.assert_array_equal(energy.hopfield_asynchronous(state, SYMMETRIC, order=far), state)
+    down = energy.hopfield_asynchronous(
+        np.ones(200), np.zeros((200, 200)), -np.ones(200), order=jnp.array([3], jnp.int8)
+    )
+    np.testing.assert_array_equal(down, np.where(np.arange(200) == 3, -1, 1))
+
+
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_works_under_jit_and_vmap_and_keeps_the_dtype(name, dtype):
