@@ -96,11 +96,14 @@ def apply_mlp(
     x = as_floating("features", features)
     if not params:
         raise ValueError("params: expected at least one layer, got none")
-    inputs = params[0]["kernel"].shape[0]
+    first = params[0]["kernel"]
+    inputs = first.shape[0]
     if x.shape != (inputs,):
         raise ValueError(
             f"features: expected one example of shape ({inputs},), got {x.shape}; map batches with jax.vmap"
         )
+    if jnp.issubdtype(jnp.result_type(features), jnp.integer):  # which promote to the parameters, not they to a default
+        x = x.astype(first.dtype)
     *hidden, last = params
     for layer in hidden:
         x = activation(x @ layer["kernel"] + layer["bias"])

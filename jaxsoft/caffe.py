@@ -10,14 +10,15 @@ multiplied, and calls each of the outer·inner vectors of classes a position.
 
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoft import _softmax
-from jaxsoft._checks import as_axis, as_floating, as_integer, check_values, compute_dtype
+from jaxsoft._checks import _checking, as_axis, as_floating, as_integer, check_values, compute_dtype
 from jaxsoft._cross_entropy import cross_entropy
 from jaxsoft._targets import equals
 
@@ -28,6 +29,7 @@ Labels = Int[ArrayLike, "..."] | Float[ArrayLike, "..."]
 
 FLT_MIN = 2.0**-126  # the smallest normal float32, also where Caffe runs in double precision
 LOG_THRESHOLD = 1e-20
+IGNORED, NO_CLASS = -1, -2  # what is read for a label that is no class
 
 
 def softmax(x: Float[ArrayLike, "..."], axis: int = 1) -> Float[Array, "..."]:
@@ -79,7 +81,8 @@ def softmax_with_loss(
         labels: one a position, in any shape of that many elements whose first dimension is the
             logits'. Floats, as Caffe stores labels, are truncated to integers.
         axis: the class axis; a negative one counts from the end.
-        ignore_label: any integer; positions of this label have loss 0 and gradient 0 and are not counted.
+        ignore_label: any integer; positions of this label have loss 0 and gradient 0, whatever their logits,
+            and are not counted.
         normalization: what the sum is divided by: "FULL", all positions; "VALID", those not ignored
             (the default); "BATCH_SIZE", the dimensions before `axis`; "NONE", 1. Never by less than 1.
         normalize: the older flag, heeded only without `normalization`: True is "VALID", False "BATCH_SIZE".
@@ -91,7 +94,8 @@ def softmax_with_loss(
 
     Edges: a position costs at most 126 log 2 = 87.3365448, also where its label's logit is −inf, and
     goes on learning there. Nothing valid gives loss 0 and gradient 0. A label that is no class and not
-    ignored, NaN included, gives a NaN loss and gradient (`checked` raises instead).
+    ignored, NaN included, gives a NaN loss and gradient (`checked` raises instead); so does one beyond 32
+    bits in a NumPy array, which JAX would narrow. NaN logits, where ignored too, show in the probabilities.
 
     Raises:
         TypeError: logits, labels or options of a wrong type.
@@ -116,10 +120,10 @@ def softmax_with_loss(
     """
     z = as_floating("logits", logits)
     axis = as_axis(axis, z.ndim)
-    label, share = _read_labels(labels, z.shape, axis, ignore_label, compute_dtype(z.dtype))
-    log_probs = _at_least(-cross_entropy(z, label, axis, reduction="none"), math.log(FLT_MIN))
-    scale = _scale(share, z.shape[:axis], normalization, normalize, loss_weight)
-    return -scale * jnp.sum(share * log_probs), softmax(z, axis)
+    label = _read_labels(labels, z.shape, axis, ignore_label)
+    losses = cross_entropy(z, label, axis, ignore_index=IGNORED, reduction="none")
+    scale = _scale(label, z.shape[:axis], normalization, normalize, loss_weight, losses.dtype)
+    return -scale * jnp.sum(_at_least(-losses, math.log(FLT_MIN))), softmax(z, axis)
 
 
 def infogain_loss(
@@ -169,17 +173,21 @@ def infogain_loss(
     Source: Y. Jia et al. (2014).
     """
     z = as_floating("logits", logits)
-    axis = as_axis(axis, z.ndim)
-    classes, dtype = z.shape[axis], compute_dtype(z.dtype)
-    label, share = _read_labels(labels, z.shape, axis, ignore_label, dtype)
+    axis, dtype = as_axis(axis, z.ndim), compute_dtype(z.dtype)
+    classes = z.shape[axis]
+    label = _read_labels(labels, z.shape, axis, ignore_label)
     h = jax.lax.stop_gradient(as_floating("infogain", infogain)).astype(dtype)
     if h.size != classes**2:
         raise ValueError(f"infogain: expected shape ({classes}, {classes}), got {h.shape}")
     check_values("infogain", h, jnp.isfinite(h), "a finite number")
-    gains = jnp.moveaxis(share[..., None] * h.reshape(classes, classes)[label], -1, axis)
-    log_probs = _at_least(_softmax.log_softmax(z.astype(dtype), axis), math.log(LOG_THRESHOLD))
-    scale = _scale(share, z.shape[:axis], normalization, normalize, loss_weight)
-    return -scale * jnp.sum(gains * log_probs), softmax(z, axis)
+    ignored = jnp.expand_dims(label == IGNORED, axis)
+    at_label = h.reshape(classes, classes)[jnp.maximum(label, 0)]
+    gains = jnp.moveaxis(_nan_unless(label != NO_CLASS, dtype)[..., None] * at_label, -1, axis)
+    # Masked before the logarithm, for its gradient, and after, for its value.
+    log_probs = _softmax.log_softmax(jnp.where(ignored, 0, z.astype(dtype)), axis)
+    log_probs = _at_least(log_probs, math.log(LOG_THRESHOLD))
+    scale = _scale(label, z.shape[:axis], normalization, normalize, loss_weight, dtype)
+    return -scale * jnp.sum(jnp.where(ignored, 0, gains * log_probs)), softmax(z, axis)
 
 
 def multinomial_logistic_loss(probs: Float[ArrayLike, "..."], labels: Labels) -> Float[Array, ""]:
@@ -216,10 +224,12 @@ def multinomial_logistic_loss(probs: Float[ArrayLike, "..."], labels: Labels) ->
     p = as_floating("probs", probs)
     if p.ndim == 0:
         raise ValueError("probs: expected at least one axis, the samples, got a scalar")
-    p = p.reshape(len(p), math.prod(p.shape[1:])).astype(compute_dtype(p.dtype))
-    label, share = _read_labels(labels, p.shape, 1, None, p.dtype)
-    at_label = jnp.take_along_axis(p, label[:, None], 1, mode="promise_in_bounds")[:, 0]
-    return -jnp.sum(jnp.log(_at_least(share * at_label, LOG_THRESHOLD))) / max(len(p), 1)
+    samples = p.shape[0]
+    p = p.reshape(samples, math.prod(p.shape[1:])).astype(compute_dtype(p.dtype))
+    label = _read_labels(labels, p.shape, 1, None)
+    at_label = jnp.take_along_axis(p, jnp.maximum(label, 0)[:, None], 1, mode="promise_in_bounds")[:, 0]
+    at_label *= _nan_unless(label != NO_CLASS, p.dtype)
+    return -jnp.sum(jnp.log(_at_least(at_label, LOG_THRESHOLD))) / max(samples, 1)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -233,11 +243,16 @@ def _at_least_jvp(floor: float, primals: tuple[Array], tangents: tuple[Array]) -
     return _at_least(*primals, floor), *tangents
 
 
-def _read_labels(
-    labels: Labels, shape: tuple[int, ...], axis: int, ignore_label: int | None, dtype: jnp.dtype
-) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
-    """An index into the classes for each position, and its share: 1, 0 where ignored, NaN where it is no class."""
-    given = jnp.asarray(labels)
+def _nan_unless(valid: Bool[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+    """1, or NaN: a root of −1, since `jax_debug_nans` finds a literal NaN even where it is not selected."""
+    return jnp.sqrt(jnp.where(valid, 1, -1).astype(dtype))
+
+
+def _read_labels(labels: Labels, shape: tuple[int, ...], axis: int, ignore_label: int | None) -> Int[Array, "..."]:
+    """The class of each position, IGNORED or NO_CLASS."""
+    # Read in NumPy what is not yet JAX's, which would narrow it: 2³² + 1 is not class 1.
+    xp = jnp if isinstance(labels, jax.Array) else np
+    given: Any = xp.asarray(labels)
     classes, positions = shape[axis], shape[:axis] + shape[axis + 1 :]
     if given.size != math.prod(positions):
         raise ValueError(
@@ -246,39 +261,47 @@ def _read_labels(
         )
     if given.shape[:1] != shape[:1]:
         raise ValueError(f"labels: expected {shape[0]} as first dimension like the scores, got shape {given.shape}")
-    if jnp.issubdtype(given.dtype, jnp.floating):
-        y = jnp.trunc(given)
-    elif jnp.issubdtype(given.dtype, jnp.integer):
-        y = given if given.dtype.itemsize == 8 else given.astype(jnp.int32)  # int8 cannot be compared with 200
+    integers = jnp.issubdtype(given.dtype, jnp.integer)
+    if integers:
+        y = given.astype(np.int32) if given.dtype.itemsize < 4 else given  # int8 cannot be compared with 200
+    elif jnp.issubdtype(given.dtype, jnp.floating):
+        y = xp.trunc(given.astype(compute_dtype(given.dtype)))
     else:
         raise TypeError(f"labels: expected real numbers, got dtype {given.dtype}")
     inside = (y >= 0) & (y < classes)
-    ignored, allowed = jnp.zeros(y.shape, bool), f"a label in [0, {classes})"
+    ignored, allowed = xp.zeros(y.shape, bool), f"a label in [0, {classes})"
     if ignore_label is not None:
         index = as_integer("ignore_label", ignore_label)
-        ignored = equals(y, index) if jnp.issubdtype(y.dtype, jnp.integer) else y == float(index)
+        ignored = equals(y, index) if xp is jnp and integers else y == index
         allowed += f" or ignore_label={ignore_label}"
-    check_values("labels", given, inside | ignored, allowed)
-    share = jnp.where(ignored, 0, jnp.where(inside, 1, jnp.nan)).astype(dtype)
-    return jnp.where(inside, y, 0).astype(jnp.int32).reshape(positions), share.reshape(positions)
+    valid = inside | ignored
+    if xp is jnp:
+        check_values("labels", given, valid, allowed)
+    elif _checking.value and not valid.all():
+        first = np.unravel_index(valid.argmin(), valid.shape)
+        raise ValueError(f"labels[{', '.join(map(str, first))}] is {given[first]}: expected {allowed}")
+    label = xp.where(inside, y, 0).astype(np.int32)  # NO_CLASS does not fit into every dtype
+    label = xp.where(ignored, IGNORED, xp.where(inside, label, NO_CLASS))
+    return jnp.asarray(label).reshape(positions)
 
 
 def _scale(
-    share: Float[Array, "..."],
+    label: Int[Array, "..."],
     outer: tuple[int, ...],
     normalization: Normalization | None,
     normalize: bool | None,
     loss_weight: Float[ArrayLike, ""],
+    dtype: jnp.dtype,
 ) -> Float[Array, ""]:
     """loss_weight/normaliser."""
     if normalize is not None and not isinstance(normalize, bool):
         raise TypeError(f"normalize: expected True, False or None, got {normalize!r}")
     if normalization is None:
         normalization = "BATCH_SIZE" if normalize is False else "VALID"
-    counts = {"FULL": share.size, "VALID": jnp.sum(share != 0), "BATCH_SIZE": math.prod(outer), "NONE": 1}
+    counts = {"FULL": label.size, "VALID": jnp.sum(label != IGNORED), "BATCH_SIZE": math.prod(outer), "NONE": 1}
     if normalization not in counts:
         raise ValueError(f"normalization: expected one of {', '.join(counts)} or None, got {normalization!r}")
-    weight = as_floating("loss_weight", loss_weight).astype(share.dtype)
+    weight = as_floating("loss_weight", loss_weight).astype(dtype)
     if weight.shape:
         raise ValueError(f"loss_weight: expected a scalar, got shape {weight.shape}")
-    return weight / jnp.maximum(counts[normalization], 1).astype(share.dtype)
+    return weight / jnp.maximum(counts[normalization], 1).astype(dtype)

@@ -6,12 +6,13 @@ factor. States have the units along the last axis; axes before it are a batch.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from jaxsoft._checks import as_floating, as_integer, broadcast, check_values
 from jaxsoft._softmax import logsumexp, softmax
@@ -72,7 +73,7 @@ def gibbs_distribution(
     R. Hadsell, M. Ranzato, F. J. Huang, "A tutorial on energy-based learning" (2006).
     """
     logits, allowed = _exponents(energies, beta)
-    return softmax(logits, axis, allowed)
+    return jnp.where(allowed, softmax(logits, axis), 0)
 
 
 def log_partition(
@@ -107,8 +108,7 @@ def log_partition(
 
     Source: J. W. Gibbs (1902).
     """
-    logits, allowed = _exponents(energies, beta)
-    return logsumexp(logits, axis, allowed)
+    return logsumexp(_exponents(energies, beta)[0], axis)
 
 
 def hopfield_energy(
@@ -146,7 +146,7 @@ def hopfield_energy(
     computational abilities" (1982).
     """
     s, w, b = _read_hopfield(state, weights, bias)
-    return -jnp.sum(s * (s @ w.T / 2 + b), axis=-1)
+    return -jnp.sum(s * _affine(s, w.T / 2, b), axis=-1)
 
 
 def hopfield_field(
@@ -181,7 +181,7 @@ def hopfield_field(
     Source: J. J. Hopfield (1982).
     """
     s, w, b = _read_hopfield(state, weights, bias)
-    return s @ w.T + b
+    return _affine(s, w.T, b)
 
 
 def hopfield_asynchronous(
@@ -226,17 +226,25 @@ def hopfield_asynchronous(
     """
     s, w, b = _read_hopfield(state, weights, bias)
     units = s.shape[-1]
-    visits = jnp.arange(units) if order is None else jnp.asarray(order)
+    given: Any = jnp.arange(units) if order is None else order
+    if not isinstance(given, jax.Array):
+        given = np.asarray(given)
+        # JAX would narrow 2³² + 1 to unit 1.
+        given = np.where((given >= -(2**31)) & (given < 2**31), given, -1)
+    visits = jnp.asarray(given)
     if not jnp.issubdtype(visits.dtype, jnp.integer):
         raise TypeError(f"order: expected integers, got dtype {visits.dtype}")
     if visits.ndim != 1:
         raise ValueError(f"order: expected one dimension, got shape {visits.shape}")
+    visits = visits.astype(jnp.int32) if visits.dtype.itemsize < 4 else visits  # int8 cannot be compared with 200
+    exists = (visits >= 0) & (visits < units)
     check_values("state", s, jnp.abs(s) == 1, "-1 or 1")
-    check_values("order", visits, (visits >= 0) & (visits < units), f"a unit in [0, {units})")
+    check_values("order", visits, exists, f"a unit in [0, {units})")
+    visits = jnp.where(exists, visits.astype(jnp.int32), -1)
 
     def visit(s: Array, i: Array) -> tuple[Array, None]:
         moved = _towards(s @ w[i] + b[i], s[..., i])
-        return jnp.where(jnp.arange(units) == i, moved[..., None], s), None
+        return jnp.where(jnp.arange(units, dtype=i.dtype) == i, moved[..., None], s), None
 
     return jax.lax.scan(visit, s, visits)[0]
 
@@ -278,7 +286,7 @@ def hopfield_synchronous(
     """
     s, w, b = _read_hopfield(state, weights, bias)
     check_values("state", s, jnp.abs(s) == 1, "-1 or 1")
-    return _towards(s @ w.T + b, s)
+    return _towards(_affine(s, w.T, b), s)
 
 
 def perceptron_criterion(
@@ -408,14 +416,15 @@ def rbm_energy(
     Source: P. Smolensky, "Information processing in dynamical systems: foundations of harmony
     theory" (1986).
     """
-    w, b, c = _read_rbm(params)
-    v, h = _units("visible", visible, w.shape[0]), _units("hidden", hidden, w.shape[1])
+    w, b, c, v, h = _read_rbm(params, visible=visible, hidden=hidden)
     try:
         jnp.broadcast_shapes(v.shape[:-1], h.shape[:-1])
     except ValueError:
         raise ValueError(
             f"hidden: expected batch axes that broadcast with {v.shape[:-1]}, got {h.shape[:-1]}"
         ) from None
+    rank = max(v.ndim, h.ndim)
+    v, h = (jnp.expand_dims(states, range(rank - states.ndim)) for states in (v, h))
     return -(v @ b + h @ c + jnp.sum((v @ w) * h, axis=-1))
 
 
@@ -446,9 +455,8 @@ def rbm_free_energy(params: RestrictedBoltzmann, visible: Float[ArrayLike, "*bat
 
     Source: G. E. Hinton, "Training products of experts by minimizing contrastive divergence" (2002).
     """
-    w, b, c = _read_rbm(params)
-    v = _units("visible", visible, w.shape[0])
-    return -(v @ b + jnp.sum(jax.nn.softplus(v @ w + c), axis=-1))
+    w, b, c, v = _read_rbm(params, visible=visible)
+    return -(v @ b + jnp.sum(jax.nn.softplus(_affine(v, w, c)), axis=-1))
 
 
 def rbm_log_partition(params: RestrictedBoltzmann) -> Float[Array, ""]:
@@ -484,7 +492,7 @@ def rbm_log_partition(params: RestrictedBoltzmann) -> Float[Array, ""]:
     units = min(w.shape)
     if units > MAX_UNITS:
         raise ValueError(f"params: expected a layer of at most {MAX_UNITS} units to enumerate, got weights {w.shape}")
-    return log_partition(rbm_free_energy(smaller, binary_states(units, dtype=w.dtype)))
+    return logsumexp(-rbm_free_energy(smaller, binary_states(units, dtype=w.dtype)))
 
 
 def rbm_gibbs(
@@ -525,16 +533,14 @@ def rbm_gibbs(
     Source: S. Geman, D. Geman, "Stochastic relaxation, Gibbs distributions, and the Bayesian
     restoration of images" (1984); G. E. Hinton (2002).
     """
-    w, b, c = _read_rbm(params)
-    v = _units("visible", visible, w.shape[0])
+    w, b, c, v = _read_rbm(params, visible=visible)
     if as_integer("steps", steps) < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
-    v, w, b, c = (a.astype(jnp.result_type(v, w, b, c)) for a in (v, w, b, c))
 
     def step(state: tuple[Array, Array], key: Array) -> tuple[tuple[Array, Array], None]:
         hidden_key, visible_key = jax.random.split(key)
-        hidden = _draw(hidden_key, state[0] @ w + c)
-        return (_draw(visible_key, hidden @ w.T + b), hidden), None
+        hidden = _draw(hidden_key, _affine(state[0], w, c))
+        return (_draw(visible_key, _affine(hidden, w.T, b)), hidden), None
 
     hidden = jnp.zeros((*v.shape[:-1], w.shape[1]), v.dtype)
     return jax.lax.scan(step, (v, hidden), jax.random.split(key, steps))[0]
@@ -569,14 +575,18 @@ def binary_states(units: int, *, dtype: jax.typing.DTypeLike = jnp.float32) -> F
     count = as_integer("units", units)
     if not 0 <= count <= MAX_UNITS:
         raise ValueError(f"units: expected an integer in [0, {MAX_UNITS}], got {count}")
-    return (jnp.arange(2**count)[:, None] >> jnp.arange(count)[::-1] & 1).astype(dtype)
+    return (jnp.arange(2**count)[:, None] >> jnp.arange(count)[None, ::-1] & 1).astype(dtype)
 
 
-def _exponents(energies: ArrayLike, beta: ArrayLike) -> tuple[Array, Array]:
-    """−βE and where it counts. Forbidden states are masked, since 0·inf would be NaN here or in the gradient."""
+def _exponents(energies: ArrayLike, beta: ArrayLike) -> tuple[Array, Bool[Array, "..."]]:
+    """−βE, and where it counts. Forbidden states are kept apart: 0·inf would be NaN here or in the gradient.
+
+    No infinity is written out: `jax_debug_infs` finds it even where it is not selected.
+    """
     e = as_floating("energies", energies)
-    allowed = ~jnp.isposinf(e)
-    return -_scalar("beta", beta, e) * jnp.where(allowed, e, 0), allowed
+    allowed = jnp.isfinite(e) | ~(e > 0)
+    scaled = -_scalar("beta", beta, e) * jnp.where(allowed, e, 0)
+    return jnp.where(allowed, scaled, jax.lax.stop_gradient(-e)), allowed
 
 
 def _scalar(name: str, value: ArrayLike, like: Array) -> Array:
@@ -586,35 +596,51 @@ def _scalar(name: str, value: ArrayLike, like: Array) -> Array:
     return scalar.astype(like.dtype)
 
 
-def _units(name: str, value: ArrayLike, count: int) -> Array:
-    array = as_floating(name, value)
-    if array.shape[-1:] != (count,):
-        raise ValueError(f"{name}: expected {count} units along the last axis, got shape {array.shape}")
-    return array
-
-
-def _vector(name: str, value: ArrayLike, count: int) -> Array:
-    array = as_floating(name, value)
-    if array.shape != (count,):
-        raise ValueError(f"{name}: expected shape ({count},), got {array.shape}")
-    return array
-
-
 def _read_hopfield(state: ArrayLike, weights: ArrayLike, bias: ArrayLike | None) -> tuple[Array, Array, Array]:
-    w = as_floating("weights", weights)
+    arrays = {"weights": weights, "state": state} | ({} if bias is None else {"bias": bias})
+    w, s, *rest = _promote(arrays)
     if w.ndim != 2 or w.shape[0] != w.shape[1]:
         raise ValueError(f"weights: expected a square matrix, got shape {w.shape}")
-    b = jnp.zeros(len(w), w.dtype) if bias is None else _vector("bias", bias, len(w))
-    s = _units("state", state, len(w))
-    return s.astype(jnp.result_type(s, w, b)), w, b
+    b = rest[0] if rest else jnp.zeros(w.shape[:1], w.dtype)
+    _check_vector("bias", b, w.shape[0])
+    _check_units("state", s, w.shape[0])
+    return s, w, b
 
 
-def _read_rbm(params: RestrictedBoltzmann) -> tuple[Array, Array, Array]:
-    w = as_floating("weights", params.weights)
+def _read_rbm(params: RestrictedBoltzmann, **states: ArrayLike) -> list[Array]:
+    """Weights, visible bias, hidden bias, and the states of layers by name."""
+    w, b, c, *layers = _promote(params._asdict() | states)
     if w.ndim != 2:
         raise ValueError(f"weights: expected shape (visible, hidden), got {w.shape}")
-    b = _vector("visible_bias", params.visible_bias, w.shape[0])
-    return w, b, _vector("hidden_bias", params.hidden_bias, w.shape[1])
+    _check_vector("visible_bias", b, w.shape[0])
+    _check_vector("hidden_bias", c, w.shape[1])
+    for name, layer in zip(states, layers, strict=True):
+        _check_units(name, layer, w.shape[("visible", "hidden").index(name)])
+    return [w, b, c, *layers]
+
+
+def _promote(arrays: dict[str, ArrayLike]) -> list[Array]:
+    """The arrays in the dtype to which those in floating point promote: integers follow."""
+    given = {name: jnp.asarray(array) for name, array in arrays.items()}
+    floating = [a.dtype for a in given.values() if jnp.issubdtype(a.dtype, jnp.floating)]
+    dtype = jnp.result_type(*floating, float)
+    return [as_floating(name, array).astype(dtype) for name, array in given.items()]
+
+
+def _check_units(name: str, array: Array, count: int) -> None:
+    if array.shape[-1:] != (count,):
+        raise ValueError(f"{name}: expected {count} units along the last axis, got shape {array.shape}")
+
+
+def _check_vector(name: str, array: Array, count: int) -> None:
+    if array.shape != (count,):
+        raise ValueError(f"{name}: expected shape ({count},), got {array.shape}")
+
+
+def _affine(x: Array, weights: Array, bias: Array) -> Array:
+    """x·W + b, with the bias of every row written out: its rank is not promoted in silence."""
+    product = x @ weights
+    return product + jnp.broadcast_to(bias, product.shape)
 
 
 def _towards(field: Array, state: Array) -> Array:

@@ -263,7 +263,102 @@ def test_a_label_that_is_not_a_number_is_never_the_ignored_one(bad, ignore_label
     assert np.isnan(loss)
 
 
+LOSSES = {
+    "softmax_with_loss": caffe.softmax_with_loss,
+    "infogain_loss": lambda *args, **options: caffe.infogain_loss(*args, np.eye(3), **options),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("normalization", ["FULL", "VALID", "BATCH_SIZE", "NONE"])
+def test_an_ignored_position_may_hold_anything(name, normalization):
+    """NaN and infinite logits there: loss and gradient are those of Caffe's loops, which skip it."""
+    logits, labels = RNG.normal(size=(5, 3)), np.array([0, 255, 2, 255, 255])
+    spoiled = logits.copy()
+    spoiled[1, 0], spoiled[3, 1], spoiled[4] = np.nan, np.inf, -np.inf
+    loss = jax.jit(
+        jax.value_and_grad(
+            lambda z: LOSSES[name](z, labels, ignore_label=255, normalization=normalization)[0],
+        )
+    )
+    total, gradient, _ = layer(logits, labels, ignore_label=255)
+    count = {"FULL": 5, "VALID": 2, "BATCH_SIZE": 5, "NONE": 1}[normalization]
+    for z in (logits, spoiled):
+        value, computed = loss(z)
+        np.testing.assert_allclose(value, total / count, rtol=1e-13)
+        np.testing.assert_allclose(computed, gradient / count, atol=1e-15)
+        np.testing.assert_array_equal(computed[labels == 255], 0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("weight", [np.inf, np.nan])
+def test_an_ignored_position_has_no_gradient_whatever_comes_back(name, weight):
+    """Loss weights and cotangents that are not finite stay with the positions that take part."""
+    labels = np.array([0, 255])
+    gradient = jax.grad(lambda z: LOSSES[name](z, labels, ignore_label=255, loss_weight=weight)[0])(np.eye(2, 3))
+    assert not np.isfinite(gradient[0]).all()
+    np.testing.assert_array_equal(gradient[1], 0)
+    root = jax.grad(lambda z: jnp.sqrt(LOSSES[name](z, labels[1:], ignore_label=255)[0]))  # 0, of slope infinity
+    np.testing.assert_array_equal(root(np.ones((1, 3))), 0)
+
+
+def test_an_ignored_position_sees_no_gains():
+    """Not those of class 0 either, whose row may be bad."""
+    gains = np.where(np.arange(3)[:, None] == 0, np.inf, GAINS)
+    logits, labels = RNG.normal(size=(2, 3)), np.array([1, 255])
+    loss, gradient = jax.value_and_grad(lambda z: caffe.infogain_loss(z, labels, gains, ignore_label=255)[0])(logits)
+    total, expected, _ = layer(logits, labels, ignore_label=255, infogain=GAINS)
+    np.testing.assert_allclose(loss, total, rtol=1e-13)
+    np.testing.assert_allclose(gradient, expected, atol=1e-15)
+
+
 # Labels
+
+
+WIDE = {  # each a class, or one that is ignored, in its lower bits
+    "int64": (np.array([2**32 + 1, 1]), 5),
+    "negative": (np.array([1 - 2**33, 1]), 5),
+    "uint64": (np.array([2**63 + 2, 1], np.uint64), 5),
+    "list": ([2**32 + 1, 1], 5),
+    "ignored in its lower bits": (np.array([2**32 + 255, 1]), 255),
+    "uint32, read as negative": (np.array([2**32 - 1, 1], np.uint32), -1),
+    "float64, rounded to the ignored one": (np.array([2.0**24 + 1, 1]), 2**24),
+    "float16, the ignored one beyond its range": (np.array([np.inf, 1], np.float16), 70_000),
+}
+
+
+@pytest.mark.x32
+@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_label_wider_than_jax_s_is_no_class(name, kind):
+    """NaN there and right elsewhere; `checked` names the label as it was given."""
+    labels, ignore_label = WIDE[kind]
+    logits = np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)
+    loss = jax.value_and_grad(lambda z: LOSSES[name](z, labels, ignore_label=ignore_label)[0])
+    value, gradient = loss(logits)
+    assert np.isnan(value)
+    assert np.isnan(gradient[0]).all()
+    np.testing.assert_allclose(gradient[1], layer(logits[1:], [1])[1][0] / 2, rtol=1e-6)
+    message = f"labels[0] is {labels[0]}: expected a label in [0, 3) or ignore_label={ignore_label}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        checked(loss)(logits)
+
+
+@pytest.mark.x32
+def test_multinomial_logistic_loss_of_a_wide_label_is_nan():
+    assert np.isnan(caffe.multinomial_logistic_loss(np.full((1, 3), 1 / 3, np.float32), np.array([2**32 + 1])))
+
+
+@pytest.mark.x32
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_label_wider_than_jax_s_is_ignored(name):
+    """And the class in its lower bits is not."""
+    logits = np.linspace(-1, 1, 9, dtype=np.float32).reshape(3, 3)
+    loss = checked(jax.value_and_grad(lambda z: LOSSES[name](z, np.array([2**33, 0, 2]), ignore_label=2**33)[0]))
+    value, gradient = loss(logits)
+    total, expected, _ = layer(logits[1:], [0, 2])
+    np.testing.assert_allclose(value, total / 2, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[0, 0, 0], *expected / 2], rtol=1e-6)
 
 
 def test_labels_given_as_floats_are_truncated_to_integers():

@@ -396,6 +396,16 @@ def test_forbidden_states_have_no_probability_and_no_gradient_at_any_beta():
     assert jnp.isnan(energy.gibbs_distribution(jnp.array([1.0, jnp.nan]))).all()
 
 
+def test_forbidden_states_pass_nothing_on_and_take_nothing():
+    """A cotangent at one, NaN as that of p log p, does not reach the others; an infinite one does not reach it."""
+    e = jnp.array([1.0, jnp.inf, 2.0])
+    (through,) = jax.vjp(energy.gibbs_distribution, e)[1](jnp.array([1.0, jnp.nan, 3.0]))
+    p = np.exp([-1.0, -2.0]) / np.exp([-1.0, -2.0]).sum()
+    np.testing.assert_allclose(through, np.insert(2 * p[0] * p[1] * np.array([1.0, -1.0]), 1, 0), rtol=1e-13)
+    (gradient,) = jax.vjp(energy.log_partition, e)[1](jnp.array(jnp.inf))
+    np.testing.assert_array_equal(gradient, [-np.inf, 0, -np.inf])
+
+
 # The interface
 
 S, W, B = random_network(5)
@@ -426,6 +436,42 @@ FUNCTIONS = {name: fn for name in energy.__all__ if inspect.isfunction(fn := get
 
 def test_every_function_is_called_here():
     assert set(FUNCTIONS) == {*CALLS, "binary_states"}
+
+
+@pytest.mark.parametrize("states", [np.array([1, -1, 1, 1, -1, 1, 1]), np.ones(7, np.int8)])
+def test_integer_states_take_the_dtype_of_the_weights(states):
+    """Where a default dtype would have them promoted."""
+    w = W.astype(np.float32)
+    for result in (energy.hopfield_energy(states, w), energy.hopfield_asynchronous(states, w)):
+        assert result.dtype == np.float32
+    for result in (energy.rbm_energy(machine(np.float32), states[:3], states[:2]), *energy.rbm_gibbs(jax.random.key(0), machine(np.float32), states[:3])):  # fmt: skip
+        assert result.dtype == np.float32
+    np.testing.assert_allclose(energy.hopfield_energy(states, w), hopfield_energy_by_hand(states, W, 0 * B), rtol=1e-6)
+    assert energy.hopfield_energy(states, np.sign(W).astype(int)).dtype == np.float64
+
+
+@pytest.mark.x32
+@pytest.mark.parametrize(
+    "order", [[2**32 + 1], [1 - 2**32], np.array([2**63 + 1], np.uint64), jnp.array([3], jnp.int8)]
+)
+def test_a_visit_to_no_unit_changes_nothing_in_any_dtype(order):
+    """Its lower bits are a unit that would move."""
+    state = np.ones(2, np.float32)
+    assert energy.hopfield_asynchronous(state, SYMMETRIC, order=[1])[1] == -1
+    np.testing.assert_array_equal(energy.hopfield_asynchronous(state, SYMMETRIC, order=order), state)
+    with pytest.raises(ValueError, match=re.escape("expected a unit in [0, 2)")):
+        checked(lambda s: energy.hopfield_asynchronous(s, SYMMETRIC, order=order))(state)
+
+
+def test_visits_wider_and_narrower_than_32_bits():
+    """2³² + 1 is not unit 1, nor is a dtype too narrow that cannot count the units."""
+    state = np.ones(2)
+    far = jnp.array([2**32 + 1])
+    np.testing.assert_array_equal(energy.hopfield_asynchronous(state, SYMMETRIC, order=far), state)
+    down = energy.hopfield_asynchronous(
+        np.ones(200), np.zeros((200, 200)), -np.ones(200), order=jnp.array([3], jnp.int8)
+    )
+    np.testing.assert_array_equal(down, np.where(np.arange(200) == 3, -1, 1))
 
 
 @pytest.mark.parametrize("name", CALLS)

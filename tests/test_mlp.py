@@ -27,6 +27,13 @@ def test_activation_is_an_option():
     np.testing.assert_allclose(apply_mlp(params, x, activation=jax.nn.relu), expected, rtol=1e-14)
 
 
+def test_integer_features_take_the_dtype_of_the_parameters():
+    params = init_mlp(jax.random.key(1), (2, 3), dtype=jnp.float32)
+    logits = apply_mlp(params, np.array([1, -2]))
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, np.array([1.0, -2.0]) @ np.asarray(params[0]["kernel"], float), rtol=1e-6)
+
+
 def test_kernels_have_variance_one_over_fan_in_and_biases_are_zero():
     params = init_mlp(jax.random.key(2), (1000, 500, 10), dtype=jnp.float64)
     assert np.std(params[0]["kernel"]) == pytest.approx(1000**-0.5, rel=0.01)

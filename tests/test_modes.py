@@ -1,0 +1,256 @@
+"""Every public function in JAX's own modes: valid calls work there, and with the same result."""
+
+import contextlib
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsoft
+from jaxsoft import caffe, energy
+
+pytestmark = pytest.mark.x32
+
+NANS, INFS = lambda: jax.debug_nans(True), lambda: jax.debug_infs(True)
+RANKS, DTYPES = lambda: jax.numpy_rank_promotion("raise"), lambda: jax.numpy_dtype_promotion("strict")
+CHECKS, X64 = lambda: jax.enable_checks(True), lambda: jax.enable_x64(True)
+PRECISE = lambda: jax.default_matmul_precision("highest")  # noqa: E731
+
+# Together, since each raises on its own: what passes together passes alone.
+MODES = {
+    "debug_nans, debug_infs": (NANS, INFS),
+    "debug_nans, debug_infs, disable_jit": (NANS, INFS, jax.disable_jit),
+    "rank and dtype promotion, leaks, checks, precision": (RANKS, DTYPES, jax.checking_leaks, CHECKS, PRECISE),
+    "x64, rank and dtype promotion": (X64, RANKS, DTYPES),
+}
+
+
+@contextlib.contextmanager
+def within(modes):
+    with contextlib.ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(mode())
+        yield
+
+
+RNG = np.random.default_rng(0)
+Z = RNG.normal(size=(2, 5)).astype(np.float32)
+IMAGE = RNG.normal(size=(2, 3, 2, 2)).astype(np.float32)
+X, W, B = (RNG.normal(size=shape).astype(np.float32) for shape in [(4, 3), (3, 5), (5,)])
+P = RNG.dirichlet(np.ones(5), 2).astype(np.float32)
+P4 = RNG.dirichlet(np.ones(5), 4).astype(np.float32)
+Y, IGNORED = np.array([1, 4], np.int32), np.array([1, 255], np.int32)
+Y4, IGNORED4 = np.array([1, 4, 0, 2], np.int32), np.array([255, 4, 0, 255], np.int32)
+PIXELS = np.array([[[0, 1], [255, 2]], [[255, 255], [1, 0]]], np.int32)
+WEIGHTS, CLASS_WEIGHTS = np.array([0.5, 0.0], np.float32), np.array([1, 0, 2, 0.5, 3], np.float32)
+MASK = np.array([[True, True, False, True, True], [False, True, True, True, True]])
+GAINS = np.array([[1.0, 0.2, 0.0], [0.0, 2.0, 0.5], [-0.3, 0.1, 1.0]], np.float32)
+COUPLINGS = np.array([[0.0, -1.0, 0.5], [-1.0, 0.0, 0.3], [0.5, 0.3, 0.0]], np.float32)
+STATES = np.array([[1.0, -1.0, 1.0], [1.0, 1.0, -1.0]], np.float32)
+RBM = energy.RestrictedBoltzmann(W[:, :2], W[:, 2], B[:2])
+VISIBLE, HIDDEN = (STATES + 1) / 2, np.array([[1, 0], [1, 1]], np.float32)
+ORDER = np.array([2, 0, 2])
+MLP = jax.tree.map(np.asarray, jaxsoft.init_mlp(jax.random.key(0), (3, 4, 2)))
+TINY = 4 * 5 * 3 * 4  # bytes: more than one tile
+
+
+def hessian_product(loss, z):
+    """Forward over reverse."""
+    return jax.jvp(jax.grad(loss), (z,), (jnp.cos(z),))[1]
+
+
+dense = functools.partial(functools.partial, jaxsoft.cross_entropy)  # options first
+fused = functools.partial(functools.partial, jaxsoft.linear_cross_entropy)
+
+DIFFERENTIABLE = {  # name: a function, its arguments. The first argument, and every float, is differentiated.
+    "softmax": (jaxsoft.softmax, Z),
+    "softmax of axes": (lambda z: jaxsoft.softmax(z, (1, 3)), IMAGE),
+    "softmax of half precision": (lambda z: jaxsoft.softmax(z.astype(jnp.bfloat16)), Z),
+    "log_softmax": (jaxsoft.log_softmax, Z),
+    "log_softmax of half precision": (lambda z: jaxsoft.log_softmax(z.astype(jnp.bfloat16), 0), Z),
+    "logsumexp": (jaxsoft.logsumexp, Z),
+    "logsumexp of all": (lambda z: jaxsoft.logsumexp(z, None, keepdims=True), Z),
+    "softmax_vjp": (jaxsoft.softmax_vjp, P, Z),
+    "softmax_jacobian": (jaxsoft.softmax_jacobian, P),
+    "cross_entropy": (jaxsoft.cross_entropy, Z, Y),
+    "cross_entropy of a vector": (jaxsoft.cross_entropy, Z[0], Y[0]),
+    "cross_entropy of half precision": (lambda z: jaxsoft.cross_entropy(z.astype(jnp.float16), Y), Z),
+    "cross_entropy, ignored": (dense(ignore_index=255), Z, IGNORED),
+    "cross_entropy, ignored, none": (dense(ignore_index=255, reduction="none", z_loss=0.1), Z, IGNORED),
+    "cross_entropy, nothing left": (dense(ignore_index=255), Z[:1], IGNORED[1:]),
+    "cross_entropy, image": (dense(axis=1, ignore_index=255, reduction="sum"), IMAGE, PIXELS),
+    "cross_entropy, weights": (dense(weights=WEIGHTS, class_weights=CLASS_WEIGHTS), Z, Y),
+    "cross_entropy, smoothing": (dense(label_smoothing=0.1, z_loss=0.1, class_weights=CLASS_WEIGHTS), Z, Y),
+    "cross_entropy, distributions": (jaxsoft.cross_entropy, Z, P),
+    "cross_entropy, distributions, options": (
+        dense(label_smoothing=0.1, weights=WEIGHTS, class_weights=CLASS_WEIGHTS, z_loss=0.1, reduction="none"),
+        Z,
+        P,
+    ),
+    "cross_entropy, second derivative": (
+        lambda z: hessian_product(lambda z: jaxsoft.cross_entropy(z, IGNORED, ignore_index=255, z_loss=0.1), z),
+        Z,
+    ),
+    "linear_cross_entropy": (jaxsoft.linear_cross_entropy, X, W, Y4),
+    "linear_cross_entropy of a vector": (jaxsoft.linear_cross_entropy, X[0], W, Y4[0], B),
+    "linear_cross_entropy of half precision": (
+        lambda x, w: jaxsoft.linear_cross_entropy(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), Y4),
+        X,
+        W,
+    ),
+    "linear_cross_entropy, ignored": (fused(ignore_index=255, memory_budget=TINY), X, W, IGNORED4, B),
+    "linear_cross_entropy, ignored, none": (
+        fused(ignore_index=255, reduction="none", z_loss=0.1, soft_cap=2.0),
+        X,
+        W,
+        IGNORED4,
+    ),
+    "linear_cross_entropy, nothing left": (fused(ignore_index=255), X[:1], W, IGNORED4[:1]),
+    "linear_cross_entropy, options": (
+        fused(label_smoothing=0.1, z_loss=0.1, soft_cap=2.0, class_weights=CLASS_WEIGHTS, reduction="sum"),
+        X,
+        W,
+        Y4,
+        B,
+    ),
+    "linear_cross_entropy, weights": (fused(weights=np.array([1.0, 0, 0.5, 2], np.float32)), X, W, Y4),
+    "linear_cross_entropy, distributions": (fused(memory_budget=4 * TINY), X, W, P4, B),
+    "linear_cross_entropy, distributions, options": (
+        fused(label_smoothing=0.1, z_loss=0.1, class_weights=CLASS_WEIGHTS, reduction="none"),
+        X,
+        W,
+        P4,
+    ),
+    "linear_cross_entropy, second derivative": (
+        lambda w: hessian_product(lambda w: jaxsoft.linear_cross_entropy(X, w, Y4, B, z_loss=0.1), w),
+        W,
+    ),
+    "apply_mlp": (jaxsoft.apply_mlp, MLP, X[0]),
+    "apply_mlp of integers": (lambda params: jaxsoft.apply_mlp(params, np.array([1, 0, 2])), MLP),
+    "apply_mlp of a batch": (jax.vmap(jaxsoft.apply_mlp, (None, 0)), MLP, X),
+    "caffe.softmax": (caffe.softmax, IMAGE),
+    "caffe.softmax_with_loss": (caffe.softmax_with_loss, IMAGE, PIXELS % 3),
+    "caffe.softmax_with_loss, ignored": (lambda z: caffe.softmax_with_loss(z, PIXELS, ignore_label=255), IMAGE),
+    "caffe.softmax_with_loss, floats": (
+        lambda z: caffe.softmax_with_loss(z, PIXELS.astype(np.float32), ignore_label=255, normalization="FULL"),
+        IMAGE,
+    ),
+    "caffe.infogain_loss": (lambda z: caffe.infogain_loss(z, PIXELS % 3, GAINS), IMAGE),
+    "caffe.infogain_loss, ignored": (
+        lambda z, w: caffe.infogain_loss(z, PIXELS, GAINS, ignore_label=255, normalize=False, loss_weight=w),
+        IMAGE,
+        np.float32(0.3),
+    ),
+    "caffe.multinomial_logistic_loss": (lambda p: caffe.multinomial_logistic_loss(p, Y), P),
+    "caffe, second derivative": (
+        lambda z: hessian_product(lambda z: caffe.softmax_with_loss(z, PIXELS, ignore_label=255)[0], z),
+        IMAGE,
+    ),
+    "energy.gibbs_distribution": (lambda e, beta: energy.gibbs_distribution(e, beta=beta), Z, np.float32(2)),
+    "energy.log_partition": (lambda e, beta: energy.log_partition(e, 0, beta=beta), Z, np.float32(2)),
+    "energy.hopfield_energy": (energy.hopfield_energy, STATES, COUPLINGS, B[:3]),
+    "energy.hopfield_energy of integers": (lambda w: energy.hopfield_energy(STATES.astype(np.int32), w), COUPLINGS),
+    "energy.hopfield_field": (energy.hopfield_field, STATES, COUPLINGS, B[:3]),
+    "energy.perceptron_criterion": (lambda h: energy.perceptron_criterion(h, np.array([1, -1, -1, 1, 1])), Z),
+    "energy.boltzmann_probability": (
+        lambda h, t: energy.boltzmann_probability(h, temperature=t, low=-1),
+        Z,
+        np.float32(2),
+    ),
+    "energy.rbm_energy": (energy.rbm_energy, RBM, VISIBLE, HIDDEN),
+    "energy.rbm_energy of a batch and one": (energy.rbm_energy, RBM, VISIBLE, HIDDEN[0]),
+    "energy.rbm_free_energy": (energy.rbm_free_energy, RBM, VISIBLE),
+    "energy.rbm_log_partition": (energy.rbm_log_partition, RBM),
+}
+
+OTHERS = {  # no derivative, or none that is a test
+    "checked": (jaxsoft.checked(dense(ignore_index=255)), Z, IGNORED),
+    "checked gradient": (jaxsoft.checked(jax.jit(jax.grad(jaxsoft.linear_cross_entropy))), X, W, Y4, B),
+    "checked caffe": (jaxsoft.checked(lambda z: caffe.softmax_with_loss(z, PIXELS, ignore_label=255)), IMAGE),
+    "init_mlp": (lambda: jaxsoft.init_mlp(jax.random.key(1), (3, 4, 2)),),
+    "diagnose_gradient": (lambda z: jaxsoft.diagnose_gradient(z, Y, P - np.eye(5, dtype=np.float32)[Y]).row_sums, Z),
+    "plan_linear_cross_entropy": (lambda: np.array(jaxsoft.plan_linear_cross_entropy(4096, 4096, 128_256)),),
+    "energy.hopfield_asynchronous": (energy.hopfield_asynchronous, STATES, COUPLINGS, B[:3]),
+    "energy.hopfield_asynchronous in an order": (
+        lambda s: energy.hopfield_asynchronous(s, COUPLINGS, order=ORDER.astype(np.int8)),
+        STATES,
+    ),
+    "energy.hopfield_synchronous": (energy.hopfield_synchronous, STATES, COUPLINGS, B[:3]),
+    "energy.rbm_gibbs": (lambda v: energy.rbm_gibbs(jax.random.key(0), RBM, v, steps=3), VISIBLE),
+    "energy.binary_states": (lambda: energy.binary_states(3),),
+}
+
+REMOVED = {  # what takes classes away has infinities of its own
+    "softmax, removed": (lambda z: jaxsoft.softmax(z, where=MASK), Z),
+    "log_softmax, removed": (lambda z: jnp.where(MASK, jaxsoft.log_softmax(z, where=MASK), 0), Z),
+    "logsumexp, removed": (lambda z: jaxsoft.logsumexp(z, where=MASK), Z),
+    "cross_entropy, removed": (lambda z: jaxsoft.cross_entropy(z, Y, where=MASK, label_smoothing=0.1), Z),
+    "cross_entropy, distributions, removed": (lambda z: jaxsoft.cross_entropy(z, P * MASK, where=MASK), Z),
+    "linear_cross_entropy, removed": (
+        lambda x, w: jaxsoft.linear_cross_entropy(x, w, Y4, np.array([0, 0, 0, -np.inf, 0], np.float32), soft_cap=2.0),
+        X,
+        W,
+    ),
+    "caffe.softmax_with_loss, removed": (
+        lambda z: caffe.softmax_with_loss(jnp.where(PIXELS[:, None] == 255, -jnp.inf, z), PIXELS % 5)[0],
+        np.zeros_like(IMAGE),
+    ),
+    "energy.gibbs_distribution, forbidden": (energy.gibbs_distribution, np.where(MASK, Z, np.float32(np.inf))),
+    "energy.log_partition, forbidden": (energy.log_partition, np.where(MASK, Z, np.float32(np.inf))),
+}
+
+CALLS = {**DIFFERENTIABLE, **OTHERS, **REMOVED}
+
+
+def outcome(name):
+    """The result and the gradients of a random cotangent to every floating argument."""
+    fn, *arguments = CALLS[name]
+    arguments = jax.tree.map(jnp.asarray, arguments)
+    if name in OTHERS:
+        return fn(*arguments)
+    floating, others = [], []
+    for a in arguments:
+        is_float = all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(a))
+        floating.append(a if is_float else None)
+        others.append(None if is_float else a)
+
+    def of_floats(*floats):
+        return fn(*(o if f is None else f for f, o in zip(floats, others, strict=True)))
+
+    result, pullback = jax.vjp(of_floats, *floating)
+    rng = np.random.default_rng(1)
+    cotangent = jax.tree.map(lambda r: jnp.asarray(rng.normal(size=r.shape), r.dtype), result)
+    return result, pullback(cotangent)
+
+
+@functools.cache
+def expected(name):
+    return jax.tree.map(np.asarray, outcome(name))
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_valid_call_has_its_result_in_every_mode(name, mode):
+    right = expected(name)
+    with within(m for m in MODES[mode] if m is not INFS or name not in REMOVED):
+        result = outcome(name)
+    tolerance = 2e-2 if "half precision" in name else 2e-6
+
+    def compare(result, right):
+        result = np.asarray(result)
+        assert result.dtype == right.dtype or X64 in MODES[mode]
+        np.testing.assert_allclose(result.astype(float), right.astype(float), rtol=tolerance, atol=tolerance)
+
+    jax.tree.map(compare, result, right)
+
+
+def test_every_public_function_is_called_here():
+    called = {name.split(",")[0].split(" ")[0] for name in CALLS}
+    public = {name for name in jaxsoft.__all__ if inspect.isfunction(getattr(jaxsoft, name))}
+    for module in (caffe, energy):
+        short = module.__name__.removeprefix("jaxsoft.")
+        public |= {f"{short}.{name}" for name in module.__all__ if inspect.isfunction(getattr(module, name))}
+    assert public <= called

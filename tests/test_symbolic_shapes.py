@@ -1,0 +1,131 @@
+"""Every function exported with sizes that nobody knows yet, then called with some."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import jaxsoft
+from jaxsoft import caffe, energy
+
+SIZES = [{"b": 3, "h": 2, "w": 4, "n": 5, "m": 2}, {"b": 1, "h": 5, "w": 1, "n": 2, "m": 6}]
+BIAS, GAINS = np.linspace(-1, 1, 10), np.eye(10) + 0.1
+
+
+def dense(**options):
+    return functools.partial(jaxsoft.cross_entropy, **options)
+
+
+def fused(**options):
+    return functools.partial(jaxsoft.linear_cross_entropy, **options)
+
+
+def pixels(loss):
+    return functools.partial(loss, ignore_label=3)
+
+
+def machine(fn):
+    return lambda w, b, c, *states: fn(energy.RestrictedBoltzmann(w, b, c), *states)
+
+
+LABELS = "labels: "  # in front of the shape of integers in [0, 10)
+CALLS = {
+    "softmax": (jaxsoft.softmax, "b, 10"),
+    "softmax of symbolic classes": (jaxsoft.softmax, "b, n"),
+    "softmax, axis 1": (functools.partial(jaxsoft.softmax, axis=1), "b, 10, h, w"),
+    "softmax, all axes": (functools.partial(jaxsoft.softmax, axis=None), "b, 10"),
+    "log_softmax": (jaxsoft.log_softmax, "b, 10"),
+    "log_softmax, axis 1": (functools.partial(jaxsoft.log_softmax, axis=1), "b, 10, h, w"),
+    "logsumexp": (jaxsoft.logsumexp, "b, 10"),
+    "logsumexp, axis 1": (functools.partial(jaxsoft.logsumexp, axis=1), "b, 10, h, w"),
+    "softmax_vjp": (jaxsoft.softmax_vjp, "b, 10", "b, 10"),
+    "softmax_jacobian": (jaxsoft.softmax_jacobian, "b, 10"),
+    "cross_entropy": (jaxsoft.cross_entropy, "b, 10", LABELS + "b"),
+    "cross_entropy of symbolic classes": (lambda z: jaxsoft.cross_entropy(z, jnp.zeros(z.shape[:1], int)), "b, n"),
+    "cross_entropy, distributions": (dense(label_smoothing=0.1), "b, 10", "b, 10"),
+    "cross_entropy, axis 1": (dense(axis=1, ignore_index=3), "b, 10, h, w", LABELS + "b, h, w"),
+    "cross_entropy, options": (
+        dense(ignore_index=3, class_weights=np.arange(10.0), label_smoothing=0.1, z_loss=0.1, reduction="none"),
+        "b, 10",
+        LABELS + "b",
+    ),
+    "linear_cross_entropy": (jaxsoft.linear_cross_entropy, "b, 6", "6, 10", LABELS + "b"),
+    "linear_cross_entropy, ignored": (fused(ignore_index=3, bias=BIAS), "b, h, 6", "6, 10", LABELS + "b, h"),
+    "linear_cross_entropy, none": (fused(reduction="none", z_loss=0.1), "b, 6", "6, 10", LABELS + "b"),
+    "linear_cross_entropy, distributions": (fused(label_smoothing=0.1), "b, 6", "6, 10", "b, 10"),
+    "linear_cross_entropy of symbolic features": (jaxsoft.linear_cross_entropy, "b, n", "n, 10", LABELS + "b"),
+    "apply_mlp": (
+        jax.vmap(lambda x, *kb: jaxsoft.apply_mlp([{"kernel": kb[0], "bias": kb[1]}], x), (0, None, None)),
+        "b, n",
+        "n, m",
+        "m",
+    ),
+    "caffe.softmax": (caffe.softmax, "b, 10, h, w"),
+    "caffe.softmax_with_loss": (pixels(caffe.softmax_with_loss), "b, 10, h, w", LABELS + "b, 1, h, w"),
+    "caffe.softmax_with_loss, FULL": (
+        functools.partial(caffe.softmax_with_loss, normalization="FULL"),
+        "b, 10, h",
+        LABELS + "b, h",
+    ),
+    "caffe.infogain_loss": (
+        functools.partial(caffe.infogain_loss, infogain=GAINS, ignore_label=3, normalize=False),
+        "b, 10, h, w",
+        LABELS + "b, h, w",
+    ),
+    "caffe.multinomial_logistic_loss": (
+        lambda z, y: caffe.multinomial_logistic_loss(jax.nn.softmax(z), y),
+        "b, 2, 5",
+        LABELS + "b",
+    ),
+    "energy.gibbs_distribution": (energy.gibbs_distribution, "b, n"),
+    "energy.log_partition": (energy.log_partition, "b, n"),
+    "energy.hopfield_energy": (energy.hopfield_energy, "b, n", "n, n", "n"),
+    "energy.hopfield_field": (energy.hopfield_field, "b, n", "n, n"),
+    "energy.hopfield_synchronous": (energy.hopfield_synchronous, "b, n", "n, n", "n"),
+    "energy.hopfield_asynchronous": (energy.hopfield_asynchronous, "b, n", "n, n"),
+    "energy.hopfield_asynchronous in an order": (
+        lambda s, w: energy.hopfield_asynchronous(s, w, order=np.array([1, 0])),
+        "b, n",
+        "n, n",
+    ),
+    "energy.perceptron_criterion": (energy.perceptron_criterion, "b, n", "b, n"),
+    "energy.boltzmann_probability": (energy.boltzmann_probability, "b, n"),
+    "energy.rbm_energy": (machine(energy.rbm_energy), "n, m", "n", "m", "b, n", "b, m"),
+    "energy.rbm_free_energy": (machine(energy.rbm_free_energy), "n, m", "n", "m", "b, n"),
+    "energy.rbm_gibbs": (machine(functools.partial(energy.rbm_gibbs, jax.random.key(0))), "n, m", "n", "m", "b, n"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_exported_with_symbolic_shapes_it_is_the_direct_call(name):
+    """The value and every gradient, from one program for all platforms and sizes."""
+    fn, *shapes = CALLS[name]
+    scope = export.SymbolicScope()
+    is_label = [shape.startswith(LABELS) for shape in shapes]
+    shapes = [export.symbolic_shape(shape.removeprefix(LABELS), scope=scope) for shape in shapes]
+    dtypes = [np.dtype(np.int32 if label else np.float64) for label in is_label]
+
+    def value_and_gradients(*arrays):
+        floats = [None if label else a for a, label in zip(arrays, is_label, strict=True)]
+        value, pullback = jax.vjp(
+            lambda *floats: fn(*(a if f is None else f for f, a in zip(floats, arrays, strict=True))), *floats
+        )
+        return value, pullback(jax.tree.map(jnp.cos, value))
+
+    arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    exported = export.export(jax.jit(value_and_gradients), platforms=("cpu", "cuda", "tpu"))(*arguments)
+    rng = np.random.default_rng(0)
+    for sizes in SIZES:
+        concrete = [tuple(sizes.get(str(n), n) for n in shape) for shape in shapes]
+        arrays = [
+            rng.integers(0, 10, shape, np.int32) if label else rng.normal(size=shape)
+            for shape, label in zip(concrete, is_label, strict=True)
+        ]
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13),
+            exported.call(*arrays),
+            value_and_gradients(*arrays),
+        )
