@@ -177,7 +177,10 @@ def _judge(g: Vectors, problem: Problem, rounding: "_Rounding") -> tuple[str, st
     apart = _norm(g - _factor(g, problem.truth) * problem.truth)
     fits = [(name, fit) for name, make in FITS.items() for fit in make(problem, g)]
     name, fit = min(fits, key=lambda named: _norm(g - named[1].gradient / named[1].divisor))
-    explained = _norm(g - fit.gradient / fit.divisor) < 0.05 * apart
+    changes = _norms(fit.gradient - problem.truth)
+    # As many equations as there are unknowns are always solved.
+    fitted = np.count_nonzero(changes > rounding.tolerance * _norm(changes)) * (g.shape[-1] - 1) > 1
+    explained = fitted and _norm(g - fit.gradient / fit.divisor) < 0.05 * apart
     if explained and _is_mistake(g, fit.gradient, problem, fit.divisor, rounding):
         return name, EXPLANATIONS[name].format(value=fit.value, note=fit.note)
     for name, candidate in _candidates(problem):
@@ -246,7 +249,7 @@ def _flushed(p: Problem, given: Vectors, hot: Bool[np.ndarray, "... 1"], limit: 
     # A label's entry is minus the sum of the others, of those that became zero as well or without them.
     others = np.where(p.t == 0, p.truth - nearest, 0).sum(-1, keepdims=True)
     between = np.clip(given, np.minimum(p.truth, p.truth + others), np.maximum(p.truth, p.truth + others))
-    return np.where(hot & (p.t != 0) & (nearest != 0), between, nearest)
+    return np.where(hot & (p.t != 0), between, nearest)
 
 
 def _is_mistake(g: Vectors, candidate: Vectors, p: Problem, count: float, rounding: _Rounding) -> bool:

@@ -144,13 +144,6 @@ def _neighbours(p: Problem) -> Iterator[Vectors]:
         yield p.truth + p.t - shifted
 
 
-def _to_probabilities(p: Problem) -> Iterator[Vectors]:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        quotient = np.where(p.t == 0, 0, -p.t / p.o)
-    if np.isfinite(quotient).all():
-        yield quotient
-
-
 def _averaged(p: Problem) -> Iterator[Vectors]:
     positions, valid = p.live.size, int(p.live.sum())
     axes = tuple(range(p.z.ndim - 1))
@@ -171,7 +164,7 @@ CANDIDATES: dict[str, Callable[[Problem], Iterable[Vectors]]] = {
     "Jacobian once too often": lambda p: (np.asarray(_in_float64(softmax_vjp, p.o, p.truth)),),
     "elementwise derivative": lambda p: (p.truth * p.o * p.rest, (p.o - p.t) * p.o * p.rest),
     "derivative of softmax alone": lambda p: _spared_or_not(p, p.o * p.rest),
-    "gradient to the probabilities": _to_probabilities,
+    "gradient to the probabilities": lambda p: (np.where(p.t == 0, 0, -p.t / p.o),),
     "label not subtracted": lambda p: (p.truth + p.t, p.o),
     "targets do not sum to one": _unscaled,
     "sigmoid in place of softmax": lambda p: _spared_or_not(p, _sigmoid(p.z) - p.t),

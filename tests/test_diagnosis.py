@@ -120,6 +120,77 @@ def check_named(verdict, make, n, classes, dtype, mean, seed=0, scale=2.0):
     assert diagnosis.verdict == verdict
 
 
+def test_a_mistake_is_named_where_the_label_leads_too():
+    z = np.array([[9.0, 0.0, 1.0]], np.float32)
+    t = np.array([[1, 0, 0]], np.float32)
+    o = softmax(z)
+    assert abs(float(1 - o[0, 0]) / (np.exp([-9.0, -8]).sum() / (1 + np.exp([-9.0, -8]).sum())) - 1) > 1e-4
+    assert diagnose_gradient(z, np.array([0]), -t * (1 - o)).verdict == "off-diagonal terms missing"
+
+
+def test_a_mistake_is_named_only_where_every_vector_has_it():
+    z, _, o, t = problem(8, 5)
+    t[0] *= 1e6
+    tau = t.sum(1, keepdims=True)
+    wrong = -t * (1 - o)
+    assert diagnose_gradient(z, t, wrong).verdict == "off-diagonal terms missing"
+    wrong[1:] = (tau * o - t)[1:]
+    assert diagnose_gradient(z, t, wrong).verdict == "wrong"
+
+
+def test_one_number_is_not_explained_by_one_unknown():
+    """Some temperature gives any length to the one vector that it changes."""
+    z, labels = np.array([[1.0, 0.0], [3.0, 0.0]]), np.array([0, 0])
+    wrong = (softmax(z / 2) - np.eye(2)[labels]) / 2
+    assert diagnose_gradient(z, labels, wrong).verdict == "temperature"
+    z[0] = 0
+    wrong = softmax(z / 2) - np.eye(2)[labels]
+    assert diagnose_gradient(z, labels, wrong).verdict == "wrong"
+
+
+def test_less_decay_than_none_has_no_name():
+    z, labels, o, t = problem(7, 5)
+    assert diagnose_gradient(z, labels, o - t + z / 8).verdict == "weight decay left in"
+    assert diagnose_gradient(z, labels, o - t - z / 8).verdict == "wrong"
+
+
+def test_a_temperature_is_found_where_few_of_many_vectors_tell_it():
+    """The first 5000 vectors are equal logits."""
+    z, labels, _, t = problem(5010, 3)
+    z[:5000] = 0
+    diagnosis = diagnose_gradient(z, labels, softmax(z / 3) - t)
+    assert diagnosis.verdict == "temperature"
+    assert "T = 3, without" in str(diagnosis)
+
+
+@pytest.mark.parametrize("spared", [False, True])
+def test_mistakes_where_positions_are_ignored(spared):
+    z, labels, o, t = problem(8, 4)
+    labels[[1, 5]] = -1
+    live = (labels >= 0)[:, None]
+    t = np.where(live, t, 0)
+    errors = np.where(live, o - t, 0)
+    wrong = {
+        "derivative of softmax alone": o * (1 - o),
+        "sigmoid in place of softmax": 1 / (1 + np.exp(-z)) - t,
+        "weight decay left in": errors + z / 8,
+        "error averaged over the batch": np.broadcast_to(errors.sum(0) / 6, z.shape),
+    }
+    for verdict, gradient in wrong.items():
+        assert diagnose_gradient(z, labels, np.where(live | (not spared), gradient, errors)).verdict == verdict
+
+
+@pytest.mark.parametrize("over", [(0,), (0, 1, 2)])
+@pytest.mark.parametrize("divided", [1, 3])
+def test_an_error_averaged_over_the_first_axis_or_all_and_perhaps_again(over, divided):
+    z, labels, o, t = problem(24, 4)
+    errors = (o - t).reshape(3, 4, 2, 4)
+    wrong = np.broadcast_to(errors.mean(over, keepdims=True), errors.shape) / (1 if divided == 1 else 24)
+    diagnosis = diagnose_gradient(z.reshape(errors.shape), labels.reshape(3, 4, 2), wrong)
+    assert diagnosis.verdict == "error averaged over the batch"
+    assert "multiplied" not in str(diagnosis) or over == (0,)
+
+
 def test_what_a_mistake_has_for_a_number_is_said():
     z, labels, o, t = problem(7, 5)
     said = {
@@ -292,6 +363,16 @@ def test_labels_that_fit_another_axis_are_judged_along_it():
     assert "pass axis=1." in str(diagnosis)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_of_several_axes_that_the_labels_fit_the_one_is_taken_where_the_gradient_is_right(axis):
+    z, labels, o, t = problem(15, 3)
+    images, gradient = (np.moveaxis(a.reshape(3, 5, 3), -1, axis) for a in (z, o - t))
+    diagnosis = diagnose_gradient(images, labels.reshape(3, 5), gradient)
+    assert diagnosis.correct
+    assert f"pass axis={axis}." in str(diagnosis)
+    assert diagnose_gradient(images, labels.reshape(3, 5), -gradient).verdict == "opposite sign"
+
+
 def test_a_gradient_that_is_right_along_another_axis_only_is_not_called_right():
     z, labels, o, t = problem(5, 5)
     for targets in (t.T, labels):
@@ -340,6 +421,13 @@ def test_each_vector_is_judged_by_its_own_rounding(spoil, margin, dtype, leading
     labels = np.array([0, 0])
     assert diagnose_gradient(logits.astype(dtype), labels, np.array(rows).astype(dtype)).correct
     assert not diagnose_gradient(logits.astype(dtype), labels, np.array(wrong).astype(dtype)).correct
+
+
+def test_what_rounding_would_hide_of_a_mistake_does_not_give_it_that_name():
+    """The second vector, of the wrong sign, is nothing beside 1; the first is any multiple of the truth."""
+    z, q = np.array([[0, 0], [16, 0]], np.float32), 1 / (1 + np.exp(16))
+    gradient = np.array([[-0.5, 0.5], [q, -q]], np.float32)
+    assert diagnose_gradient(z, np.array([0, 0]), gradient).verdict == "wrong"
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, jnp.bfloat16])
@@ -428,6 +516,24 @@ def test_what_a_device_flushes_to_zero_is_zero_or_right_but_not_something_else(m
         assert not diagnose_gradient(z, np.array([0]), np.array([wrong], np.float32)).correct
 
 
+def test_parts_of_a_distribution_that_a_device_flushes_to_zero():
+    z = np.array([[0.0, -3.0, 0.0]], np.float32)
+    targets, product = np.array([[1e-38, 9e-38, 4e-38]], np.float32), np.float32(14e-38) * softmax(z)
+    least = jnp.finfo(np.float32).tiny
+    assert product[0, 1] < least > targets[0, 0]
+    for t, part in ((0, 1), (1, 0), (1, 1)):
+        kept = np.where(product < least, product * np.float32(part), product)
+        kept -= np.where(targets < least, targets * np.float32(t), targets)
+        assert kept.dtype == np.float32
+        assert diagnose_gradient(z, targets, kept).correct
+    assert not diagnose_gradient(z, targets, np.float32(1.5) * (product - targets)).correct
+    below = np.array([[1e-39, 4e-39, 4e-39]], np.float32)
+    assert diagnose_gradient(z, below, np.zeros((1, 3), np.float32)).correct
+    # A label that is flushed takes its whole vector along.
+    label = np.array([[0, 3e-38, 0]], np.float32)
+    assert not diagnose_gradient(z, label, label.sum() * softmax(z)).correct
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
 def test_the_exponent_is_rounded_in_half_precision(dtype):
     """z less the maximum, of the size of 10, before it is exponentiated: the tail is off by up to half of 10 eps."""
@@ -479,6 +585,7 @@ def test_the_gradient_to_probabilities_that_underflow_is_recognised():
         diagnosis = diagnose_gradient(z, t, -t / softmax(z))
     assert diagnosis.verdict == "not finite"
     assert "this is −t/o" in str(diagnosis)
+    assert diagnosis.error == np.inf
 
 
 def test_a_missing_maximum_is_recognised_and_an_unknown_cause_admitted():
