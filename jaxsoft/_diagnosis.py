@@ -1,29 +1,23 @@
 """The gradient doctor: compare a gradient with the true one, and with those of the usual mistakes."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import ArrayLike, Bool, Float, Int
 
-from jaxsoft._checks import as_axis
-from jaxsoft._cross_entropy import cross_entropy
-from jaxsoft._softmax import softmax, softmax_vjp
+from jaxsoft._checks import as_axis, as_integer
+from jaxsoft._mistakes import CANDIDATES, CAUSES, EXPLANATIONS, FITS, Problem, Vectors, solve
 
-# What rounding may do to a right gradient, relative to each of its vectors, by the bits of its mantissa.
+# What a right gradient may be off by, relative to the length of each of its vectors, by the bits of its mantissa.
 TOLERANCE = {52: 1e-4, 23: 1e-4, 10: 2e-3, 7: 2e-2}
-
-
-class _Precision(NamedTuple):
-    """What rounding may do: relative to a vector, the spacing of numbers at one, the smallest normal number."""
-
-    tolerance: float
-    eps: float
-    tiny: float
+# How much of a vector's length p − 1 may lose before it is said.
+LOSS = 1e-2
+# Labels that by custom mark what is ignored: Keras and scikit-learn, PyTorch, images of 8 and 16 bits, the least int32.
+IGNORED = (-1, -100, 255, 65535, -(2**31))
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no one truth value to be equal by
@@ -43,9 +37,11 @@ class Diagnosis:
 
 def diagnose_gradient(
     logits: Float[ArrayLike, "..."],
-    targets: Int[ArrayLike, "..."] | Float[ArrayLike, "..."],
+    targets: Int[ArrayLike, "..."] | Float[ArrayLike, "..."] | Bool[ArrayLike, "..."],
     gradient: Float[ArrayLike, "..."],
     axis: int = -1,
+    *,
+    ignore_index: int | None = None,
 ) -> Diagnosis:
     """Say whether a gradient of the cross-entropy to the logits is right, and if not, why.
 
@@ -53,24 +49,31 @@ def diagnose_gradient(
 
     Args:
         logits: the scores z at which the gradient was computed, NumPy or JAX, classes along `axis`.
-        targets: integer labels of the logits' shape without the class axis, where one outside
-            [0, classes) marks an ignored position; or a distribution of the logits' shape.
+        targets: integer labels of the logits' shape without the class axis; or a distribution of the
+            logits' shape, also one-hot as integers or booleans.
         gradient: what is to be judged, of the logits' shape (or, of a matrix, transposed).
-        axis: the class axis.
+        axis: the class axis. Labels that fit another axis only are judged along that one, which the
+            explanation then names.
+        ignore_index: label of the positions that take no part. With None these are the labels -1,
+            -100, 255, 65535 and -2**31 where they are no classes.
 
     Returns:
         A `Diagnosis`: whether the gradient is that of the sum or of a mean, a verdict, an explanation,
         the true gradient, how far the given one is from it, and its sums over the classes.
 
-    Edges: the comparison is made for each position and for the whole, in float64, and allows for the
-    rounding of the gradient's dtype: 1e-4 of a vector's length in float32 and float64, 2e-3 in float16
-    and 2e-2 in bfloat16. Mistakes are recognised whether summed or averaged. With two classes and one
-    position some are the truth up to a factor; such a mistake is named where its factor is exact. This
-    is a tool for concrete arrays, not for `jit`.
+    Edges: the comparison is made in float64, for each position by itself, however long the vectors of
+    the others. A vector may be off by 1e-4 of its length in float32 and float64, 2e-3 in float16 and
+    2e-2 in bfloat16, by what the dtype's smallest numbers cannot say, and by what subtracting a target
+    costs; where a label's p − 1 loses more than 1 % of the vector, the verdict is "lost to rounding".
+    Logits finer than the gradient may have been rounded to its dtype. Mistakes are recognised whether
+    summed or averaged. With two classes and one position some are the truth up to a factor; such a
+    mistake is named where its factor is exact. Labels from 1 to the number of classes are judged less
+    one, and never called right. This is a tool for concrete arrays, not for `jit`.
 
     Raises:
         TypeError: traced arrays, or arrays that are not real numbers.
-        ValueError: shapes that do not fit, logits or targets that are not finite, no positions.
+        ValueError: shapes that do not fit, logits or targets that are not finite, no positions, other
+            labels outside [0, classes) than those above.
 
     Example:
         >>> import numpy as np
@@ -84,287 +87,304 @@ def diagnose_gradient(
 
     Source: J. S. Bridle (1990) for the truth; the mistakes are those of public questions and answers.
     """
-    z, t, ignored, dtype = _read_problem(logits, targets, axis)
-    g = _read("gradient", gradient)
-    problem = _solve(z, t, ignored)
-    given = _floating_dtype("gradient", gradient)
-    limits = jnp.finfo(given)
-    precision = _Precision(TOLERANCE[limits.nmant], float(limits.eps), float(limits.tiny))
-    truth, scales = problem.truth, problem.scales
-    restored = np.moveaxis(truth, -1, axis)
-    if g.shape != restored.shape:
-        turned = np.moveaxis(g.T, axis, -1) if g.ndim == 2 and g.T.shape == restored.shape else None
-        if turned is not None and _factor(turned, truth, precision) is not None:
-            return Diagnosis(False, "transposed", MISTAKES["transposed"], restored, np.inf, turned.sum(-1))
-        raise ValueError(f"gradient: expected the logits' shape {restored.shape}, got {g.shape}")
-    g = np.moveaxis(g, axis, -1)
-    tiny = precision.tiny
-    if given != np.float16:  # differences of a few smallest normal numbers: a device may flush those to zero
-        tiny *= 4 * max(scales.values())
-        g = np.where(np.abs(g - truth) < tiny, truth, g)
-    with np.errstate(all="ignore"):  # inf − inf, or the square of a huge number
-        row_sums = g.sum(-1)
-        error = min(_distance(g, truth / n) for n in scales.values())
-
-    def found(verdict: str, explanation: str, *, correct: bool = False) -> Diagnosis:
-        return Diagnosis(correct, verdict, explanation, restored, error, row_sums)
-
-    if not np.isfinite(g).all():
-        return found("not finite", _why_not_finite(z, t, g, min(given, dtype, key=lambda d: jnp.finfo(d).nmant)))
-    for name, count in scales.items():
-        if _matches(g, truth / count, precision):
-            return found(f"correct for the {name}", f"This is the gradient of the {name} of the losses.", correct=True)
-    if not g.any():
-        return found("all zero", MISTAKES["all zero"])
-    live = ~ignored
-    if ignored.any() and any(_matches(g[live], truth[live] / count, precision) for count in scales.values()):
-        return found("ignored positions not zeroed", MISTAKES["ignored positions not zeroed"])
-    candidates = [(name, candidate) for name, make in CANDIDATES.items() for candidate in make(problem)]
-    # A mistake in a sum or a mean is likelier than the truth times an odd number, and that than both at once.
-    for name, candidate in candidates:
-        if any(_matches(g, candidate / count, precision) for count in scales.values()):
-            return found(name, MISTAKES[name])
-    # Only where a target was subtracted: the other classes' probabilities lose nothing.
-    lost = precision.tolerance * np.abs(truth) + 4 * precision.eps * np.abs(t) + tiny
-    if any((np.abs(count * g - truth) <= lost).all() for count in scales.values()):
-        return found("lost to rounding", MISTAKES["lost to rounding"])
-    factor = _factor(g, truth, precision)
-    if factor is not None and factor < 0:
-        return found("opposite sign", MISTAKES["opposite sign"] + f" The factor is {factor:.6g}.")
-    if factor is not None:
-        return found(f"right up to a factor of {factor:.6g}", MISTAKES["factor"].format(factor=factor))
-    for name, candidate in candidates:
-        if np.count_nonzero(candidate) > 1 and (factor := _factor(g, candidate, precision)) is not None and factor > 0:
-            return found(name, MISTAKES[name] + f" Besides, it is multiplied by {factor:.6g}.")
-    nearest = truth / min(scales.values(), key=lambda n: _distance(g, truth / n))
-    return found("wrong", _how_wrong(g, nearest, error, precision.tolerance))
-
-
-MISTAKES = {
-    "transposed": "This is the true gradient transposed: classes and samples are exchanged.",
-    "all zero": "Every entry is zero, and the true gradient is not. The gradient of sum(softmax(z)) is zero "
-    "everywhere, since the probabilities always sum to one: was that differentiated instead of the loss?",
-    "opposite sign": "This is the true gradient with the opposite sign: descending along it climbs.",
-    "factor": "The direction is right and the length is not: this is {factor:.6g} times the gradient of the sum, and "
-    "no mean over positions makes that factor.",
-    "off-diagonal terms missing": "This is −t(1 − o), the chain rule along ∂o_j/∂z_j alone. Every output depends on "
-    "every logit: the terms ∂o_i/∂z_j = −o_i o_j for i ≠ j are missing, and with them every update where t_j = 0. "
-    "Summed over all outputs the result is τo − t, where τ is the sum of the targets. What is computed here is the "
-    "gradient of no function.",
-    "Jacobian once too often": "This is the true gradient multiplied by softmax's Jacobian once more. o − t already "
-    "contains the derivative of softmax; multiplying again gives the gradient of the Brier score ½‖o − t‖².",
-    "elementwise derivative": "This is (o − t)·o(1 − o), as if softmax acted on each logit alone, like a sigmoid. "
-    "o − t already contains the derivative of softmax; and with the off-diagonal terms left out this is the gradient "
-    "of no function.",
-    "label not subtracted": "This is τo: the targets were not subtracted from the probabilities.",
-    "targets do not sum to one": "This is o − t, but some targets sum to τ ≠ 1: the gradient is τo − t.",
-    "softmax over the wrong axis": "The probabilities were normalised over another axis than that of the classes.",
-    "labels shifted by one": "This is the gradient for labels one higher or lower: are the classes counted from 0?",
-    "ignored positions not zeroed": "The gradient is right but where positions are ignored: there it must be zero for "
-    "all classes, not only for the label's.",
-    "lost to rounding": "This is right to the rounding of one, but smaller than that: p − 1 was computed where p "
-    "rounds to 1. The gradient of a label is minus the sum of the other probabilities, as in `cross_entropy`.",
-}
-
-
-class _Problem(NamedTuple):
-    """Everything the mistakes are made of, in float64, classes last."""
-
-    z: np.ndarray
-    t: np.ndarray  # zero where ignored
-    o: np.ndarray
-    truth: np.ndarray  # of the sum
-    scales: dict[str, int]  # by what each reduction divides
-
-
-def _other_axes(p: _Problem) -> Iterator[np.ndarray]:
-    live = p.t.any(-1, keepdims=True)
-    for axis in range(p.z.ndim - 1):
-        wrong = np.asarray(_in_float64(softmax, p.z, axis))
-        yield np.where(live, p.t.sum(-1, keepdims=True) * wrong - p.t, 0)
-    if p.z.size > p.z.shape[-1]:
-        whole = np.asarray(_in_float64(softmax, p.z, None))
-        yield np.where(live, p.t.sum(-1, keepdims=True) * whole - p.t, 0)
-
-
-def _unscaled(p: _Problem) -> Iterator[np.ndarray]:
-    tau = p.t.sum(-1, keepdims=True)
-    if (np.abs(tau - 1) > 1e-6)[tau != 0].any():
-        yield p.o - p.t
-        yield np.where(tau == 0, 0, p.o - p.t)
-
-
-def _neighbours(p: _Problem) -> Iterator[np.ndarray]:
-    for shift, edge in ((1, 0), (-1, -1)):
-        shifted = np.roll(p.t, shift, -1)
-        yield p.truth + p.t - shifted
-        shifted[..., edge] = 0  # a one-hot table has no row for a label beyond the last class
-        yield p.truth + p.t - shifted
-
-
-CANDIDATES: dict[str, Callable[[_Problem], Iterator[np.ndarray] | tuple[np.ndarray, ...]]] = {
-    "off-diagonal terms missing": lambda p: (-p.t * (1 - p.o),),
-    "Jacobian once too often": lambda p: (np.asarray(_in_float64(softmax_vjp, p.o, p.truth)),),
-    "elementwise derivative": lambda p: (p.truth * p.o * (1 - p.o), (p.o - p.t) * p.o * (1 - p.o)),
-    "label not subtracted": lambda p: (p.truth + p.t, p.o),
-    "targets do not sum to one": _unscaled,
-    "softmax over the wrong axis": _other_axes,
-    "labels shifted by one": _neighbours,
-    "transposed": lambda p: (p.truth.T,) if p.truth.ndim == 2 and p.truth.shape[0] == p.truth.shape[1] else (),
-}
-
-
-def _read_problem(
-    logits: ArrayLike, targets: ArrayLike, axis: int
-) -> tuple[np.ndarray, np.ndarray, Bool[np.ndarray, "..."], np.dtype]:
-    """Logits and targets in float64 with the classes last, what is ignored, and the logits' dtype."""
-    z = _read("logits", logits)
+    z, t, g = (_concrete(*a) for a in (("logits", logits), ("targets", targets), ("gradient", gradient)))
     axis = as_axis(axis, z.ndim)
+    index = None if ignore_index is None else as_integer("ignore_index", ignore_index)
+    others = [n for n in range(z.ndim) if n != axis and t.shape in _target_shapes(z, n)]
+    if others and t.shape not in _target_shapes(z, axis):
+        found = {n: _diagnose(z, t, g, n, index) for n in others}
+        taken = min(found, key=lambda n: (not found[n].correct, found[n].verdict == "wrong"))
+        remark = f"The targets fit classes along axis {taken}, not {axis}, and were judged so: pass axis={taken}. "
+        return replace(found[taken], explanation=remark + found[taken].explanation)
+    diagnosis = _diagnose(z, t, g, axis, index)
+    if diagnosis.verdict in ("wrong", "softmax over the wrong axis"):
+        for other in others:
+            if (turned := _diagnose(z, t, g, other, index)).correct:
+                explanation = EXPLANATIONS["classes along another axis"].format(given=axis, right=other)
+                if diagnosis.verdict != "wrong":  # targets that are one-hot along both axes do not tell
+                    return replace(diagnosis, explanation=f"{diagnosis.explanation} Or else: {explanation}")
+                return replace(turned, correct=False, verdict="classes along another axis", explanation=explanation)
+    return diagnosis
+
+
+def _target_shapes(z: np.ndarray, axis: int) -> tuple[tuple[int, ...], ...]:
+    return z.shape, z.shape[:axis] + z.shape[axis + 1 :]
+
+
+def _diagnose(
+    logits: np.ndarray, t: np.ndarray, gradient: np.ndarray, axis: int, ignore_index: int | None
+) -> Diagnosis:
+    z, g = _read("logits", logits), _read("gradient", gradient)
+    given, dtype = _floating_dtype("gradient", gradient), _floating_dtype("logits", logits)
     if not np.isfinite(z).all():
         raise ValueError("logits: expected finite numbers, got NaN or infinity")
     if z.size == 0:
         raise ValueError(f"logits: expected at least one position and class, got shape {z.shape}")
     z = np.moveaxis(z, axis, -1)
-    t = np.asarray(_concrete("targets", targets))
-    if np.issubdtype(t.dtype, np.integer):
-        if t.shape != z.shape[:-1]:
-            raise ValueError(
-                f"targets: expected integer labels of shape {z.shape[:-1]}, got {t.shape}; "
-                "a distribution must have a floating dtype"
-            )
-        ignored = (t < 0) | (t >= z.shape[-1])
-        t = np.where(ignored[..., None], 0.0, np.arange(z.shape[-1]) == t[..., None])
-    else:
-        t = _read("targets", targets)
-        if t.shape != np.shape(logits):
-            raise ValueError(f"targets: expected the logits' shape {np.shape(logits)}, got {t.shape}")
-        if not np.isfinite(t).all():
-            raise ValueError("targets: expected finite numbers, got NaN or infinity")
-        t, ignored = np.moveaxis(t, axis, -1), np.zeros(z.shape[:-1], bool)
-    return z, t, ignored, _floating_dtype("logits", logits)
+    t, counted_from_one = _read_targets(t, logits.shape, axis, ignore_index)
+    problem, rounding = solve(z, t), _Rounding.of(given)
+    restored = np.moveaxis(problem.truth, -1, axis)
+    if g.shape != restored.shape:
+        turned = np.moveaxis(g.T, axis, -1) if g.ndim == 2 and g.T.shape == restored.shape else None
+        if turned is not None and _factor_of_truth(turned, problem, rounding) is not None:
+            return Diagnosis(False, "transposed", EXPLANATIONS["transposed"], restored, np.inf, turned.sum(-1))
+        raise ValueError(f"gradient: expected the logits' shape {restored.shape}, got {g.shape}")
+    g = np.moveaxis(g, axis, -1)
+    with np.errstate(all="ignore"):  # inf − inf, or the square of a huge number
+        row_sums = g.sum(-1)
+        error = min(_distance(g, problem.truth / n) for n in problem.scales.values())
+        if np.isfinite(g).all():
+            verdict, explanation = _judge(g, problem, rounding)
+            narrow = z.astype(given).astype(np.float64)
+            if verdict == "wrong" and np.isfinite(narrow).all() and (narrow != z).any():
+                second, why = _judge(g, solve(narrow, t), rounding)
+                verdict, explanation = (verdict, explanation) if second == "wrong" else (second, why)
+        else:
+            coarsest = min(given, dtype, key=lambda d: jnp.finfo(d).nmant)
+            verdict, explanation = "not finite", _why_not_finite(z, t, g, coarsest)
+    correct = verdict.startswith("correct") and not counted_from_one
+    if counted_from_one:
+        explanation = EXPLANATIONS["labels counted from 1"].format(label=z.shape[-1]) + f"{verdict}. {explanation}"
+        verdict = "labels counted from 1"
+    return Diagnosis(correct, verdict, explanation, restored, error, row_sums)
 
 
-def _solve(z: np.ndarray, t: np.ndarray, ignored: np.ndarray) -> _Problem:
-    # Where one class has all the target it is a label: its 1 − p is then never formed by subtracting.
-    hot = np.count_nonzero(t, -1) <= 1
+def _judge(g: Vectors, problem: Problem, rounding: "_Rounding") -> tuple[str, str]:
+    """Verdict and explanation of a finite gradient, classes last."""
+    counts = problem.scales.values()
+    for name, count in problem.scales.items():
+        if _is_truth(g, problem, count, rounding):
+            return f"correct for the {name}", f"This is the gradient of the {name} of the losses."
+    if not g.any():
+        return "all zero", EXPLANATIONS["all zero"]
+    live = problem.live[..., 0]
+    if not live.all() and live.any():
+        judged = problem._replace(z=problem.z[live], t=problem.t[live], o=problem.o[live], truth=problem.truth[live])
+        if any(_is_truth(g[live], judged, count, rounding) for count in counts):
+            return "ignored positions not zeroed", EXPLANATIONS["ignored positions not zeroed"]
+    # A mistake in a sum or a mean is likelier than the truth times an odd number, and that than both at once.
+    for name, candidate in _candidates(problem):
+        if any(_is_mistake(g, candidate, problem, count, rounding) for count in counts):
+            return name, EXPLANATIONS[name]
+    if any(_is_truth(g, problem, count, rounding, lost=True) for count in counts):
+        return "lost to rounding", EXPLANATIONS["lost to rounding"]
+    factor = _factor_of_truth(g, problem, rounding)
+    if factor is not None and factor < 0:
+        return "opposite sign", EXPLANATIONS["opposite sign"] + f" The factor is {factor:.6g}."
+    if factor is not None:
+        return f"right up to a factor of {factor:.6g}", EXPLANATIONS["factor"].format(factor=factor)
+    # What has a number to fit must account for what is wrong, not only be lost in what is right.
+    apart = _norm(g - _factor(g, problem.truth) * problem.truth)
+    fits = [(name, fit) for name, make in FITS.items() for fit in make(problem, g)]
+    name, fit = min(fits, key=lambda named: _norm(g - named[1].gradient / named[1].divisor))
+    changes = _norms(fit.gradient - problem.truth)
+    # As many equations as there are unknowns are always solved.
+    fitted = np.count_nonzero(changes > rounding.tolerance * _norm(changes)) * (g.shape[-1] - 1) > 1
+    explained = fitted and _norm(g - fit.gradient / fit.divisor) < 0.05 * apart
+    if explained and _is_mistake(g, fit.gradient, problem, fit.divisor, rounding):
+        return name, EXPLANATIONS[name].format(value=fit.value, note=fit.note)
+    for name, candidate in _candidates(problem):
+        factor = _factor(g, candidate) if np.count_nonzero(candidate) > 1 else 0
+        explained = factor > 0 and _norm(g - factor * candidate) < 0.05 * apart
+        if explained and _is_mistake(g, candidate, problem, 1 / factor, rounding):
+            return name, EXPLANATIONS[name] + f" Besides, it is multiplied by {factor:.6g}."
+    nearest = problem.truth / min(counts, key=lambda n: _distance(g, problem.truth / n))
+    return "wrong", _how_wrong(g, nearest, rounding.tolerance)
 
-    def loss(z):
-        by_label = cross_entropy(z, jnp.asarray(t.argmax(-1)), weights=jnp.asarray(hot * t.sum(-1)), reduction="sum")
-        return by_label + cross_entropy(z, jnp.asarray(np.where(hot[..., None], 0, t)), reduction="sum")
 
-    truth = _in_float64(jax.grad(loss), z)
-    scales = {"sum": 1}
-    if ignored.any():
-        if not ignored.all():
-            valid = int((~ignored).sum())
-            scales[f"mean over the {valid} positions not ignored"] = valid
-        scales[f"mean over all {ignored.size} positions, ignored ones too"] = ignored.size
-    elif ignored.size > 1:
-        scales[f"mean over {ignored.size} positions"] = ignored.size
-    return _Problem(z, t, np.asarray(_in_float64(softmax, z)), np.asarray(truth), scales)
+def _candidates(problem: Problem) -> Iterator[tuple[str, Vectors]]:
+    for name, make in CANDIDATES.items():
+        for candidate in make(problem):
+            if candidate.any():
+                yield name, candidate
 
 
-def _in_float64(fn: Callable, *args):
-    with jax.enable_x64(True):
-        return fn(*(jnp.asarray(a) if isinstance(a, np.ndarray) else a for a in args))
+class _Rounding(NamedTuple):
+    """What a dtype can tell."""
+
+    tolerance: float  # relative to a vector
+    eps: float  # the spacing of numbers at one
+    least: float  # the smallest number, and the spacing there
+    flushed: float  # below this a device may put zero
+
+    @classmethod
+    def of(cls, dtype: np.dtype) -> "_Rounding":
+        limits = jnp.finfo(dtype)
+        # A few of the smallest normal numbers, since what is multiplied was flushed before. Not so in float16.
+        flushed = 0.0 if dtype == np.float16 else 4 * float(limits.tiny)
+        return cls(TOLERANCE[limits.nmant], float(limits.eps), float(limits.smallest_subnormal), flushed)
 
 
-def _concrete(name: str, value: ArrayLike) -> ArrayLike:
-    if isinstance(value, Tracer):
-        raise TypeError(f"{name}: expected a concrete array, got a traced one; call this outside jit, grad and vmap")
-    return value
+def _is_truth(g: Vectors, p: Problem, count: float, rounding: _Rounding, *, lost: bool = False) -> bool:
+    """Whether `count` times the gradient is that of the sum, as far as each vector's own rounding can tell.
+
+    With `lost`, p − 1 may have lost all of a label's entry, and otherwise only a little of it.
+    """
+    given = count * g
+    hot = np.count_nonzero(p.t, -1, keepdims=True) == 1
+    length = _norms(p.truth)
+    # z less the maximum is rounded before it is exponentiated; 1/count and the result may be the smallest numbers.
+    exponent = rounding.eps / 2 * (p.z.max(-1, keepdims=True) - p.z) * np.abs(p.tau) * p.o
+    smallest = rounding.least / 2 * abs(count) * (1 + np.abs(p.truth))
+    subtraction = 4 * rounding.eps * np.abs(p.t)
+    if not lost:  # a label alone need not be subtracted from, a distribution must be
+        subtraction = np.where(hot, np.minimum(subtraction, LOSS * length), subtraction)
+    limit = rounding.flushed * np.maximum(abs(count), np.maximum(np.abs(p.tau), 1))
+    off = given - _flushed(p, given, hot, limit)
+    return bool((_norms(_beyond(off, exponent + smallest + subtraction)) <= rounding.tolerance * length).all())
 
 
-def _floating_dtype(name: str, value: ArrayLike) -> np.dtype:
-    """The dtype whose rounding to expect: no finer than float64, which is also what integers are read as."""
-    dtype = np.asarray(_concrete(name, value)).dtype
-    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).nmant > 52:
-        return np.dtype(np.float64)
-    if jnp.finfo(dtype).nmant not in TOLERANCE:
-        raise TypeError(f"{name}: expected at least the precision of bfloat16, got dtype {dtype}")
-    return dtype
+def _flushed(p: Problem, given: Vectors, hot: Bool[np.ndarray, "... 1"], limit: Vectors) -> Vectors:
+    """The truth where a device may put zero for τo, t or their difference, whichever is nearest to what is given."""
+    product = p.truth + p.t
+    options = np.stack(
+        [
+            p.truth,
+            np.where(np.abs(p.truth) < limit, 0, p.truth),
+            np.where(np.abs(product) < limit, -p.t, p.truth),
+            np.where(~hot & (np.abs(p.t) < limit), product, p.truth),
+        ]
+    )
+    nearest = np.take_along_axis(options, np.abs(options - given).argmin(0)[None], 0)[0]
+    # A label's entry is minus the sum of the others, of those that became zero as well or without them.
+    others = np.where(p.t == 0, p.truth - nearest, 0).sum(-1, keepdims=True)
+    between = np.clip(given, np.minimum(p.truth, p.truth + others), np.maximum(p.truth, p.truth + others))
+    return np.where(hot & (p.t != 0), between, nearest)
 
 
-def _read(name: str, value: ArrayLike) -> np.ndarray:
-    array = np.asarray(_concrete(name, value))
-    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
-        raise TypeError(f"{name}: expected real numbers, got dtype {array.dtype}")
-    return array.astype(np.float64)
+def _is_mistake(g: Vectors, candidate: Vectors, p: Problem, count: float, rounding: _Rounding) -> bool:
+    """Whether `count` times the gradient is the candidate, each vector to the rounding of its targets.
+
+    A vector that this rounding hides may be anything so small; all of them together may not.
+    """
+    length = _norms(candidate)
+    hidden = 4 * rounding.eps * np.abs(p.t).sum(-1, keepdims=True)
+    smallest = (rounding.least / 2 + rounding.flushed) * abs(count) * (1 + np.abs(candidate))
+    off = count * g - candidate
+    whole = _norm(_beyond(off, smallest + np.minimum(hidden, LOSS * length)))
+    return bool(
+        whole <= rounding.tolerance * _norm(candidate)
+        and (_norms(_beyond(off, smallest + hidden)) <= rounding.tolerance * length).all()
+    )
+
+
+def _beyond(off: Vectors, allowed: Vectors) -> Vectors:
+    return np.maximum(np.abs(off) - allowed, 0)
+
+
+def _norms(a: Vectors) -> Vectors:
+    """Length of each vector, also where its square is no number of float64."""
+    largest = np.abs(a).max(-1, keepdims=True)
+    unit = np.where((largest > 0) & np.isfinite(largest), largest, 1)
+    return unit * np.linalg.norm(a / unit, axis=-1, keepdims=True)
+
+
+def _norm(a: np.ndarray) -> float:
+    return float(_norms(a.reshape(1, -1))[0, 0])
 
 
 def _distance(g: np.ndarray, expected: np.ndarray) -> float:
     """‖g − expected‖ / ‖expected‖, where nothing is expected ‖g‖."""
-    return float(np.linalg.norm(g - expected) / (np.linalg.norm(expected) or 1))
+    return _norm(g - expected) / (_norm(expected) or 1)
 
 
-def _matches(g: np.ndarray, expected: np.ndarray, precision: _Precision) -> bool:
-    """Equal within the tolerance as a whole and at each position.
-
-    A position that the model is sure of has a gradient below its rounding, 1 − p in float32; it may
-    differ by that much of the longest.
-    """
-    with np.errstate(over="ignore"):
-        lengths = np.linalg.norm(expected, axis=-1)
-        off = np.linalg.norm(g - expected, axis=-1)
-        allowed = precision.tolerance * lengths + 8 * precision.eps * lengths.max(initial=0)
-        return bool(_distance(g, expected) <= precision.tolerance and (off <= allowed).all())
+def _factor(g: Vectors, candidate: Vectors) -> float:
+    """The k for which k times the candidate is nearest to the gradient; 0 where there is none."""
+    length = _norm(candidate)
+    k = float(np.vdot(candidate / length, g / length)) if length else 0.0
+    return k if np.isfinite(k) else 0.0
 
 
-def _factor(g: np.ndarray, candidate: np.ndarray, precision: _Precision) -> float | None:
-    """The k for which g is k times the candidate, or None."""
-    length = float(np.vdot(candidate, candidate))
-    k = float(np.vdot(candidate, g)) / length if length else 0.0
-    return k if k and np.isfinite(k) and _matches(g, k * candidate, precision) else None
+def _factor_of_truth(g: Vectors, problem: Problem, rounding: _Rounding) -> float | None:
+    factor = _factor(g, problem.truth)
+    return factor if factor and _is_truth(g, problem, 1 / factor, rounding, lost=True) else None
 
 
-def _how_wrong(g: np.ndarray, expected: np.ndarray, error: float, tolerance: float) -> str:
+def _how_wrong(g: Vectors, expected: Vectors, tolerance: float) -> str:
     """How far an unknown mistake is from the truth, where most, and whether it moves all logits together."""
     off = np.abs(g - expected)
-    *position, label = (int(i) for i in np.unravel_index(off.argmax(), off.shape))
+    own = _norms(expected)
+    parts = (_norms(off) / np.where(own > 0, own, 1))[..., 0]
+    position = tuple(int(i) for i in np.unravel_index(parts.argmax(), parts.shape))
     largest_sum = np.abs(g.sum(-1)).max()
     sums = "are zero, as they must be"
     if largest_sum > tolerance * np.abs(g).max():
         sums = f"reach {largest_sum:.3g}, where they must be zero: moving all logits together changes no probability"
     return (
-        f"This is no gradient of the cross-entropy that is known here: it is {error:.3g} of its length away from the "
-        f"true one. The largest difference is at position {tuple(position)}, class {label}. Its sums over the classes "
-        f"{sums}."
+        f"This is no gradient of the cross-entropy that is known here: it is {_distance(g, expected):.3g} of its "
+        f"length away from the true one. The largest difference, for the length of the vector, is at position "
+        f"{position}, class {int(off[position].argmax())}. Its sums over the classes {sums}."
     )
 
 
-def _why_not_finite(z: np.ndarray, t: np.ndarray, g: np.ndarray, dtype: np.dtype) -> str:
+def _why_not_finite(z: Vectors, t: Vectors, g: Vectors, dtype: np.dtype) -> str:
     """Repeat the usual causes in the precision of the arrays and see which of them spoils the same positions."""
     dtype = np.promote_types(dtype, np.float32) if dtype.itemsize >= 4 else np.dtype(np.float32)
     z, t, spoilt = z.astype(dtype), t.astype(dtype), ~np.isfinite(g)
     likely = "none of the usual ones (a maximum over the whole array, no maximum, a division by o)"
-    with np.errstate(all="ignore"):
-        for cause, formula in CAUSES.items():
-            # NumPy computes with numbers below the smallest normal one, XLA flushes them to zero: between the two.
-            least, most = (~np.isfinite(formula(z, t, tiny)) for tiny in (0, np.finfo(dtype).tiny))
-            if (least & t.any(-1, keepdims=True) <= spoilt).all() and (spoilt <= most).all():
-                likely = cause
-                break
+    for cause, formula in CAUSES.items():
+        # NumPy computes with numbers below the smallest normal one, XLA flushes them to zero: between the two.
+        least, most = (~np.isfinite(formula(z, t, tiny)) for tiny in (0, np.finfo(dtype).tiny))
+        if (least & t.any(-1, keepdims=True) <= spoilt).all() and (spoilt <= most).all():
+            likely = cause
+            break
     positions = spoilt.any(-1)
     return f"{int(positions.sum())} of {positions.size} positions have NaN or infinity. The likely cause: {likely}."
 
 
-def _shifted_softmax(z: np.ndarray, shift: np.ndarray | float, tiny: float) -> np.ndarray:
-    e = np.exp(z - shift)
-    e = np.where(e < tiny, 0, e)
-    return e / e.sum(-1, keepdims=True)
+def _read_targets(t: np.ndarray, shape: tuple[int, ...], axis: int, ignore_index: int | None) -> tuple[Vectors, bool]:
+    """The targets as a distribution in float64 with the classes last, and whether labels were counted from 1."""
+    positions, classes = shape[:axis] + shape[axis + 1 :], shape[axis]
+    if np.issubdtype(t.dtype, np.integer) and t.shape != shape:
+        if t.shape != positions:
+            raise ValueError(
+                f"targets: expected integer labels of shape {positions} or one-hot of {shape}, got {t.shape}"
+            )
+        return _read_labels(t, classes, ignore_index)
+    t = _read("targets", t.astype(np.int8) if t.dtype == np.bool_ else t)
+    if t.shape != shape:
+        remark = "; labels must be integers" if t.shape == positions else ""
+        raise ValueError(f"targets: expected the logits' shape {shape}, got {t.shape}{remark}")
+    if ignore_index is not None:
+        raise ValueError("ignore_index: expected None with a distribution, where a vector of zeros is ignored")
+    if not np.isfinite(t).all():
+        raise ValueError("targets: expected finite numbers, got NaN or infinity")
+    return np.moveaxis(t, axis, -1), False
 
 
-def _divided(z: np.ndarray, t: np.ndarray, tiny: float) -> np.ndarray:
-    o = _shifted_softmax(z, z.max(-1, keepdims=True), tiny)
-    quotient = t / np.where(o < tiny, 0, o)
-    quotient = quotient if tiny else np.where(t == 0, 0, quotient)  # whoever divides the zeros too gets 0/0
-    return np.broadcast_to(quotient.sum(-1, keepdims=True), z.shape)  # the Jacobian spreads it over the classes
+def _read_labels(labels: np.ndarray, classes: int, ignore_index: int | None) -> tuple[Vectors, bool]:
+    inside = (labels >= 0) & (labels < classes)
+    ignored = np.zeros(labels.shape, bool)
+    for marker in IGNORED if ignore_index is None else (ignore_index,):
+        ignored |= (labels == marker) & (~inside | (ignore_index is not None))
+    live = labels[~ignored]
+    counted_from_one = bool(live.size and live.min() >= 1 and live.max() == classes)
+    strange = ~(inside | ignored)
+    if strange.any() and not counted_from_one:
+        index = tuple(int(i) for i in np.argwhere(strange)[0])
+        where = f"[{', '.join(map(str, index))}]" if index else ""
+        named = "an ignored one (name it with ignore_index)" if ignore_index is None else f"ignore_index={ignore_index}"
+        raise ValueError(f"targets{where} is {labels[index]}: expected a label in [0, {classes}) or {named}")
+    hot = np.arange(classes) + int(counted_from_one) == labels[..., None]
+    return np.where(ignored[..., None], 0.0, hot), counted_from_one
 
 
-CAUSES = {
-    "softmax was shifted by the maximum of the whole array instead of each vector's own; where a vector lies far "
-    "below, all its exponentials are 0, and 0/0 is NaN": lambda z, t, tiny: _shifted_softmax(z, z.max(), tiny),
-    "exp(z) overflowed, since no maximum was subtracted": lambda z, t, tiny: _shifted_softmax(z, 0, tiny),
-    "−t/o was computed, and where a probability underflows to 0 that divides by zero. Never divide: the o cancels, "
-    "and the gradient is τo − t": _divided,
-}
+def _concrete(name: str, value: ArrayLike) -> np.ndarray:
+    if isinstance(value, Tracer):
+        raise TypeError(f"{name}: expected a concrete array, got a traced one; call this outside jit, grad and vmap")
+    return np.asarray(value)
+
+
+def _floating_dtype(name: str, array: np.ndarray) -> np.dtype:
+    """The dtype whose rounding to expect: no finer than float64, which is also what integers are read as."""
+    if not jnp.issubdtype(array.dtype, jnp.floating) or jnp.finfo(array.dtype).nmant > 52:
+        return np.dtype(np.float64)
+    if jnp.finfo(array.dtype).nmant not in TOLERANCE:
+        raise TypeError(f"{name}: expected at least the precision of bfloat16, got dtype {array.dtype}")
+    return array.dtype
+
+
+def _read(name: str, array: np.ndarray) -> np.ndarray:
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise TypeError(f"{name}: expected real numbers, got dtype {array.dtype}")
+    return array.astype(np.float64)

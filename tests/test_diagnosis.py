@@ -1,8 +1,12 @@
 """The gradient doctor, on fresh random problems with mistakes written in plain NumPy."""
 
+import os
 import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments._door import InputError
-from experiments.diagnose import Config, run
+import jaxsoft.diagnose
 from jaxsoft import cross_entropy, diagnose_gradient
 
 SIZES = [(1, 3), (7, 3), (64, 10), (7, 50), (2, 2)]
@@ -32,14 +35,32 @@ def jacobian_times(o, v):
     return o * (v - (o * v).sum(1, keepdims=True))
 
 
+def softmax(z, axis=1):
+    e = np.exp(z - z.max(axis, keepdims=True))
+    return e / e.sum(axis, keepdims=True)
+
+
 MISTAKES = {
     "opposite sign": lambda z, o, t: t - o,
     "off-diagonal terms missing": lambda z, o, t: -t * (1 - o),
     "Jacobian once too often": lambda z, o, t: jacobian_times(o, o - t),
     "elementwise derivative": lambda z, o, t: (o - t) * o * (1 - o),
+    "derivative of softmax alone": lambda z, o, t: o * (1 - o),
+    "gradient to the probabilities": lambda z, o, t: -t / o,
     "label not subtracted": lambda z, o, t: o,
     "labels shifted by one": lambda z, o, t: o - np.roll(t, 1, axis=1),
-    "softmax over the wrong axis": lambda z, o, t: np.exp(z - z.max()) / np.exp(z - z.max()).sum(0) - t,
+    "sigmoid in place of softmax": lambda z, o, t: 1 / (1 + np.exp(-z)) - t,
+    "softmax over the wrong axis": lambda z, o, t: softmax(z, 0) - t,
+    "log2 in place of ln": lambda z, o, t: (o - t) / np.log(2).astype(z.dtype),
+    "log10 in place of ln": lambda z, o, t: (o - t) / np.log(10).astype(z.dtype),
+    "temperature": lambda z, o, t: (softmax(z / 2) - t) / 2,
+    "weight decay left in": lambda z, o, t: o - t + z / 8,
+    "label smoothing left in": lambda z, o, t: o - 0.875 * t - 0.125 / z.dtype.type(z.shape[1]),
+    "z-loss left in": lambda z, o, t: o - t + o * np.log(np.exp(z).sum(1, keepdims=True)) / 128,
+}
+# With one position these are the truth.
+OF_A_BATCH = {
+    "error averaged over the batch": lambda z, o, t: np.broadcast_to((o - t).mean(0), z.shape),
 }
 
 
@@ -64,12 +85,134 @@ def test_right_gradients_are_called_right(n, classes, dtype):
 @pytest.mark.parametrize(("n", "classes"), [s for s in SIZES if s != (2, 2)])
 @pytest.mark.parametrize("verdict", MISTAKES)
 def test_each_mistake_is_named(verdict, n, classes, dtype, mean):
-    z, labels, o, t = problem(n, classes, dtype)
-    wrong = MISTAKES[verdict](z, o, t) / (n if mean else 1)
-    diagnosis = diagnose_gradient(z, labels, wrong.astype(dtype))
+    check_named(verdict, MISTAKES[verdict], n, classes, dtype, mean)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_averaged_error_is_named(dtype, mean):
+    for verdict, make in OF_A_BATCH.items():
+        check_named(verdict, make, 7, 3, dtype, mean)
+        check_named(verdict, lambda z, o, t, make=make: make(z, o, t) * z.dtype.type(7), 7, 3, dtype, mean)
+
+
+@given(
+    st.sampled_from([*MISTAKES, *OF_A_BATCH]),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([3, 4, 10, 50]),
+    st.sampled_from([1, 2, 16, 64]),
+    st.sampled_from([0.5, 1.0, 3.0]),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+)
+@settings(deadline=None, max_examples=120)
+def test_law_no_mistake_is_taken_for_another(verdict, seed, classes, n, scale, dtype, mean):
+    make = (MISTAKES | OF_A_BATCH)[verdict]
+    check_named(verdict, make, max(n, 2) if verdict in OF_A_BATCH else n, classes, dtype, mean, seed, scale)
+
+
+def check_named(verdict, make, n, classes, dtype, mean, seed=0, scale=2.0):
+    z, labels, o, t = problem(n, classes, dtype, seed, scale)
+    wrong = make(z, o, t) / dtype(n if mean else 1)
+    assert wrong.dtype == dtype
+    diagnosis = diagnose_gradient(z, labels, wrong)
     assert not diagnosis.correct
     assert diagnosis.verdict == verdict
-    assert diagnosis.error > 1e-3
+
+
+def test_a_mistake_is_named_where_the_label_leads_too():
+    z = np.array([[9.0, 0.0, 1.0]], np.float32)
+    t = np.array([[1, 0, 0]], np.float32)
+    o = softmax(z)
+    assert abs(float(1 - o[0, 0]) / (np.exp([-9.0, -8]).sum() / (1 + np.exp([-9.0, -8]).sum())) - 1) > 1e-4
+    assert diagnose_gradient(z, np.array([0]), -t * (1 - o)).verdict == "off-diagonal terms missing"
+
+
+def test_a_mistake_is_named_only_where_every_vector_has_it():
+    z, _, o, t = problem(8, 5)
+    t[0] *= 1e6
+    tau = t.sum(1, keepdims=True)
+    wrong = -t * (1 - o)
+    assert diagnose_gradient(z, t, wrong).verdict == "off-diagonal terms missing"
+    wrong[1:] = (tau * o - t)[1:]
+    assert diagnose_gradient(z, t, wrong).verdict == "wrong"
+
+
+def test_one_number_is_not_explained_by_one_unknown():
+    """Some temperature gives any length to the one vector that it changes."""
+    z, labels = np.array([[1.0, 0.0], [3.0, 0.0]]), np.array([0, 0])
+    wrong = (softmax(z / 2) - np.eye(2)[labels]) / 2
+    assert diagnose_gradient(z, labels, wrong).verdict == "temperature"
+    z[0] = 0
+    wrong = softmax(z / 2) - np.eye(2)[labels]
+    assert diagnose_gradient(z, labels, wrong).verdict == "wrong"
+
+
+def test_less_decay_than_none_has_no_name():
+    z, labels, o, t = problem(7, 5)
+    assert diagnose_gradient(z, labels, o - t + z / 8).verdict == "weight decay left in"
+    assert diagnose_gradient(z, labels, o - t - z / 8).verdict == "wrong"
+
+
+def test_a_temperature_is_found_where_few_of_many_vectors_tell_it():
+    """The first 5000 vectors are equal logits."""
+    z, labels, _, t = problem(5010, 3)
+    z[:5000] = 0
+    diagnosis = diagnose_gradient(z, labels, softmax(z / 3) - t)
+    assert diagnosis.verdict == "temperature"
+    assert "T = 3, without" in str(diagnosis)
+
+
+@pytest.mark.parametrize("spared", [False, True])
+def test_mistakes_where_positions_are_ignored(spared):
+    z, labels, o, t = problem(8, 4)
+    labels[[1, 5]] = -1
+    live = (labels >= 0)[:, None]
+    t = np.where(live, t, 0)
+    errors = np.where(live, o - t, 0)
+    wrong = {
+        "derivative of softmax alone": o * (1 - o),
+        "sigmoid in place of softmax": 1 / (1 + np.exp(-z)) - t,
+        "weight decay left in": errors + z / 8,
+        "error averaged over the batch": np.broadcast_to(errors.sum(0) / 6, z.shape),
+    }
+    for verdict, gradient in wrong.items():
+        assert diagnose_gradient(z, labels, np.where(live | (not spared), gradient, errors)).verdict == verdict
+
+
+@pytest.mark.parametrize("over", [(0,), (0, 1, 2)])
+@pytest.mark.parametrize("divided", [1, 3])
+def test_an_error_averaged_over_the_first_axis_or_all_and_perhaps_again(over, divided):
+    z, labels, o, t = problem(24, 4)
+    errors = (o - t).reshape(3, 4, 2, 4)
+    wrong = np.broadcast_to(errors.mean(over, keepdims=True), errors.shape) / (1 if divided == 1 else 24)
+    diagnosis = diagnose_gradient(z.reshape(errors.shape), labels.reshape(3, 4, 2), wrong)
+    assert diagnosis.verdict == "error averaged over the batch"
+    assert "multiplied" not in str(diagnosis) or over == (0,)
+
+
+def test_what_a_mistake_has_for_a_number_is_said():
+    z, labels, o, t = problem(7, 5)
+    said = {
+        "T = 3, with that division": (softmax(z / 3) - t) / 3,
+        "T = 0.5, without that division": softmax(z / 0.5) - t,
+        "T = 4, multiplied by T instead": (softmax(z / 4) - t) * 4,
+        "λ = 0.01:": (o - t) / 7 + 0.01 * z,
+        "ε = 0.1,": (o - 0.9 * t - 0.1 / 5) / 7,
+        "ζ = 0.001,": (o - t + 0.002 * o * np.log(np.exp(z).sum(1, keepdims=True))) / 7,
+    }
+    for words, wrong in said.items():
+        assert words in str(diagnose_gradient(z, labels, wrong))
+
+
+def test_what_is_small_beside_the_truth_is_not_given_a_cause():
+    """Noise of 2e-4 has some direction; with three numbers, any is near that of some mistake."""
+    for seed in range(40):
+        z, labels, o, t = problem(1, 3, seed=seed)
+        noise = np.random.default_rng(seed).normal(size=z.shape)
+        noisy = o - t + 2.5e-4 * np.linalg.norm(o - t) / np.linalg.norm(noise) * noise
+        verdict = diagnose_gradient(z, labels, noisy).verdict
+        assert verdict == "wrong" or verdict.startswith("right up to a factor of ")
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
@@ -133,6 +276,116 @@ def test_ignored_positions(ignored):
     assert not diagnose_gradient(z, labels, o).correct
 
 
+@pytest.mark.parametrize("marker", [-1, -100, 255, 65535, -(2**31)])
+def test_usual_markers_are_ignored_and_other_labels_outside_are_not(marker):
+    z, labels, o, t = problem(8, 4)
+    labels[[1, 5]] = marker
+    right = np.where((labels == marker)[:, None], 0, o - t)
+    assert diagnose_gradient(z, labels, right).correct
+    with pytest.raises(
+        ValueError, match=re.escape(f"targets[1] is {marker}: expected a label in [0, 4) or ignore_index=7")
+    ):
+        diagnose_gradient(z, labels, right, ignore_index=7)
+    labels[[1, 5]] = 7
+    assert diagnose_gradient(z, labels, right, ignore_index=7).correct
+    with pytest.raises(
+        ValueError,
+        match=re.escape("targets[1] is 7: expected a label in [0, 4) or an ignored one (name it with ignore_index)"),
+    ):
+        diagnose_gradient(z, labels, right)
+
+
+def test_a_class_may_be_ignored_and_a_marker_that_is_a_class_is_one():
+    z, labels, o, t = problem(16, 4)
+    right = np.where((labels == 2)[:, None], 0, o - t)
+    assert diagnose_gradient(z, labels, right, ignore_index=2).correct
+    z, labels, o, t = problem(4, 300)
+    labels[0] = 255
+    t = np.eye(300)[labels]
+    assert diagnose_gradient(z, labels, o - t).correct
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8])
+def test_labels_counted_from_one(dtype):
+    z, labels, o, t = problem(16, 3)
+    one_more = (labels + 1).astype(dtype)
+    diagnosis = diagnose_gradient(z, one_more, (o - t) / 16)
+    assert (diagnosis.correct, diagnosis.verdict) == (False, "labels counted from 1")
+    assert str(diagnosis).startswith("Label 3 is outside [0, 3), and no label is 0")
+    assert "for the labels less one: correct for the mean over 16 positions." in str(diagnosis)
+    np.testing.assert_allclose(diagnosis.true_gradient, o - t, atol=1e-12)
+    # A one-hot table without a row for label 3, and labels that are wrong in another way.
+    table = (one_more[:, None] == np.arange(3)).astype(float)
+    assert "for the labels less one: labels shifted by one." in str(diagnose_gradient(z, one_more, o - table))
+    one_more[3] = 255
+    right = np.where((one_more == 255)[:, None], 0, o - t)
+    assert "less one: correct for the sum" in str(diagnose_gradient(z, one_more, right))
+    one_more[3] = 0
+    with pytest.raises(ValueError, match=re.escape("is 3: expected a label in [0, 3)")):
+        diagnose_gradient(z, one_more, o - t)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int64, np.uint8])
+def test_one_hot_targets_need_not_be_floating(dtype):
+    z, _, o, t = problem(7, 3)
+    assert diagnose_gradient(z, t.astype(dtype), o - t).correct
+    assert diagnose_gradient(z, t.astype(dtype), t - o).verdict == "opposite sign"
+    assert diagnose_gradient(z.T, t.T.astype(dtype), (o - t).T, 0).correct
+    assert diagnose_gradient(z[0], t[0].astype(dtype), (o - t)[0]).correct
+
+
+def test_dummies_of_pandas_where_an_unknown_class_is_ignored():
+    pandas = pytest.importorskip("pandas")
+    z, labels, o, t = problem(7, 3)
+    names = pandas.Series(pandas.Categorical.from_codes(labels, ["setosa", "versicolor", "virginica"]))
+    names[2] = None
+    right = np.where(np.arange(7)[:, None] == 2, 0, o - t)
+    dummies = pandas.get_dummies(names)
+    assert diagnose_gradient(pandas.DataFrame(z), dummies, pandas.DataFrame(right)).correct
+    assert diagnose_gradient(z, dummies, right / 6).verdict == "correct for the mean over the 6 positions not ignored"
+    assert (
+        diagnose_gradient(z, dummies, np.where(np.arange(7)[:, None] == 2, o, o - t)).verdict
+        == "ignored positions not zeroed"
+    )
+
+
+def test_labels_that_fit_another_axis_are_judged_along_it():
+    z, labels, o, t = problem(7, 3)
+    for gradient, verdict in ((o - t, "correct for the sum"), (t - o, "opposite sign")):
+        diagnosis = diagnose_gradient(z.T, labels, gradient.T)
+        assert (diagnosis.correct, diagnosis.verdict) == (verdict.startswith("correct"), verdict)
+        assert str(diagnosis).startswith(
+            "The targets fit classes along axis 0, not 1, and were judged so: pass axis=0. "
+        )
+    images, images_gradient = (np.moveaxis(a[:6].reshape(1, 2, 3, 3), -1, 1) for a in (z, o - t))
+    diagnosis = diagnose_gradient(images, labels[:6].reshape(1, 2, 3), images_gradient)
+    assert diagnosis.correct
+    assert "pass axis=1." in str(diagnosis)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_of_several_axes_that_the_labels_fit_the_one_is_taken_where_the_gradient_is_right(axis):
+    z, labels, o, t = problem(15, 3)
+    images, gradient = (np.moveaxis(a.reshape(3, 5, 3), -1, axis) for a in (z, o - t))
+    diagnosis = diagnose_gradient(images, labels.reshape(3, 5), gradient)
+    assert diagnosis.correct
+    assert f"pass axis={axis}." in str(diagnosis)
+    assert diagnose_gradient(images, labels.reshape(3, 5), -gradient).verdict == "opposite sign"
+
+
+def test_a_gradient_that_is_right_along_another_axis_only_is_not_called_right():
+    z, labels, o, t = problem(5, 5)
+    for targets in (t.T, labels):
+        diagnosis = diagnose_gradient(z.T, targets, (o - t).T)
+        assert (diagnosis.correct, diagnosis.verdict) == (False, "classes along another axis")
+        assert "axis 0 it is: pass axis=0" in str(diagnosis)
+    z, _, o, _ = problem(3, 3)
+    t = np.eye(3)  # one-hot along both axes
+    diagnosis = diagnose_gradient(z.T, t, (o - t).T)
+    assert diagnosis.verdict == "softmax over the wrong axis"
+    assert "Or else: With the classes along axis 1 this is not the gradient, along axis 0 it is" in str(diagnosis)
+
+
 def test_all_zero():
     z, labels, *_ = problem(3, 4)
     assert diagnose_gradient(z, labels, np.zeros_like(z)).verdict == "all zero"
@@ -147,6 +400,160 @@ def test_a_vector_that_the_model_is_sure_of_is_judged_too():
         wrong = right.copy()
         wrong[2] *= factor
         assert not diagnose_gradient(z, labels, wrong).correct
+
+
+@pytest.mark.parametrize("leading", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "margin"),
+    [(dtype, margin) for dtype in (np.float32, np.float64, jnp.bfloat16) for margin in (8, 12, 16, 20)]
+    + [(np.float16, 8), (np.float16, 11)],  # at 16, two or three of its smallest numbers
+)
+@pytest.mark.parametrize(
+    "spoil", [lambda g: -g, lambda g: 0 * g, lambda g: 5 * g, lambda g: 1.25 * g, lambda g: g[::-1]]
+)
+def test_each_vector_is_judged_by_its_own_rounding(spoil, margin, dtype, leading):
+    """However long the other vectors are: the shorter has the wrong sign, is zero or too long."""
+    q = 1 / (1 + np.exp(margin))
+    rows = np.array([-0.5, 0.5]), np.array([-q, q])
+    logits, wrong = np.array([[0.0, 0.0], [margin, 0.0]]), [rows[0], spoil(rows[1])]
+    if leading:
+        logits, wrong, rows = logits[::-1], wrong[::-1], rows[::-1]
+    labels = np.array([0, 0])
+    assert diagnose_gradient(logits.astype(dtype), labels, np.array(rows).astype(dtype)).correct
+    assert not diagnose_gradient(logits.astype(dtype), labels, np.array(wrong).astype(dtype)).correct
+
+
+def test_what_rounding_would_hide_of_a_mistake_does_not_give_it_that_name():
+    """The second vector, of the wrong sign, is nothing beside 1; the first is any multiple of the truth."""
+    z, q = np.array([[0, 0], [16, 0]], np.float32), 1 / (1 + np.exp(16))
+    gradient = np.array([[-0.5, 0.5], [q, -q]], np.float32)
+    assert diagnose_gradient(z, np.array([0, 0]), gradient).verdict == "wrong"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, jnp.bfloat16])
+@pytest.mark.parametrize("weight", [1e-37, 1e-20, 1e20])
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_factor_is_seen_however_small_or_large_the_targets(soft, weight, dtype):
+    z = np.array([[0.5, -0.25, 1.0], [0.0, 0.0, 0.0]])
+    t = weight * np.array([[0.5, 0.25, 0.25] if soft else [1, 0, 0], [0, 1, 0]])
+    right = t.sum(1, keepdims=True) * softmax(z) - t
+    for one in (slice(None), slice(1)):
+        arrays = [a[one].astype(dtype) for a in (z, t, right)]
+        assert diagnose_gradient(*arrays).correct
+        assert not diagnose_gradient(arrays[0], arrays[1], (1.5 * right[one]).astype(dtype)).correct
+
+
+def test_a_vector_whose_square_is_no_number_is_judged_too():
+    z, p = np.array([[500.0, 0, 0]]), np.exp(-500)
+    exact = np.array([[-2 * p, p, p]])
+    assert diagnose_gradient(z, np.array([0]), exact).correct
+    assert diagnose_gradient(z, np.array([0]), 5 * exact).verdict == "right up to a factor of 5"
+    assert diagnose_gradient(z, np.array([0]), exact[:, [1, 0, 2]]).verdict == "wrong"
+
+
+def test_a_vector_that_dwarfs_the_others_hides_none_of_them():
+    z, _, o, t = problem(8, 5, np.float32)
+    t *= np.array([1e10, *[1] * 7], np.float32)[:, None]
+    right = t.sum(1, keepdims=True) * o - t
+    assert diagnose_gradient(z, t, right).correct
+    for row in range(1, 8):
+        wrong = right.copy()
+        wrong[row] *= 1.01
+        assert not diagnose_gradient(z, t, wrong).correct
+
+
+def test_a_mean_in_float16_over_very_many_positions():
+    rng = np.random.default_rng(0)
+    n = 200_000
+    z = jnp.asarray(rng.normal(size=(n, 3)), jnp.float16)
+    labels = rng.integers(0, 3, n)
+    gradient = jax.grad(lambda z: cross_entropy(z, labels))(z)
+    assert np.abs(gradient).max() < jnp.finfo(jnp.float16).tiny  # all are below the smallest normal number
+    assert diagnose_gradient(z, labels, gradient).verdict == "correct for the mean over 200000 positions"
+    assert not diagnose_gradient(z, labels, gradient * 1.5).correct
+    assert diagnose_gradient(z, labels, -gradient).verdict == "opposite sign"
+    assert not diagnose_gradient(z, labels, np.where(np.arange(n)[:, None] == 7, -gradient, gradient)).correct
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
+def test_a_distribution_already_learned_leaves_the_rounding_of_the_difference(dtype):
+    """Every method subtracts t from τo: what is left is noise, and no fault."""
+    z = jnp.asarray(problem(16, 5)[0], dtype)
+    targets = jax.nn.softmax(z.astype(np.float32)).astype(dtype)
+    gradient = jax.grad(lambda z: cross_entropy(z, targets, reduction="sum"))(z)
+    assert diagnose_gradient(z, targets, gradient).correct
+    assert not diagnose_gradient(
+        z, targets, gradient + jnp.finfo(dtype).eps * 10 * (np.arange(5) == 2).astype(dtype)
+    ).correct
+
+
+def test_logits_finer_than_the_gradient_may_have_been_rounded_to_it():
+    z, labels, _, t = problem(6, 4)
+    z += 1e5  # to be rounded by up to 4e-3 in float32
+    narrow = z.astype(np.float32).astype(float)
+    for right in (softmax(z) - t, softmax(narrow) - t):
+        assert diagnose_gradient(z, labels, right.astype(np.float32)).correct
+    assert not diagnose_gradient(z, labels, softmax(narrow) - t).correct
+    assert diagnose_gradient(z, labels, (t - softmax(narrow)).astype(np.float32)).verdict == "opposite sign"
+
+
+@pytest.mark.parametrize("margin", [88, 90, 95])
+def test_what_a_device_flushes_to_zero_is_zero_or_right_but_not_something_else(margin):
+    """Below the smallest normal number of float32."""
+    z = np.array([[margin, 0.0, 1.0]], np.float32)
+    p = np.exp([0.0, -margin, 1.0 - margin])
+    for kept in ([1, 1], [0, 1], [0, 0]):
+        others = p[1:] * kept
+        assert diagnose_gradient(z, np.array([0]), np.array([[-others.sum(), *others]], np.float32)).correct
+    others = p[1:]
+    assert diagnose_gradient(z, np.array([0]), np.array([[-others.sum(), 0, 0]], np.float32)).correct
+    for wrong in (
+        [others.sum(), *others],
+        [-others.sum(), *(1.5 * others)],
+        [-2 * others.sum(), 0, 0],
+        [others.sum(), 0, 0],
+    ):
+        assert not diagnose_gradient(z, np.array([0]), np.array([wrong], np.float32)).correct
+
+
+def test_parts_of_a_distribution_that_a_device_flushes_to_zero():
+    z = np.array([[0.0, -3.0, 0.0]], np.float32)
+    targets, product = np.array([[1e-38, 9e-38, 4e-38]], np.float32), np.float32(14e-38) * softmax(z)
+    least = jnp.finfo(np.float32).tiny
+    assert product[0, 1] < least > targets[0, 0]
+    for t, part in ((0, 1), (1, 0), (1, 1)):
+        kept = np.where(product < least, product * np.float32(part), product)
+        kept -= np.where(targets < least, targets * np.float32(t), targets)
+        assert kept.dtype == np.float32
+        assert diagnose_gradient(z, targets, kept).correct
+    assert not diagnose_gradient(z, targets, np.float32(1.5) * (product - targets)).correct
+    below = np.array([[1e-39, 4e-39, 4e-39]], np.float32)
+    assert diagnose_gradient(z, below, np.zeros((1, 3), np.float32)).correct
+    # A label that is flushed takes its whole vector along.
+    label = np.array([[0, 3e-38, 0]], np.float32)
+    assert not diagnose_gradient(z, label, label.sum() * softmax(z)).correct
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+def test_the_exponent_is_rounded_in_half_precision(dtype):
+    """z less the maximum, of the size of 10, before it is exponentiated: the tail is off by up to half of 10 eps."""
+    rng = np.random.default_rng(3)
+    z = np.asarray(rng.uniform(0, 1, (16, 3)) + np.array([10, 0, 0]), dtype)
+    rounded = (z - z.max(1, keepdims=True)).astype(float)  # subtracted in the dtype
+    assert (rounded != z.astype(float) - z.astype(float).max(1, keepdims=True)).any()
+    p = np.exp(rounded)
+    p /= p.sum(1, keepdims=True)
+    right = np.stack([-p[:, 1] - p[:, 2], p[:, 1], p[:, 2]], 1).astype(dtype)
+    assert diagnose_gradient(z, np.zeros(16, int), right).correct
+
+
+def test_p_minus_one_that_loses_little_is_right_and_that_loses_much_is_said_to_be_lost():
+    labels = np.array([0, 1])
+    for margin, correct in ((9.0, True), (11.0, True), (15.0, False)):
+        z = np.array([[margin, 0.0, 0.0], [0.0, 1.0, 0.0]], np.float32)
+        diagnosis = diagnose_gradient(z, labels, softmax(z) - np.eye(3, dtype=np.float32)[labels])
+        assert diagnosis.correct is correct
+        assert (diagnosis.verdict == "lost to rounding") is not correct
 
 
 @pytest.mark.parametrize(("dtype", "gap"), [(np.float32, 104), (np.float64, 746)])
@@ -169,6 +576,16 @@ def test_the_division_by_o_is_recognised():
         diagnosis = diagnose_gradient(z, t, jacobian_times(o, -t / o))
     assert diagnosis.verdict == "not finite"
     assert "divides by zero" in str(diagnosis)
+
+
+def test_the_gradient_to_probabilities_that_underflow_is_recognised():
+    z = np.array([[110.0, 0.0], [0.0, 1.0]], np.float32)
+    t = np.array([[0, 1], [0, 1]], np.float32)
+    with np.errstate(all="ignore"):
+        diagnosis = diagnose_gradient(z, t, -t / softmax(z))
+    assert diagnosis.verdict == "not finite"
+    assert "this is −t/o" in str(diagnosis)
+    assert diagnosis.error == np.inf
 
 
 def test_a_missing_maximum_is_recognised_and_an_unknown_cause_admitted():
@@ -278,6 +695,41 @@ def test_class_axis():
     assert vector.correct
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([1, 16]),
+    st.sampled_from([0.5, 2.0, 6.0, 20.0]),
+    st.sampled_from(["labels", "soft", "learned", "scaled"]),
+)
+@settings(deadline=None, max_examples=12)
+def test_law_our_own_gradient_is_called_right_and_with_one_vector_spoilt_is_not(dtype, reduction, seed, n, scale, kind):
+    rng = np.random.default_rng(seed)
+    z = jnp.asarray(rng.normal(size=(n, 4)) * scale).astype(dtype)
+    targets = {
+        "labels": lambda: jnp.asarray(rng.integers(0, 4, n)),
+        "soft": lambda: jnp.asarray(rng.dirichlet(np.ones(4), n)).astype(dtype),
+        "learned": lambda: jax.nn.softmax(z.astype("float64")).astype(dtype),
+        "scaled": lambda: jnp.asarray(rng.dirichlet(np.ones(4), n) * 10 ** rng.uniform(-3, 3, (n, 1))).astype(dtype),
+    }[kind]()
+    gradient = jax.grad(lambda z: cross_entropy(z, targets, reduction=reduction))(z)
+    diagnosis = diagnose_gradient(z, targets, gradient)
+    assert diagnosis.correct
+    for row, factor in ((0, -1.0), (n - 1, 0.0), (n // 2, 1.5)):
+        # What is beyond the rounding of 1, relative to the targets, and of the smallest numbers.
+        largest, total = (
+            np.abs(diagnosis.true_gradient[row]).max(),
+            1 if kind == "labels" else float(targets[row].sum()),
+        )
+        limits = jnp.finfo(dtype)
+        told = largest > 100 * max(float(limits.smallest_subnormal), float(limits.tiny) * (dtype != "float16")) * n
+        if told and (kind == "labels" or largest > 40 * float(limits.eps) * total):
+            spoilt = np.array(gradient, float)
+            spoilt[row] *= factor
+            assert not diagnose_gradient(z, targets, spoilt.astype(dtype)).correct
+
+
 @given(
     st.integers(0, 2**32 - 1),
     st.sampled_from([3, 10]),
@@ -302,8 +754,13 @@ def test_law_no_perturbed_gradient_is_called_right(seed, classes, n, size, singl
     ("call", "error", "message"),
     [
         (lambda z, y, g: diagnose_gradient(z, y, g[:2]), ValueError, "gradient: expected the logits' shape (4, 3), got (2, 3)"),
-        (lambda z, y, g: diagnose_gradient(z, y[:2], g), ValueError, "targets: expected integer labels of shape (4,), got (2,)"),
-        (lambda z, y, g: diagnose_gradient(z, y * 1.0, g), ValueError, "targets: expected the logits' shape (4, 3), got (4,)"),
+        (lambda z, y, g: diagnose_gradient(z, y[:2], g), ValueError, "targets: expected integer labels of shape (4,) or one-hot of (4, 3), got (2,)"),
+        (lambda z, y, g: diagnose_gradient(z, y * 1.0, g), ValueError, "targets: expected the logits' shape (4, 3), got (4,); labels must be integers"),
+        (lambda z, y, g: diagnose_gradient(z, y > 0, g), ValueError, "targets: expected the logits' shape (4, 3), got (4,); labels must be integers"),
+        (lambda z, y, g: diagnose_gradient(z, np.eye(3)[y] * np.nan, g), ValueError, "targets: expected finite numbers, got NaN or infinity"),
+        (lambda z, y, g: diagnose_gradient(z, np.eye(3)[y], g, ignore_index=1), ValueError, "ignore_index: expected None with a distribution"),
+        (lambda z, y, g: diagnose_gradient(z, y, g, ignore_index=1.5), TypeError, "ignore_index: expected an integer, got 1.5"),
+        (lambda z, y, g: diagnose_gradient(z[0], np.array(-7), g[0]), ValueError, "targets is -7: expected a label in [0, 3)"),
         (lambda z, y, g: diagnose_gradient(z * np.nan, y, g), ValueError, "logits: expected finite numbers"),
         (lambda z, y, g: diagnose_gradient(z, y, g > 0), TypeError, "gradient: expected real numbers, got dtype bool"),
         (lambda z, y, g: diagnose_gradient(z, y, jnp.asarray(g, jnp.float8_e4m3fn)), TypeError, "gradient: expected at least the precision of bfloat16, got dtype float8_e4m3fn"),
@@ -318,41 +775,70 @@ def test_errors(call, error, message):
         call(z, labels, o - t)
 
 
-def test_the_script_ends_with_status_one_for_a_wrong_gradient_and_zero_for_a_right_one(tmp_path, capsys):
+def test_the_command_ends_with_status_one_for_a_wrong_gradient_and_zero_for_a_right_one(tmp_path, capsys):
     z, labels, o, t = problem(4, 3)
+    scripts = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
+    command = EntryPoint("jaxsoft-diagnose", scripts["jaxsoft-diagnose"], "console_scripts")
+    assert command.load() is jaxsoft.diagnose.main
     np.savez(tmp_path / "right.npz", logits=z, targets=labels, gradient=o - t)
-    run(Config(tmp_path / "right.npz"))
+    assert jaxsoft.diagnose.main([str(tmp_path / "right.npz")]) == 0
     assert capsys.readouterr().out.startswith("correct for the sum\n\nThis is the gradient of the sum of the losses.")
     np.savez(tmp_path / "wrong.npz", logits=z, targets=labels, gradient=-t * (1 - o))
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.diagnose", tmp_path / "wrong.npz"],
+        [sys.executable, "-m", "jaxsoft.diagnose", tmp_path / "wrong.npz"],
         capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},  # a terminal that knows no −
         text=True,
         check=False,
     )
     assert (done.returncode, done.stderr) == (1, "")
-    assert done.stdout.startswith("off-diagonal terms missing\n\nThis is −t(1 − o)")
+    assert done.stdout.startswith("off-diagonal terms missing\n\nThis is ?t(1 ? o)")
 
 
-def test_files_that_cannot_be_judged(tmp_path):
+def test_options_of_the_command(tmp_path, capsys):
+    z, labels, o, t = problem(4, 3)
+    labels[1] = -7
+    path = str(tmp_path / "file.npz")
+    np.savez(path, logits=z.T, targets=labels, gradient=np.where(labels == -7, 0, (o - t).T))
+    assert jaxsoft.diagnose.main([path, "--axis", "0", "--ignore-index", "-7"]) == 0
+    assert capsys.readouterr().out.startswith("correct for the sum\n\nThis is the gradient")
+    assert jaxsoft.diagnose.main([path, "--axis", "0"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {path}: targets[1] is -7: expected a label in [0, 3) or an ignored one (name it with ignore_index)\n"
+    )
+
+
+def test_files_that_cannot_be_judged(tmp_path, capsys):
     z, labels, _, t = problem(4, 3)
     path = tmp_path / "file.npz"
+
+    def error_of(path):
+        assert jaxsoft.diagnose.main([str(path)]) == 2
+        out, line = capsys.readouterr()
+        assert out == ""
+        assert line.count("\n") == 1
+        assert line.startswith(f"error: {path}: ")
+        return line
+
     cases = {
         "expected array 'gradient', got logits, targets": {"logits": z, "targets": labels},
+        "expected array 'logits', got none": {},
         "gradient: expected the logits' shape (4, 3), got (3,)": {"logits": z, "targets": labels, "gradient": t[0]},
+        "gradient: expected real numbers, got dtype <U1": {"logits": z, "targets": labels, "gradient": np.array("x")},
         "expected an NPZ file of plain numbers": {"logits": np.array([{}]), "targets": labels, "gradient": t},
     }
     for message, arrays in cases.items():
         np.savez(path, **arrays)
-        with pytest.raises(InputError, match=re.escape(message)) as caught:
-            run(Config(path))
-        assert str(path) in str(caught.value)
-    path.write_text("no archive")
-    with pytest.raises(InputError, match="expected an NPZ file"):
-        run(Config(path))
+        assert message in error_of(path)
+    np.savez(path, logits=z, targets=labels, gradient=t)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200] + bytes(60) + whole[260:])
+    assert "expected an NPZ file of plain numbers" in error_of(path)
+    for other in (b"no archive", b"", whole[:-100]):
+        path.write_bytes(other)
+        assert "expected an NPZ file, as numpy.savez writes it, got another kind of file" in error_of(path)
     with open(path, "wb") as file:
         np.save(file, z)
-    with pytest.raises(InputError, match="expected an NPZ file of several arrays"):
-        run(Config(path))
-    with pytest.raises(OSError, match="No such file"):
-        run(Config(tmp_path / "missing.npz"))
+    assert "got another kind of file" in error_of(path)
+    assert "No such file" in error_of(tmp_path / "missing.npz")
+    assert "Is a directory" in error_of(tmp_path)

@@ -1,0 +1,270 @@
+"""The mistakes that the gradient doctor knows: what each computes, and what to say of it."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+
+from jaxsoft._cross_entropy import cross_entropy
+from jaxsoft._softmax import softmax, softmax_vjp
+
+Vectors = Float[np.ndarray, "... classes"]
+
+EXPLANATIONS = {
+    "transposed": "This is the true gradient transposed: classes and samples are exchanged.",
+    "all zero": "Every entry is zero, and the true gradient is not. The gradient of sum(softmax(z)) is zero "
+    "everywhere, since the probabilities always sum to one: was that differentiated instead of the loss?",
+    "opposite sign": "This is the true gradient with the opposite sign: descending along it climbs.",
+    "factor": "The direction is right and the length is not: this is {factor:.6g} times the gradient of the sum, and "
+    "no mean over positions makes that factor.",
+    "off-diagonal terms missing": "This is −t(1 − o), the chain rule along ∂o_j/∂z_j alone. Every output depends on "
+    "every logit: the terms ∂o_i/∂z_j = −o_i o_j for i ≠ j are missing, and with them every update where t_j = 0. "
+    "Summed over all outputs the result is τo − t, where τ is the sum of the targets. What is computed here is the "
+    "gradient of no function.",
+    "Jacobian once too often": "This is the true gradient multiplied by softmax's Jacobian once more. o − t already "
+    "contains the derivative of softmax; multiplying again gives the gradient of the Brier score ½‖o − t‖².",
+    "elementwise derivative": "This is (o − t)·o(1 − o), as if softmax acted on each logit alone, like a sigmoid. "
+    "o − t already contains the derivative of softmax; and with the off-diagonal terms left out this is the gradient "
+    "of no function.",
+    "derivative of softmax alone": "This is o(1 − o), the derivatives ∂o_j/∂z_j alone: the targets are not in it, so "
+    "it cannot lead to them. The chain rule multiplies all of softmax's derivatives by those of the loss, and what "
+    "is left is τo − t.",
+    "gradient to the probabilities": "This is −t/o, the derivatives of the loss to the probabilities o, not to the "
+    "logits. Multiplied by softmax's Jacobian it becomes τo − t, in which the division has cancelled.",
+    "label not subtracted": "This is τo: the targets were not subtracted from the probabilities.",
+    "targets do not sum to one": "This is o − t, but some targets sum to τ ≠ 1: the gradient is τo − t.",
+    "sigmoid in place of softmax": "This is σ(z) − t: every logit went through a sigmoid of its own, as for labels "
+    "that do not exclude each other (binary cross-entropy). Where one class is right, softmax makes the classes "
+    "compete: its probabilities sum to one.",
+    "softmax over the wrong axis": "The probabilities were normalised over another axis than that of the classes.",
+    "labels shifted by one": "This is the gradient for labels one higher or lower: are the classes counted from 0?",
+    "labels counted from 1": "Label {label} is outside [0, {label}), and no label is 0: these labels count the classes "
+    "from 1, and here the first class is 0. Subtract 1 from all of them. Of the gradient, for the labels less one: ",
+    "classes along another axis": "With the classes along axis {given} this is not the gradient, along axis {right} it "
+    "is: pass axis={right}.",
+    "error averaged over the batch": "Every position was given the same vector, the errors τo − t averaged or added "
+    "over the positions. Each logit moves the loss of its own position alone: its gradient is its own error. Only "
+    "gradients to what the positions share, such as weights, are added up over them.",
+    "log2 in place of ln": "This is the true gradient divided by ln 2: the loss was taken with log2. The derivative "
+    "of log2(o) is 1/(o ln 2); cross-entropy is in nats, with the natural logarithm.",
+    "log10 in place of ln": "This is the true gradient divided by ln 10: the loss was taken with log10. The derivative "
+    "of log10(o) is 1/(o ln 10); cross-entropy is in nats, with the natural logarithm.",
+    "temperature": "The probabilities are those of softmax(z/T), not of softmax(z). By the chain rule the gradient "
+    "to z would then be (τo − t)/T. Here T = {value:.6g}, {note}.",
+    "weight decay left in": "This is the true gradient plus λz with λ = {value:.6g}: a penalty ½λ‖z‖² on the logits, "
+    "such as weight decay, was differentiated too. It is no part of the cross-entropy.",
+    "label smoothing left in": "This is the gradient for smoothed targets, (1 − ε)t + ετ/C over the C classes with "
+    "ε = {value:.6g}, not for the targets given.",
+    "z-loss left in": "This is the true gradient plus 2ζ·lse·o with ζ = {value:.6g}, lse the logarithm of the sum of "
+    "exp(z): the derivative of a z-loss ζ·lse², which is no part of the cross-entropy.",
+    "ignored positions not zeroed": "The gradient is right but where positions are ignored: there it must be zero for "
+    "all classes, not only for the label's.",
+    "lost to rounding": "This is right to the rounding of one, but smaller than that: p − 1 was computed where p "
+    "rounds to 1. The gradient of a label is minus the sum of the other probabilities, as in `cross_entropy`.",
+}
+
+
+class Problem(NamedTuple):
+    """Everything the mistakes are made of, in float64, classes last."""
+
+    z: Vectors
+    t: Vectors  # zero where ignored
+    o: Vectors
+    truth: Vectors  # of the sum
+    scales: dict[str, int]  # by what each reduction divides
+
+    @property
+    def tau(self) -> Vectors:
+        return self.t.sum(-1, keepdims=True)
+
+    @property
+    def live(self) -> Bool[np.ndarray, "... 1"]:
+        return np.any(self.t, axis=-1, keepdims=True)
+
+    @property
+    def rest(self) -> Vectors:
+        """1 − o as the sum of the other probabilities."""
+        largest = self.o == self.o.max(-1, keepdims=True)
+        others = np.where(largest, 0, self.o).sum(-1, keepdims=True)
+        return np.where(largest & (self.o > 0.5), others, 1 - self.o)
+
+
+def solve(z: Vectors, t: Vectors) -> Problem:
+    """The true gradient of the sum of the losses; a position without targets is ignored."""
+    # Where one class has all the target it is a label: its 1 − p is then never formed by subtracting.
+    hot = np.count_nonzero(t, -1) <= 1
+
+    def loss(z):
+        by_label = cross_entropy(z, jnp.asarray(t.argmax(-1)), weights=jnp.asarray(hot * t.sum(-1)), reduction="sum")
+        return by_label + cross_entropy(z, jnp.asarray(np.where(hot[..., None], 0, t)), reduction="sum")
+
+    truth, o = np.asarray(_in_float64(jax.grad(loss), z)), np.asarray(_in_float64(softmax, z))
+    scales = {"sum": 1}
+    positions, valid = hot.size, int(t.any(-1).sum())
+    if valid < positions:
+        if valid:
+            scales[f"mean over the {valid} positions not ignored"] = valid
+        scales[f"mean over all {positions} positions, ignored ones too"] = positions
+    elif positions > 1:
+        scales[f"mean over {positions} positions"] = positions
+    return Problem(z, t, o, truth, scales)
+
+
+def _in_float64(fn: Callable, *args):
+    with jax.enable_x64(True):
+        return fn(*(jnp.asarray(a) if isinstance(a, np.ndarray) else a for a in args))
+
+
+def _spared_or_not(p: Problem, gradient: Vectors) -> Iterator[Vectors]:
+    """Zero where a position is ignored, and without that."""
+    yield np.where(p.live, gradient, 0)
+    if not p.live.all():
+        yield gradient
+
+
+def _other_axes(p: Problem) -> Iterator[Vectors]:
+    wrong: list[int | None] = list(range(p.z.ndim - 1))
+    for axis in wrong + [None] * (p.z.size > p.z.shape[-1]):
+        yield np.where(p.live, p.tau * np.asarray(_in_float64(softmax, p.z, axis)) - p.t, 0)
+
+
+def _unscaled(p: Problem) -> Iterator[Vectors]:
+    if (np.abs(p.tau - 1) > 1e-6)[p.tau != 0].any():
+        yield from _spared_or_not(p, p.o - p.t)
+
+
+def _neighbours(p: Problem) -> Iterator[Vectors]:
+    for shift, edge in ((1, 0), (-1, -1)):
+        shifted = np.roll(p.t, shift, -1)
+        yield p.truth + p.t - shifted
+        shifted[..., edge] = 0  # a one-hot table has no row for a label beyond the last class
+        yield p.truth + p.t - shifted
+
+
+def _averaged(p: Problem) -> Iterator[Vectors]:
+    positions, valid = p.live.size, int(p.live.sum())
+    axes = tuple(range(p.z.ndim - 1))
+    if positions > 1:
+        for over in {axes, axes[:1]}:
+            total = np.broadcast_to(p.truth.sum(over, keepdims=True), p.truth.shape)
+            for count in {1, positions, valid or 1}:
+                yield from _spared_or_not(p, total / count)
+
+
+def _sigmoid(z: Vectors) -> Vectors:
+    return 0.5 + 0.5 * np.tanh(0.5 * z)
+
+
+# The gradients of the sum, or of the mean before it is divided, of each mistake.
+CANDIDATES: dict[str, Callable[[Problem], Iterable[Vectors]]] = {
+    "off-diagonal terms missing": lambda p: (-p.t * p.rest,),
+    "Jacobian once too often": lambda p: (np.asarray(_in_float64(softmax_vjp, p.o, p.truth)),),
+    "elementwise derivative": lambda p: (p.truth * p.o * p.rest, (p.o - p.t) * p.o * p.rest),
+    "derivative of softmax alone": lambda p: _spared_or_not(p, p.o * p.rest),
+    "gradient to the probabilities": lambda p: (np.where(p.t == 0, 0, -p.t / p.o),),
+    "label not subtracted": lambda p: (p.truth + p.t, p.o),
+    "targets do not sum to one": _unscaled,
+    "sigmoid in place of softmax": lambda p: _spared_or_not(p, _sigmoid(p.z) - p.t),
+    "softmax over the wrong axis": _other_axes,
+    "labels shifted by one": _neighbours,
+    "error averaged over the batch": _averaged,
+    "log2 in place of ln": lambda p: (p.truth / np.log(2),),
+    "log10 in place of ln": lambda p: (p.truth / np.log(10),),
+    "transposed": lambda p: (p.truth.T,) if p.truth.ndim == 2 and p.truth.shape[0] == p.truth.shape[1] else (),
+}
+
+
+class Fit(NamedTuple):
+    """A mistake with a number in it, with the number that fits best."""
+
+    gradient: Vectors  # of the sum
+    divisor: int  # of the reduction
+    value: float
+    note: str = ""
+
+
+def _addition(direction: Callable[[Problem], Vectors], value: Callable[[float, int], float]):
+    """The truth plus k times the direction, where k > 0."""
+
+    def fit(p: Problem, g: Vectors) -> Iterator[Fit]:
+        for added in _spared_or_not(p, direction(p)):
+            length = np.vdot(added, added)
+            for count in p.scales.values():
+                k = float(np.vdot(added, count * g - p.truth) / length) if length else 0.0
+                if k > 0 and np.isfinite(k):
+                    yield Fit(p.truth + k * added, count, value(k, count))
+
+    return fit
+
+
+def _temperatures(p: Problem, g: Vectors) -> Iterator[Fit]:
+    """Find T by looking ever closer around the best of a grid, at the vectors that tell most."""
+    classes = p.z.shape[-1]
+    telling = np.argsort(-np.abs(g).max(-1), axis=None, kind="stable")[: max(1, 4096 // classes)]
+    z, t, tau, seen = (a.reshape(-1, a.shape[-1])[telling] for a in (p.z, p.t, p.tau, g))
+    forms = {
+        0: "without that division",
+        -1: "with that division",
+        1: "multiplied by T instead, as where a loss times T² is distilled",
+    }
+    for count in p.scales.values():
+        for power, note in forms.items():
+            low, high = -5.0, 5.0  # powers of two
+            best = 1.0
+            while high - low > 1e-9:
+                grid = np.linspace(low, high, 33)
+                off = [2.0 ** (x * power) * (tau * _softmax(z / 2.0**x) - t) - count * seen for x in grid]
+                nearest = int(np.argmin([np.vdot(a, a) for a in off]))
+                low, high = grid[max(nearest - 1, 0)], grid[min(nearest + 1, 32)]
+                best = float(2.0 ** grid[nearest])
+            yield Fit(np.where(p.live, best**power * (p.tau * _softmax(p.z / best) - p.t), 0), count, best, note)
+
+
+def _softmax(z: Vectors) -> Vectors:
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def _lse(p: Problem) -> Vectors:
+    top = p.z.max(-1, keepdims=True)
+    return top + np.log(np.exp(p.z - top).sum(-1, keepdims=True))
+
+
+FITS: dict[str, Callable[[Problem, Vectors], Iterator[Fit]]] = {
+    "temperature": _temperatures,
+    "weight decay left in": _addition(lambda p: p.z, lambda k, count: k / count),
+    "label smoothing left in": _addition(lambda p: p.t - p.tau / p.z.shape[-1], lambda k, count: k),
+    "z-loss left in": _addition(lambda p: _lse(p) * p.o, lambda k, count: k / 2),
+}
+
+
+def _shifted_softmax(z: Vectors, shift: np.ndarray | float, tiny: float) -> Vectors:
+    e = np.exp(z - shift)
+    e = np.where(e < tiny, 0, e)
+    return e / e.sum(-1, keepdims=True)
+
+
+def _divided(z: Vectors, t: Vectors, tiny: float) -> Vectors:
+    o = _shifted_softmax(z, z.max(-1, keepdims=True), tiny)
+    quotient = t / np.where(o < tiny, 0, o)
+    return quotient if tiny else np.where(t == 0, 0, quotient)  # whoever divides the zeros too gets 0/0
+
+
+def _divided_and_multiplied(z: Vectors, t: Vectors, tiny: float) -> Vectors:
+    """The Jacobian spreads what was divided over the classes."""
+    return np.broadcast_to(_divided(z, t, tiny).sum(-1, keepdims=True), z.shape)
+
+
+# What makes a gradient infinite or NaN: formulas of z, t and the number below which a device puts zero.
+CAUSES: dict[str, Callable[[Vectors, Vectors, float], Vectors]] = {
+    "softmax was shifted by the maximum of the whole array instead of each vector's own; where a vector lies far "
+    "below, all its exponentials are 0, and 0/0 is NaN": lambda z, t, tiny: _shifted_softmax(z, z.max(), tiny),
+    "exp(z) overflowed, since no maximum was subtracted": lambda z, t, tiny: _shifted_softmax(z, 0, tiny),
+    "−t/o was computed, and where a probability underflows to 0 that divides by zero. Never divide: the o cancels, "
+    "and the gradient is τo − t": _divided_and_multiplied,
+    "this is −t/o, the gradient to the probabilities, and where one of them underflows to 0 that divides by zero. The "
+    "gradient to the logits is τo − t": _divided,
+}

@@ -1,0 +1,73 @@
+"""Say of arrays saved by any program whether a gradient of softmax and cross-entropy is right, and if not, why.
+
+jaxsoft-diagnose FILE.npz
+"""
+
+import argparse
+import io
+import sys
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxsoft._diagnosis import diagnose_gradient
+
+NAMES = ("logits", "targets", "gradient")
+
+
+class InputError(Exception):
+    """What cannot be judged, in one line."""
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """The three arrays of an NPZ file."""
+    try:
+        if not zipfile.is_zipfile(path):
+            path.open("rb").close()  # is_zipfile says no to what cannot be opened, too
+            raise InputError(f"{path}: expected an NPZ file, as numpy.savez writes it, got another kind of file")
+        with np.load(path, allow_pickle=False) as archive:
+            for name in NAMES:
+                if name not in archive:
+                    raise InputError(f"{path}: expected array {name!r}, got {', '.join(archive) or 'none'}")
+            return {name: np.asarray(archive[name]) for name in NAMES}
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path}: expected an NPZ file of plain numbers: {str(error).splitlines()[0]}") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the verdict and its explanation; 0 for a right gradient, 1 for a wrong one, 2 when nobody can say."""
+    parser = argparse.ArgumentParser(
+        prog="jaxsoft-diagnose",
+        description="Is my gradient of softmax and cross-entropy right, and if not, what is wrong with it? "
+        "The exit status is 0 when it is right, 1 when it is wrong, and 2 when the file cannot be judged.",
+    )
+    parser.add_argument("file", type=Path, help="NPZ file with the arrays logits, targets and gradient")
+    parser.add_argument("--axis", type=int, default=-1, help="the class axis (default: the last)")
+    parser.add_argument(
+        "--ignore-index",
+        type=int,
+        help="label of the positions that take no part (default: the usual ones, -1, -100, 255)",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        arrays = read(options.file)
+        try:
+            diagnosis = diagnose_gradient(**arrays, axis=options.axis, ignore_index=options.ignore_index)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{options.file}: {error}") from None
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without −, τ or ∂ shows ? for them
+        sys.stdout.reconfigure(errors="replace")
+    print(f"{diagnosis.verdict}\n\n{diagnosis}")
+    return 0 if diagnosis.correct else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
