@@ -1,8 +1,14 @@
 """Checkpoints of a training run: whole or absent, and the one before where the latest is damaged."""
 
+import contextlib
 import hashlib
+import io
 import json
+import logging
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,25 +48,64 @@ def save(checkpoints: ocp.CheckpointManager, checkpoint: Checkpoint) -> None:
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
     folder = Path(checkpoints.directory) / str(step)
     try:
-        checkpoints.save(step, args=items, force=True)
-        (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
+        with uninterrupted(), silent_failure():
+            checkpoints.save(step, args=items, force=True)
+            (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
     except Exception as error:  # a full disk makes orbax and its store raise anything from OSError to ValueError
         raise InputError(f"{folder}: cannot write the checkpoint: {brief(error)}") from error
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put Ctrl-C off until the body is done, which would be cut short in one of its threads alone."""
+    if threading.current_thread() is not threading.main_thread():  # which alone it interrupts
+        yield
+        return
+    came = []
+    handler = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def silent_failure() -> Iterator[None]:
+    """Keep back what goes to stderr, and for good where the body fails: a failure is told once, not by every thread."""
+    logging.disable()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+    sys.stderr.write(said.getvalue())
+
+
 def latest_whole(checkpoints: ocp.CheckpointManager) -> int | None:
     """The step of the latest checkpoint that is as it was written; damaged ones after it are deleted."""
-    for step in sorted(checkpoints.all_steps(), reverse=True):
-        folder = Path(checkpoints.directory) / str(step)
-        try:
-            whole = json.loads((folder / CHECKSUMS).read_text()) == checksums(folder)
-        except (OSError, ValueError):
-            whole = False
-        if whole:
-            return step
-        print(f"{folder}: damaged or unfinished, taking the checkpoint before it", file=sys.stderr)
-        checkpoints.delete(step)
-    return None
+    folders = {step: Path(checkpoints.directory) / str(step) for step in sorted(checkpoints.all_steps(), reverse=True)}
+    whole = next((step for step in folders if is_whole(folders[step])), None)
+    # A kill may leave the first checkpoint unfinished, its checksums missing: then there is none yet.
+    if whole is None and folders and (len(folders) > 1 or (folders[max(folders)] / CHECKSUMS).exists()):
+        damaged = ", ".join(map(str, folders))
+        raise InputError(
+            f"{checkpoints.directory}: expected a whole checkpoint to go on from, got damaged ones alone ({damaged}); "
+            "begin again with --overwrite in place of --resume, or choose another --out"
+        )
+    for step, folder in folders.items():
+        if whole is None or step > whole:
+            print(f"{folder}: damaged or unfinished, taking the checkpoint before it", file=sys.stderr)
+            checkpoints.delete(step)
+    return whole
+
+
+def is_whole(folder: Path) -> bool:
+    try:
+        return json.loads((folder / CHECKSUMS).read_text()) == checksums(folder)
+    except (OSError, ValueError):
+        return False
 
 
 def read_record(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:

@@ -18,28 +18,20 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from experiments._checkpoints import Checkpoint, latest_whole, open_checkpoints, read_record, read_state, save
-from experiments._door import InputError
+from experiments._door import InputError, Training, check_training, keep_finished, say_growth
 
 Row = tuple[float, ...]
 
 
-class Options(Protocol):
-    """The options of every training run."""
+class Options(Training, Protocol):
+    """The options of every training that goes on from checkpoints."""
 
     @property
-    def steps(self) -> int: ...
-    @property
     def batch_size(self) -> int: ...
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def seed(self) -> int: ...
     @property
     def checkpoint_every(self) -> int: ...
     @property
     def resume(self) -> bool: ...
-    @property
-    def out(self) -> Path: ...
 
 
 class Loader(Protocol):
@@ -51,13 +43,9 @@ class Loader(Protocol):
 
 def check_options(config: Options, *counts: str) -> None:
     """Refuse options out of range: those of every run, and the further ones that count something."""
-    for name in ("steps", "batch_size", "checkpoint_every", *counts):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(config, name)}")
-    if not 0 < config.learning_rate < float("inf"):
-        raise InputError(f"--learning-rate: expected a positive number, got {config.learning_rate}")
-    if not 0 <= config.seed < 2**32:
-        raise InputError(f"--seed: expected an integer in [0, 2**32), got {config.seed}")
+    if config.resume and config.overwrite:
+        raise InputError("--overwrite: expected without --resume, which goes on with what is there")
+    check_training(config, "batch_size", "checkpoint_every", *counts)
 
 
 def train(
@@ -107,10 +95,18 @@ def train(
                 seconds = time.perf_counter() - start
                 record = {"options": options, "position": loader and loader.get_state(), "seconds": seconds}
                 whole = state if jax.process_count() == 1 else multihost_utils.process_allgather(state, tiled=True)
+                if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(whole)):
+                    raise InputError(
+                        f"--learning-rate {config.learning_rate:g}: expected finite parameters, "
+                        f"got others after step {step}"
+                    )
                 if checkpoints:
                     save(checkpoints, Checkpoint(step, whole, record))
             bar.update(size)
-            bar.set_postfix(loss=f"{row[0]:.4f}", refresh=False)
+            bar.set_postfix(loss=f"{row[0]:.4g}", refresh=False)
+    if first:
+        rows = (config.out / "metrics.csv").read_text().splitlines()
+        say_growth(config, *(float(rows[n].split(",")[1]) for n in (1, -1)))
     return state, record["seconds"]
 
 
@@ -133,14 +129,17 @@ def start_or_resume(
     """Where to begin, with metrics.csv holding the rows up to there and no more."""
     metrics, summary = config.out / "metrics.csv", config.out / "summary.json"
     header = ",".join(columns) + "\n"
-    if not config.resume:
-        if checkpoints.all_steps() and not summary.exists():
-            raise InputError(f"{config.out}: holds an unfinished run: go on with --resume, or choose another --out")
-        summary.unlink(missing_ok=True)
-        for step in checkpoints.all_steps():
-            checkpoints.delete(step)
     step = latest_whole(checkpoints) if config.resume else None
     if step is None:
+        keep_finished(config)
+        if checkpoints.all_steps() and not config.overwrite:
+            raise InputError(
+                f"{config.out}: holds an unfinished run: go on with --resume, replace it with --overwrite, "
+                "or choose another --out"
+            )
+        summary.unlink(missing_ok=True)
+        for replaced in checkpoints.all_steps():
+            checkpoints.delete(replaced)
         metrics.write_text(header)
         return fresh
     record = read_record(checkpoints, step)
