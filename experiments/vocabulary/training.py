@@ -222,9 +222,11 @@ def evaluate(params, text: Text, held_out: Sequence[Batch], loss_of: Loss, layou
     targets = np.concatenate([batch.targets for batch in held_out])
     known = targets[targets != UNKNOWN]
     frequencies = text.counts[1:] / text.counts[1:].sum()
+    with np.errstate(over="ignore"):  # infinite where the loss has grown beyond measure
+        perplexity = float(np.exp(loss))
     return {
         "loss": loss,
-        "perplexity": float(np.exp(loss)),
+        "perplexity": perplexity,
         "frequency_loss": float(-np.log(frequencies[known - 1]).mean()),
         "held_out_words": int(known.size),
     }
