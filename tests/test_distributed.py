@@ -145,24 +145,20 @@ def test_the_result_alone_is_on_stdout(pair):
     assert line.endswith(f"; see {pair[0]}")
 
 
-def test_four_processes_train_as_one(corpus, alone, tmp_path):
-    process = popen(config(corpus, tmp_path, processes=4, mesh=(2, 2)))
-    said = output(process)
-    assert process.returncode == 0, said
-    assert assert_same_training(tmp_path, alone)["processes"] == 4
-
-
 def test_the_processes_of_schedulers_find_each_other(corpus, alone, tmp_path):
-    """The first believes that SLURM started it, the second that Open MPI did."""
+    """The first believes that SLURM started it, the second that Open MPI did. Here they share the batch, not the words."""
     schedulers = [
         {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
         {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
     ]  # fmt: skip
     port = {"JAX_COORDINATOR_PORT": str(free_port())}
-    processes = [popen(config(corpus, tmp_path), **port, **scheduler) for scheduler in schedulers]
+    options = config(corpus, tmp_path, mesh=(2, 1))
+    processes = [popen(options, **port, **scheduler) for scheduler in schedulers]
     said = [output(process) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    assert assert_same_training(tmp_path, alone)["processes"] == 2
+    summary = assert_same_training(tmp_path, alone)
+    assert summary["processes"] == 2
+    assert summary["mesh"] == [2, 1]
     assert [len(stdout.splitlines()) for stdout, _ in said] == [1, 0]
 
 
