@@ -1,18 +1,23 @@
-"""Checkpoints of a training run: whole or absent, and the one before where the latest is damaged."""
+"""Checkpoints of a training run: whole or absent, and the one before where the latest is damaged.
+
+A folder for each, named by its step: state.npz with the arrays by their paths, record.json, and the SHA-256 of both.
+"""
 
 import hashlib
+import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
-from experiments._door import InputError
+from experiments._door import InputError, write_json
 
-CHECKSUMS = "sha256.json"
+STATE, RECORD, CHECKSUMS = "state.npz", "record.json", "sha256.json"
+KEPT = 2
 
 
 class Checkpoint(NamedTuple):
@@ -23,63 +28,74 @@ class Checkpoint(NamedTuple):
     record: dict[str, Any]
 
 
-def open_checkpoints(folder: Path) -> ocp.CheckpointManager:
-    """The two latest checkpoints of `folder`, created where missing; of several processes one alone calls this."""
-    folder.mkdir(parents=True, exist_ok=True)
-    process = jax.process_index()
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=2,
-        enable_async_checkpointing=False,  # a checkpoint is on disk before the next step is taken
-        create=False,
-        multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process}),
-    )
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+def steps_of(folder: Path) -> list[int]:
+    """The steps whose checkpoints a folder holds, the latest first."""
+    return sorted((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), reverse=True)
 
 
-def save(checkpoints: ocp.CheckpointManager, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint, its checksums last: one without them was not finished."""
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint beside those before, of which the latest alone is kept; it has its name when it is whole."""
     step, state, record = checkpoint
-    items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
-    folder = Path(checkpoints.directory) / str(step)
+    unfinished = folder / "unfinished"
+    content = io.BytesIO()
+    np.savez(content, allow_pickle=False, **{name: np.asarray(leaf) for name, leaf in by_path(state)})
     try:
-        checkpoints.save(step, args=items, force=True)
-        (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
-    except Exception as error:  # a full disk makes orbax and its store raise anything from OSError to ValueError
-        raise InputError(f"{folder}: cannot write the checkpoint: {brief(error)}") from error
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        (unfinished / STATE).write_bytes(content.getbuffer())
+        write_json(unfinished / RECORD, record)
+        write_json(unfinished / CHECKSUMS, checksums(unfinished))
+        unfinished.rename(folder / str(step))
+        for old in steps_of(folder)[KEPT:]:
+            delete(folder, old)
+    except OSError as error:
+        raise InputError(f"{folder / str(step)}: cannot write the checkpoint: {error.strerror or error}") from error
 
 
-def latest_whole(checkpoints: ocp.CheckpointManager) -> int | None:
+def latest_whole(folder: Path) -> int | None:
     """The step of the latest checkpoint that is as it was written; damaged ones after it are deleted."""
-    for step in sorted(checkpoints.all_steps(), reverse=True):
-        folder = Path(checkpoints.directory) / str(step)
-        try:
-            whole = json.loads((folder / CHECKSUMS).read_text()) == checksums(folder)
-        except (OSError, ValueError):
-            whole = False
-        if whole:
-            return step
-        print(f"{folder}: damaged or unfinished, taking the checkpoint before it", file=sys.stderr)
-        checkpoints.delete(step)
-    return None
+    steps = steps_of(folder)
+    whole = next((step for step in steps if is_whole(folder / str(step))), None)
+    if whole is None:
+        if steps:
+            raise InputError(
+                f"{folder}: expected a whole checkpoint to go on from, got damaged ones alone "
+                f"({', '.join(map(str, steps))}); begin again with --overwrite, or choose another --out"
+            )
+        return None
+    for step in steps[: steps.index(whole)]:
+        print(f"{folder / str(step)}: damaged, taking the checkpoint before it", file=sys.stderr)
+        delete(folder, step)
+    return whole
 
 
-def read_record(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    return checkpoints.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+def read_record(folder: Path, step: int) -> dict[str, Any]:
+    return json.loads((folder / str(step) / RECORD).read_text())
 
 
-def read_state(checkpoints: ocp.CheckpointManager, step: int, like: Any) -> Any:
+def read_state(folder: Path, step: int, like: Any) -> Any:
     """The arrays of a checkpoint in the structure of `like`, in NumPy."""
-    template = ocp.args.StandardRestore(jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), like))
-    return checkpoints.restore(step, args=ocp.args.Composite(state=template))["state"]
+    with np.load(folder / str(step) / STATE, allow_pickle=False) as arrays:
+        return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name, _ in by_path(like)])
 
 
-def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file: the store itself does not notice a flipped bit."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != CHECKSUMS)
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def delete(folder: Path, step: int) -> None:
+    shutil.rmtree(folder / str(step))
 
 
-def brief(error: Exception) -> str:
-    """One line; of a long one the end, where the store names the cause."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 120 else f"… {text[-120:]}"
+def by_path(state: Any) -> list[tuple[str, Any]]:
+    """Every array with where it is in the state, as in 0/head/kernel."""
+    paths = jax.tree_util.tree_leaves_with_path(state)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in paths]
+
+
+def is_whole(checkpoint: Path) -> bool:
+    try:
+        return json.loads((checkpoint / CHECKSUMS).read_text()) == checksums(checkpoint)
+    except (OSError, ValueError):
+        return False
+
+
+def checksums(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of both files: a flipped bit would otherwise be trained on."""
+    return {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in (STATE, RECORD)}

@@ -1,11 +1,12 @@
-"""The door of every script: options from the command line, bad input as one line, results in a folder."""
+"""The door of every script: options from the command line, an end in one line, results in a folder."""
 
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import jax
 import tyro
 
 Config = TypeVar("Config")
@@ -19,19 +20,104 @@ class InputError(ScriptError):
     """Something the person running the script can mend: the message says what, where and how."""
 
 
+class Training(Protocol):
+    """The options of every training."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def overwrite(self) -> bool: ...
+    @property
+    def out(self) -> Path: ...
+
+
+class End(NamedTuple):
+    """What a script says in the end, and its exit status."""
+
+    line: str
+    status: int
+
+
 def enter(config: type[Config], run: Callable[[Config], object], description: str | None) -> None:
     """Run a script with options from the command line; exit with one line where its input is bad."""
-    chosen = tyro.cli(config, description=description)
+    chosen = tyro.cli(config, prog=command(), description=description)
     try:
         run(chosen)
-    except ScriptError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {error.filename or 'system'}: {error.strerror or error}")
+    except BaseException as error:
+        end = end_of(error, chosen)
+        if end is None:
+            raise
+        print(end.line, file=sys.stderr)
+        sys.exit(end.status)
+
+
+def command() -> str | None:
+    """How this program was started, where that was `python -m`."""
+    spec = sys.modules["__main__"].__spec__
+    return spec and f"python -m {spec.name.removesuffix('.__main__')}"
+
+
+def end_of(error: BaseException, config: object) -> End | None:
+    """How an exception ends a script: None where it is a fault of the script, whose traceback is wanted."""
+    if isinstance(error, KeyboardInterrupt):
+        return End("interrupted; --resume goes on" if hasattr(config, "resume") else "interrupted", 130)
+    if isinstance(error, ScriptError):
+        return End(f"error: {error}", 1)
+    if isinstance(error, OSError):
+        return End(f"error: {error.filename or 'system'}: {error.strerror or error}", 1)
+    if isinstance(error, MemoryError) or (
+        isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith("RESOURCE_EXHAUSTED: ")
+    ):
+        return End(f"error: not enough memory: {' '.join(str(error).split())[:200] or 'for an object of Python'}", 1)
+    return None
+
+
+def check_counts(config: object, *names: str) -> None:
+    """Refuse options that count something and are below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(config, name)}")
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed: expected an integer in [0, 2**32), got {seed}")
+
+
+def check_training(config: Training, *counts: str) -> None:
+    """Refuse options of a training out of range, before any long work; `counts` names further ones that count."""
+    check_counts(config, "steps", *counts)
+    if not 0 < config.learning_rate < float("inf"):
+        raise InputError(f"--learning-rate: expected a positive number, got {config.learning_rate}")
+    check_seed(config.seed)
+    if not getattr(config, "resume", False):
+        keep_finished(config)
+
+
+def keep_finished(config: Training) -> None:
+    """Refuse to replace a finished run unasked."""
+    if (config.out / "summary.json").exists() and not config.overwrite:
+        raise InputError(f"{config.out}: holds a finished run: replace it with --overwrite, or choose another --out")
+
+
+def say_growth(config: Training, first: float, last: float) -> None:
+    """A loss that is higher in the end is no error, but not what anybody trains for."""
+    if last > first:
+        print(
+            f"warning: --learning-rate {config.learning_rate:g}: expected the loss to fall, "
+            f"got {first:.4g} at first and {last:.4g} after {config.steps} steps",
+            file=sys.stderr,
+        )
 
 
 def make_folder(out: Path) -> Path:
     """The folder for results, created where missing and shown to be writable before any long work."""
+    if out.is_file():
+        raise InputError(f"--out: expected a folder, got the file {out}")
     out.mkdir(parents=True, exist_ok=True)
     probe = out / ".writable"
     probe.touch()

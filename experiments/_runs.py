@@ -3,7 +3,6 @@
 Where several processes train together, the first alone reads and writes the folder.
 """
 
-import contextlib
 import math
 import os
 import time
@@ -13,33 +12,24 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from experiments._checkpoints import Checkpoint, latest_whole, open_checkpoints, read_record, read_state, save
-from experiments._door import InputError
+from experiments._checkpoints import Checkpoint, delete, latest_whole, read_record, read_state, save, steps_of
+from experiments._door import InputError, Training, check_training, keep_finished, say_growth
 
 Row = tuple[float, ...]
 
 
-class Options(Protocol):
-    """The options of every training run."""
+class Options(Training, Protocol):
+    """The options of every training that goes on from checkpoints."""
 
     @property
-    def steps(self) -> int: ...
-    @property
     def batch_size(self) -> int: ...
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def seed(self) -> int: ...
     @property
     def checkpoint_every(self) -> int: ...
     @property
     def resume(self) -> bool: ...
-    @property
-    def out(self) -> Path: ...
 
 
 class Loader(Protocol):
@@ -51,13 +41,9 @@ class Loader(Protocol):
 
 def check_options(config: Options, *counts: str) -> None:
     """Refuse options out of range: those of every run, and the further ones that count something."""
-    for name in ("steps", "batch_size", "checkpoint_every", *counts):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(config, name)}")
-    if not 0 < config.learning_rate < float("inf"):
-        raise InputError(f"--learning-rate: expected a positive number, got {config.learning_rate}")
-    if not 0 <= config.seed < 2**32:
-        raise InputError(f"--seed: expected an integer in [0, 2**32), got {config.seed}")
+    if config.resume and config.overwrite:
+        raise InputError("--overwrite: expected without --resume, which goes on with what is there")
+    check_training(config, "batch_size", "checkpoint_every", *counts)
 
 
 def train(
@@ -84,17 +70,12 @@ def train(
         The state after the last step, and the seconds all steps took.
     """
     first, size = jax.process_index() == 0, config.batch_size
-    record = {"options": options, "position": loader and loader.get_state(), "seconds": 0.0}
-    fresh = Checkpoint(0, state, record)
-    with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(open_checkpoints(config.out / "checkpoints")) if first else None
-        done, state, record = begin(config, columns, checkpoints, fresh)
-        if loader:
-            loader.set_state(record["position"])
-        start = time.perf_counter() - record["seconds"]
-        bar = stack.enter_context(
-            tqdm(total=config.steps * size, initial=done * size, unit=unit, unit_scale=True, disable=not first)
-        )
+    fresh = Checkpoint(0, state, {"options": options, "position": loader and loader.get_state(), "seconds": 0.0})
+    done, state, record = begin(config, columns, fresh)
+    if loader:
+        loader.set_state(record["position"])
+    start = time.perf_counter() - record["seconds"]
+    with tqdm(total=config.steps * size, initial=done * size, unit=unit, unit_scale=True, disable=not first) as bar:
         for step in range(done + 1, config.steps + 1):
             state, row = advance(state, step)
             if not math.isfinite(row[0]):
@@ -107,18 +88,24 @@ def train(
                 seconds = time.perf_counter() - start
                 record = {"options": options, "position": loader and loader.get_state(), "seconds": seconds}
                 whole = state if jax.process_count() == 1 else multihost_utils.process_allgather(state, tiled=True)
-                if checkpoints:
-                    save(checkpoints, Checkpoint(step, whole, record))
+                if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(whole)):
+                    raise InputError(
+                        f"--learning-rate {config.learning_rate:g}: expected finite parameters, "
+                        f"got others after step {step}"
+                    )
+                if first:
+                    save(config.out / "checkpoints", Checkpoint(step, whole, record))
             bar.update(size)
-            bar.set_postfix(loss=f"{row[0]:.4f}", refresh=False)
+            bar.set_postfix(loss=f"{row[0]:.4g}", refresh=False)
+    if first:
+        rows = (config.out / "metrics.csv").read_text().splitlines()
+        say_growth(config, *(float(rows[n].split(",")[1]) for n in (1, -1)))
     return state, record["seconds"]
 
 
-def begin(
-    config: Options, columns: tuple[str, ...], checkpoints: ocp.CheckpointManager | None, fresh: Checkpoint
-) -> Checkpoint:
+def begin(config: Options, columns: tuple[str, ...], fresh: Checkpoint) -> Checkpoint:
     """Where every process begins: where the folder of the first one says."""
-    begun = fresh if checkpoints is None else start_or_resume(config, columns, checkpoints, fresh)
+    begun = start_or_resume(config, columns, fresh) if jax.process_index() == 0 else fresh
     if jax.process_count() > 1:
         assert fresh.record["position"] is None  # it is not passed on
         begun = begun._replace(step=int(multihost_utils.broadcast_one_to_all(np.int32(begun.step))))
@@ -127,27 +114,29 @@ def begin(
     return begun._replace(state=jax.tree.map(place, begun.state, fresh.state)) if begun.step else fresh
 
 
-def start_or_resume(
-    config: Options, columns: tuple[str, ...], checkpoints: ocp.CheckpointManager, fresh: Checkpoint
-) -> Checkpoint:
+def start_or_resume(config: Options, columns: tuple[str, ...], fresh: Checkpoint) -> Checkpoint:
     """Where to begin, with metrics.csv holding the rows up to there and no more."""
+    checkpoints = config.out / "checkpoints"
     metrics, summary = config.out / "metrics.csv", config.out / "summary.json"
     header = ",".join(columns) + "\n"
-    if not config.resume:
-        if checkpoints.all_steps() and not summary.exists():
-            raise InputError(f"{config.out}: holds an unfinished run: go on with --resume, or choose another --out")
-        summary.unlink(missing_ok=True)
-        for step in checkpoints.all_steps():
-            checkpoints.delete(step)
     step = latest_whole(checkpoints) if config.resume else None
     if step is None:
+        keep_finished(config)
+        if steps_of(checkpoints) and not config.overwrite:
+            raise InputError(
+                f"{config.out}: holds an unfinished run: go on with --resume, replace it with --overwrite, "
+                "or choose another --out"
+            )
+        summary.unlink(missing_ok=True)
+        for replaced in steps_of(checkpoints):
+            delete(checkpoints, replaced)
         metrics.write_text(header)
         return fresh
     record = read_record(checkpoints, step)
     for name, value in fresh.record["options"].items():
         if record["options"][name] != value:
             raise InputError(
-                f"--{name.replace('_', '-')}: {checkpoints.directory} was written with "
+                f"--{name.replace('_', '-')}: {checkpoints} was written with "
                 f"{record['options'][name]}, got {value}: resume takes the same options"
             )
     # The rows after the checkpoint are taken again. Cutting them off, unlike writing anew, survives the next kill.

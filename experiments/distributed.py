@@ -10,6 +10,7 @@ the three. When a process dies the others end too, within a minute and with an e
 with --resume goes on, on as many processes as you like. Only process 0 uses the folder of results.
 """
 
+import contextlib
 import math
 import multiprocessing
 import os
@@ -20,9 +21,10 @@ import sys
 import threading
 import traceback
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from experiments._door import InputError, ScriptError, enter, make_folder
+from experiments._door import End, InputError, ScriptError, end_of, enter, make_folder
 from experiments.vocabulary.__main__ import report
 from experiments.vocabulary.corpus import read_text
 from experiments.vocabulary.training import Batch, Layout, Training, all_it_depends_on, check, fit, loss_of
@@ -66,7 +68,8 @@ def check_cluster(config: Config) -> None:
         if config.process_id is not None:
             raise InputError(f"--process-id {config.process_id}: expected --coordinator and --processes with it")
         return
-    if not re.fullmatch(r".+:\d+", config.coordinator):
+    address = re.fullmatch(r".+:(\d+)", config.coordinator)
+    if not address or not 0 < int(address[1]) < 2**16:
         raise InputError(f"--coordinator: expected ADDRESS:PORT, got {config.coordinator!r}")
     if config.processes is None or config.process_id is None:
         raise InputError("--coordinator: expected --processes and --process-id with it")
@@ -144,33 +147,71 @@ def start(config: Config) -> None:
         return
     if config.coordinator is not None:
         print(f"process {config.process_id}: meeting all {config.processes} at {config.coordinator}", file=sys.stderr)
+    with end_at_once(config, lambda line: print(line, file=sys.stderr, flush=True)):
+        in_cluster = meet(config)
+        if in_cluster:
+            run(config)
+    if not in_cluster:
+        run(config)
+
+
+def meet(config: Config, bind_address: str | None = None) -> bool:
+    """Wait until all processes are there; False where this one is not of a cluster."""
+    if config.coordinator is not None and config.process_id == 0:
+        check_free(int(config.coordinator.rpartition(":")[2]))
+    keep_stdout()
+    meeting = ThreadPoolExecutor().submit(
+        jax.distributed.initialize,
+        config.coordinator,
+        config.processes,
+        config.process_id,
+        heartbeat_timeout_seconds=HEARTBEAT,
+        coordinator_bind_address=bind_address,
+    )
     try:
-        jax.distributed.initialize(
-            config.coordinator, config.processes, config.process_id, heartbeat_timeout_seconds=HEARTBEAT
-        )
+        meeting.result()  # unlike the meeting itself, this hears Ctrl-C
     except ValueError as error:
         if "coordinator_address" not in str(error):
             raise
-        run(config)  # no cluster
-        return
-    run_among_others(config, lambda line: print(f"error: {line}", file=sys.stderr, flush=True))
+        return False
+    return True
 
 
-def run_among_others(config: Config, tell: Callable[[str], None]) -> None:
-    """Run, and end at once where that fails: an ordinary exit waits for the others, which may wait for this one."""
+def check_free(port: int) -> None:
+    """Refuse a port that something listens at, where JAX would end without a word."""
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
     try:
-        run(config)
+        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        raise InputError(f"--coordinator: cannot listen at port {port}: {reason}") from None
+
+
+def keep_stdout() -> None:
+    """Leave stdout to Python: what its libraries in C++ print, as Gloo does, goes to stderr."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+
+@contextlib.contextmanager
+def end_at_once(config: Config, tell: Callable[[str], None]) -> Iterator[None]:
+    """End this process where the body fails: an ordinary exit waits for the others, which may wait for this one."""
+    try:
+        yield
     except BaseException as error:
-        line = " ".join(str(error).split())
-        if isinstance(error, OSError):
-            line = f"{error.filename or 'system'}: {error.strerror or error}"
-        elif re.match(r"[A-Z_]+: ", line):  # a status of JAX's runtime
-            line = f"another process has ended, or the runtime failed ({line[:200]}); start all again with --resume"
-        elif not isinstance(error, ScriptError):
-            traceback.print_exc()
-            line = f"{type(error).__name__}: {line}"
-        tell(line)
-        os._exit(1)
+        end = end_of(error, config)
+        if end is None:
+            line = " ".join(str(error).split())
+            if re.match(r"[A-Z_]+: ", line):  # a status of JAX's runtime
+                line = f"another process has ended, or the runtime failed ({line[:200]}); start all again with --resume"
+            else:
+                traceback.print_exc()
+                line = f"{type(error).__name__}: {line}"
+            end = End(f"error: {line}", 1)
+        tell(end.line)
+        os._exit(end.status)
 
 
 def watch(config: Config, count: int) -> None:
@@ -185,10 +226,13 @@ def watch(config: Config, count: int) -> None:
         spawn.Process(target=follow, args=(replace(config, coordinator=address, process_id=n), sender), daemon=True)
         for n, (_, sender) in enumerate(pipes)
     ]
+    resource_tracker.ensure_running()  # or the first start would do this, which lifts the mask
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C reaches all: the watcher alone decides
     try:
         for process, (_, sender) in zip(processes, pipes, strict=True):
             process.start()
             sender.close()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         running = dict(enumerate(processes))
         while running:
             ended = connection.wait([process.sentinel for process in running.values()])
@@ -202,16 +246,19 @@ def watch(config: Config, count: int) -> None:
                 first = min(failed, key=codes.__getitem__)
                 raise ScriptError(last_words(first, count, codes[first], pipes[first][0]))
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for process in processes:
             if process.pid is not None:
                 process.kill()
                 process.join()
+        if processes[0].exitcode == -signal.SIGKILL:
+            print(file=sys.stderr)  # after its progress bar
 
 
 def last_words(n: int, count: int, exitcode: int, told: connection.Connection) -> str:
     """Why a process failed: in its own words, or by its exit."""
     try:
-        return told.recv()
+        return told.recv().removeprefix("error: ")
     except EOFError:
         how = f"was ended by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"ended with status {exitcode}"
         return f"process {n} of {count} {how}, and the others with it; --resume goes on from the last checkpoint"
@@ -227,7 +274,6 @@ def follow(config: Config, sender: connection.Connection) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_it, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which reaches them all: the watcher alone decides
     if config.process_id:
         log = os.open(config.out / f"process-{config.process_id}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
@@ -237,14 +283,9 @@ def follow(config: Config, sender: connection.Connection) -> None:
         del os.environ[name]  # through which gRPC would look for this machine itself
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 1)
-    jax.distributed.initialize(
-        config.coordinator,
-        config.processes,
-        config.process_id,
-        heartbeat_timeout_seconds=HEARTBEAT,
-        coordinator_bind_address=config.coordinator,
-    )
-    run_among_others(config, lambda line: sender.send(line))
+    with end_at_once(config, lambda line: sender.send(line)):
+        meet(config, bind_address=config.coordinator)
+        run(config)
 
 
 if __name__ == "__main__":

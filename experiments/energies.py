@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from experiments._door import InputError, enter, make_folder
+from experiments._door import check_counts, check_seed, enter, make_folder
 from experiments._numbers import Number, report
 from jaxsoft import cross_entropy, energy
 
@@ -372,11 +372,8 @@ def plot_prior(
 
 def run(config: Config) -> dict[str, float]:
     """Compute everything in float64, write the results to `config.out` and return the numbers."""
-    for name, value in (("chains", config.chains), ("steps", config.steps)):
-        if value < 1:
-            raise InputError(f"--{name}: expected at least 1, got {value}")
-    if not 0 <= config.seed < 2**32:
-        raise InputError(f"--seed: expected an integer in [0, 2**32), got {config.seed}")
+    check_counts(config, "chains", "steps")
+    check_seed(config.seed)
     out = make_folder(config.out)
     with jax.enable_x64(True):
         numbers = [

@@ -21,7 +21,7 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float, Int
 
-from experiments._door import InputError, enter, make_folder
+from experiments._door import check_seed, enter, make_folder
 from experiments._numbers import Number, report
 from jaxsoft import softmax, softmax_vjp
 
@@ -103,8 +103,7 @@ def backward(
 
 def run(config: Config) -> dict[str, float]:
     """Compute every number, write the results to `config.out` and return them."""
-    if not 0 <= config.seed < 2**32:
-        raise InputError(f"--seed: expected an integer in [0, 2**32), got {config.seed}")
+    check_seed(config.seed)
     out = make_folder(config.out)
     plot_layout(out / "layout.png")
     return report([*index_numbers(), *gradient_numbers(config.seed)], out)

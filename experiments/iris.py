@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-from experiments._door import InputError, enter, make_folder, write_json
+from experiments._door import InputError, check_training, enter, make_folder, say_growth, write_json
 from jaxsoft import apply_mlp, cross_entropy, init_mlp
 
 matplotlib.use("Agg")
@@ -29,6 +29,7 @@ import matplotlib.pyplot as plt
 FEATURES = ("SepalLength", "SepalWidth", "PetalLength", "PetalWidth")
 SPECIES = ("setosa", "versicolor", "virginica")
 COLORS = ("tab:blue", "tab:orange", "tab:green")
+LONGEST_PIECE = 10_000
 OPTIMIZERS = {
     "adam": optax.adam,
     "sgd": optax.sgd,
@@ -50,6 +51,8 @@ class Config:
     """Step size of the optimizer."""
     data: Path = Path(__file__).parents[1] / "data" / "iris.csv"
     """CSV file with the four measurements in centimetres and the species."""
+    overwrite: bool = False
+    """Replace the run in the folder of results."""
     out: Path = Path("out/iris")
     """Folder for metrics.csv, summary.json and the pictures."""
 
@@ -84,7 +87,10 @@ def read_iris(path: Path) -> tuple[Float[np.ndarray, "flowers 4"], Int[np.ndarra
         raise InputError(f"{path}: expected at least one flower, got a header alone")
     columns = [np.asarray(pd.to_numeric(table[name], errors="coerce"), float) for name in FEATURES]
     species = np.array([SPECIES.index(name) if name in SPECIES else -1 for name in table["Species"]])
-    expected = {name: (np.isfinite(column), "a number") for name, column in zip(FEATURES, columns, strict=True)}
+    expected = {
+        name: ((column > 0) & (column < np.inf), "a positive number")
+        for name, column in zip(FEATURES, columns, strict=True)
+    }
     expected["Species"] = species >= 0, f"one of {', '.join(SPECIES)}"
     for name, (good, what) in expected.items():
         if not good.all():
@@ -139,38 +145,40 @@ def train(state, split: Split, optimizer: optax.GradientTransformation, steps: i
     return jax.lax.scan(lambda carry, _: train_step(carry, split, optimizer), state, length=steps)
 
 
+def table_of(metrics: dict[str, Array], step: int, learning_rate: float) -> pd.DataFrame:
+    """A row for each step from `step` on; refuses a loss that is not finite."""
+    table = pd.DataFrame({name: np.atleast_1d(column) for name, column in metrics.items()}, dtype=float)
+    lost = ~np.isfinite(table["loss"])
+    if lost.any():
+        raise InputError(
+            f"--learning-rate {learning_rate:g}: expected a finite loss, got none from step {step + lost.argmax()} on"
+        )
+    return table
+
+
 def run(config: Config) -> dict[str, float]:
     """Train, write the results to `config.out` and return the summary."""
-    if config.steps < 1:
-        raise InputError(f"--steps: expected at least 1, got {config.steps}")
-    if not 0 < config.learning_rate < float("inf"):
-        raise InputError(f"--learning-rate: expected a positive number, got {config.learning_rate}")
-    if not 0 <= config.seed < 2**32:
-        raise InputError(f"--seed: expected an integer in [0, 2**32), got {config.seed}")
+    check_training(config)
     split = read_split(config.data, config.seed)
     out = make_folder(config.out)
     start = time.perf_counter()
     optimizer = OPTIMIZERS[config.optimizer](config.learning_rate)
     params = init_mlp(jax.random.key(config.seed), (len(FEATURES), 5, 4, len(SPECIES)))
     state = params, optimizer.init(params)
-    # The loop is cut in pieces of one length so that progress shows and one compilation serves all.
-    piece = max(1, config.steps // 20)
+    # The loop is cut in pieces so that progress shows and Ctrl-C is heard; it is compiled before, which is no progress.
+    piece = min(max(1, config.steps // 20), LONGEST_PIECE)
+    counts = [piece] * (config.steps // piece) + [config.steps % piece] * (config.steps % piece > 0)
+    compiled = {count: train.lower(state, split, optimizer, count).compile() for count in set(counts)}
     history = []
-    with tqdm(total=config.steps, unit="step") as bar:
-        while bar.n < config.steps:
-            count = min(piece, config.steps - bar.n)
-            state, metrics = train(state, split, optimizer, count)
-            history.append(pd.DataFrame(jax.device_get(metrics)))
+    with tqdm(total=config.steps, unit="step", smoothing=0) as bar:
+        for count in counts:
+            state, metrics = compiled[count](state, split)
+            history.append(table_of(metrics, bar.n, config.learning_rate))
             bar.update(count)
-            bar.set_postfix(loss=f"{history[-1]['loss'].iloc[-1]:.4f}")
+            bar.set_postfix(loss=f"{history[-1]['loss'].iloc[-1]:.4g}")
     params, _ = state
-    final = jax.device_get(measure(params, split))
-    table = pd.concat([*history, pd.DataFrame([final])], ignore_index=True).astype(float)
-    if not np.isfinite(table["loss"]).all():
-        raise InputError(
-            f"--learning-rate {config.learning_rate:g}: expected a finite loss, "
-            f"got none from step {int((~np.isfinite(table['loss'])).argmax())} on"
-        )
+    final = measure(params, split)
+    table = pd.concat([*history, table_of(final, config.steps, config.learning_rate)], ignore_index=True)
     table.index.name = "step"
     table.to_csv(out / "metrics.csv", columns=["loss", "train_accuracy", "test_accuracy"])
     summary = {
@@ -185,8 +193,9 @@ def run(config: Config) -> dict[str, float]:
     plot_loss(table, out / "loss.png")
     plot_confusion(params, split, out / "confusion.png")
     plot_regions(params, split, out / "regions.png")
+    say_growth(config, table["loss"].iloc[0], table["loss"].iloc[-1])
     print(
-        f"{config.steps} steps: training loss {table['loss'].iloc[0]:.4f} -> {summary['train_loss']:.4f}, "
+        f"{config.steps} steps: training loss {table['loss'].iloc[0]:.4g} -> {summary['train_loss']:.4g}, "
         f"accuracy {summary['train_accuracy']:.3f} in training, {summary['test_accuracy']:.3f} held out; see {out}"
     )
     return summary

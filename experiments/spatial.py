@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from experiments._door import InputError, enter, make_folder
+from experiments._door import InputError, check_seed, enter, make_folder
 from experiments._numbers import Number, report
 from jaxsoft import caffe, cross_entropy
 
@@ -52,8 +52,7 @@ def run(config: Config) -> dict[str, float]:
     """Compute every number, write the results to `config.out` and return them."""
     if config.scenes < 10:
         raise InputError(f"--scenes: expected at least 10, got {config.scenes}")
-    if not 0 <= config.seed < 2**32:
-        raise InputError(f"--seed: expected an integer in [0, 2**32), got {config.seed}")
+    check_seed(config.seed)
     out = make_folder(config.out)
     rng = np.random.default_rng(config.seed)
     with jax.enable_x64(True):

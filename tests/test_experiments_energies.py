@@ -11,6 +11,8 @@ import pytest
 from experiments import energies, logistic
 from experiments._door import InputError, ScriptError
 
+pytestmark = pytest.mark.xdist_group("energies")  # what it runs once, all tests read
+
 
 @pytest.fixture(scope="module")
 def energy_run(tmp_path_factory):

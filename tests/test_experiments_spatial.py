@@ -9,6 +9,8 @@ import pytest
 from experiments import flat_buffer, spatial
 from experiments._door import InputError
 
+pytestmark = pytest.mark.xdist_group("spatial")  # what it runs once, all tests read
+
 
 @pytest.fixture(scope="module")
 def buffer_run(tmp_path_factory):

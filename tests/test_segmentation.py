@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import os
+import pathlib
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +19,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from experiments import _runs
-from experiments._checkpoints import Checkpoint, latest_whole, open_checkpoints, read_record, read_state, save
+from experiments import _checkpoints, _runs
+from experiments._checkpoints import Checkpoint, latest_whole, read_record, read_state, save
 from experiments._door import InputError, enter
 from experiments.segmentation.__main__ import Config, run
 from experiments.segmentation.network import apply_network, init_network
@@ -26,7 +29,7 @@ from experiments.segmentation.training import batches, confusion, logits_of, los
 from experiments.segmentation.voc import read_mask, voc_folder
 from jaxsoft import cross_entropy
 
-pytestmark = pytest.mark.x32
+pytestmark = [pytest.mark.x32, pytest.mark.xdist_group("segmentation")]
 
 STEPS = 7
 RNG = np.random.default_rng(0)
@@ -63,11 +66,10 @@ def whole(voc, tmp_path_factory):
 
 
 def parameters(out, step=STEPS):
-    """What orbax reads back with no help from the experiment, as bytes."""
-    with open_checkpoints(out / "checkpoints") as checkpoints:
-        assert checkpoints.latest_step() == step
-        state = checkpoints.restore(step)["state"]
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+    """What NumPy reads back with no help from the experiment, as bytes."""
+    assert sorted(path.name for path in (out / "checkpoints").iterdir())[-1] == str(step)
+    with np.load(out / "checkpoints" / str(step) / "state.npz") as state:
+        return {name: array.tobytes() for name, array in state.items()}
 
 
 # Scenes.
@@ -214,11 +216,12 @@ def test_learns_a_folder_of_differing_sizes(whole):
     assert {path.name for path in out.glob("*.*")} == {"metrics.csv", "summary.json", "examples.png", "loss.png"}
 
 
-def kill_and_resume(voc, out, patience):
-    """kill -9 the command once `patience` is satisfied, then run it again with --resume."""
+def test_an_interrupted_run_resumes_bit_for_bit(voc, whole, tmp_path):
+    """Ctrl-C, with everything that a terminal shows."""
+    metrics = tmp_path / "metrics.csv"
     command = [
         sys.executable, "-m", "experiments.segmentation", f"--data={voc}", f"--steps={STEPS}", "--batch-size=2",
-        "--crop=32", "--checkpoint-every=2", f"--out={out}",
+        "--crop=32", "--checkpoint-every=2", f"--out={tmp_path}",
     ]  # fmt: skip
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": str(jax.local_device_count()),
@@ -227,17 +230,14 @@ def kill_and_resume(voc, out, patience):
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        while process.poll() is None and not patience():
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 4):
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(signal.SIGINT)
         output = process.communicate()[0].decode()
-    assert process.returncode == -signal.SIGKILL, output
-    return run(config(out, data=str(voc), resume=True))
-
-
-def test_a_killed_run_resumes_bit_for_bit(voc, whole, tmp_path):
-    metrics = tmp_path / "metrics.csv"
-    summary = kill_and_resume(voc, tmp_path, lambda: metrics.exists() and metrics.read_text().count("\n") > 4)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert output.endswith("\ninterrupted; --resume goes on\n")
+    summary = run(config(tmp_path, data=str(voc), resume=True))
     assert metrics.read_bytes() == (whole[1] / "metrics.csv").read_bytes()
     assert parameters(tmp_path) == parameters(whole[1])
     assert {**summary, "seconds": 0} == {**whole[0], "seconds": 0}
@@ -264,50 +264,82 @@ def stopped_at(monkeypatch, configuration, step):
             run(configuration)
 
 
-def largest(checkpoint):
-    return max(
-        (path for path in (checkpoint / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
-    )
-
-
 def halve_arrays(checkpoint):
-    os.truncate(largest(checkpoint), largest(checkpoint).stat().st_size // 2)
+    os.truncate(checkpoint / "state.npz", (checkpoint / "state.npz").stat().st_size // 2)
 
 
 def flip_a_bit(checkpoint):
-    content = bytearray(largest(checkpoint).read_bytes())
+    content = bytearray((checkpoint / "state.npz").read_bytes())
     content[len(content) // 2] ^= 16
-    largest(checkpoint).write_bytes(content)
+    (checkpoint / "state.npz").write_bytes(content)
 
 
 def halve_record(checkpoint):
-    os.truncate(checkpoint / "record" / "metadata", 20)
+    os.truncate(checkpoint / "record.json", 5)
 
 
-def unfinished(checkpoint):
-    (checkpoint / "sha256.json").write_text('{"state/')
+def halve_checksums(checkpoint):
+    (checkpoint / "sha256.json").write_text('{"state')
 
 
 def empty(checkpoint):
-    for path in [path for path in checkpoint.rglob("*") if path.is_file()]:
+    for path in checkpoint.iterdir():
         path.unlink()
 
 
-@pytest.mark.parametrize("damage", [halve_arrays, flip_a_bit, halve_record, unfinished, empty])
+@pytest.mark.parametrize("damage", [halve_arrays, flip_a_bit, halve_record, halve_checksums, empty])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capfd, damage):
     state = {"x": jnp.arange(4.0), "y": (jnp.ones((20, 30)), jnp.int32(3))}
-    with open_checkpoints(tmp_path) as checkpoints:
-        for step in (1, 2, 3):
-            save(checkpoints, Checkpoint(step, state, {"step": step}))
+    for step in (1, 2, 3):
+        save(tmp_path, Checkpoint(step, state, {"step": step}))
     assert {path.name for path in tmp_path.iterdir()} == {"2", "3"}
     damage(tmp_path / "3")
-    with open_checkpoints(tmp_path) as checkpoints:
-        assert latest_whole(checkpoints) == 2
-        assert f"{tmp_path}/3: damaged or unfinished, taking the checkpoint before it" in capfd.readouterr().err
-        assert read_record(checkpoints, 2) == {"step": 2}
-        assert (read_state(checkpoints, 2, state)["y"][0] == 1).all()
-        save(checkpoints, Checkpoint(3, state, {}))
-        assert latest_whole(checkpoints) == 3
+    assert latest_whole(tmp_path) == 2
+    assert capfd.readouterr().err == f"{tmp_path}/3: damaged, taking the checkpoint before it\n"
+    assert read_record(tmp_path, 2) == {"step": 2}
+    found = read_state(tmp_path, 2, state)
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    for array, expected in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
+        assert array.dtype == expected.dtype
+        np.testing.assert_array_equal(array, expected)
+    save(tmp_path, Checkpoint(3, state, {}))
+    assert latest_whole(tmp_path) == 3
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, empty])
+def test_nothing_is_lost_where_every_checkpoint_is_damaged(voc, tmp_path, monkeypatch, damage):
+    """Neither begun again over the rows that are there, nor are the checkpoints deleted; --overwrite does both."""
+    options = config(tmp_path, data=str(voc))
+    stopped_at(monkeypatch, options, 6)
+    rows = (tmp_path / "metrics.csv").read_bytes()
+    for step in (2, 4):
+        damage(tmp_path / "checkpoints" / str(step))
+    with pytest.raises(
+        InputError, match=r"checkpoints: expected a whole checkpoint .*, got damaged ones alone \(4, 2\)"
+    ):
+        run(dataclasses.replace(options, resume=True))
+    assert (tmp_path / "metrics.csv").read_bytes() == rows
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "4"}
+    run(dataclasses.replace(options, overwrite=True, steps=2))
+    assert (tmp_path / "metrics.csv").read_bytes().count(b"\n") == 3
+
+
+@pytest.mark.parametrize(("owner", "last"), [(_checkpoints, "checksums"), (pathlib.Path, "rename")])
+def test_a_checkpoint_cut_short_is_none(tmp_path, monkeypatch, owner, last):
+    """By Ctrl-C or a kill, here before its checksums or its name: what is there gives way to the next."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    save(tmp_path, Checkpoint(1, {"x": jnp.arange(4.0)}, {}))
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, last, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, Checkpoint(2, {"x": jnp.arange(5.0)}, {}))
+    assert latest_whole(tmp_path) == 1
+    save(tmp_path, Checkpoint(2, {"x": jnp.arange(5.0)}, {}))
+    assert latest_whole(tmp_path) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
 
 
 def test_a_run_resumes_bit_for_bit_from_the_checkpoint_before_a_damaged_one(voc, whole, tmp_path, monkeypatch):
@@ -329,7 +361,7 @@ def test_resume_starts_where_there_is_no_checkpoint_and_rests_where_all_is_done(
 def test_an_unfinished_run_is_neither_overwritten_nor_continued_with_other_options(voc, tmp_path, monkeypatch):
     options = config(tmp_path, data=str(voc))
     stopped_at(monkeypatch, options, 3)
-    with pytest.raises(InputError, match="holds an unfinished run: go on with --resume, or choose another --out"):
+    with pytest.raises(InputError, match="holds an unfinished run: go on with --resume, replace it with --over"):
         run(options)
     with pytest.raises(InputError, match=r"--learning-rate: .*checkpoints was written with 0.003, got 0.1"):
         run(dataclasses.replace(options, resume=True, learning_rate=0.1))
@@ -340,35 +372,44 @@ def test_an_unfinished_run_is_neither_overwritten_nor_continued_with_other_optio
         run(dataclasses.replace(options, resume=True))
 
 
-def test_a_finished_run_is_replaced(voc, whole, tmp_path):
+def test_a_finished_run_is_replaced_where_that_is_asked_for(voc, whole, tmp_path):
     run(config(tmp_path, data=str(voc), seed=1, steps=2))
-    run(config(tmp_path, data=str(voc)))
+    before = (tmp_path / "metrics.csv").read_bytes()
+    with pytest.raises(InputError, match="holds a finished run: replace it with --overwrite, or choose another --out"):
+        run(config(tmp_path, data=str(voc)))
+    shutil.rmtree(tmp_path / "checkpoints")  # to save space; what is left is no less finished
+    with pytest.raises(InputError, match="holds a finished run"):
+        run(config(tmp_path, data=str(voc), resume=True))
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+    run(config(tmp_path, data=str(voc), overwrite=True))
     assert parameters(tmp_path) == parameters(whole[1])
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path, monkeypatch):
-    state = {"x": jnp.arange(4.0)}
-    with open_checkpoints(tmp_path) as checkpoints:
-        save(checkpoints, Checkpoint(1, state, {"n": 0.1}))
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path, capfd):
+    """A limit on the size of files in place of the disk's: writing fails in the same way."""
+    save(tmp_path, Checkpoint(1, {"x": jnp.arange(4.0)}, {"n": 0.1}))
+    noise = jnp.asarray(np.random.default_rng(0).random((8, 100_000)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))
+    try:
+        with pytest.raises(InputError) as caught:
+            save(tmp_path, Checkpoint(2, {"x": list(noise)}, {}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(caught.value) == f"{tmp_path}/2: cannot write the checkpoint: File too large"
+    assert capfd.readouterr() == ("", "")
+    assert latest_whole(tmp_path) == 1
+    assert read_record(tmp_path, 1) == {"n": 0.1}
+    np.testing.assert_array_equal(read_state(tmp_path, 1, {"x": jnp.arange(4.0)})["x"], [0, 1, 2, 3])
 
-        def full(*_, **__):
-            raise OSError(28, "No space left on device")
 
-        with monkeypatch.context() as patch:
-            patch.setattr(checkpoints, "save", full)
-            with pytest.raises(InputError, match=r"/2: cannot write the checkpoint: .*No space left on device"):
-                save(checkpoints, Checkpoint(2, state, {}))
-        assert latest_whole(checkpoints) == 1
-        assert read_record(checkpoints, 1) == {"n": 0.1}
-        np.testing.assert_array_equal(read_state(checkpoints, 1, state)["x"], [0, 1, 2, 3])
-
-
-def test_an_output_folder_that_cannot_be_written_stops_the_script_in_one_line(voc, tmp_path, monkeypatch):
+def test_an_output_folder_that_cannot_be_written_stops_the_script_in_one_line(voc, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(sys, "argv", ["segmentation", f"--data={voc}", f"--out={tmp_path}/file/out"])
     with pytest.raises(SystemExit) as ended:
         enter(Config, run, None)
-    assert ended.value.code == f"error: {tmp_path}/file/out: Not a directory"
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.endswith(f"\nerror: {tmp_path}/file/out: Not a directory\n")
 
 
 @pytest.mark.parametrize(
@@ -379,10 +420,15 @@ def test_an_output_folder_that_cannot_be_written_stops_the_script_in_one_line(vo
         ({"checkpoint_every": 0}, "--checkpoint-every: expected at least 1, got 0"),
         ({"learning_rate": float("nan")}, "--learning-rate: expected a positive number, got nan"),
         ({"seed": -1}, "--seed: expected an integer in"),
-        ({"crop": 8}, "--crop: expected at least 32 pixels, got 8"),
+        ({"crop": 8}, "--crop: expected 32 to 2048 pixels, got 8"),
+        ({"crop": 100_000}, "--crop: expected 32 to 2048 pixels, got 100000"),
         ({"classes": 256}, "--classes: expected an integer from 2 to 255, got 256"),
         ({"classes": 10}, "--classes: the digits have 11 with their background, got 10"),
         ({"learning_rate": 1e30}, "--learning-rate 1e+30: expected a finite loss, got nan at step"),
+        (
+            {"learning_rate": 3.4028e38, "steps": 1},
+            "--learning-rate 3.4028e+38: expected finite parameters, got others after step 1",
+        ),
     ],
 )
 def test_bad_options_are_one_line(tmp_path, options, message):

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments._checkpoints import open_checkpoints
 from experiments._door import InputError, enter
 from experiments.vocabulary import training
 from experiments.vocabulary.__main__ import Config, run
@@ -30,7 +29,7 @@ from experiments.vocabulary.training import (
     training_batch,
 )
 
-pytestmark = pytest.mark.x32
+pytestmark = [pytest.mark.x32, pytest.mark.xdist_group("vocabulary")]
 
 STEPS = 7
 NAMES = [f"word{n}" for n in range(40)]
@@ -80,14 +79,14 @@ def cache():
 
 
 def parameters(out, step=STEPS):
-    """What orbax reads back with no help from the experiment."""
-    with open_checkpoints(out / "checkpoints") as checkpoints:
-        assert checkpoints.latest_step() == step
-        return checkpoints.restore(step)["state"]
+    """What NumPy reads back with no help from the experiment."""
+    assert max(int(path.name) for path in (out / "checkpoints").iterdir()) == step
+    with np.load(out / "checkpoints" / str(step) / "state.npz") as state:
+        return dict(state)
 
 
 def in_bytes(state):
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+    return {name: array.tobytes() for name, array in state.items()}
 
 
 # Words.
@@ -193,11 +192,12 @@ def test_bad_texts_are_one_line(tmp_path, files, message):
     assert not out.exists()
 
 
-def test_a_corpus_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+def test_a_corpus_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["vocabulary", f"--corpus={tmp_path}/nowhere", f"--out={tmp_path}/out"])
     with pytest.raises(SystemExit) as ended:
         enter(Config, run, None)
-    assert ended.value.code == f"error: {tmp_path}/nowhere: No such file or directory"
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.endswith(f"\nerror: {tmp_path}/nowhere: No such file or directory\n")
 
 
 # Batches.
@@ -319,8 +319,12 @@ def test_learns_and_reports_what_it_learnt(whole, corpus, text, params):
 
 def test_held_out_scores_are_those_of_the_last_parameters(whole, text):
     summary, out = whole
-    params, _ = parameters(out)
-    params = params | {"hidden": [params["hidden"][n] for n in range(2)]}
+    found = parameters(out)
+    params = {
+        "embedding": found["0/embedding"],
+        "hidden": [{"kernel": found[f"0/hidden/{n}/kernel"], "bias": found[f"0/hidden/{n}/bias"]} for n in range(2)],
+        "head": {"kernel": found["0/head/kernel"], "bias": found["0/head/bias"]},
+    }
     batch = batch_of(text.test, np.arange(3, text.test.size), 3)
     losses, known = naive_losses(params, batch)
     assert summary["loss"] == pytest.approx(losses[known].mean(), rel=1e-5)
@@ -340,7 +344,7 @@ def test_beats_guessing_by_frequency(corpus, tmp_path):
 def test_a_killed_run_resumes_bit_for_bit(corpus, whole, tmp_path):
     options = config(corpus, tmp_path)
     named = [f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(options).items()
-             if name not in ("resume", "compare_sizes")]  # fmt: skip
+             if name not in ("resume", "overwrite", "compare_sizes")]  # fmt: skip
     environment = os.environ | cache() | {"JAX_NUM_CPU_DEVICES": str(jax.local_device_count())}
     command = [sys.executable, "-m", "experiments.vocabulary", *named]
     metrics = tmp_path / "metrics.csv"
@@ -354,6 +358,15 @@ def test_a_killed_run_resumes_bit_for_bit(corpus, whole, tmp_path):
     assert metrics.read_bytes() == (whole[1] / "metrics.csv").read_bytes()
     assert in_bytes(parameters(tmp_path)) == in_bytes(parameters(whole[1]))
     assert {**summary, "seconds": 0} == {**whole[0], "seconds": 0}
+
+
+def test_a_loss_that_grew_is_said(corpus, tmp_path, capfd):
+    run(config(corpus, tmp_path, learning_rate=20.0))
+    losses = pd.read_csv(tmp_path / "metrics.csv")["loss"].to_numpy()
+    assert losses[-1] > losses[0]
+    assert (
+        f"warning: --learning-rate 20: expected the loss to fall, got {losses[0]:.4g} at first and {losses[-1]:.4g} after 7"
+    ) in capfd.readouterr().err
 
 
 def test_resume_takes_the_same_text(corpus, tmp_path):
@@ -376,8 +389,9 @@ def test_resume_takes_the_same_text(corpus, tmp_path):
         ({"context": 0}, "--context: expected at least 1, got 0"),
         ({"features": -3}, "--features: expected at least 1, got -3"),
         ({"vocabulary": 1}, "--vocabulary: expected at least 2 classes, got 1"),
-        ({"memory_budget": 0}, "--memory-budget 0: memory_budget: expected at least 256 bytes"),
-        ({"compare_sizes": (8, 2**24)}, "--memory-budget 64: memory_budget: expected at least 134217728 bytes"),
+        ({"memory_budget": -1}, "--memory-budget: expected at least 1 MiB for 32 classes, got -1"),
+        ({"memory_budget": 0}, "--memory-budget: expected at least 1 MiB for 32 classes, got 0"),
+        ({"compare_sizes": (8, 2**24)}, "--memory-budget: expected at least 128 MiB for 16777216 classes, got 64"),
         ({"compare_sizes": (8, 1)}, "--compare-sizes: expected at least 2 classes, got 1"),
         ({"learning_rate": 1e30}, "--learning-rate 1e+30: expected a finite loss, got nan at step"),
     ],

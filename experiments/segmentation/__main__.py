@@ -25,6 +25,8 @@ from experiments.segmentation.voc import voc_folder
 
 COLUMNS = ("step", "loss", "pixel_accuracy", "mean_iou")
 HELD_OUT = 256
+LARGEST_CROP = 2048
+"""Pixels along each side; with more, one scene alone takes gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,16 @@ class Config:
     """Steps between checkpoints."""
     resume: bool = False
     """Go on from the latest whole checkpoint in the folder of results."""
+    overwrite: bool = False
+    """Replace the run in the folder of results."""
     out: Path = Path("out/segmentation")
     """Folder for metrics.csv (each training batch, before its step), summary.json, the pictures and the checkpoints."""
 
 
 def check(config: Config) -> None:
     check_options(config)
-    if config.crop < 32:
-        raise InputError(f"--crop: expected at least 32 pixels, got {config.crop}")
+    if not 32 <= config.crop <= LARGEST_CROP:
+        raise InputError(f"--crop: expected 32 to {LARGEST_CROP} pixels, got {config.crop}")
     if config.classes is not None and not 2 <= config.classes <= 255:
         raise InputError(f"--classes: expected an integer from 2 to 255, got {config.classes}")
     if config.data == "digits" and config.classes not in (None, len(NAMES)):
@@ -88,7 +92,7 @@ def run(config: Config) -> dict[str, Any]:
         scores = score(confusion(batch.labels, jax.device_get(predicted), classes))
         return state, (float(loss), scores["pixel_accuracy"], scores["mean_iou"])
 
-    apart = ("out", "resume", "checkpoint_every")
+    apart = ("out", "resume", "overwrite", "checkpoint_every")
     options = {name: value for name, value in asdict(config).items() if name not in apart} | {"classes": classes}
     begun = params, jax.jit(optimizer.init)(params)
     state, seconds = train(config, COLUMNS, options, begun, advance, "image", loader)

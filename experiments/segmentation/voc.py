@@ -44,7 +44,7 @@ class Photographs:
 def voc_folder(folder: Path, classes: int | None) -> tuple[Photographs, Photographs, int]:
     """What to train on, what to test on and the number of classes: the masks' largest label + 1 unless given."""
     train, test = listed(folder, "train"), listed(folder, "val")
-    with tqdm(dict.fromkeys((*train, *test)), unit="image", desc="checking", leave=False) as bar:
+    with tqdm(dict.fromkeys((*train, *test)), unit="image", desc="checking") as bar:
         highest = {files: check(files, classes) for files in bar}
     for name, part in (("train", train), ("val", test)):
         if max(highest[files] for files in part) < 0:

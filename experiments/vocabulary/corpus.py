@@ -80,7 +80,7 @@ def number(files: Sequence[Path]) -> tuple[list[Words], list[str]]:
     """The documents as numbers of their words, and the words in the order they are first met."""
     numbers: dict[str, int] = {}
     documents = []
-    with tqdm(files, unit="file", desc="reading", leave=False) as bar:
+    with tqdm(files, unit="file", desc="reading") as bar:
         for path in bar:
             met = [numbers.setdefault(word, len(numbers)) for word in WORD.findall(read(path))]
             documents.append(np.array(met, np.int32))

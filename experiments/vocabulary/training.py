@@ -3,6 +3,8 @@
 The network is that of Y. Bengio et al., "A neural probabilistic language model" (2003).
 """
 
+import bisect
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -52,6 +54,8 @@ class Training:
     """Steps between checkpoints."""
     resume: bool = False
     """Go on from the latest whole checkpoint in the folder of results."""
+    overwrite: bool = False
+    """Replace the run in the folder of results."""
     out: Path = Path("out/vocabulary")
     """Folder for metrics.csv (each training batch, before its step), summary.json, the pictures and the checkpoints."""
 
@@ -75,11 +79,19 @@ def check(config: Training) -> None:
 
 def plan_of(config: Training, vocabulary: int) -> Plan:
     """What the head does with a batch; refuses a budget that is too small for it."""
-    budget = config.memory_budget * 2**20
-    try:
-        return plan_linear_cross_entropy(config.batch_size, config.features, vocabulary, memory_budget=budget)
-    except ValueError as error:
-        raise InputError(f"--memory-budget {config.memory_budget}: {error}") from None
+
+    def plan(mebibytes: int) -> Plan | None:
+        budget = mebibytes * 2**20
+        with contextlib.suppress(ValueError):
+            return plan_linear_cross_entropy(config.batch_size, config.features, vocabulary, memory_budget=budget)
+
+    found = plan(config.memory_budget)
+    if found is None:
+        least = bisect.bisect_left(range(2**20), True, key=lambda mebibytes: plan(mebibytes) is not None)
+        raise InputError(
+            f"--memory-budget: expected at least {least} MiB for {vocabulary} classes, got {config.memory_budget}"
+        )
+    return found
 
 
 def batch_of(text: Words, positions: Int[np.ndarray, " words"], context: int) -> Batch:
@@ -210,9 +222,11 @@ def evaluate(params, text: Text, held_out: Sequence[Batch], loss_of: Loss, layou
     targets = np.concatenate([batch.targets for batch in held_out])
     known = targets[targets != UNKNOWN]
     frequencies = text.counts[1:] / text.counts[1:].sum()
+    with np.errstate(over="ignore"):  # infinite where the loss has grown beyond measure
+        perplexity = float(np.exp(loss))
     return {
         "loss": loss,
-        "perplexity": float(np.exp(loss)),
+        "perplexity": perplexity,
         "frequency_loss": float(-np.log(frequencies[known - 1]).mean()),
         "held_out_words": int(known.size),
     }
