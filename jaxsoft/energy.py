@@ -229,8 +229,8 @@ def hopfield_asynchronous(
     given: Any = jnp.arange(units) if order is None else order
     if not isinstance(given, jax.Array):
         given = np.asarray(given)
-        # JAX would narrow 2³² + 1 to unit 1.
-        given = np.where((given >= -(2**31)) & (given < 2**31), given, -1)
+        if given.dtype.itemsize == 8:  # JAX would narrow 2³² + 1 to unit 1
+            given = np.where((given >= -(2**31)) & (given < 2**31), given, 2**31 - 1)
     visits = jnp.asarray(given)
     if not jnp.issubdtype(visits.dtype, jnp.integer):
         raise TypeError(f"order: expected integers, got dtype {visits.dtype}")

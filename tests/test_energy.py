@@ -452,7 +452,8 @@ def test_integer_states_take_the_dtype_of_the_weights(states):
 
 @pytest.mark.x32
 @pytest.mark.parametrize(
-    "order", [[2**32 + 1], [1 - 2**32], np.array([2**63 + 1], np.uint64), jnp.array([3], jnp.int8)]
+    "order",
+    [[2**32 + 1], [1 - 2**32], np.array([2**63 + 1], np.uint64), np.array([3], np.uint8), jnp.array([3], jnp.int8)],
 )
 def test_a_visit_to_no_unit_changes_nothing_in_any_dtype(order):
     """Its lower bits are a unit that would move."""
