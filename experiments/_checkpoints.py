@@ -42,13 +42,14 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        (unfinished / STATE).write_bytes(content.getbuffer())
+        (unfinished / STATE).write_bytes(content.getvalue())
         write_json(unfinished / RECORD, record)
         write_json(unfinished / CHECKSUMS, checksums(unfinished))
         unfinished.rename(folder / str(step))
         for old in steps_of(folder)[KEPT:]:
             delete(folder, old)
     except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)  # room for those who mend it
         raise InputError(f"{folder / str(step)}: cannot write the checkpoint: {error.strerror or error}") from error
 
 

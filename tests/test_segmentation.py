@@ -398,6 +398,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path, capf
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(caught.value) == f"{tmp_path}/2: cannot write the checkpoint: File too large"
     assert capfd.readouterr() == ("", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
     assert latest_whole(tmp_path) == 1
     assert read_record(tmp_path, 1) == {"n": 0.1}
     np.testing.assert_array_equal(read_state(tmp_path, 1, {"x": jnp.arange(4.0)})["x"], [0, 1, 2, 3])
