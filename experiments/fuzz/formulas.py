@@ -21,6 +21,16 @@ class Expected:
     number: Measured
     judged: np.ndarray | int = EXACT
 
+    @property
+    def everywhere(self) -> np.ndarray:
+        """How each entry is judged."""
+        return np.broadcast_to(self.judged, self.number.value.shape)
+
+
+def some(mask: Any, axis: int = -1, *, keepdims: bool = False) -> np.ndarray:
+    """Whether any entry along an axis."""
+    return np.asarray(np.any(mask, axis, keepdims=keepdims))
+
 
 def finite(number: Measured, mask: np.ndarray) -> Measured:
     """With nothing promised of the masked entries but that they are finite."""
@@ -36,13 +46,13 @@ class Rows:
     def __init__(self, z: Measured, removed: np.ndarray):
         value = np.where(removed, -np.inf, z.value)
         self.removed = removed
-        self.has_nan = np.isnan(value).any(-1)
-        self.has_inf = (value == np.inf).any(-1)
+        self.has_nan = some(np.isnan(value))
+        self.has_inf = some(value == np.inf)
         self.bad = self.has_nan | self.has_inf
         self.max = np.max(np.where(np.isnan(value), -np.inf, value), -1, keepdims=True, initial=-np.inf)
         self.empty = (self.max[..., 0] == -np.inf) & ~self.has_nan
         shift = np.where(np.isfinite(self.max), self.max, 0)
-        usable = where(removed | self.bad[..., None], np.where(self.bad[..., None], 0, -np.inf), z)
+        usable = where(self.bad[..., None], 0.0, where(removed, -np.inf, z))
         self.z, self.shift = usable, shift
         self.below = usable - shift  # never above 0
         self.e = exp(self.below)
@@ -80,8 +90,8 @@ class Rows:
     def derivative(self, v: Any, dtype: Any, onehot: np.ndarray | None = None) -> Measured:
         """The derivative of p in the direction v: p_j v_j − p_j Σ_k p_k v_k.
 
-        In reverse mode the two terms reach the logits as cotangents of their own, in the logits' dtype. At a label it is
-        that of −Σ_{j≠label} p_j, whose terms are small where the label leads and not where it trails.
+        In reverse mode the two terms reach the logits as cotangents of their own, in the logits' dtype. At a label it
+        is that of −Σ_{j≠label} p_j, whose terms are small where the label leads and not where it trails.
         """
         moved, dot = self.p * v, self.dot(v)
         found = moved.rounded(dtype) - (self.p * dot).rounded(dtype)

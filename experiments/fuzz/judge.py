@@ -24,7 +24,7 @@ class Verdict:
 
 
 def judge(found: np.ndarray, expected: Expected, dtype: str) -> Verdict:
-    number, judged = expected.number, np.broadcast_to(expected.judged, expected.number.value.shape)
+    number, judged = expected.number, expected.everywhere
     if found.dtype != jnp.dtype(dtype) or found.shape != number.value.shape:
         everything = np.ones(found.shape, bool)
         return Verdict(np.ones(len(found), bool), np.inf, 0, everything)
@@ -46,4 +46,4 @@ def judge(found: np.ndarray, expected: Expected, dtype: str) -> Verdict:
         ratio = np.where(measured, (distance - stored) / (SLACK * number.error), 0)
     axes = tuple(range(1, right.ndim))
     worst = float(ratio[right].max(initial=0))
-    return Verdict(~right.all(axes), worst, int((judged != FREE).sum()), ~right)
+    return Verdict(np.asarray(np.any(~right, axes)), worst, int((judged != FREE).sum()), ~right)

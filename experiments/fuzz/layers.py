@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.fuzz.formulas import EXACT, FREE, Expected, Rows
+from experiments.fuzz.formulas import EXACT, FREE, Expected, Rows, some
 from experiments.fuzz.measured import Measured, Unit, log, where
 from experiments.fuzz.normalisers import Softmax
 
@@ -39,7 +39,7 @@ class CaffeLoss:
             each = (at_most(self.rows.surprise, -math.log(1e-20)) * self.gains).sum()
         each = where(self.part & ~self.broken, each, 0.0)
         each = where(self.outside, np.nan, each)
-        judged = np.where(self.outside.any(-1), EXACT, np.where(self.broken.any(-1), FREE, EXACT))
+        judged = np.where(some(self.outside), EXACT, np.where(some(self.broken), FREE, EXACT))
         return Expected(each.sum() * self.scale, judged), self.softmax.value()
 
     def edges(self, of_loss: Measured, of_probs: Expected, *, first: bool) -> Expected:
@@ -61,7 +61,7 @@ class CaffeLoss:
     def push(self, v: np.ndarray) -> tuple[Expected, Expected]:
         one = np.ones(len(v))
         slope = self.pull(one, np.zeros_like(v))
-        free = ((slope.judged == FREE).any(-1) | self.outside).any(-1)
+        free = some(some(slope.everywhere == FREE) | self.outside)
         along = where(free[:, None, None], 0.0, slope.number) * v
         return Expected(along.sum((-1, -2)), np.where(free, FREE, EXACT)), self.softmax.push(v)
 
@@ -102,10 +102,11 @@ class SoftmaxProduct:
     def value(self) -> Expected:
         return Expected(self.s * (self.g - (self.s * self.g).sum(keepdims=True)))
 
-    def pull(self, u: np.ndarray) -> dict[str, Expected]:
+    def pull(self, u: np.ndarray) -> tuple[Expected, Expected]:
+        """The gradients to s and to g."""
         u_dot, g_dot = (self.s * u).sum(keepdims=True), (self.s * self.g).sum(keepdims=True)
         to_s = (self.g - g_dot) * u - self.g * u_dot
-        return {"probs": Expected(to_s), "cotangent": Expected(self.s * (-u_dot + u))}
+        return Expected(to_s), Expected(self.s * (-u_dot + u))
 
 
 class Jacobian:
@@ -121,7 +122,7 @@ class Jacobian:
         return Expected(s.map(lambda a: a[..., :, None]) * (-columns + eye.astype(float)))
 
     def pull(self, u: np.ndarray) -> Expected:
-        s, u = self.s, self.s.exact(u)
+        s, given = self.s, self.s.exact(u)
         eye = np.eye(s.value.shape[-1])
-        of_rows = u * (-s.map(lambda a: a[..., None, :]) + eye)
-        return Expected(of_rows.sum(-1) - (u * s.map(lambda a: a[..., :, None])).sum(-2))
+        of_rows = given * (-s.map(lambda a: a[..., None, :]) + eye)
+        return Expected(of_rows.sum(-1) - (given * s.map(lambda a: a[..., :, None])).sum(-2))

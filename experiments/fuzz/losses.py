@@ -1,11 +1,12 @@
 """The contract of `cross_entropy` and `linear_cross_entropy`: value, gradients, and the derivatives of both."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from experiments.fuzz.formulas import EXACT, FREE, NOT_FINITE, Expected, Rows, finite
+from experiments.fuzz.formulas import EXACT, FREE, NOT_FINITE, Expected, Rows, finite, some
 from experiments.fuzz.measured import Measured, Unit, tanh, tanh_slope, where
 
 
@@ -36,13 +37,14 @@ class Loss:
         counts = np.maximum(targets.left.sum(-1, keepdims=True), 1)
         shared = self.measured(np.where(targets.left, self.by_class, 0)) / counts
         self.spread = shared * targets.smoothing
-        if targets.label is None:
+        if targets.distribution is not None:
             self.outside = np.zeros_like(self.part)
             self.onehot = np.zeros(rows.removed.shape, bool)
             self.spread = self.spread + self.by_target * targets.distribution
             self.hot = self.measured(np.zeros((*self.part.shape, 1)))
         else:
             label = targets.label
+            assert label is not None
             self.outside = self.part & ((label < 0) | (label >= classes))
             self.onehot = label[..., None] == np.arange(classes)
             self.hot = where(self.onehot, self.by_target, 0.0).sum(keepdims=True)
@@ -57,7 +59,8 @@ class Loss:
             self.loss_share, self.square_share = self.counted / for_loss, self.counted / for_square
         # The mean's denominator when a label that is no class has no class weight: not said.
         self.unknown = reduction == "mean" and given is not None
-        self.has_mass = (self.hot.value[..., 0] != 0) | (self.spread.value != 0).any(-1) | (targets.z_loss[..., 0] != 0)
+        has_targets = (self.hot.value[..., 0] != 0) | some(self.spread.value != 0)
+        self.has_mass = has_targets | (targets.z_loss[..., 0] != 0)
         self.broken = self.part & rows.bad
 
     def measured(self, array: Any) -> Measured:
@@ -71,7 +74,7 @@ class Loss:
         each = where(needed, np.nan, each)
         if self.reduction == "none":
             return Expected(each, np.where(needed, EXACT, judged))
-        return Expected(each.sum(), np.where(needed.any(-1), EXACT, judged.max(-1, initial=EXACT)))
+        return Expected(each.sum(), np.where(some(needed), EXACT, judged.max(-1, initial=EXACT)))
 
     def value(self) -> Expected:
         rows = self.rows
@@ -104,7 +107,7 @@ class Loss:
         gradient = where(self.part[..., None] & ~self.rows.removed, gradient, 0.0)
         left = ~rows.removed
         if self.unknown:
-            others = self.outside.any(-1)[:, None, None] & ~out
+            others = some(self.outside)[:, None, None] & ~out
             gradient = finite(gradient, others & self.part[..., None] & left)
         gradient = finite(gradient, (rows.empty & self.part)[..., None] & left)
         gradient = where(out, np.nan, gradient)
@@ -134,10 +137,10 @@ class Loss:
         if targets is not None:
             fixed = (self.by_target.value == 0) | rows.removed
             along = along + where(fixed, 0.0, self.by_target * rows.surprise * targets).sum()
-            infinite = self.part & (np.isinf(rows.surprise.value) & ~fixed).any(-1)
+            infinite = self.part & some(np.isinf(rows.surprise.value) & ~fixed)
             judged = np.where(infinite, FREE, judged)
         if self.unknown:
-            judged = np.where(self.outside.any(-1)[:, None], FREE, judged)
+            judged = np.where(some(self.outside)[:, None], FREE, judged)
         each = along * self.loss_share + (of_square * v).sum() * self.square_share
         return self.reduced(where(self.part & (judged != FREE), each, 0.0), judged, np.zeros_like(self.part))
 
@@ -169,14 +172,14 @@ class Layer:
     def __init__(
         self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None, cap: Any, temperature: Any, product: Any, unit: Unit
     ):
-        self.spoiled = ~np.isfinite(x).all(-1)  # the positions whose features are not numbers
+        self.spoiled = some(~np.isfinite(x))  # the positions whose features are not numbers
         x = np.where(self.spoiled[..., None], 0, x)
         self.x, self.w, self.unit = Measured(x, 0, unit), Measured(w, 0, unit), unit
         self.b, self.product = b, product
         self.inverse = Measured(np.ones_like(temperature), 0, unit) / temperature
         a = self.x @ self.w
-        if b is not None:
-            a = a + np.where(np.isinf(b), 0, b)[:, None, :]
+        if b is not None:  # −inf removes a class
+            a = a + np.where(np.isneginf(b), 0, b)[:, None, :]
         self.cap = cap
         if cap is None:
             self.z, self.slope, self.curvature = a * self.inverse, self.inverse, None
@@ -190,12 +193,12 @@ class Layer:
     def along(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None) -> Measured:
         """The change of x·W + b; backwards, its two products are cotangents in the dtype of the products."""
         change = (self.x.exact(x) @ self.w).rounded(self.product) + (self.x @ self.x.exact(w)).rounded(self.product)
-        if b is not None:
-            change = change + np.where(np.isinf(self.b), 0, b)[:, None, :]
+        if self.b is not None and b is not None:
+            change = change + np.where(np.isneginf(self.b), 0, b)[:, None, :]
         return change.rounded(self.product)
 
     def pull(self, gradient: Expected) -> dict[str, Expected]:
-        return self.products([(gradient.number * self.slope, None)], gradient)
+        return self.products(gradient.number * self.slope, gradient)
 
     def bend(
         self, gradient: Expected, change: Expected, along: Measured, x: np.ndarray, w: np.ndarray
@@ -206,38 +209,35 @@ class Layer:
         # Reverse over reverse, the cotangents of a position's classes are sums with those of its largest.
         size = np.where(np.isfinite(inner.value), np.abs(inner.value), 0).max(-1, keepdims=True)
         inner.error = inner.error + self.unit.roundoff * size
-        return self.products([(inner, None), (gradient.number * self.slope, (x, w))], gradient, change)
+        return self.products(inner, gradient, change, beside=(gradient.number * self.slope, x, w))
 
-    def products(self, terms: list, *judges: Expected) -> dict[str, Expected]:
-        """Σ of products of a gradient to a with x and W, or with their changes."""
+    def products(
+        self, inner: Measured, *judges: Expected, beside: tuple[Measured, np.ndarray, np.ndarray] | None = None
+    ) -> dict[str, Expected]:
+        """A gradient to x·W + b taken to x, W and b; `beside`, another with the changes of x and W."""
         judged = np.max(np.broadcast_arrays(*(j.judged for j in judges)), 0)
-        needed = np.isnan(judges[0].number.value) & (judged == EXACT)
-        vague = np.max([np.isinf(j.number.error) for j in judges], 0)
-        features = kernel = bias = None
-        for inner, changes in terms:
-            usable = (judged == EXACT) & ~needed & ~vague
-            inner = where(usable, inner, 0.0)
-            inner = inner.rounded(self.product)
-            x, w = (self.x, self.w) if changes is None else (self.x.exact(c) for c in changes)
-            to_x, to_w = inner @ w.transposed, x.transposed @ inner
-            features = to_x if features is None else features + to_x
-            kernel = to_w if kernel is None else kernel + to_w
-            if changes is None:
-                bias = inner.map(lambda a: a.swapaxes(-1, -2)).sum()
-        assert features is not None
-        assert kernel is not None
-        assert bias is not None
-        rows = lambda m: m.any(-1)[..., None]  # noqa: E731
-        columns = lambda m: m.any(-2)  # noqa: E731
+        needed: np.ndarray = np.isnan(judges[0].number.value) & (judged == EXACT)
+        vague: np.ndarray = np.max([np.isinf(j.number.error) for j in judges], 0)
+        usable = (judged == EXACT) & ~needed & ~vague
 
-        def edges(number: Measured, over: Any, spoiled: np.ndarray) -> Expected:
+        def taken(number: Measured, x: Measured, w: Measured) -> tuple[Measured, Measured, Measured]:
+            stored = where(usable, number, 0.0).rounded(self.product)
+            return stored @ w.transposed, x.transposed @ stored, stored.transposed.sum()
+
+        features, kernel, bias = taken(inner, self.x, self.w)
+        if beside is not None:
+            other, x, w = beside
+            to_x, to_w, _ = taken(other, self.x.exact(x), self.x.exact(w))
+            features, kernel = features + to_x, kernel + to_w
+
+        def judge(number: Measured, over: Callable[[np.ndarray], np.ndarray], spoiled: np.ndarray) -> Expected:
             number = finite(number, np.broadcast_to(over(vague), number.value.shape))
             number = where(over(needed), np.nan, number)
-            free = (over(judged == FREE) | spoiled) & ~over(needed)
-            return Expected(number, np.where(np.broadcast_to(free, number.value.shape), FREE, EXACT))
+            return Expected(number, np.where((over(judged == FREE) | spoiled) & ~over(needed), FREE, EXACT))
 
+        spoiled = some(self.spoiled)
         return {
-            "features": edges(features, rows, self.spoiled[..., None]),
-            "kernel": edges(kernel, lambda m: columns(m)[:, None, :], self.spoiled.any(-1)[:, None, None]),
-            "bias": edges(bias, columns, self.spoiled.any(-1, keepdims=True)),
+            "features": judge(features, lambda m: some(m, keepdims=True), self.spoiled[..., None]),
+            "kernel": judge(kernel, lambda m: some(m, -2, keepdims=True), spoiled[:, None, None]),
+            "bias": judge(bias, lambda m: some(m, -2), spoiled[:, None]),
         }

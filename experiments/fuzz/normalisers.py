@@ -7,13 +7,26 @@ from experiments.fuzz.measured import Measured, where
 
 
 class Normaliser:
-    """value, gradient to a cotangent g, derivative along v, and the gradient's derivative along v."""
+    """What the three have in common."""
 
     def __init__(self, z: Measured, removed: np.ndarray, dtype):
         self.rows, self.dtype = Rows(z, removed), dtype
-        self.open = (
-            ~removed & self.rows.bad[..., None]
-        )  # what becomes of a NaN's neighbours in a derivative is not said
+        self.open = ~removed & self.rows.bad[..., None]
+
+    def value(self) -> Expected:
+        raise NotImplementedError
+
+    def pull(self, g: np.ndarray) -> Expected:
+        """The gradient to a cotangent g."""
+        raise NotImplementedError
+
+    def push(self, v: np.ndarray) -> Expected:
+        """The derivative along v."""
+        raise NotImplementedError
+
+    def bend(self, g: np.ndarray, v: np.ndarray) -> Expected:
+        """The derivative of the gradient along v."""
+        raise NotImplementedError
 
     def clean(self, g: np.ndarray) -> np.ndarray:
         """A cotangent or tangent without what is given to removed classes."""

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 NORMALISERS = ("softmax", "log_softmax", "logsumexp", "caffe.softmax")
@@ -35,8 +34,8 @@ SHARDED = ("shard_map", "grad in shard_map")
 # Arrays of which the table of coverage shows the dtype, and options that it counts.
 SHOWN = ("logits", "x", "probs", "features", "kernel", "bias", "targets", "labels", "weights")
 COUNTED = (
-    "where", "keepdims", "axis_name", "weights", "class_weights", "ignore_index", "label_smoothing", "z_loss", "soft_cap",
-    "temperature", "kernel_axis", "bias", "ignore_label", "normalization", "normalize", "loss_weight",
+    "where", "keepdims", "axis_name", "weights", "class_weights", "ignore_index", "label_smoothing", "z_loss",
+    "soft_cap", "temperature", "kernel_axis", "bias", "ignore_label", "normalization", "normalize", "loss_weight",
 )  # fmt: skip
 
 Layout = tuple[str, ...]
@@ -124,7 +123,7 @@ class Program:
 
 
 def pick(rng: np.random.Generator, options: Sequence) -> Any:
-    return options[rng.integers(len(options))]
+    return options[int(rng.integers(len(options)))]
 
 
 def chance(rng: np.random.Generator, probability: float) -> bool:

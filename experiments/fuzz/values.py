@@ -1,7 +1,6 @@
 """Sets of values for a program: logits of every temper, labels in and out of range, cotangents, directions."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +8,12 @@ import numpy as np
 from experiments.fuzz.programs import CAFFE_LOSSES, LOSSES, NORMALISERS, Layout, Program
 
 REGIMES = ("normal", "small", "tiny", "wide", "offset", "margin", "ties", "constant")
+TRACED = {
+    "label_smoothing": (0, 0.1, 0.5, 1),
+    "z_loss": (0, 1e-3, 0.1),
+    "soft_cap": (2, 10, 30),
+    "temperature": (0.5, 1, 2),
+}
 TEMPERS = ("tame", "huge", "-inf", "empty", "nan and inf")
 
 
@@ -85,6 +90,10 @@ class Draw:
         """A mask of sets, to broadcast over their axes."""
         return (self.rng.random(self.program.sets) < probability).reshape(-1, *(1,) * len(shape))
 
+    def share(self, choices: list[float], odds: list[float], shape: tuple[int, ...]) -> np.ndarray:
+        """One number a set, to broadcast over its axes."""
+        return self.rng.choice(choices, p=odds, size=shape[0]).reshape(-1, *(1,) * (len(shape) - 1))
+
     def put(self, name: str, array: np.ndarray) -> np.ndarray:
         """Store an input; where the lanes of a call share it, let them."""
         array = cast(array, self.program.dtypes[name])
@@ -99,10 +108,8 @@ class Draw:
     def mask(self) -> None:
         if "where" in self.program.arrays:
             shape = self.shape("where")
-            keep = self.rng.choice(
-                [0.0, 0.3, 0.7, 0.95, 1.0], p=[0.05, 0.25, 0.3, 0.3, 0.1], size=len(shape) and shape[:1]
-            )
-            kept = self.put("where", self.rng.random(shape) < keep.reshape(-1, *(1,) * (len(shape) - 1)))
+            keep = self.share([0.0, 0.3, 0.7, 0.95, 1.0], [0.05, 0.25, 0.3, 0.3, 0.1], shape)
+            kept = self.put("where", self.rng.random(shape) < keep)
             self.removed = ~self.frame.rows(kept)
 
     def tempers(self) -> np.ndarray:
@@ -120,10 +127,12 @@ class Draw:
         at_lead = np.arange(classes) == lead[..., None]
         others = np.where(at_lead, -np.inf, 0.3 * base).max(-1, keepdims=True, initial=-1.0)
         margin = np.where(at_lead, others + rng.uniform(-80, 80, (sets, count, 1)), 0.3 * base)
-        choices = [3 * base, 1e-3 * base, (1e-6 if narrow else 1e-30) * base, 30 * base, offset + base, margin, np.rint(base), np.broadcast_to(offset, base.shape)]  # fmt: skip
-        z = np.choose(regime, choices) if base.size else base
+        constant = np.broadcast_to(offset, base.shape)
+        tiny = (1e-6 if narrow else 1e-30) * base
+        rows = [3 * base, 1e-3 * base, tiny, 30 * base, constant + base, margin, np.rint(base), constant]  # REGIMES
+        z = np.choose(regime, rows) if base.size else base
         temper = self.tempers()[:, None, None]
-        # A thousandth of what the dtype holds, so that a sum of weighted losses stays within it; its root where lse is squared.
+        # A fraction of what the dtype holds, so that a sum of weighted losses stays within it, and of squares too.
         largest = float(jnp.finfo(jnp.dtype(dtype)).max) / (8 if narrow else 1e4)
         largest = min(largest, 1e15) if squared else largest
         row = rng.random((sets, count, 1))
@@ -167,15 +176,12 @@ class Draw:
             stray = self.some(0.2, *tail) & (rng.random(shape) < 0.3)
             y = np.where(stray, rng.choice(beyond, size=shape), y)
         if ignore is not None and integers.min <= ignore <= integers.max and (wide or abs(ignore) <= 2**31):
-            share = rng.choice([0.0, 0.3, 1.0], p=[0.2, 0.65, 0.15], size=shape[:1]).reshape(-1, *tail)
-            y = np.where(rng.random(shape) < share, ignore, y)
+            ignored = rng.random(shape) < self.share([0.0, 0.3, 1.0], [0.2, 0.65, 0.15], shape)
+            y = np.where(ignored, ignore, y)
         if dtype.startswith("float"):
             y = y + np.sign(y) * rng.choice([0.0, 0.5], size=shape)
-            y = np.where(
-                self.some(0.1, *tail) & (rng.random(shape) < 0.2),
-                rng.choice([np.nan, np.inf, -np.inf, -0.5], size=shape),
-                y,
-            )
+            odd = self.some(0.1, *tail) & (rng.random(shape) < 0.2)
+            y = np.where(odd, rng.choice([np.nan, np.inf, -np.inf, -0.5], size=shape), y)
         return self.frame.positions(self.put(name, y))
 
     def loss(self) -> None:
@@ -185,17 +191,13 @@ class Draw:
             shape = self.shape("weights")
             dtype = program.dtypes["weights"]
             weights = rng.uniform(0.2, 2, shape) if dtype not in ("int32", "bool") else rng.integers(0, 3, shape)
-            tail = (1,) * (len(shape) - 1)
-            share = rng.choice([0.0, 0.4, 1.0], p=[0.3, 0.6, 0.1], size=shape[:1]).reshape(-1, *tail)
-            weights = self.put("weights", np.where(rng.random(shape) < share, 0, weights))
+            zero = rng.random(shape) < self.share([0.0, 0.4, 1.0], [0.3, 0.6, 0.1], shape)
+            weights = self.put("weights", np.where(zero, 0, weights))
             self.idle |= frame.positions(weights) == 0
         if "class_weights" in program.arrays:
             shape = self.shape("class_weights")
-            by_class = (
-                rng.uniform(0.2, 2, shape)
-                if program.dtypes["class_weights"] == "float32"
-                else rng.integers(0, 3, shape)
-            )
+            whole = program.dtypes["class_weights"] == "int32"
+            by_class = rng.integers(0, 3, shape) if whole else rng.uniform(0.2, 2, shape)
             self.put("class_weights", np.where(self.some(0.3, 1) & (rng.random(shape) < 0.4), 0, by_class))
         lead = rng.integers(frame.classes, size=self.idle.shape)
         if program.arrays["targets"] == program.positions:
@@ -206,7 +208,7 @@ class Draw:
             lead = np.where(rng.random(y.shape) < 0.6, y, lead)
         else:
             self.put("targets", frame.back(self.distribution(lead)))
-        for name, choices in (("label_smoothing", (0, 0.1, 0.5, 1)), ("z_loss", (0, 1e-3, 0.1)), ("soft_cap", (2, 10, 30)), ("temperature", (0.5, 1, 2))):  # fmt: skip
+        for name, choices in TRACED.items():
             if name in program.arrays:
                 self.put(name, rng.choice(choices, size=program.sets))
         if program.function == "cross_entropy":
@@ -224,15 +226,13 @@ class Draw:
         normal = raw / raw.sum(-1, keepdims=True)
         sparse = np.where(rng.random(shape) < 0.5, 0, 4 * normal)
         tiny = 1e-6 if self.program.dtypes["targets"] == "float16" else 1e-25
-        return (
-            np.choose(kind, [normal, onehot, sparse, tiny * normal, normal * (rng.random(shape) < 0.6)])
-            if raw.size
-            else raw
-        )
+        kinds = [normal, onehot, sparse, tiny * normal, normal * (rng.random(shape) < 0.6)]
+        return np.choose(kind, kinds) if raw.size else raw
 
-    def lead(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | float) -> None:
+    def lead(self, x: np.ndarray, w: np.ndarray, b: np.ndarray) -> None:
         """Give some positions the label that leads, by which exact tails are seen."""
-        if self.program.arrays["targets"] != self.program.positions or self.program.in_axes.get("targets", 0) is None:
+        shared = self.program.in_axes.get("targets", 0) is None
+        if shared or self.program.arrays["targets"] != self.program.positions:
             return
         y = self.values.inputs["targets"]
         with np.errstate(all="ignore"):
@@ -250,23 +250,20 @@ class Draw:
         if "bias" not in program.arrays:
             temper = np.where(temper == "padded", "tame", temper)
         self.values.tempers = temper.astype(object)
-        x = rng.normal(size=(program.sets, frame.count, width)) * rng.choice(
-            [0.0, 1.0, 1.0, 2.0], size=(program.sets, frame.count, 1)
-        )
+        length = rng.choice([0.0, 1.0, 1.0, 2.0], size=(program.sets, frame.count, 1))
+        x = rng.normal(size=(program.sets, frame.count, width)) * length
         x = np.where((temper == "nan and inf")[:, None, None] & (rng.random((*x.shape[:2], 1)) < 0.3), np.nan, x)
         x = np.where(self.idle[..., None] & self.some(0.6, 1, 1), rng.choice([np.nan, np.inf, 1.0], size=x.shape), x)
         self.put("features", x.reshape(self.shape("features")))
         scale = rng.choice([0.01, 1.0, 3.0, 20.0], size=(program.sets, 1, 1)) / np.sqrt(width)
         w = rng.normal(size=(program.sets, width, frame.classes)) * scale
         self.put("kernel", w if program.arrays["kernel"][0] == "d" else w.swapaxes(-1, -2))
+        b = np.zeros((program.sets, frame.classes))
         if "bias" in program.arrays:
-            b = rng.normal(size=(program.sets, frame.classes))
             share = rng.choice([0.2, 0.8, 1.0], p=[0.6, 0.3, 0.1], size=(program.sets, 1))
-            b = np.where((temper == "padded")[:, None] & (rng.random(b.shape) < share), -np.inf, b)
-            self.put("bias", b)
-            self.lead(x, w, b[:, None, :])
-        else:
-            self.lead(x, w, 0.0)
+            gone = (temper == "padded")[:, None] & (rng.random(b.shape) < share)
+            b = self.put("bias", np.where(gone, -np.inf, rng.normal(size=b.shape))).astype(np.float64)
+        self.lead(x, w, b[:, None, :])
 
     def layer(self) -> None:
         rng, program, frame = self.rng, self.program, self.frame
@@ -295,7 +292,7 @@ class Draw:
 
     def directions(self) -> None:
         """Cotangents and tangents: some zeros, and what must not matter where nothing takes part."""
-        rng, program, frame = self.rng, self.program, self.frame
+        rng, program = self.rng, self.program
         for layout, dtype in program.outputs:
             shape = (program.sets, *program.shape(layout))
             g = rng.normal(size=shape)
