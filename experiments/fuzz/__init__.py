@@ -1,0 +1,1 @@
+"""Random configurations of every function of classes, against float64 formulas with error bounds of their own."""

@@ -1,0 +1,243 @@
+"""The contract of `cross_entropy` and `linear_cross_entropy`: value, gradients, and the derivatives of both."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from experiments.fuzz.formulas import EXACT, FREE, NOT_FINITE, Expected, Rows, finite, some
+from experiments.fuzz.measured import Measured, Unit, tanh, tanh_slope, where
+
+
+@dataclass
+class Targets:
+    """What the options make of the targets; S sets of values, N positions, C classes."""
+
+    label: np.ndarray | None  # (S, N), any integer
+    distribution: np.ndarray | None  # (S, N, C)
+    weights: np.ndarray  # (S, N), 0 where ignored
+    class_weights: np.ndarray | None  # (S, C)
+    smoothing: np.ndarray  # (S, 1, 1)
+    z_loss: np.ndarray  # (S, 1, 1)
+    left: np.ndarray  # (S, N, C): classes that smoothing shares among
+
+
+class Loss:
+    """τ·lse − Σ_j q_j z_j + ζ·lse² of every position, reduced."""
+
+    def __init__(self, rows: Rows, targets: Targets, reduction: str, unit: Unit, dtype: Any):
+        self.rows, self.reduction, self.unit, self.dtype = rows, reduction, unit, dtype
+        classes = rows.removed.shape[-1]
+        self.part = targets.weights != 0
+        self.z_loss = targets.z_loss
+        given = targets.class_weights
+        self.by_class = np.ones((1, 1, classes)) if given is None else given[:, None, :]
+        self.by_target = self.measured(1 - targets.smoothing) * self.by_class  # ∂q_j/∂t_j
+        counts = np.maximum(targets.left.sum(-1, keepdims=True), 1)
+        shared = self.measured(np.where(targets.left, self.by_class, 0)) / counts
+        self.spread = shared * targets.smoothing
+        if targets.distribution is not None:
+            self.outside = np.zeros_like(self.part)
+            self.onehot = np.zeros(rows.removed.shape, bool)
+            self.spread = self.spread + self.by_target * targets.distribution
+            self.hot = self.measured(np.zeros((*self.part.shape, 1)))
+        else:
+            label = targets.label
+            assert label is not None
+            self.outside = self.part & ((label < 0) | (label >= classes))
+            self.onehot = label[..., None] == np.arange(classes)
+            self.hot = where(self.onehot, self.by_target, 0.0).sum(keepdims=True)
+        self.counted = self.measured(targets.weights)
+        by_label = 1.0 if targets.label is None else np.where(self.onehot, self.by_class, 0).sum(-1)
+        self.loss_share, self.square_share = self.counted, self.counted
+        if reduction == "mean":
+            for_loss = self.one(np.where(self.part, targets.weights * by_label, 0).sum(-1, keepdims=True))
+            for_square = self.one(targets.weights.sum(-1, keepdims=True))
+            if given is None and targets.label is not None:
+                for_loss = for_square
+            self.loss_share, self.square_share = self.counted / for_loss, self.counted / for_square
+        # The mean's denominator when a label that is no class has no class weight: not said.
+        self.unknown = reduction == "mean" and given is not None
+        has_targets = (self.hot.value[..., 0] != 0) | some(self.spread.value != 0)
+        self.has_mass = has_targets | (targets.z_loss[..., 0] != 0)
+        self.broken = self.part & rows.bad
+
+    def measured(self, array: Any) -> Measured:
+        return Measured(np.asarray(array), 0, self.unit)
+
+    def one(self, count: np.ndarray) -> Measured:
+        return self.measured(np.where(count == 0, 1, count))
+
+    def reduced(self, each: Measured, judged: np.ndarray, needed: np.ndarray) -> Expected:
+        """`each` position's term; `needed` NaN."""
+        each = where(needed, np.nan, each)
+        if self.reduction == "none":
+            return Expected(each, np.where(needed, EXACT, judged))
+        return Expected(each.sum(), np.where(some(needed), EXACT, judged.max(-1, initial=EXACT)))
+
+    def value(self) -> Expected:
+        rows = self.rows
+        at_label = where(self.hot.value == 0, 0.0, self.hot * rows.label_surprise(self.onehot))[..., 0]
+        loss = at_label + where(self.spread.value == 0, 0.0, self.spread * rows.surprise).sum()
+        lse = where(rows.empty, 0.0, rows.lse[..., 0])
+        each = loss * self.loss_share + lse * lse * self.z_loss[..., 0] * self.square_share
+        each = where(self.part & ~rows.bad, each, 0.0)
+        needed = self.outside | (self.part & rows.has_nan & self.has_mass)
+        judged = np.where(self.broken, np.where(self.has_mass, NOT_FINITE, FREE), EXACT)
+        unsaid = self.part & rows.empty & (self.z_loss[..., 0] != 0) & np.isfinite(each.value)
+        return self.reduced(each, np.where(unsaid, FREE, judged), needed)
+
+    def shares(self, g: np.ndarray) -> tuple[Measured, Measured]:
+        """A cotangent times what a position's loss and squared lse count in the result; 0 where it takes no part."""
+        each = np.where(self.part, g if self.reduction == "none" else g[:, None], 0)
+        return (self.loss_share * each)[..., None], (self.square_share * each)[..., None]
+
+    def slopes(self) -> tuple[Measured, Measured]:
+        """The derivative of loss and of ζ·lse² to the logits."""
+        rows = self.rows
+        of_loss = rows.label_gradient(self.onehot) * self.hot
+        of_loss = of_loss + (rows.p * self.spread.sum(keepdims=True) - self.spread)
+        lse = where(rows.empty[..., None], 0.0, rows.lse)
+        return of_loss, rows.p * lse * (2 * self.z_loss)
+
+    def of_logits(self, gradient: Measured, *, first: bool) -> Expected:
+        """A gradient to the logits with its edges."""
+        rows, out = self.rows, self.outside[..., None]
+        gradient = where(self.part[..., None] & ~self.rows.removed, gradient, 0.0)
+        left = ~rows.removed
+        if self.unknown:
+            others = some(self.outside)[:, None, None] & ~out
+            gradient = finite(gradient, others & self.part[..., None] & left)
+        gradient = finite(gradient, (rows.empty & self.part)[..., None] & left)
+        gradient = where(out, np.nan, gradient)
+        free = (self.broken[..., None] & left) | (out & rows.removed)
+        free |= False if first else out
+        return Expected(gradient, np.where(free, FREE, EXACT))
+
+    def pull(self, g: np.ndarray) -> Expected:
+        (for_loss, for_square), (of_loss, of_square) = self.shares(g), self.slopes()
+        return self.of_logits(of_loss * for_loss + of_square * for_square, first=True)
+
+    def pull_targets(self, g: np.ndarray, *, linear: bool = False) -> Expected:
+        """To a distribution: −c_j (1 − ε) log p_j."""
+        for_loss, _ = self.shares(g)
+        gradient = for_loss * self.by_target * self.rows.surprise
+        constant = (for_loss.value == 0) | (self.by_target.value == 0) | self.rows.removed
+        gradient = where(constant, 0.0, gradient)
+        infinite = np.isinf(self.rows.surprise.value) & ~self.rows.removed & linear
+        return Expected(gradient, np.where((self.broken[..., None] & ~self.rows.removed) | infinite, FREE, EXACT))
+
+    def push(self, v: np.ndarray | Measured, targets: np.ndarray | None) -> Expected:
+        rows = self.rows
+        of_loss, of_square = self.slopes()
+        v = where(rows.removed, 0.0, self.hot.exact(v))
+        along = (of_loss * v).sum()
+        judged = np.where(self.part & (rows.bad | rows.empty | self.outside), FREE, EXACT)
+        if targets is not None:
+            fixed = (self.by_target.value == 0) | rows.removed
+            along = along + where(fixed, 0.0, self.by_target * rows.surprise * targets).sum()
+            infinite = self.part & some(np.isinf(rows.surprise.value) & ~fixed)
+            judged = np.where(infinite, FREE, judged)
+        if self.unknown:
+            judged = np.where(some(self.outside)[:, None], FREE, judged)
+        each = along * self.loss_share + (of_square * v).sum() * self.square_share
+        return self.reduced(where(self.part & (judged != FREE), each, 0.0), judged, np.zeros_like(self.part))
+
+    def bend(self, g: np.ndarray, v: np.ndarray | Measured, targets: np.ndarray | None) -> Expected:
+        """The derivative of `pull` along v and along a change of the targets."""
+        rows, (for_loss, for_square) = self.rows, self.shares(g)
+        v = where(rows.removed, 0.0, self.hot.exact(v))
+        turn = rows.derivative(v, self.dtype)
+        of_loss = rows.derivative(v, self.dtype, self.onehot) * self.hot + turn * self.spread.sum(keepdims=True)
+        if targets is not None:
+            change = where(rows.removed, 0.0, self.by_target * targets)
+            of_loss = of_loss + (rows.p * change.sum(keepdims=True)).rounded(self.dtype) - change.rounded(self.dtype)
+        lse = where(rows.empty[..., None], 0.0, rows.lse)
+        of_square = ((rows.p * rows.dot(v)).rounded(self.dtype) + turn * lse) * (2 * self.z_loss)
+        return self.of_logits(of_loss * for_loss + of_square * for_square, first=False)
+
+    def bend_targets(self, g: np.ndarray, v: np.ndarray | Measured) -> Expected:
+        for_loss, _ = self.shares(g)
+        v = where(self.rows.removed, 0.0, self.hot.exact(v))
+        gradient = for_loss * self.by_target * (self.rows.dot(v) - v)
+        gradient = where(self.rows.removed, 0.0, gradient)
+        unsaid = self.broken[..., None] | np.isinf(self.rows.surprise.value)
+        return Expected(gradient, np.where(unsaid & ~self.rows.removed, FREE, EXACT))
+
+
+class Layer:
+    """z = cap·tanh((x·W + b)/cap)/temperature, with the gradients of a loss of z taken back through it."""
+
+    def __init__(
+        self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None, cap: Any, temperature: Any, product: Any, unit: Unit
+    ):
+        self.spoiled = some(~np.isfinite(x))  # the positions whose features are not numbers
+        x = np.where(self.spoiled[..., None], 0, x)
+        self.x, self.w, self.unit = Measured(x, 0, unit), Measured(w, 0, unit), unit
+        self.b, self.product = b, product
+        self.inverse = Measured(np.ones_like(temperature), 0, unit) / temperature
+        a = self.x @ self.w
+        if b is not None:  # −inf removes a class
+            a = a + np.where(np.isneginf(b), 0, b)[:, None, :]
+        self.cap = cap
+        if cap is None:
+            self.z, self.slope, self.curvature = a * self.inverse, self.inverse, None
+        else:
+            ratio = a / cap
+            self.z = tanh(ratio) * cap * self.inverse
+            self.slope = tanh_slope(ratio) * self.inverse
+            self.curvature = tanh(ratio) * self.slope * (-2 / cap)
+        self.z = where(self.spoiled[..., None], np.nan, self.z)
+
+    def along(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None) -> Measured:
+        """The change of x·W + b; backwards, its two products are cotangents in the dtype of the products."""
+        change = (self.x.exact(x) @ self.w).rounded(self.product) + (self.x @ self.x.exact(w)).rounded(self.product)
+        if self.b is not None and b is not None:
+            change = change + np.where(np.isneginf(self.b), 0, b)[:, None, :]
+        return change.rounded(self.product)
+
+    def pull(self, gradient: Expected) -> dict[str, Expected]:
+        return self.products(gradient.number * self.slope, gradient)
+
+    def bend(
+        self, gradient: Expected, change: Expected, along: Measured, x: np.ndarray, w: np.ndarray
+    ) -> dict[str, Expected]:
+        inner = change.number * self.slope
+        if self.curvature is not None:
+            inner = inner + gradient.number * self.curvature * along
+        # Reverse over reverse, the cotangents of a position's classes are sums with those of its largest.
+        size = np.where(np.isfinite(inner.value), np.abs(inner.value), 0).max(-1, keepdims=True)
+        inner.error = inner.error + self.unit.roundoff * size
+        return self.products(inner, gradient, change, beside=(gradient.number * self.slope, x, w))
+
+    def products(
+        self, inner: Measured, *judges: Expected, beside: tuple[Measured, np.ndarray, np.ndarray] | None = None
+    ) -> dict[str, Expected]:
+        """A gradient to x·W + b taken to x, W and b; `beside`, another with the changes of x and W."""
+        judged = np.max(np.broadcast_arrays(*(j.judged for j in judges)), 0)
+        needed: np.ndarray = np.isnan(judges[0].number.value) & (judged == EXACT)
+        vague: np.ndarray = np.max([np.isinf(j.number.error) for j in judges], 0)
+        usable = (judged == EXACT) & ~needed & ~vague
+
+        def taken(number: Measured, x: Measured, w: Measured) -> tuple[Measured, Measured, Measured]:
+            stored = where(usable, number, 0.0).rounded(self.product)
+            return stored @ w.transposed, x.transposed @ stored, stored.transposed.sum()
+
+        features, kernel, bias = taken(inner, self.x, self.w)
+        if beside is not None:
+            other, x, w = beside
+            to_x, to_w, _ = taken(other, self.x.exact(x), self.x.exact(w))
+            features, kernel = features + to_x, kernel + to_w
+
+        def judge(number: Measured, over: Callable[[np.ndarray], np.ndarray], spoiled: np.ndarray) -> Expected:
+            number = finite(number, np.broadcast_to(over(vague), number.value.shape))
+            number = where(over(needed), np.nan, number)
+            return Expected(number, np.where((over(judged == FREE) | spoiled) & ~over(needed), FREE, EXACT))
+
+        spoiled = some(self.spoiled)
+        return {
+            "features": judge(features, lambda m: some(m, keepdims=True), self.spoiled[..., None]),
+            "kernel": judge(kernel, lambda m: some(m, -2, keepdims=True), spoiled[:, None, None]),
+            "bias": judge(bias, lambda m: some(m, -2), spoiled[:, None]),
+        }
