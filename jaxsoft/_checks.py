@@ -162,7 +162,7 @@ def as_number(
     bounds = f"{'above' if above else 'at least'} {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
     if isinstance(value, Tracer):
         number = lax.stop_gradient(value)
-        inside = (number > low if above else number >= low) & (number <= high) & (number < jnp.inf)
+        inside = (number > low if above else number >= low) & (number <= high) & jnp.isfinite(number)
         check_values(name, number, inside, f"a finite number {bounds}")
         return number
     number = float(value)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
@@ -48,7 +49,8 @@ def reduce_classes(
 
     def at_once(*arrays: Array) -> Array:
         terms = term(0, *arrays)
-        return lax.expand_dims(widen(lax.reduce(terms, jnp.asarray(start, terms.dtype), op, axes)), axes)
+        # Of a concrete number JAX makes a sum, whose derivative needs no known sizes.
+        return lax.expand_dims(widen(lax.reduce(terms, np.asarray(start, terms.dtype), op, axes)), axes)
 
     if len(axes) != 1 or not is_known(arrays[0].size) or not arrays[0].size:
         return at_once(*arrays)

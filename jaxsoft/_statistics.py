@@ -60,12 +60,12 @@ class Statistics(NamedTuple):
     @property
     def logsumexp(self) -> Array:
         """log Σ_j exp(z_j): −inf where no class is left, +inf at a logit of +inf."""
-        return jnp.where(jnp.isinf(self.max), self.max, self.max + jnp.log(self.sum))
+        return jnp.where(jnp.isfinite(self.max), self.max + jnp.log(self.sum), self.max)
 
     @property
     def finite_logsumexp(self) -> Array:
         """lse, or 0 where no class is left and nothing is to be drawn towards 0."""
-        lse = jnp.where(jnp.isinf(self.max), self.max, self.max + jnp.log(self.total))
+        lse = jnp.where(jnp.isfinite(self.max), self.max + jnp.log(self.total), self.max)
         return jnp.where(self.sum == 0, 0, lse)
 
 
@@ -155,7 +155,7 @@ def block_statistics(
 
         def surprise(_: Array | int, z: Array, q: Array, largest: Array) -> Array:
             # A class without target weight costs nothing, at −inf too.
-            return jnp.where(q == 0, 0, q * (largest - z.astype(largest.dtype)))
+            return q * jnp.where(q == 0, 0, largest - z.astype(largest.dtype))
 
         # Never in groups of rows: XLA stores the select, and would store it in both shapes.
         gap = reduce_classes(lax.add, 0, surprise, (logits, weights, largest), axes, apart=True)
@@ -221,7 +221,8 @@ def target_gradient(logits: Array, targets: Targets, statistics: Statistics, cot
 
 def scale_gradient(gradient: Array, cotangent: Array, idle: Array | bool = False) -> Array:
     """Their product, but 0 for what takes no part, and where the cotangent is 0 and the gradient infinite."""
-    return jnp.where(idle | ((cotangent == 0) & jnp.isinf(gradient)), 0, cotangent * gradient)
+    infinite = jnp.abs(gradient) > jnp.finfo(gradient.dtype).max  # `isinf` itself makes what `debug_infs` stops at
+    return jnp.where(idle | ((cotangent == 0) & infinite), 0, cotangent * gradient)
 
 
 def _at_label(logits: Array, label: Array, axes: tuple[int, ...]) -> Array:

@@ -173,19 +173,17 @@ def as_targets(targets: ArrayLike, classes: int, ignore_index: int | None) -> tu
     if labels.dtype.kind not in "iu" or labels.dtype.itemsize < 4:
         return jnp.asarray(labels), ignore_index
     limits = np.iinfo(np.int32)
-    fits = (labels >= limits.min) & (labels < limits.max)
-    if fits.all():
+    if ((labels >= limits.min) & (labels <= limits.max)).all():
         return jnp.asarray(labels.astype(np.int32)), ignore_index
+    inside = (labels >= 0) & (labels < classes)
     ignored = np.zeros(labels.shape, bool) if ignore_index is None else labels == ignore_index
-    if is_checking() and not (fits | ignored).all():
-        first = tuple(int(n) for n in np.argwhere(~(fits | ignored))[0])
+    valid = inside | ignored
+    if is_checking() and not valid.all():
+        first = tuple(int(n) for n in np.argwhere(~valid)[0])
         where = f"[{', '.join(map(str, first))}]" if first else ""
         raise ValueError(f"targets{where} is {labels[first]}: expected {_allowed(classes, ignore_index)}")
-    if ignored.any() and not limits.min <= cast(int, ignore_index) < limits.max:
-        # A number that fits takes the place of the one that does not, and is itself none that was meant.
-        labels = np.where(ignored, limits.min, np.where(labels == limits.min, limits.max, labels))
-        fits, ignore_index = fits | ignored, int(limits.min)
-    return jnp.asarray(np.where(fits, labels, limits.max).astype(np.int32)), ignore_index
+    narrow = np.where(ignored, -1, np.where(inside, labels, -2)).astype(np.int32)
+    return jnp.asarray(narrow), None if ignore_index is None else -1
 
 
 def equals(labels: Array, index: int | None) -> Array:
@@ -210,7 +208,7 @@ def _read_distribution(targets: Array, shape: tuple[int, ...], dtype: jnp.dtype,
         )
     if ignore_index is not None:
         raise ValueError("ignore_index: expected None with distributions, which have no index; use weights")
-    check_values("targets", targets, (targets >= 0) & (targets < jnp.inf), "a finite probability of at least 0")
+    check_values("targets", targets, (targets >= 0) & jnp.isfinite(targets), "a finite probability of at least 0")
     return targets.astype(dtype)
 
 
@@ -220,5 +218,5 @@ def _weights(name: str, value: ArrayLike, dtype: jnp.dtype, *, masks: bool = Fal
     kinds = (jnp.floating, jnp.integer, *((jnp.bool_,) if masks else ()))
     if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
         raise TypeError(f"{name}: expected real numbers{' or booleans' if masks else ''}, got dtype {array.dtype}")
-    check_values(name, array, (array >= 0) & (array < jnp.inf), "a finite weight of at least 0")
+    check_values(name, array, (array >= 0) & jnp.isfinite(array), "a finite weight of at least 0")
     return lax.stop_gradient(array.astype(dtype))

@@ -206,7 +206,10 @@ def _to_logits(products: Array, layer: Layer) -> Array:
         logits = _capped(logits, layer.soft_cap)
     if layer.temperature is not None:
         logits = logits / layer.temperature
-    return logits if layer.bias is None else jnp.where(jnp.isneginf(products), lax.stop_gradient(products), logits)
+    if layer.bias is None:
+        return logits
+    removed = ~jnp.isfinite(products) & (products < 0)
+    return jnp.where(removed, lax.stop_gradient(products), logits)
 
 
 @jax.custom_jvp

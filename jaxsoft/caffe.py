@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoft import _softmax
-from jaxsoft._checks import _checking, as_axis, as_floating, as_integer, check_values, compute_dtype
+from jaxsoft._checks import as_axis, as_floating, as_integer, check_values, compute_dtype, is_checking
 from jaxsoft._cross_entropy import cross_entropy
 from jaxsoft._targets import equals
 
@@ -277,7 +277,7 @@ def _read_labels(labels: Labels, shape: tuple[int, ...], axis: int, ignore_label
     valid = inside | ignored
     if xp is jnp:
         check_values("labels", given, valid, allowed)
-    elif _checking.value and not valid.all():
+    elif is_checking() and not valid.all():
         first = np.unravel_index(valid.argmin(), valid.shape)
         raise ValueError(f"labels[{', '.join(map(str, first))}] is {given[first]}: expected {allowed}")
     label = xp.where(inside, y, 0).astype(np.int32)  # NO_CLASS does not fit into every dtype
