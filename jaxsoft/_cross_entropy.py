@@ -9,7 +9,14 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoft._checks import as_axis, as_floating, as_mask, as_option, check_values, compute_dtype
 from jaxsoft._shards import AxisName, all_classes, as_axis_name
-from jaxsoft._statistics import Statistics, block_gradient, block_statistics, position_losses, target_gradient
+from jaxsoft._statistics import (
+    Statistics,
+    block_gradient,
+    block_statistics,
+    position_losses,
+    taking_part,
+    target_gradient,
+)
 from jaxsoft._targets import (
     REDUCTIONS,
     Options,
@@ -153,7 +160,8 @@ def losses(logits: Array, targets: Targets, axis: int, axis_name: AxisName) -> A
 
 
 def _losses_fwd(logits: Array, targets: Targets, axis: int, axis_name: AxisName):
-    statistics = block_statistics(logits, (axis,), targets, axis_name)
+    moving, of_moving = taking_part(logits, targets)
+    statistics = block_statistics(moving, (axis,), of_moving, axis_name)
     return position_losses(targets, statistics), (logits, targets, statistics)
 
 

@@ -10,8 +10,9 @@ Every loss and normaliser in this package comes from `block_statistics`, every g
 Arrays of statistics keep the class axes with length one, so they broadcast against the logits.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -168,6 +169,28 @@ def block_statistics(
     return Statistics(largest, tail, label, *rest)
 
 
+def taking_part(logits: Array, targets: Targets) -> tuple[Array, Targets]:
+    """The same logits and targets, of which those of idle positions do not move.
+
+    A derivative would take them to be constants only times a weight of 0, and padding may be NaN.
+    """
+    logits = _held(logits, targets.idle)
+    if targets.label is None:
+        targets = targets._replace(spread=_held(cast(Array, targets.spread), targets.idle))
+    return logits, targets
+
+
+@jax.custom_jvp
+def _held(array: Array, idle: Array) -> Array:
+    return array
+
+
+@_held.defjvp
+def _held_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    array, idle = primals
+    return array, jnp.where(idle, 0, tangents[0])
+
+
 def position_losses(targets: Targets, statistics: Statistics) -> Array:
     """τ·lse − Σ_j q_j z_j + ζ·lse² of every position, from finished statistics."""
     # A term without weight costs nothing, not even where it is infinite.
@@ -189,32 +212,32 @@ def block_gradient(
 
     At the label τ·p_y − q_y is never formed by subtracting from one: 1 − p_y is the other classes' sum.
     """
+    logits, targets = taking_part(logits, targets)
+    cotangent = jnp.where(targets.idle, 0, cotangent)
     total = statistics.total
     mass = jnp.zeros_like(total)  # τ + 2ζ·lse but for the label's own weight
-    idle = jnp.ones(total.shape, bool)
     if targets.square is not None:
         mass += cotangent * 2 * targets.square * statistics.finite_logsumexp
-        idle &= targets.square == 0
     if targets.spread is not None:
         mass += cotangent * targets.share * statistics.spread
-        idle &= targets.share == 0
     exponentials = block_exponentials(logits, statistics.max, targets.label, axes)
     if targets.label is None:
         gradient = exponentials * (mass / total)
     else:
         hot = cotangent * targets.hot
-        idle &= targets.hot == 0
         at_label = (mass * jnp.exp(statistics.label) - hot * statistics.tail) / total
         gradient = exponentials * ((mass + hot) / total)
         gradient = jnp.where(_at_label(logits, targets.label, axes), at_label, gradient)
     if targets.spread is not None:
         gradient -= cotangent * targets.share * targets.spread
     # A position without weight has no gradient, whatever its logits and its cotangent: padding may be NaN.
-    return jnp.where(idle, 0, gradient)
+    return jnp.where(targets.idle, 0, gradient)
 
 
 def target_gradient(logits: Array, targets: Targets, statistics: Statistics, cotangent: Array) -> Array:
     """The gradient of Σ cotangent·loss to a distribution's weights, −log p_j."""
+    logits, targets = taking_part(logits, targets)
+    cotangent = jnp.where(targets.idle, 0, cotangent)
     surprise = statistics.log_total + (statistics.max - logits.astype(statistics.max.dtype))
     return scale_gradient(surprise, cotangent * targets.share, targets.share == 0)
 

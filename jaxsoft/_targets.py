@@ -1,5 +1,7 @@
 """Targets: labels or distributions, ignored, weighted, smoothed, in one representation; reductions over them."""
 
+import functools
+import operator
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
@@ -27,6 +29,12 @@ class Targets(NamedTuple):
     spread: Array | None = None  # weights of all classes, broadcasting against the logits
     share: Any = None  # what a position's weights are multiplied by
     square: Array | None = None  # what lse² is multiplied by
+
+    @property
+    def idle(self) -> Array:
+        """Where a position takes no part in any term."""
+        weights = (self.square, None if self.label is None else self.hot, None if self.spread is None else self.share)
+        return functools.reduce(operator.and_, (weight == 0 for weight in weights if weight is not None))
 
 
 class Options(NamedTuple):

@@ -116,7 +116,8 @@ def tiled_gradients(
 @tiled_gradients.defjvp
 def _tiled_gradients_jvp(tiling: Tiling, wanted: Variables, primals, tangents):
     def total_and_gradients(layer: Layer, targets: Targets, cotangent: Array) -> tuple[Array, Variables]:
-        every = _variables(layer, targets)
+        # Of the kernel in the dtype to compute in: the gradients of all tiles are summed in that of the variable.
+        every = _variables(layer._replace(kernel=layer.kernel.astype(cotangent.dtype)), targets)
 
         def total(chosen: Variables) -> Array:
             x, w, b, spread = (old if new is None else new for new, old in zip(chosen, every, strict=True))
@@ -128,8 +129,6 @@ def _tiled_gradients_jvp(tiling: Tiling, wanted: Variables, primals, tangents):
         )
         if gradients.features is not None and tiling.axis_name is not None:  # in the dtype of the loop's
             gradients = gradients._replace(features=gradients.features.astype(cotangent.dtype))
-        if gradients.kernel is not None:
-            gradients = gradients._replace(kernel=gradients.kernel.astype(cotangent.dtype))
         return total_now, gradients
 
     return jax.jvp(total_and_gradients, primals, tangents)
@@ -146,8 +145,8 @@ def _scanned_losses(tiling: Tiling, losses: Callable[..., Any], layer: Layer, ta
     def tile(rows: Array) -> Array:
         x, t = _take(rows, (layer.features, targets))
         x = jnp.where(t.share == 0, 0, x)  # the loops leave these rows out
-        logits = _to_logits(_products(tiling, x, layer), layer)
-        return losses(logits, t, 1, tiling.axis_name)
+        products = _products(tiling, x, layer._replace(kernel=layer.kernel.astype(x.dtype)))
+        return losses(_to_logits(products, layer), t, 1, tiling.axis_name)
 
     positions = layer.features.shape[0]
     tiles = -(-positions // tiling.rows)

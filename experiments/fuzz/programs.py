@@ -291,7 +291,8 @@ def draw_loss(rng: np.random.Generator, program: Program, layout: Layout, dtype:
             options["ignore_index"] = pick(rng, (-100, 255, -1, 0, -(2**31), 2**40, program.sizes["c0"]))
     else:
         arrays["targets"] = layout
-        dtypes["targets"] = pick(rng, (dtype, dtype, "float32", "int32", "bool"))
+        onehots = ("int32", "bool") if program.sizes["c0"] > 1 else ()  # of one class they would be labels
+        dtypes["targets"] = pick(rng, (dtype, dtype, "float32", *onehots))
         if dtypes["targets"] not in ("int32", "bool"):  # those are one-hot, and no variables
             variables.append("targets")
     if chance(rng, 0.4):
