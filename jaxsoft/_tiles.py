@@ -220,5 +220,5 @@ def _capped(products: Array, soft_cap: Array) -> Array:
 def _capped_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     """With 1 − tanh² from one exponential: by subtraction it would be 0 where the cap is nearly reached."""
     products, soft_cap = primals
-    e = jnp.exp(-2 * jnp.abs(products / soft_cap))
+    e = jnp.exp(-2 * jnp.abs(products / lax.stop_gradient(soft_cap)))  # whose tangent of 0 meets the −inf of a bias
     return _capped(*primals), 4 * e / (1 + e) ** 2 * tangents[0]
