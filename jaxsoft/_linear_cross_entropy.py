@@ -237,7 +237,7 @@ def _linear_cross_entropy(inputs: Inputs, static: Static) -> Array:
     (features, kernel, bias, _, _), targets, options = inputs
     leading, width, classes = features.shape[:-1], features.shape[-1], kernel.shape[static.class_axis]
     dtype = compute_dtype(features.dtype)
-    if bias is not None and (options.where is not None or options.label_smoothing is not None):
+    if bias is not None:
         left = jnp.isfinite(bias) | (bias > 0)
         options = options._replace(where=jnp.expand_dims(left, tuple(range(len(leading)))))
     read, count = read_targets(

@@ -29,6 +29,7 @@ class Targets(NamedTuple):
     spread: Array | None = None  # weights of all classes, broadcasting against the logits
     share: Any = None  # what a position's weights are multiplied by
     square: Array | None = None  # what lse² is multiplied by
+    left: Array | None = None  # False at a removed class of a distribution, whose weight is no variable
 
     @property
     def idle(self) -> Array:
@@ -140,7 +141,7 @@ def read_targets(
         if smoothing is not None:
             spread = jnp.where(smoothing == 1, 0, (1 - smoothing) * spread) + smoothing * cast(Array, uniform)
         counted = jnp.expand_dims(counted, axis)
-        read, weighted = Targets(spread=spread, share=counted), counted
+        read, weighted = Targets(spread=spread, share=counted, left=where), counted
 
     count = or_one(sum_positions(weighted, examples)) if reduction == "mean" else None
     if options.z_loss is not None:
@@ -190,7 +191,9 @@ def as_targets(targets: ArrayLike, classes: int, ignore_index: int | None) -> tu
         first = tuple(int(n) for n in np.argwhere(~valid)[0])
         where = f"[{', '.join(map(str, first))}]" if first else ""
         raise ValueError(f"targets{where} is {labels[first]}: expected {_allowed(classes, ignore_index)}")
-    narrow = np.where(ignored, -1, np.where(inside, labels, -2)).astype(np.int32)
+    narrow = np.where(inside, labels, 0).astype(np.int32)  # before a number below 0, which unsigned labels cannot hold
+    narrow[~inside] = -2
+    narrow[ignored] = -1
     return jnp.asarray(narrow), None if ignore_index is None else -1
 
 
