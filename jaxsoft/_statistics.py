@@ -239,8 +239,7 @@ def target_gradient(logits: Array, targets: Targets, statistics: Statistics, cot
     logits, targets = taking_part(logits, targets)
     cotangent = jnp.where(targets.idle, 0, cotangent)
     surprise = statistics.log_total + (statistics.max - logits.astype(statistics.max.dtype))
-    if targets.left is not None:
-        surprise = jnp.where(targets.left, surprise, 0)
+    surprise = jnp.where(cast(Array, targets.variable), surprise, 0)  # which a class at −inf makes infinite
     return scale_gradient(surprise, cotangent * targets.share, targets.share == 0)
 
 

@@ -29,7 +29,7 @@ class Targets(NamedTuple):
     spread: Array | None = None  # weights of all classes, broadcasting against the logits
     share: Any = None  # what a position's weights are multiplied by
     square: Array | None = None  # what lse² is multiplied by
-    left: Array | None = None  # False at a removed class of a distribution, whose weight is no variable
+    variable: Array | None = None  # False at a class of a distribution that is removed or weighs nothing
 
     @property
     def idle(self) -> Array:
@@ -133,15 +133,16 @@ def read_targets(
         read, weighted = Targets(label - first, hot, spread, share), counted * by_label
     else:
         spread = _read_distribution(targets, shape, dtype, ignore_index)
-        if where is not None:  # a removed class is no variable of the loss
-            spread = jnp.where(where, spread, lax.stop_gradient(spread))
+        variable = jnp.ones(along_classes, bool) if where is None else where
         if by_class is not None:
-            # A class without weight has no gradient, even at a logit of −inf.
-            spread = jnp.where(of_block == 0, 0, of_block * spread)
+            variable &= of_block != 0
         if smoothing is not None:
-            spread = jnp.where(smoothing == 1, 0, (1 - smoothing) * spread) + smoothing * cast(Array, uniform)
+            variable &= smoothing != 1
+        spread = jnp.where(variable, spread, lax.stop_gradient(spread)) * of_block
+        if smoothing is not None:
+            spread = (1 - smoothing) * spread + smoothing * cast(Array, uniform)
         counted = jnp.expand_dims(counted, axis)
-        read, weighted = Targets(spread=spread, share=counted, left=where), counted
+        read, weighted = Targets(spread=spread, share=counted, variable=variable), counted
 
     count = or_one(sum_positions(weighted, examples)) if reduction == "mean" else None
     if options.z_loss is not None:
@@ -229,5 +230,6 @@ def _weights(name: str, value: ArrayLike, dtype: jnp.dtype, *, masks: bool = Fal
     kinds = (jnp.floating, jnp.integer, *((jnp.bool_,) if masks else ()))
     if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
         raise TypeError(f"{name}: expected real numbers{' or booleans' if masks else ''}, got dtype {array.dtype}")
+    array = array.astype(dtype)
     check_values(name, array, (array >= 0) & jnp.isfinite(array), "a finite weight of at least 0")
-    return lax.stop_gradient(array.astype(dtype))
+    return lax.stop_gradient(array)

@@ -272,7 +272,7 @@ def _read_labels(labels: Labels, shape: tuple[int, ...], axis: int, ignore_label
     ignored, allowed = xp.zeros(y.shape, bool), f"a label in [0, {classes})"
     if ignore_label is not None:
         index = as_integer("ignore_label", ignore_label)
-        ignored = equals(y, index) if xp is jnp and integers else y == index
+        ignored = equals(y, index) if xp is jnp and integers else y == (index if integers else float(index))
         allowed += f" or ignore_label={ignore_label}"
     valid = inside | ignored
     if xp is jnp:
