@@ -192,8 +192,8 @@ class Layer:
 
     def along(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None) -> Measured:
         """The change of x·W + b; backwards, its two products are cotangents in the dtype of the products."""
-        x, w = (self.x.exact(v).rounded(self.product) for v in (x, w))
-        change = (x @ self.w).rounded(self.product) + (self.x @ w).rounded(self.product)
+        to_x, to_w = (self.x.exact(v).rounded(self.product) for v in (x, w))
+        change = (to_x @ self.w).rounded(self.product) + (self.x @ to_w).rounded(self.product)
         if self.b is not None and b is not None:
             change = change + np.where(np.isneginf(self.b), 0, b)[:, None, :]
         return change.rounded(self.product)
