@@ -199,3 +199,8 @@ def test_checked_sees_a_product_that_is_no_number():
     x = np.array([[np.inf, np.inf]])
     with pytest.raises(ValueError, match=r"logits\[0, 0\] is nan: expected numbers: features @ kernel \+ bias is none"):
         checked(linear_cross_entropy)(x, np.array([[1.0, 2.0], [-1.0, 1.0]]), np.array([0]))
+
+
+@pytest.mark.x32
+def test_wide_unsigned_labels_are_no_class():
+    assert np.isnan(cross_entropy(Z, np.array([2**32 - 1, 0, 1, 2, 3, 4], np.uint32), reduction="none")[0])

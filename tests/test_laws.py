@@ -171,3 +171,27 @@ def test_second_derivatives_where_any_label_may_be_ignored(reduction):
     expected = jax.jvp(lambda w: gradient(w, -1), (w,), (tangent,))
     for value, wanted in zip(jax.jvp(lambda w: gradient(w, -(2**31)), (w,), (tangent,)), expected, strict=True):
         np.testing.assert_allclose(value, wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_position_that_takes_no_part_is_still_in_second_derivatives(bad):
+    """Its padding reaches neither the transpose of a pullback nor the gradient of a gradient."""
+    weights, clean = jnp.array([1.0, 0, 1, 1, 1, 1]), jnp.asarray(Z)
+    dirty, v = clean.at[1].set(bad), jnp.asarray(np.random.default_rng(3).normal(size=Z.shape))
+
+    def moved(z, g):
+        pullback = jax.vjp(lambda z: cross_entropy(z, LABELS, weights=weights, z_loss=0.1, reduction="none"), z)[1]
+        return jnp.vdot(pullback(g)[0], v)
+
+    found, expected = (jax.grad(moved, (0, 1))(z, jnp.ones(6)) for z in (dirty, clean))
+    for gradient, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-12, atol=1e-15)
+
+
+def test_shards_that_are_all_nan_have_no_normaliser():
+    mesh = jax.make_mesh((2,), ("classes",), axis_types=(jax.sharding.AxisType.Auto,))
+    layout = jax.sharding.PartitionSpec("classes")
+    sharded = jax.shard_map(
+        lambda z: logsumexp(z, axis_name="classes"), mesh=mesh, in_specs=layout, out_specs=jax.sharding.PartitionSpec()
+    )
+    assert np.isnan(sharded(jnp.array([0.0, jnp.nan, jnp.nan, 1.0])))
