@@ -57,8 +57,8 @@ def cross_entropy(
             (integers are promoted).
         targets: integer labels in [0, classes), of the logits' shape without the class axis; or a
             floating distribution of the logits' shape, which need not sum to one; or, likewise, a
-            one-hot of integers or booleans. Without x64 JAX keeps 32 bits of an integer before this
-            function sees it: only labels that come as NumPy arrays or lists may be wider.
+            one-hot of integers or booleans over two classes or more. Without x64 JAX keeps 32 bits of an
+            integer before this function sees it: only labels that come as NumPy arrays or lists may be wider.
         axis: the class axis.
         ignore_index: label of the positions that take no part: loss 0, gradient 0, not counted. Any
             integer, also one that is a class.
@@ -74,8 +74,10 @@ def cross_entropy(
         axis_name: inside `jax.shard_map`, the mesh axis over which the classes are laid in contiguous
             blocks: logits, masks and distributions are of one block, labels and class weights of all
             classes. The loss and gradients are those of the whole, for two all-reduces of a few numbers
-            a position (a third with `where` and smoothing). Where the positions are sharded too, "mean" is
-            over those of one device: take "sum", and divide by the `psum` of the count.
+            a position (a third with `where` and smoothing). Types do not tell blocks from copies of all logits
+            that were gathered inside the `shard_map`: those would count once for each device. Where the
+            positions are sharded too, "mean" is over those of one device: take "sum", and divide by the `psum` of
+            the count.
 
     Returns:
         The loss in float32, or float64 for float64 logits: a scalar, or with "none" an array of the

@@ -69,8 +69,8 @@ def linear_cross_entropy(
             leading axes.
         kernel: weights W of shape (features, classes), as in Flax's Dense; see `kernel_axis`.
         targets: integer labels in [0, classes), of the features' shape without their last axis; or a
-            floating distribution of shape (..., classes), which need not sum to one, or a one-hot: all as in
-            `cross_entropy`.
+            floating distribution of shape (..., classes), which need not sum to one, or a one-hot over two classes or
+            more: all as in `cross_entropy`.
         bias: b of shape (classes,).
         ignore_index: label of the positions that take no part, nor any time.
         weights: weight of each position, or a mask of those that take part; 0 leaves a position out like

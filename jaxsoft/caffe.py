@@ -38,7 +38,7 @@ def softmax(x: Float[ArrayLike, "..."], axis: int = 1) -> Float[Array, "..."]:
     s_i = exp(x_i) / Σ_j exp(x_j)
 
     Args:
-        x: scores of any rank, in any floating dtype (integers are promoted).
+        x: scores of any rank, in float16, bfloat16, float32 or float64 (integers are promoted).
         axis: the class axis; a negative one counts from the end.
 
     Returns:
@@ -77,7 +77,8 @@ def softmax_with_loss(
     ∂loss/∂z_j = loss_weight/normaliser · (p_j − [j = label]), whether clamped or not
 
     Args:
-        logits: scores z of any rank, classes along `axis`, in any floating dtype.
+        logits: scores z of any rank, classes along `axis`, in float16, bfloat16, float32 or
+            float64.
         labels: one a position, in any shape of that many elements whose first dimension is the
             logits'. Floats, as Caffe stores labels, are truncated to integers.
         axis: the class axis; a negative one counts from the end.
@@ -95,7 +96,8 @@ def softmax_with_loss(
     Edges: a position costs at most 126 log 2 = 87.3365448, also where its label's logit is −inf, and
     goes on learning there. Nothing valid gives loss 0 and gradient 0. A label that is no class and not
     ignored, NaN included, gives a NaN loss and gradient (`checked` raises instead); so does one beyond 32
-    bits in a NumPy array, which JAX would narrow. NaN logits, where ignored too, show in the probabilities.
+    bits in a NumPy array, unless `jax.jit` around this function has narrowed it before. NaN logits, where
+    ignored too, show in the probabilities.
 
     Raises:
         TypeError: logits, labels or options of a wrong type.

@@ -48,7 +48,7 @@ def gibbs_distribution(
     P_i = exp(−βE_i) / Σ_j exp(−βE_j) = softmax(−βE)_i
 
     Args:
-        energies: energies E of any shape, in any floating dtype (integers are promoted).
+        energies: energies E of any shape, in float16, bfloat16, float32 or float64 (integers are promoted).
         axis: the axis of the states, several axes that together enumerate them, or None for all.
         beta: inverse temperature β, a scalar that may be traced.
 
@@ -87,7 +87,7 @@ def log_partition(
     log Z = log Σ_j exp(−βE_j)        ∂ log Z/∂E_i = −βP_i,  ∂ log Z/∂β = −⟨E⟩
 
     Args:
-        energies: energies E of any shape, in any floating dtype (integers are promoted).
+        energies: energies E of any shape, in float16, bfloat16, float32 or float64 (integers are promoted).
         axis: the axis of the states, several axes, or None for all.
         beta: inverse temperature β, a scalar that may be traced.
 
@@ -339,7 +339,7 @@ def boltzmann_probability(
     factor 2 is the distance between −1 and 1.
 
     Args:
-        fields: fields h of any shape, in any floating dtype (integers are promoted).
+        fields: fields h of any shape, in float16, bfloat16, float32 or float64 (integers are promoted).
         temperature: T > 0, a scalar that may be traced.
         low: the other value of a unit, 0 or −1.
 

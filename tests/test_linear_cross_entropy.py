@@ -183,6 +183,65 @@ def test_transformations():
     np.testing.assert_allclose(mapped, [gradient(x, w, b, y) for x, y in zip(xs, many, strict=True)], rtol=1e-12)
 
 
+@pytest.mark.unoptimized
+@pytest.mark.parametrize("options", [{}, {"weights"}, {"reduction": "none"}, {"distributions"}], ids=str)
+def test_mapped_over_sequences(options):
+    """Once and twice, over features and targets alone: the values and gradients of a loop over them."""
+    x, w, b, labels, distributions = float64_problem(24)
+    # Inner axes last: mapped from positions that `vmap` finds at any axis.
+    sequences, y = x.reshape(2, 3, 4, 4), labels.reshape(2, 3, 4)
+    if "distributions" in options:
+        y = distributions.reshape(2, 3, 4, 13)
+    weights = np.random.default_rng(4).uniform(size=4) if "weights" in options else None
+    more = dict(options) if isinstance(options, dict) else {}
+
+    def loss(x, w, b, y):
+        ignored = {} if "distributions" in options else {"ignore_index": -100}
+        return linear_cross_entropy(x, w, y, b, weights=weights, memory_budget=8 * 13 * 8, **ignored, **more)
+
+    def mapped(x, w, b):
+        inner = jax.vmap(loss, (0, None, None, 0))
+        return jax.vmap(inner, (2, None, None, 0))(jnp.moveaxis(x, 0, 2), w, b, y)
+
+    def looped(x, w, b):
+        return jnp.stack([jnp.stack([loss(x[i, j], w, b, y[i, j]) for j in range(3)]) for i in range(2)])
+
+    value, pullback = jax.vjp(mapped, sequences, w, b)
+    expected, expected_pullback = jax.vjp(looped, sequences, w, b)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    cotangent = jnp.asarray(np.random.default_rng(5).normal(size=value.shape))
+    for got, want in zip(pullback(cotangent), expected_pullback(cotangent), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.unoptimized
+@pytest.mark.parametrize("in_axes", [(None, 0, None), (0, 0, 0), (0, 0, None), (None, None, 0)], ids=str)
+def test_mapped_over_whatever(in_axes):
+    """Where the examples do not share their layer, or share their features, `vmap` is JAX's own."""
+    x, w, _, labels, _ = float64_problem()
+    stacks = jnp.stack([x, -x, 2 * x]), jnp.stack([w, 2 * w, -w]), jnp.stack([labels, labels[::-1], labels])
+    given = [stack[0] if axis is None else stack for stack, axis in zip(stacks, in_axes, strict=True)]
+
+    def loss(x, w, y):
+        return linear_cross_entropy(x, w, y, ignore_index=-100)
+
+    def mapped(x, w):
+        return jax.vmap(loss, in_axes)(x, w, given[2])
+
+    def looped(x, w):
+        arrays = x, w, given[2]
+        return jnp.stack(
+            [loss(*(a if axis is None else a[n] for a, axis in zip(arrays, in_axes, strict=True))) for n in range(3)]
+        )
+
+    value, pullback = jax.vjp(mapped, *given[:2])
+    expected, expected_pullback = jax.vjp(looped, *given[:2])
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    cotangent = jnp.array([1.0, -2.0, 0.5])
+    for got, want in zip(pullback(cotangent), expected_pullback(cotangent), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-14)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_bfloat16(reduction):
     x, w, b, labels, *_ = problem(130, 16, 2049)
@@ -214,6 +273,26 @@ def test_the_kernels_gradient_is_summed_in_float32():
     w = jnp.zeros((1, 2), jnp.bfloat16)
     gradient = jax.grad(lambda w: linear_cross_entropy(x, w, labels, reduction="sum", memory_budget=8 * 2 * 8))(w)
     np.testing.assert_array_equal(gradient.astype(float), [[-2048, 2048]])
+
+
+@pytest.mark.unoptimized
+@pytest.mark.parametrize("variable", [0, 1])
+def test_second_derivatives_of_half_precision_are_summed_in_float32(variable):
+    """Forward over reverse; tiles added up in bfloat16 would be off by a tenth after 4096 positions."""
+    rng = np.random.default_rng(6)
+    x, w = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((4096, 2), (2, 3)))
+    labels, tangent = jnp.zeros(4096, int), jnp.asarray(rng.normal(size=(2, 3)))
+
+    def loss(x, w):
+        return linear_cross_entropy(x, w, labels, reduction="sum", memory_budget=8 * 3 * 16)
+
+    def moved(x, w, tangent):
+        return jax.jvp(lambda w: jax.grad(loss, variable)(x, w), (w,), (tangent,))[1]
+
+    got = moved(x, w, tangent.astype(jnp.bfloat16))
+    want = moved(x.astype(float), w.astype(float), tangent.astype(jnp.bfloat16).astype(float))
+    assert got.dtype == jnp.bfloat16
+    assert relative(got, np.asarray(want)) < 2.0**-7
 
 
 @pytest.mark.unoptimized
@@ -258,6 +337,9 @@ def test_products_that_nobody_asked_for_are_not_taken():
     assert gemms(jax.grad(loss, (0, 1)), x, w) == 3
     assert gemms(jax.grad(loss, 0), x, w) == 2
     assert gemms(jax.grad(loss, 1), x, w) == 2
+    mapped = lambda x, w: jnp.sum(jax.vmap(linear_cross_entropy, (0, None, 0))(x.reshape(3, 7, 4), w, y.reshape(3, 7)))  # noqa: E731
+    assert gemms(jax.value_and_grad(mapped, (0, 1)), x, w) == 4
+    assert gemms(jax.value_and_grad(mapped, 0), x, w) == 3
     each = lambda x, w: loss(x, w, "none")  # noqa: E731
     assert gemms(jax.value_and_grad(each, (0, 1)), x, w) == 4
     assert gemms(jax.value_and_grad(each, 1), x, w) == 3
@@ -384,6 +466,21 @@ def test_temporaries_are_bounded_by_the_budget_and_the_gradients(positions):
     if positions == 4096:
         unfused = temporaries(lambda x, w, y: cross_entropy(jnp.dot(x, w), y))
         assert fused < 0.35 * unfused
+
+
+def test_mapping_over_sequences_keeps_one_gradient_of_the_kernel():
+    examples, positions, width, classes = 8, 32, 64, 8192
+    x, y = jnp.ones((examples, positions, width), jnp.float32), jnp.zeros((examples, positions), jnp.int32)
+    kernel, budget = jnp.ones((width, classes), jnp.float32), 2**20
+
+    def loss(x, w, y):
+        return linear_cross_entropy(x, w, y, memory_budget=budget)
+
+    def mapped(x, w):
+        return jnp.mean(jax.vmap(loss, (0, None, 0))(x, w, y))
+
+    compiled = jax.jit(jax.grad(mapped, (0, 1))).lower(x, kernel).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= budget + 2 * kernel.nbytes + 4 * x.nbytes
 
 
 def test_the_loop_ends_with_the_last_position_that_takes_part():
