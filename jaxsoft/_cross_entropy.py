@@ -11,11 +11,10 @@ from jaxsoft._checks import as_axis, as_floating, as_mask, as_option, check_valu
 from jaxsoft._shards import AxisName, all_classes, as_axis_name
 from jaxsoft._statistics import (
     Statistics,
-    block_gradient,
+    block_gradients,
     block_statistics,
     position_losses,
     taking_part,
-    target_gradient,
 )
 from jaxsoft._targets import (
     REDUCTIONS,
@@ -171,11 +170,9 @@ def _losses_bwd(
     axis: int, axis_name: AxisName, residuals: tuple[Array, Targets, Statistics], cotangent: Array
 ) -> tuple[Array, Targets]:
     logits, targets, statistics = residuals
-    gradient = block_gradient(logits, targets, statistics, (axis,), cotangent)
+    to_logits, to_spread = block_gradients(logits, targets, statistics, (axis,), cotangent)
     # None is JAX's word for a zero cotangent: labels, weights and smoothing are no variables.
-    is_distribution = targets.label is None
-    to_spread = target_gradient(logits, targets, statistics, cotangent) if is_distribution else None
-    return gradient.astype(logits.dtype), Targets(spread=to_spread)
+    return to_logits.astype(logits.dtype), Targets(spread=to_spread)
 
 
 losses.defvjp(_losses_fwd, _losses_bwd)

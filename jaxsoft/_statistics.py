@@ -12,7 +12,6 @@ Arrays of statistics keep the class axes with length one, so they broadcast agai
 
 from typing import Any, Literal, NamedTuple, cast
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -155,8 +154,10 @@ def block_statistics(
         weights = jnp.broadcast_to(targets.spread, logits.shape)
 
         def surprise(_: Array | int, z: Array, q: Array, largest: Array) -> Array:
-            # A class without target weight costs nothing, at −inf too.
-            return q * jnp.where(q == 0, 0, largest - z.astype(largest.dtype))
+            surprise = largest - z.astype(largest.dtype)
+            # A class without target weight costs nothing, at −inf too; its weight has a derivative all the same.
+            nothing = (q == 0) & (surprise > jnp.finfo(surprise.dtype).max)
+            return q * jnp.where(nothing, 0, surprise)
 
         # Never in groups of rows: XLA stores the select, and would store it in both shapes.
         gap = reduce_classes(lax.add, 0, surprise, (logits, weights, largest), axes, apart=True)
@@ -174,21 +175,14 @@ def taking_part(logits: Array, targets: Targets) -> tuple[Array, Targets]:
 
     A derivative would take them to be constants only times a weight of 0, and padding may be NaN.
     """
-    logits = _held(logits, targets.idle)
-    if targets.label is None:
-        targets = targets._replace(spread=_held(cast(Array, targets.spread), targets.idle))
-    return logits, targets
 
+    # Not by a rule of its own: inside a scan JAX forgets a `custom_jvp` once it has differentiated in reverse. XLA drops
+    # this select, both of whose cases are one value, but not one inside `jnp.where`.
+    def held(array: Array) -> Array:
+        return lax.select(jnp.broadcast_to(targets.idle, array.shape), lax.stop_gradient(array), array)
 
-@jax.custom_jvp
-def _held(array: Array, idle: Array) -> Array:
-    return array
-
-
-@_held.defjvp
-def _held_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    array, idle = primals
-    return array, jnp.where(idle, 0, tangents[0])
+    is_distribution = targets.label is None
+    return held(logits), targets._replace(spread=held(cast(Array, targets.spread))) if is_distribution else targets
 
 
 def position_losses(targets: Targets, statistics: Statistics) -> Array:
@@ -205,15 +199,27 @@ def position_losses(targets: Targets, statistics: Statistics) -> Array:
     return losses
 
 
-def block_gradient(
+def block_gradients(
+    logits: Array, targets: Targets, statistics: Statistics, axes: tuple[int, ...], cotangent: Array
+) -> tuple[Array, Array | None]:
+    """The gradients of Σ cotangent·loss to the logits of a block, and to the weights of a distribution: −log p_j.
+
+    A position without weight has none, whatever its logits and its cotangent: padding may be NaN.
+    """
+    idle, (logits, targets) = targets.idle, taking_part(logits, targets)
+    cotangent = jnp.where(idle, 0, cotangent)
+    to_logits = jnp.where(idle, 0, _logit_gradient(logits, targets, statistics, axes, cotangent))
+    if targets.label is not None:
+        return to_logits, None
+    surprise = statistics.log_total + (statistics.max - logits.astype(statistics.max.dtype))
+    surprise = jnp.where(cast(Array, targets.variable), surprise, 0)  # which a class at −inf makes infinite
+    return to_logits, scale_gradient(surprise, cotangent * targets.share, targets.share == 0)
+
+
+def _logit_gradient(
     logits: Array, targets: Targets, statistics: Statistics, axes: tuple[int, ...], cotangent: Array
 ) -> Array:
-    """The gradient of Σ cotangent·loss to the logits of a block.
-
-    At the label τ·p_y − q_y is never formed by subtracting from one: 1 − p_y is the other classes' sum.
-    """
-    logits, targets = taking_part(logits, targets)
-    cotangent = jnp.where(targets.idle, 0, cotangent)
+    """At the label τ·p_y − q_y is never formed by subtracting from one: 1 − p_y is the other classes' sum."""
     total = statistics.total
     mass = jnp.zeros_like(total)  # τ + 2ζ·lse but for the label's own weight
     if targets.square is not None:
@@ -230,17 +236,7 @@ def block_gradient(
         gradient = jnp.where(_at_label(logits, targets.label, axes), at_label, gradient)
     if targets.spread is not None:
         gradient -= cotangent * targets.share * targets.spread
-    # A position without weight has no gradient, whatever its logits and its cotangent: padding may be NaN.
-    return jnp.where(targets.idle, 0, gradient)
-
-
-def target_gradient(logits: Array, targets: Targets, statistics: Statistics, cotangent: Array) -> Array:
-    """The gradient of Σ cotangent·loss to a distribution's weights, −log p_j."""
-    logits, targets = taking_part(logits, targets)
-    cotangent = jnp.where(targets.idle, 0, cotangent)
-    surprise = statistics.log_total + (statistics.max - logits.astype(statistics.max.dtype))
-    surprise = jnp.where(cast(Array, targets.variable), surprise, 0)  # which a class at −inf makes infinite
-    return scale_gradient(surprise, cotangent * targets.share, targets.share == 0)
+    return gradient
 
 
 def scale_gradient(gradient: Array, cotangent: Array, idle: Array | bool = False) -> Array:

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from jaxsoft._checks import compute_dtype
 from jaxsoft._cross_entropy import losses
 from jaxsoft._shards import AxisName, unsharded, vary, varying
-from jaxsoft._statistics import block_gradient, block_statistics, position_losses, target_gradient
+from jaxsoft._statistics import block_gradients, block_statistics, position_losses
 from jaxsoft._targets import Targets
 
 
@@ -87,7 +87,8 @@ def tiled_gradients(
         logits, to_products = jax.vjp(lambda products: _to_logits(products, layer), _products(tiling, x, layer))
         statistics = block_statistics(logits, (1,), t, tiling.axis_name)
         total += jnp.sum(c * position_losses(t, statistics))
-        (gradient,) = to_products(block_gradient(logits, t, statistics, (1,), c))
+        to_logits, to_targets = block_gradients(logits, t, statistics, (1,), c)
+        (gradient,) = to_products(to_logits)
         narrow = gradient.astype(x_dtype)  # or the products would be taken in float32
         if wanted.features:
             to_rows = product(narrow, layer.kernel, (((1,), (tiling.class_axis,)), ((), ())))
@@ -98,7 +99,7 @@ def tiled_gradients(
         if wanted.bias:
             to_bias += jnp.sum(gradient, 0)
         if wanted.spread:
-            to_spread = to_spread.at[rows].set(target_gradient(logits, t, statistics, c), mode="drop")
+            to_spread = to_spread.at[rows].set(to_targets, mode="drop")
         return total, Variables(to_features, to_kernel, to_bias, to_spread)
 
     def zeros(array: Array, wanted: bool, dtype: jnp.dtype) -> Array | None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import reference
-from jaxsoft import checked, cross_entropy, linear_cross_entropy, log_softmax, logsumexp, softmax
+from jaxsoft import caffe, checked, cross_entropy, linear_cross_entropy, log_softmax, logsumexp, softmax
 
 rng = np.random.default_rng(0)
 Z = rng.normal(size=(6, 5)) * 2
@@ -169,6 +169,14 @@ def test_a_wide_label_can_be_ignored(loss):
     wide, narrow = np.array([2**33, 0, 1, 2, 3, 4]), np.array([-100, 0, 1, 2, 3, 4])
     np.testing.assert_array_equal(loss(wide, ignore_index=2**33), loss(narrow, ignore_index=-100))
     checked(loss)(wide, ignore_index=2**33)
+
+
+@pytest.mark.x32
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64])
+def test_a_wide_label_can_be_ignored_in_caffe(dtype):
+    labels = np.array([2**33, 0, 1, 2, 3, 4])
+    loss, _ = caffe.softmax_with_loss(Z, labels.astype(dtype), ignore_label=2**33)
+    np.testing.assert_array_equal(loss, cross_entropy(Z, np.where(labels == 2**33, -100, labels), ignore_index=-100))
 
 
 FP8 = [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float8_e4m3b11fnuz]

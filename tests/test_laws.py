@@ -146,6 +146,62 @@ def test_a_saturated_soft_cap_has_a_gradient():
         np.testing.assert_allclose(gradient[0, 0], -(1 - p) / np.cosh(z[0] / cap) ** 2, rtol=2e-6)
 
 
+def test_a_removed_class_of_a_capped_layer_has_no_second_derivative():
+    bias, z = jnp.asarray(B).at[2].set(-jnp.inf), jnp.asarray(Z)
+    left = [0, 1, 3, 4]
+    options = {"soft_cap": 3.0, "z_loss": 0.1, "label_smoothing": 0.1}
+    labels, narrow = jnp.array([0, 1, 3, 4, 4, 0]), jnp.array([0, 1, 2, 3, 3, 0])
+
+    def product(w, bias, labels):
+        gradient = jax.grad(lambda w: linear_cross_entropy(X, w, labels, bias, **options))
+        return jax.jvp(gradient, (w,), (jnp.cos(w),))[1]
+
+    w = jnp.asarray(W)
+    found, expected = product(w, bias, labels), product(w[:, left], bias[jnp.array(left)], narrow)
+    np.testing.assert_array_equal(found[:, 2], 0)
+    np.testing.assert_allclose(found[:, left], expected, rtol=1e-11, atol=1e-14)
+    assert np.all(np.isfinite(jax.hessian(lambda z: linear_cross_entropy(z, jnp.eye(5), labels, bias, **options))(z)))
+
+
+def test_a_target_without_class_weight_is_no_variable():
+    """Its class may be removed: the transpose of a pullback meets no infinity."""
+    t = jnp.asarray(DISTRIBUTION).at[:, 2].set(0)
+    class_weights = jnp.array([1.0, 2, 0, 1, 3])
+
+    def gradient(z, cotangent):
+        loss = lambda t: cross_entropy(z, t, class_weights=class_weights, reduction="none")  # noqa: E731
+        return jax.vjp(loss, t)[1](cotangent)[0]
+
+    def moved(of_class):
+        z, one = jnp.asarray(Z).at[:, 2].set(of_class), jnp.ones(6)
+        return gradient(z, one), *jax.vjp(gradient, z, one)[1](jnp.cos(z.at[:, 2].set(0)))
+
+    found = moved(-jnp.inf)
+    np.testing.assert_array_equal(found[0][:, 2], 0)
+    for got, want in zip(found, moved(-900.0), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("smoothing", [0, 0.1])
+def test_the_tangent_of_a_loss_is_its_gradient_times_the_tangent(smoothing, linear, reduction):
+    """Forward over reverse, of the value: to targets that are 0 and to classes that are removed too."""
+    bias, t = jnp.asarray(B).at[2].set(-jnp.inf), jnp.eye(5)[jnp.array([0, 1, 3, 4, 0, 1])]
+    options = {"label_smoothing": smoothing, "z_loss": 0.1, "reduction": reduction}
+
+    def loss(x, t):
+        if linear:
+            return jnp.sum(linear_cross_entropy(x, W, t, bias, **options))
+        return jnp.sum(cross_entropy(x @ W, t, where=jnp.isfinite(bias), **options))
+
+    variables = jnp.asarray(X), t
+    tangents = tuple(jnp.asarray(np.random.default_rng(7).normal(size=v.shape)) for v in variables)
+    _, gradients = jax.value_and_grad(loss, (0, 1))(*variables)
+    _, (of_value, _) = jax.jvp(jax.value_and_grad(loss, (0, 1)), variables, tangents)
+    np.testing.assert_allclose(of_value, sum(map(jnp.vdot, gradients, tangents)), rtol=1e-12)
+
+
 def test_the_kernels_gradient_keeps_its_digits_over_a_million_positions():
     """A product over one feature sums in sequence; every term here is −2/3 or 1/3."""
     x, w = jnp.ones((1_000_000, 1), jnp.float32), jnp.zeros((1, 3), jnp.float32)
@@ -186,6 +242,23 @@ def test_a_position_that_takes_no_part_is_still_in_second_derivatives(bad):
     found, expected = (jax.grad(moved, (0, 1))(z, jnp.ones(6)) for z in (dirty, clean))
     for gradient, wanted in zip(found, expected, strict=True):
         np.testing.assert_allclose(gradient, wanted, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+@pytest.mark.parametrize("targets", [LABELS, DISTRIBUTION], ids=["labels", "distributions"])
+def test_padding_is_still_in_second_derivatives_inside_a_scan(targets, bad):
+    """There JAX drops a `custom_jvp` after reverse mode: what holds padding still is no such rule."""
+    weights, clean = jnp.array([1.0, 0, 1, 1, 1, 1]), jnp.asarray(Z)
+
+    def moved(z):
+        def each(row):
+            logits, target, weight = (a[None] for a in row)
+            return cross_entropy(logits, target, weights=weight, z_loss=0.1, reduction="none")
+
+        loss = lambda z: jnp.sum(jax.lax.map(each, (z, jnp.asarray(targets), weights)))  # noqa: E731
+        return jnp.vdot(jax.grad(loss)(z), jnp.cos(clean))
+
+    np.testing.assert_allclose(jax.grad(moved)(clean.at[1].set(bad)), jax.grad(moved)(clean), rtol=1e-12, atol=1e-15)
 
 
 def test_shards_that_are_all_nan_have_no_normaliser():

@@ -13,6 +13,13 @@ from jaxsoft._reductions import FAR, LONG
 
 EXTENT = FAR + 16  # elements from one class to the next
 rng = np.random.default_rng(0)
+START = rng.bit_generator.state
+
+
+@pytest.fixture(autouse=True)
+def numbers():
+    """Of each test its own, whichever ran before."""
+    rng.bit_generator.state = START
 
 
 def far(*shape):
@@ -199,8 +206,8 @@ def test_runs_of_half_precision(shape, dtype):
     np.testing.assert_allclose(losses, wanted, rtol=1e-6, atol=1e-7)
     tiny = float(jnp.finfo(dtype).smallest_subnormal)
     pairs = [(gradient, wanted_gradient, tiny)]
-    # The two terms of logsumexp, rounded to float32, may cancel.
-    for name, atol in (("softmax", tiny), ("log_softmax", tiny), ("logsumexp", 1e-6)):
+    # Logarithms are differences of numbers rounded to float32: of sums near 1, and of two terms that may cancel.
+    for name, atol in (("softmax", tiny), ("log_softmax", tiny + 1.2e-7), ("logsumexp", 1e-6)):
         pairs.append((getattr(jaxsoft, name)(logits), jax.jit(getattr(reference, name))(wide), atol))
     for found, right, atol in pairs:
         assert found.dtype == dtype

@@ -196,6 +196,22 @@ def test_classes_over_two_mesh_axes():
     close(fn(LOGITS, LABELS), jaxsoft.cross_entropy(LOGITS, LABELS, ignore_index=-100))
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_half_precision_kernel_has_its_gradient_summed_in_float32_over_positions(reduction):
+    """Seven devices add 128.5 each: bfloat16 would round that to 128, and the sum of 899.5 to 896 in place of 900."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    x, w = jnp.ones((8 * 257, 1), jnp.bfloat16).at[-257:].set(0), jnp.zeros((1, 2), jnp.bfloat16)
+    labels = jnp.zeros(8 * 257, int)
+
+    def loss(x, w, y):
+        return jax.lax.psum(jnp.sum(jaxsoft.linear_cross_entropy(x, w, y, reduction=reduction)), "data")
+
+    fn = over_shards(
+        mesh, jax.grad(loss, 1), (PartitionSpec("data"), PartitionSpec(), PartitionSpec("data")), PartitionSpec()
+    )
+    np.testing.assert_array_equal(fn(x, w, labels).astype(float), [[-900, 900]])
+
+
 def test_explicit_sharding_of_the_class_axis():
     with jax.set_mesh(jax.make_mesh((8,), ("classes",))):
         placed = jax.device_put(LOGITS, PartitionSpec(None, "classes"))
