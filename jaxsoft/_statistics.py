@@ -176,8 +176,8 @@ def taking_part(logits: Array, targets: Targets) -> tuple[Array, Targets]:
     A derivative would take them to be constants only times a weight of 0, and padding may be NaN.
     """
 
-    # Not by a rule of its own: inside a scan JAX forgets a `custom_jvp` once it has differentiated in reverse. XLA drops
-    # this select, both of whose cases are one value, but not one inside `jnp.where`.
+    # Not by a rule of its own: inside a scan JAX forgets a `custom_jvp` once it has differentiated in reverse. XLA
+    # drops this select, both of whose cases are one value, but not one inside `jnp.where`.
     def held(array: Array) -> Array:
         return lax.select(jnp.broadcast_to(targets.idle, array.shape), lax.stop_gradient(array), array)
 

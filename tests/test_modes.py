@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import inspect
 
 import jax
@@ -224,6 +225,14 @@ def outcome(name):
     rng = np.random.default_rng(1)
     cotangent = jax.tree.map(lambda r: jnp.asarray(rng.normal(size=r.shape), r.dtype), result)
     return result, pullback(cotangent)
+
+
+@pytest.fixture(autouse=True)
+def _few_objects_to_collect():
+    """What looks for leaks collects garbage at each trace: not among all that stands from earlier tests."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @functools.cache
