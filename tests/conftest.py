@@ -1,9 +1,13 @@
 """Every test runs in float64 with strict promotion; those marked `x32` in JAX's default mode."""
 
+import signal
 from pathlib import Path
 
 import jax
 import pytest
+
+# In a suite started in the background Ctrl-C is ignored, and in every process that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_num_cpu_devices", 8)
 
