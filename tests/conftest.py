@@ -18,17 +18,17 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=is_unoptimized)  # for the caches to be emptied once
+    items.sort(key=is_optimized)  # for the caches to be emptied once
 
 
-def is_unoptimized(item):
-    return item.get_closest_marker("unoptimized") is not None
+def is_optimized(item):
+    return item.get_closest_marker("optimized") is not None
 
 
 @pytest.fixture(autouse=True)
 def compilation(request):
-    """Most of XLA's optimizations take time and change no result: what is marked `unoptimized` goes without."""
-    unoptimized = is_unoptimized(request.node)
+    """Most of XLA's optimizations take time and change no result: only what is marked `optimized` has them."""
+    unoptimized = not is_optimized(request.node)
     if jax.config.read("jax_disable_most_optimizations") != unoptimized:
         jax.config.update("jax_disable_most_optimizations", unoptimized)
         jax.clear_caches()  # whose keys leave it out

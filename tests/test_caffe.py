@@ -16,8 +16,6 @@ import jaxsoft
 import reference
 from jaxsoft import caffe, checked
 
-pytestmark = pytest.mark.unoptimized
-
 FUNCTIONS = {name: getattr(caffe, name) for name in caffe.__all__}
 CAP = 87.3365448  # −log of the smallest normal float32
 EXAMPLE = np.arange(24).reshape(2, 3, 2, 2) % 7 * 0.5

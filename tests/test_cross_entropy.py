@@ -51,7 +51,6 @@ KINDS = [("labels", None), ("labels", 1), ("labels", -100), ("distribution", Non
 OPTIONS = [None, CLASS_WEIGHTS], [0.0, 0.3, 1.0], ["none", "sum", "mean"]
 
 
-@pytest.mark.unoptimized
 @pytest.mark.parametrize(
     ("is_spatial", "kind", "class_weights", "smoothing", "reduction"),
     reference.covering(3, [False, True], KINDS, *OPTIONS),
@@ -238,7 +237,6 @@ def test_ignored_positions_do_not_count():
     np.testing.assert_array_equal(gradient[7:], 0)
 
 
-@pytest.mark.unoptimized
 def test_nothing_to_average():
     for labels, options in (
         (np.full(12, 255), {"ignore_index": 255}),
@@ -304,7 +302,6 @@ def test_z_loss_that_cancels_the_target_mass_leaves_the_target():
         np.testing.assert_allclose(gradient, [-1.0], rtol=1e-14)
 
 
-@pytest.mark.unoptimized
 def test_where_removes_classes():
     mask = np.random.default_rng(5).random((12, 5)) < 0.6
     mask[np.arange(12), LABELS] = True
@@ -386,7 +383,6 @@ def test_positions_without_any_possible_class():
     assert np.isfinite(jax.hessian(lambda z: cross_entropy(z, label))(logits)).all()
 
 
-@pytest.mark.unoptimized
 def test_every_option_together_for_distributions():
     mask = np.random.default_rng(6).random((12, 5)) < 0.7
     mask[:, 0] = True
@@ -466,7 +462,6 @@ SECOND_ORDER = {
 }
 
 
-@pytest.mark.unoptimized
 @pytest.mark.parametrize(("targets", "options", "q"), SECOND_ORDER.values(), ids=SECOND_ORDER)
 def test_derivatives_of_second_order(targets, options, q):
     logits, direction = jnp.asarray(LOGITS[0]), jnp.asarray(LOGITS[1])

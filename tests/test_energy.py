@@ -17,8 +17,6 @@ from jax.test_util import check_grads
 
 from jaxsoft import checked, energy
 
-pytestmark = pytest.mark.unoptimized
-
 # Constants are NumPy's: JAX would round them to float32 at import.
 ENERGIES = np.array([1.0, 2.0, 3.0])
 LEVELS = {  # beta: probabilities, (1/beta) times the negative log-likelihood of state 0

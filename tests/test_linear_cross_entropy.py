@@ -52,7 +52,6 @@ def relative(actual, expected):
     return np.abs(np.asarray(actual, float) - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.unoptimized
 @pytest.mark.parametrize(
     ("size", "case"),
     [(SIZES[0], case) for case in OPTIONS]
@@ -122,7 +121,6 @@ TWICE = {
 }
 
 
-@pytest.mark.unoptimized
 @pytest.mark.parametrize("case", [*TWICE, "distributions"])
 def test_derivatives_of_second_order(case):
     x, w, b, labels, distributions = float64_problem()
@@ -155,7 +153,6 @@ def test_derivatives_of_second_order(case):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.unoptimized
 def test_gradient_to_distributions():
     x, w, b, _, distributions = float64_problem()
     got = jax.jit(jax.grad(lambda t: linear_cross_entropy(x, w, t, b, memory_budget=32 * 16 * 13)))(distributions)
@@ -163,7 +160,6 @@ def test_gradient_to_distributions():
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
-@pytest.mark.unoptimized
 def test_transformations():
     x, w, b, labels, _ = float64_problem()
     options = {"ignore_index": -100, "memory_budget": 8 * 16 * 13}
@@ -183,7 +179,6 @@ def test_transformations():
     np.testing.assert_allclose(mapped, [gradient(x, w, b, y) for x, y in zip(xs, many, strict=True)], rtol=1e-12)
 
 
-@pytest.mark.unoptimized
 @pytest.mark.parametrize("options", [{}, {"weights"}, {"reduction": "none"}, {"distributions"}], ids=str)
 def test_mapped_over_sequences(options):
     """Once and twice, over features and targets alone: the values and gradients of a loop over them."""
@@ -214,7 +209,6 @@ def test_mapped_over_sequences(options):
         np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.unoptimized
 @pytest.mark.parametrize("in_axes", [(None, 0, None), (0, 0, 0), (0, 0, None), (None, None, 0)], ids=str)
 def test_mapped_over_whatever(in_axes):
     """Where the examples do not share their layer, or share their features, `vmap` is JAX's own."""
@@ -275,7 +269,6 @@ def test_the_kernels_gradient_is_summed_in_float32():
     np.testing.assert_array_equal(gradient.astype(float), [[-2048, 2048]])
 
 
-@pytest.mark.unoptimized
 @pytest.mark.parametrize("variable", [0, 1])
 def test_second_derivatives_of_half_precision_are_summed_in_float32(variable):
     """Forward over reverse; tiles added up in bfloat16 would be off by a tenth after 4096 positions."""
@@ -295,7 +288,6 @@ def test_second_derivatives_of_half_precision_are_summed_in_float32(variable):
     assert relative(got, np.asarray(want)) < 2.0**-7
 
 
-@pytest.mark.unoptimized
 def test_a_label_out_of_range_is_nan_and_nothing_else():
     x, w, b, labels, _ = float64_problem()
     options = {"ignore_index": -100, "memory_budget": 8 * 16 * 13}
@@ -309,7 +301,6 @@ def test_a_label_out_of_range_is_nan_and_nothing_else():
             checked(lambda y=wrong: linear_cross_entropy(x, w, y, ignore_index=-100))()
 
 
-@pytest.mark.unoptimized
 def test_nothing_to_average():
     x, w, b, labels, _ = float64_problem()
     loss = lambda x, w, b: linear_cross_entropy(x, w, 0 * labels, b, ignore_index=0)  # noqa: E731
@@ -345,7 +336,6 @@ def test_products_that_nobody_asked_for_are_not_taken():
     assert gemms(jax.value_and_grad(each, 1), x, w) == 3
 
 
-@pytest.mark.unoptimized
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_pullback_survives_derivatives_to_other_variables(reduction):
     """JAX caches what a rule keeps with the function it traced."""
@@ -377,7 +367,6 @@ def test_float16_gradients_neither_vanish_nor_overflow():
     np.testing.assert_array_equal(many.astype(float), [[-0.5, 0.5]])
 
 
-@pytest.mark.unoptimized
 def test_padding_may_be_nan_to_second_order():
     x, w, b, labels, _ = float64_problem()
     padded = jnp.where(labels[:, None] == -100, jnp.nan, x)
@@ -393,7 +382,6 @@ def test_padding_may_be_nan_to_second_order():
         np.testing.assert_allclose(got_gradient, want_gradient, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.unoptimized
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
 def test_a_bias_of_minus_infinity_removes_a_class(soft_cap):
     x, w, b, labels, _ = float64_problem()
@@ -448,6 +436,7 @@ def test_no_class_left():
         assert (array == 0).all()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("positions", [1024, 4096, 16384])
 def test_temporaries_are_bounded_by_the_budget_and_the_gradients(positions):
     width, classes = 64, 32_000
@@ -468,6 +457,7 @@ def test_temporaries_are_bounded_by_the_budget_and_the_gradients(positions):
         assert fused < 0.35 * unfused
 
 
+@pytest.mark.optimized
 def test_mapping_over_sequences_keeps_one_gradient_of_the_kernel():
     examples, positions, width, classes = 8, 32, 64, 8192
     x, y = jnp.ones((examples, positions, width), jnp.float32), jnp.zeros((examples, positions), jnp.int32)

@@ -22,10 +22,9 @@ PRECISE = lambda: jax.default_matmul_precision("highest")  # noqa: E731
 
 # Together, since each raises on its own: what passes together passes alone.
 MODES = {
-    "debug_nans, debug_infs": (NANS, INFS),
-    "debug_nans, debug_infs, disable_jit": (NANS, INFS, jax.disable_jit),
+    "x64, rank and dtype promotion, debug_nans, debug_infs": (X64, RANKS, DTYPES, NANS, INFS),
+    "disable_jit, debug_nans, debug_infs": (jax.disable_jit, NANS, INFS),
     "rank and dtype promotion, leaks, checks, precision": (RANKS, DTYPES, jax.checking_leaks, CHECKS, PRECISE),
-    "x64, rank and dtype promotion": (X64, RANKS, DTYPES),
 }
 
 
@@ -221,10 +220,14 @@ def outcome(name):
     def of_floats(*floats):
         return fn(*(o if f is None else f for f, o in zip(floats, others, strict=True)))
 
-    result, pullback = jax.vjp(of_floats, *floating)
-    rng = np.random.default_rng(1)
-    cotangent = jax.tree.map(lambda r: jnp.asarray(rng.normal(size=r.shape), r.dtype), result)
-    return result, pullback(cotangent)
+    @jax.jit
+    def result_and_gradients(*floats):
+        result, pullback = jax.vjp(of_floats, *floats)
+        rng = np.random.default_rng(1)
+        cotangent = jax.tree.map(lambda r: jnp.asarray(rng.normal(size=r.shape), r.dtype), result)
+        return result, pullback(cotangent)
+
+    return result_and_gradients(*floating)
 
 
 @pytest.fixture(autouse=True)

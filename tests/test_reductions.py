@@ -11,6 +11,8 @@ import jaxsoft
 import reference
 from jaxsoft._reductions import FAR, LONG
 
+pytestmark = pytest.mark.optimized
+
 EXTENT = FAR + 16  # elements from one class to the next
 rng = np.random.default_rng(0)
 START = rng.bit_generator.state

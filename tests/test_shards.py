@@ -11,8 +11,6 @@ from jax.sharding import AxisType, PartitionSpec
 import jaxsoft
 import reference
 
-pytestmark = pytest.mark.unoptimized
-
 MESHES = {"eight": ((8,), ("classes",)), "two by four": ((2, 4), ("data", "classes"))}
 rng = np.random.default_rng(0)
 LOGITS, COTANGENT = (jnp.asarray(rng.normal(size=(12, 40)), jnp.float32) for _ in range(2))

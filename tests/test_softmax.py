@@ -38,7 +38,6 @@ def value_and_vjp(fn, logits, cotangent):
     return value, pullback(cotangent)[0]
 
 
-@pytest.mark.unoptimized
 @pytest.mark.parametrize(("pair", "where", "masked"), reference.covering(2, PAIRS, SHAPES_AND_AXES, [False, True]))
 def test_equals_jax_nn(pair, where, masked):
     (ours, theirs), (shape, axis) = pair, where
@@ -177,7 +176,6 @@ def test_no_class_left():
     np.testing.assert_array_equal(pullback(jnp.ones(2))[0][0], 0)
 
 
-@pytest.mark.unoptimized
 @pytest.mark.parametrize("shape", [(3,), (1,), (2, 1)])
 def test_every_logit_minus_infinity(shape):
     logits = jnp.full(shape, -jnp.inf)
@@ -214,7 +212,6 @@ def test_infinite_and_nan_logits():
     np.testing.assert_array_equal(softmax(jnp.array([-jnp.inf, 0.0])), [0, 1])
 
 
-@pytest.mark.unoptimized
 def test_derivatives_of_second_order():
     logits, mix = normal(11, 5), normal(12, 5)
     for ours, naive in ((softmax, reference.softmax), (log_softmax, reference.log_softmax)):
