@@ -22,7 +22,7 @@ from experiments.distributed import Config, run, start
 from experiments.vocabulary.__main__ import Config as AloneConfig
 from experiments.vocabulary.__main__ import run as run_alone
 
-pytestmark = [pytest.mark.x32, pytest.mark.optimized, pytest.mark.xdist_group("distributed")]
+pytestmark = [pytest.mark.scripts, pytest.mark.x32, pytest.mark.optimized, pytest.mark.xdist_group("distributed")]
 
 STEPS = 50
 PATIENCE = 60

@@ -34,7 +34,7 @@ from experiments.benchmark.measure import (
 from experiments.benchmark.peers import Peer, missing, peers_of
 from experiments.benchmark.report import fallen_ratios, timed_peers
 
-pytestmark = [pytest.mark.x32, pytest.mark.optimized]
+pytestmark = [pytest.mark.scripts, pytest.mark.x32, pytest.mark.optimized]
 
 CEILINGS = Ceilings(1e10, {"float32": 1e11, "bfloat16": 1e11})
 TWO = "softmax (150, 3)"  # also part of log_softmax's name

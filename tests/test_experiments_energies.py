@@ -11,7 +11,8 @@ import pytest
 from experiments import energies, logistic
 from experiments._door import InputError, ScriptError
 
-pytestmark = pytest.mark.xdist_group("energies")  # what it runs once, all tests read
+# What it runs once, all tests read.
+pytestmark = [pytest.mark.scripts, pytest.mark.xdist_group("energies")]
 
 
 @pytest.fixture(scope="module")

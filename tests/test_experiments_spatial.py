@@ -9,7 +9,8 @@ import pytest
 from experiments import flat_buffer, spatial
 from experiments._door import InputError
 
-pytestmark = pytest.mark.xdist_group("spatial")  # what it runs once, all tests read
+# What it runs once, all tests read.
+pytestmark = [pytest.mark.scripts, pytest.mark.xdist_group("spatial")]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from experiments import numpy_classifier as classifier
 from experiments._door import ScriptError
 from jaxsoft import cross_entropy, init_mlp, softmax, softmax_jacobian, softmax_vjp
 
-pytestmark = pytest.mark.xdist_group("s1")  # what it runs once, all tests read
+# What it runs once, all tests read.
+pytestmark = [pytest.mark.scripts, pytest.mark.xdist_group("s1")]
 
 STEPS = [0, 1, 10, 100, 1000, 5000]
 LOSSES = {  # mean cross-entropy at STEPS

@@ -29,7 +29,7 @@ from experiments.segmentation.training import batches, confusion, logits_of, los
 from experiments.segmentation.voc import read_mask, voc_folder
 from jaxsoft import cross_entropy
 
-pytestmark = [pytest.mark.x32, pytest.mark.optimized, pytest.mark.xdist_group("segmentation")]
+pytestmark = [pytest.mark.scripts, pytest.mark.x32, pytest.mark.optimized, pytest.mark.xdist_group("segmentation")]
 
 STEPS = 7
 RNG = np.random.default_rng(0)

@@ -29,7 +29,7 @@ from experiments.vocabulary.training import (
     training_batch,
 )
 
-pytestmark = [pytest.mark.x32, pytest.mark.optimized, pytest.mark.xdist_group("vocabulary")]
+pytestmark = [pytest.mark.scripts, pytest.mark.x32, pytest.mark.optimized, pytest.mark.xdist_group("vocabulary")]
 
 STEPS = 7
 NAMES = [f"word{n}" for n in range(40)]
