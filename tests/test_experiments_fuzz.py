@@ -14,7 +14,7 @@ from experiments.fuzz.measured import Measured, Unit, exp, log1p
 
 pytestmark = pytest.mark.optimized
 
-MINUTE = {"seed": 0, "configurations": 4000, "sets": 128}
+MINUTE = {"seed": 0, "configurations": 4000, "sets": 96}
 
 
 def test_a_minute_finds_nothing(tmp_path):
@@ -53,7 +53,7 @@ def test_what_is_wrong_is_found_and_can_be_repeated(what, monkeypatch, tmp_path,
     function, fn = WRONG[what]
     monkeypatch.setattr(jaxsoft, function, fn)
     with pytest.raises(ScriptError, match="programs were wrong or refused"):
-        script.run(script.Config(only=function, out=tmp_path, configurations=200, sets=16))
+        script.run(script.Config(only=function, out=tmp_path, configurations=300, sets=16))
     told = (tmp_path / "failures.txt").read_text()
     program, case, said = re.search(r"--seed 0 --sets 16 --program (\d+) --case (\d+)\n(.*)\n", told).groups()
     capsys.readouterr()
