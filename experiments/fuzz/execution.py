@@ -131,7 +131,12 @@ def differentiated(program: Program, outputs: Callable) -> Callable:
         return jax.vjp(pullback, zeros)[1](tangents)[0]
 
     def jvp_of_grad(variables, constants, cotangents, tangents):
-        return jax.jvp(lambda v: pulled(v, constants)[1](cotangents), (variables,), (tangents,))
+        def value_and_gradients(variables):
+            found, pullback = pulled(variables, constants)
+            return found, pullback(cotangents)
+
+        (_, gradients), (moved, bends) = jax.jvp(value_and_gradients, (variables,), (tangents,))
+        return moved, gradients, bends
 
     def vjp_of_grad(variables, constants, cotangents, tangents):
         return jax.vjp(lambda v: pulled(v, constants)[1](cotangents), variables)[1](tangents)[0]
@@ -161,7 +166,7 @@ def named(program: Program, joined: Any) -> dict[str, np.ndarray]:
     if kind == "transpose":
         return outputs("derivative", joined)
     if kind == "jvp of grad":
-        return gradients("gradient", joined[0]) | gradients("bend", joined[1])
+        return outputs("derivative", joined[0]) | gradients("gradient", joined[1]) | gradients("bend", joined[2])
     return gradients("bend", joined)
 
 
@@ -182,7 +187,7 @@ def sharded(program: Program, fn: Callable, arguments: int) -> Callable:
     if arguments == 4:
         results = {
             "value": outputs, "vjp": (outputs, variables), "grad": (outputs, variables),
-            "linear at 0": (variables, variables), "transpose": outputs, "jvp of grad": (variables, variables),
+            "linear at 0": (variables, variables), "transpose": outputs, "jvp of grad": (outputs, variables, variables),
             "vjp of grad": variables,
         }[program.derivative]  # fmt: skip
     return jax.shard_map(fn, mesh=mesh, in_specs=inputs, out_specs=results)

@@ -36,6 +36,7 @@ def expect(program: Program, values: Values) -> dict[str, Expected]:
             case "transpose":
                 found |= outputs("derivative", case.push())
             case "jvp of grad":
+                found |= outputs("derivative", case.push())
                 found |= gradients("gradient", case.pull(linear=False)) | gradients("bend", case.bend())
             case "vjp of grad":
                 found |= gradients("bend", case.bend())
