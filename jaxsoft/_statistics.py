@@ -58,9 +58,16 @@ class Statistics(NamedTuple):
         return jnp.log1p(surplus + lax.stop_gradient(jnp.maximum(-surplus, 0)))
 
     @property
+    def surprise(self) -> Array:
+        """log Σ_j exp(z_j) − z_label, and its derivative, to full relative precision when the label leads."""
+        # By log_total − label the derivative would be what is left of two ones.
+        lead = jnp.log1p(self.tail * jnp.exp(-jnp.maximum(self.label, -1)))
+        return jnp.where(self.label > -1, lead, self.log_total - self.label)
+
+    @property
     def logsumexp(self) -> Array:
         """log Σ_j exp(z_j): −inf where no class is left, +inf at a logit of +inf."""
-        return jnp.where(jnp.isfinite(self.max), self.max + jnp.log(self.sum), self.max)
+        return jnp.where(self.sum == 0, jnp.log(lax.stop_gradient(self.sum)), self.finite_logsumexp)
 
     @property
     def finite_logsumexp(self) -> Array:
@@ -154,10 +161,10 @@ def block_statistics(
         weights = jnp.broadcast_to(targets.spread, logits.shape)
 
         def surprise(_: Array | int, z: Array, q: Array, largest: Array) -> Array:
-            surprise = largest - z.astype(largest.dtype)
-            # A class without target weight costs nothing, at −inf too; its weight has a derivative all the same.
-            nothing = (q == 0) & (surprise > jnp.finfo(surprise.dtype).max)
-            return q * jnp.where(nothing, 0, surprise)
+            below, held = largest - z.astype(largest.dtype), lax.stop_gradient(q)
+            # q·below, where a class without target weight costs nothing, at −inf too. The second term, which is 0, is the
+            # derivative to the weight: where it does not move it adds nothing, however much the class costs.
+            return held * jnp.where(q == 0, 0, below) + (q - held) * jnp.where(_is_infinite(below), 0, below)
 
         # Never in groups of rows: XLA stores the select, and would store it in both shapes.
         gap = reduce_classes(lax.add, 0, surprise, (logits, weights, largest), axes, apart=True)
@@ -187,15 +194,16 @@ def taking_part(logits: Array, targets: Targets) -> tuple[Array, Targets]:
 
 def position_losses(targets: Targets, statistics: Statistics) -> Array:
     """τ·lse − Σ_j q_j z_j + ζ·lse² of every position, from finished statistics."""
-    # A term without weight costs nothing, not even where it is infinite.
+    # A term without weight costs nothing, not even where it is infinite. Weights do not move: times an infinite loss a
+    # tangent of 0 would be NaN.
+    hot, share, square = lax.stop_gradient((targets.hot, targets.share, targets.square))
     losses = jnp.zeros_like(statistics.tail)
     if targets.label is not None:
-        losses += jnp.where(targets.hot == 0, 0, targets.hot * (statistics.log_total - statistics.label))
+        losses += jnp.where(hot == 0, 0, hot * statistics.surprise)
     if targets.spread is not None:
-        surprise = statistics.spread * statistics.log_total + statistics.gap
-        losses += jnp.where(targets.share == 0, 0, targets.share * surprise)
+        losses += jnp.where(share == 0, 0, share * (statistics.spread * statistics.log_total + statistics.gap))
     if targets.square is not None:
-        losses += jnp.where(targets.square == 0, 0, targets.square * statistics.finite_logsumexp**2)
+        losses += jnp.where(square == 0, 0, square * statistics.finite_logsumexp**2)
     return losses
 
 
@@ -241,8 +249,11 @@ def _logit_gradient(
 
 def scale_gradient(gradient: Array, cotangent: Array, idle: Array | bool = False) -> Array:
     """Their product, but 0 for what takes no part, and where the cotangent is 0 and the gradient infinite."""
-    infinite = jnp.abs(gradient) > jnp.finfo(gradient.dtype).max  # `isinf` itself makes what `debug_infs` stops at
-    return jnp.where(idle | ((cotangent == 0) & infinite), 0, cotangent * gradient)
+    return jnp.where(idle | ((cotangent == 0) & _is_infinite(gradient)), 0, cotangent * gradient)
+
+
+def _is_infinite(array: Array) -> Array:
+    return jnp.abs(array) > jnp.finfo(array.dtype).max  # `isinf` itself makes what `debug_infs` stops at
 
 
 def _at_label(logits: Array, label: Array, axes: tuple[int, ...]) -> Array:

@@ -120,12 +120,14 @@ def _tiled_gradients_jvp(tiling: Tiling, wanted: Variables, primals, tangents):
         # Of the kernel in the dtype to compute in: the gradients of all tiles are summed in that of the variable.
         every = _variables(layer._replace(kernel=layer.kernel.astype(cotangent.dtype)), targets)
 
-        def total(chosen: Variables) -> Array:
+        def total(chosen: Variables) -> tuple[Array, Array]:
             x, w, b, spread = (old if new is None else new for new, old in zip(chosen, every, strict=True))
             changed = layer._replace(features=x, kernel=w, bias=b)
-            return jnp.sum(cotangent * _scanned_losses(tiling, losses, changed, targets._replace(spread=spread)))
+            each = _scanned_losses(tiling, losses, changed, targets._replace(spread=spread))
+            # As a value, times what does not move: times an infinite loss a tangent of 0 would be NaN.
+            return jnp.sum(cotangent * each), jnp.sum(lax.stop_gradient(cotangent) * each)
 
-        total_now, gradients = jax.value_and_grad(total)(
+        gradients, total_now = jax.grad(total, has_aux=True)(
             Variables(*(v if w else None for v, w in zip(every, wanted, strict=True)))
         )
         if gradients.features is not None and tiling.axis_name is not None:  # in the dtype of the loop's
