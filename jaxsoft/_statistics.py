@@ -162,7 +162,7 @@ def block_statistics(
 
         def surprise(_: Array | int, z: Array, q: Array, largest: Array) -> Array:
             below, held = largest - z.astype(largest.dtype), lax.stop_gradient(q)
-            # q·below, where a class without target weight costs nothing, at −inf too. The second term, which is 0, is the
+            # q·below, where a class without target weight costs nothing, at −inf too. The second term is 0 and has the
             # derivative to the weight: where it does not move it adds nothing, however much the class costs.
             return held * jnp.where(q == 0, 0, below) + (q - held) * jnp.where(_is_infinite(below), 0, below)
 

@@ -34,13 +34,13 @@ class CaffeLoss:
 
     def value(self) -> tuple[Expected, Expected]:
         if self.gains is None:
-            each = at_most(self.rows.label_surprise(self.onehot)[..., 0], 126 * math.log(2))
+            each = at_most(self.rows.label_surprise(self.onehot), 126 * math.log(2))
         else:
-            each = (at_most(self.rows.surprise, -math.log(1e-20)) * self.gains).sum()
-        each = where(self.part & ~self.broken, each, 0.0)
-        each = where(self.outside, np.nan, each)
+            each = at_most(self.rows.surprise, -math.log(1e-20)) * self.gains
+        each = where((self.part & ~self.broken)[..., None], each, 0.0)
+        each = where(self.outside[..., None], np.nan, each)
         judged = np.where(some(self.outside), EXACT, np.where(some(self.broken), FREE, EXACT))
-        return Expected(each.sum() * self.scale, judged), self.softmax.value()
+        return Expected(each.sum((-1, -2)) * self.scale, judged), self.softmax.value()  # one sum of all terms
 
     def edges(self, of_loss: Measured, of_probs: Expected, *, first: bool) -> Expected:
         of_loss = where(self.part[..., None] & ~self.broken[..., None], of_loss, 0.0).rounded(self.dtype)
@@ -61,7 +61,10 @@ class CaffeLoss:
     def push(self, v: np.ndarray) -> tuple[Expected, Expected]:
         one = np.ones(len(v))
         slope = self.pull(one, np.zeros_like(v))
-        free = some(some(slope.everywhere == FREE) | self.outside)
+        # Along a logit of −inf the loss is clamped: how it would move is not said.
+        clamped = self.onehot if self.gains is None else self.gains != 0
+        infinite = some(np.isinf(self.rows.surprise.value) & clamped & self.part[..., None])
+        free = some(some(slope.everywhere == FREE) | self.outside | infinite)
         along = where(free[:, None, None], 0.0, slope.number) * v
         return Expected(along.sum((-1, -2)), np.where(free, FREE, EXACT)), self.softmax.push(v)
 
