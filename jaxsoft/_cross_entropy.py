@@ -93,7 +93,7 @@ def cross_entropy(
     a few numbers a position.
 
     Raises:
-        TypeError: logits or targets of a wrong dtype, an option that is not a plain number.
+        TypeError: logits or targets of a wrong dtype, an option that is not a number.
         ValueError: shapes that do not fit, an axis, smoothing or reduction out of range.
 
     Example:

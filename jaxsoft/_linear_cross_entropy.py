@@ -72,7 +72,7 @@ def linear_cross_entropy(
             floating distribution of shape (..., classes), which need not sum to one, or a one-hot over two classes or
             more: all as in `cross_entropy`.
         bias: b of shape (classes,).
-        ignore_index: label of the positions that take no part, nor any time.
+        ignore_index: label of the positions that take no part, nor, to first order, any time.
         weights: weight of each position, or a mask of those that take part; 0 leaves a position out like
             `ignore_index`.
         class_weights: weight of each class, of shape (classes,).
@@ -108,8 +108,9 @@ def linear_cross_entropy(
     differentiated. The gradient of the kernel is summed in float32, over devices too. Training takes memory for
     one tile, the gradients, and a product or two of the kernel's size: see `plan_linear_cross_entropy`.
 
-    Under `jax.vmap` over features and targets alone, as over sequences, all examples are positions of one
-    loss, with gradients formed in the backward pass. In the body of `jax.lax.scan` or `jax.lax.map` every step
+    Under `jax.vmap` over features, and targets and weights where these are mapped, as over sequences, all examples
+    are positions of one loss, with gradients formed in the backward pass. A mapped layer, and `vmap` of a
+    gradient, have a kernel gradient for each example. In the body of `jax.lax.scan` or `jax.lax.map` every step
     would keep its gradients: wrap the body in `jax.checkpoint`.
 
     Products are computed in the wider dtype of features and kernel (cast the kernel to compute in bfloat16),

@@ -32,7 +32,7 @@ class Plan(NamedTuple):
         return (
             f"{self.tiles} tile{plural} of {self.rows} positions: {self.flops / 1e9:,.1f} GFLOP for the loss, "
             f"{self.training_flops / 1e9:,.1f} with its gradients; {tile} for a tile and {gradients} for gradients, "
-            f"in place of {unfused} for all logits"
+            f"in place of {unfused} for all logits and their gradient"
         )
 
 
@@ -71,7 +71,7 @@ def plan_linear_cross_entropy(
         >>> from jaxsoft import plan_linear_cross_entropy
         >>> print(plan_linear_cross_entropy(4096, 4096, 128_256, "bfloat16"))
         16 tiles of 256 positions: 4,303.6 GFLOP for the loss, 12,910.7 with its gradients; 250.5 MiB for a tile and
-        2,036.0 MiB for gradients, in place of 4,008.0 MiB for all logits
+        2,036.0 MiB for gradients, in place of 4,008.0 MiB for all logits and their gradient
     """
     sizes = {"positions": positions, "features": features, "classes": classes}
     for name, size in sizes.items():

@@ -160,14 +160,14 @@ def block_statistics(
         spread = reduce_classes(lax.add, 0, lambda _, q: q, (targets.spread,), axes)
         weights = jnp.broadcast_to(targets.spread, logits.shape)
 
-        def surprise(_: Array | int, z: Array, q: Array, largest: Array) -> Array:
+        def cost(_: Array | int, z: Array, q: Array, largest: Array) -> Array:
             below, held = largest - z.astype(largest.dtype), lax.stop_gradient(q)
             # q·below, where a class without target weight costs nothing, at −inf too. The second term is 0 and has the
             # derivative to the weight: where it does not move it adds nothing, however much the class costs.
             return held * jnp.where(q == 0, 0, below) + (q - held) * jnp.where(_is_infinite(below), 0, below)
 
         # Never in groups of rows: XLA stores the select, and would store it in both shapes.
-        gap = reduce_classes(lax.add, 0, surprise, (logits, weights, largest), axes, apart=True)
+        gap = reduce_classes(lax.add, 0, cost, (logits, weights, largest), axes, apart=True)
         sums += [jnp.broadcast_to(spread, gap.shape), gap]
     if axis_name is not None:  # one all-reduce for them all
         packed = sum_shards(jnp.concatenate(sums, axes[-1]), axis_name)
@@ -196,13 +196,14 @@ def position_losses(targets: Targets, statistics: Statistics) -> Array:
     """τ·lse − Σ_j q_j z_j + ζ·lse² of every position, from finished statistics."""
     # A term without weight costs nothing, not even where it is infinite. Weights do not move: times an infinite loss a
     # tangent of 0 would be NaN.
-    hot, share, square = lax.stop_gradient((targets.hot, targets.share, targets.square))
+    hot, share = lax.stop_gradient((targets.hot, targets.share))
     losses = jnp.zeros_like(statistics.tail)
     if targets.label is not None:
         losses += jnp.where(hot == 0, 0, hot * statistics.surprise)
     if targets.spread is not None:
         losses += jnp.where(share == 0, 0, share * (statistics.spread * statistics.log_total + statistics.gap))
     if targets.square is not None:
+        square = lax.stop_gradient(targets.square)
         losses += jnp.where(square == 0, 0, square * statistics.finite_logsumexp**2)
     return losses
 
@@ -219,9 +220,9 @@ def block_gradients(
     to_logits = jnp.where(idle, 0, _logit_gradient(logits, targets, statistics, axes, cotangent))
     if targets.label is not None:
         return to_logits, None
-    surprise = statistics.log_total + (statistics.max - logits.astype(statistics.max.dtype))
-    surprise = jnp.where(cast(Array, targets.variable), surprise, 0)  # which a class at −inf makes infinite
-    return to_logits, scale_gradient(surprise, cotangent * targets.share, targets.share == 0)
+    to_weights = statistics.log_total + (statistics.max - logits.astype(statistics.max.dtype))
+    to_weights = jnp.where(cast(Array, targets.variable), to_weights, 0)  # which a class at −inf makes infinite
+    return to_logits, scale_gradient(to_weights, cotangent * targets.share, targets.share == 0)
 
 
 def _logit_gradient(

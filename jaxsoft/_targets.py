@@ -20,8 +20,8 @@ REDUCTIONS = get_args(Reduction)
 class Targets(NamedTuple):
     """The weights q_j = hot·[j = label] + share·spread_j of one loss per position, and that of its z-loss.
 
-    Arrays have the logits' rank; all but `spread` have length one along the class axis. What is None is absent. A
-    position takes part in a term whose weight is not 0: weights decide that, never the cotangent of a loss.
+    Arrays have the logits' rank; all but `spread` and `variable` have length one along the class axis. What is None is
+    absent. A position takes part in a term whose weight is not 0: weights decide that, never the cotangent of a loss.
     """
 
     label: Array | None = None  # index of the label within the block, possibly outside of it

@@ -84,6 +84,7 @@ def tiled_gradients(
     def step(rows: Array, carry: tuple[Array, Variables]) -> tuple[Array, Variables]:
         total, (to_features, to_kernel, to_bias, to_spread) = carry
         x, t, c = _take(rows, (layer.features, targets, cotangent))
+        x = jnp.where(t.idle, 0, x)  # by a class weight of 0 too, and then its features may be NaN
         logits, to_products = jax.vjp(lambda products: _to_logits(products, layer), _products(tiling, x, layer))
         statistics = block_statistics(logits, (1,), t, tiling.axis_name)
         total += jnp.sum(c * position_losses(t, statistics))
@@ -147,7 +148,7 @@ def _scanned_losses(tiling: Tiling, losses: Callable[..., Any], layer: Layer, ta
     @jax.checkpoint
     def tile(rows: Array) -> Array:
         x, t = _take(rows, (layer.features, targets))
-        x = jnp.where(t.share == 0, 0, x)  # the loops leave these rows out
+        x = jnp.where(t.idle, 0, x)  # the loops leave most of these rows out
         products = _products(tiling, x, layer._replace(kernel=layer.kernel.astype(x.dtype)))
         return losses(_to_logits(products, layer), t, 1, tiling.axis_name)
 

@@ -25,10 +25,10 @@ def is_optimized(item):
     return item.get_closest_marker("optimized") is not None
 
 
-@pytest.fixture(autouse=True)
-def compilation(request):
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of a module, which compile too
+def pytest_runtest_setup(item):
     """Most of XLA's optimizations take time and change no result: only what is marked `optimized` has them."""
-    unoptimized = not is_optimized(request.node)
+    unoptimized = not is_optimized(item)
     if jax.config.read("jax_disable_most_optimizations") != unoptimized:
         jax.config.update("jax_disable_most_optimizations", unoptimized)
         jax.clear_caches()  # whose keys leave it out

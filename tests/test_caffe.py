@@ -451,6 +451,14 @@ def test_infogain_matrix_is_a_constant_of_any_shape_with_classes_squared_entries
     assert not gradient.any()
 
 
+def test_a_bad_label_is_nan_among_thousands():
+    """The clamp keeps a NaN, which XLA's vectorised maximum took for the other argument."""
+    labels = np.zeros((6001, 1), np.int32)
+    labels[4321] = 7
+    for fn in (caffe.softmax_with_loss, jax.jit(caffe.softmax_with_loss)):
+        assert np.isnan(fn(jnp.zeros((6001, 3, 1), jnp.float32), labels)[0])
+
+
 def test_infogain_bad_label_is_nan_there_and_an_error_under_checked():
     logits = RNG.normal(size=(2, 3))
     fn = jax.value_and_grad(lambda z: caffe.infogain_loss(z, np.array([-1, 2]), GAINS)[0])

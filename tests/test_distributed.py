@@ -25,7 +25,7 @@ from experiments.vocabulary.__main__ import run as run_alone
 pytestmark = [pytest.mark.scripts, pytest.mark.x32, pytest.mark.optimized, pytest.mark.xdist_group("distributed")]
 
 STEPS = 50
-PATIENCE = 60
+PATIENCE = 120
 
 
 @pytest.fixture(scope="module")

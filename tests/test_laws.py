@@ -16,7 +16,7 @@ DISTRIBUTION = rng.dirichlet(np.ones(5), 6)
 X, W, B = (rng.normal(size=shape) for shape in ((6, 3), (3, 5), (5,)))
 EACH = {"reduction": "none", "memory_budget": 4 * 2 * 8 * 5}  # tiles of four positions and of two
 
-# name: (function of its variables, which the pullback is linear in the cotangent for)
+# name: (function, the variables at which its pullback is taken)
 FUNCTIONS = {
     "softmax": (softmax, (Z,)),
     "log_softmax": (log_softmax, (Z,)),
@@ -182,6 +182,50 @@ def test_a_target_without_class_weight_is_no_variable():
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.x32
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("margin", [0.5, 20.0, 80.0, 200.0])
+def test_the_tangent_of_a_loss_keeps_its_digits_where_the_label_leads(margin, linear, reduction):
+    """Σ p_j (v_j − v_label) over the other classes, never the difference of two ones."""
+    z, v = jnp.array([[margin, 0.0, -1.0]]), jnp.array([[0.7, -0.4, 1.1]])
+    eye = jnp.eye(3, dtype=jnp.float32)
+
+    def loss(z):
+        if linear:
+            return jnp.sum(linear_cross_entropy(z, eye, jnp.array([0]), reduction=reduction))
+        return jnp.sum(cross_entropy(z, jnp.array([0]), reduction=reduction))
+
+    _, (moved, _) = jax.jvp(jax.value_and_grad(loss), (z,), (v,))
+    others = np.exp(np.asarray(z[0, 1:] - z[0, 0], np.float64))
+    expected = np.sum(others * (np.asarray(v[0, 1:], np.float64) - float(v[0, 0]))) / (1 + np.sum(others))
+    np.testing.assert_allclose(moved, expected, rtol=2e-6, atol=1e-38)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("kind", ["label", "distribution"])
+def test_the_tangent_of_an_infinite_loss_is_finite(kind, linear):
+    """As its gradient: a class at −inf that has target mass."""
+    bias, x = jnp.asarray(B).at[2].set(-jnp.inf), jnp.asarray(X)
+    targets = jnp.array([2, 0, 1, 2, 3, 4]) if kind == "label" else jnp.asarray(DISTRIBUTION)
+
+    def loss(x):
+        if linear:
+            return linear_cross_entropy(x, W, targets, bias, z_loss=0.1)
+        return cross_entropy(x @ W, targets, where=jnp.isfinite(bias), z_loss=0.1)
+
+    v = jnp.cos(x)
+    (value, gradient), (moved, _) = jax.jvp(jax.value_and_grad(loss), (x,), (v,))
+    assert np.isposinf(value)
+    np.testing.assert_allclose(moved, jnp.vdot(gradient, v), rtol=1e-12)
+
+
+def test_the_tangent_of_logsumexp_where_no_class_is_left():
+    z = jnp.array([[-jnp.inf, -jnp.inf], [1.0, 2.0]])
+    _, moved = jax.jvp(lambda z: jax.vjp(logsumexp, z)[0], (z,), (jnp.ones((2, 2)),))
+    np.testing.assert_allclose(moved, [0, 1])
+
+
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("smoothing", [0, 0.1])
@@ -200,6 +244,22 @@ def test_the_tangent_of_a_loss_is_its_gradient_times_the_tangent(smoothing, line
     _, gradients = jax.value_and_grad(loss, (0, 1))(*variables)
     _, (of_value, _) = jax.jvp(jax.value_and_grad(loss, (0, 1)), variables, tangents)
     np.testing.assert_allclose(of_value, sum(map(jnp.vdot, gradients, tangents)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("derivatives", [1, 2])
+def test_features_of_a_label_without_class_weight_may_be_anything(derivatives):
+    """Its position has no weight, and no part in the kernel's gradient."""
+    class_weights, x = jnp.array([1.0, 1, 0, 2, 1]), jnp.asarray(X)
+    labels = jnp.array([2, 0, 1, 2, 3, 4])
+
+    def gradient(x):
+        loss = lambda w: linear_cross_entropy(x, w, labels, class_weights=class_weights)  # noqa: E731
+        if derivatives == 1:
+            return jax.grad(loss)(jnp.asarray(W))
+        return jax.jvp(jax.grad(loss), (jnp.asarray(W),), (jnp.cos(W),))[1]
+
+    dirty = x.at[jnp.array([0, 3])].set(jnp.array([[jnp.nan], [jnp.inf]]))
+    np.testing.assert_allclose(gradient(dirty), gradient(x), rtol=1e-12, atol=1e-15)
 
 
 def test_the_kernels_gradient_keeps_its_digits_over_a_million_positions():

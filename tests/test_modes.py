@@ -205,7 +205,7 @@ REMOVED = {  # what takes classes away has infinities of its own
 CALLS = {**DIFFERENTIABLE, **OTHERS, **REMOVED}
 
 
-def outcome(name):
+def outcome(name, compiled=True):
     """The result and the gradients of a random cotangent to every floating argument."""
     fn, *arguments = CALLS[name]
     arguments = jax.tree.map(jnp.asarray, arguments)
@@ -220,14 +220,13 @@ def outcome(name):
     def of_floats(*floats):
         return fn(*(o if f is None else f for f, o in zip(floats, others, strict=True)))
 
-    @jax.jit
     def result_and_gradients(*floats):
         result, pullback = jax.vjp(of_floats, *floats)
         rng = np.random.default_rng(1)
         cotangent = jax.tree.map(lambda r: jnp.asarray(rng.normal(size=r.shape), r.dtype), result)
         return result, pullback(cotangent)
 
-    return result_and_gradients(*floating)
+    return (jax.jit(result_and_gradients) if compiled else result_and_gradients)(*floating)
 
 
 @pytest.fixture(autouse=True)
@@ -248,7 +247,7 @@ def expected(name):
 def test_a_valid_call_has_its_result_in_every_mode(name, mode):
     right = expected(name)
     with within(m for m in MODES[mode] if m is not INFS or name not in REMOVED):
-        result = outcome(name)
+        result = outcome(name, compiled=NANS not in MODES[mode])  # of what is compiled only results are looked at
     tolerance = 2e-2 if "half precision" in name else 2e-6
 
     def compare(result, right):

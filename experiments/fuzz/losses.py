@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.fuzz.formulas import EXACT, FREE, NOT_FINITE, Expected, Rows, finite, some
@@ -223,7 +224,13 @@ class Layer:
 
         def taken(number: Measured, x: Measured, w: Measured) -> tuple[Measured, Measured, Measured]:
             stored = where(usable, number, 0.0).rounded(self.product)
-            return stored @ w.transposed, x.transposed @ stored, stored.transposed.sum()
+            pair = stored @ w.transposed, x.transposed @ stored
+            if (
+                jnp.dtype(self.product) == jnp.float16
+            ):  # which XLA's CPU multiplies as such: terms round to subnormal numbers
+                for product, terms in zip(pair, stored.value.shape[:-3:-1], strict=True):
+                    product.error = product.error + Unit.of(self.product).tiny / 4 * np.sqrt(terms)
+            return *pair, stored.transposed.sum()
 
         features, kernel, bias = taken(inner, self.x, self.w)
         if beside is not None:
