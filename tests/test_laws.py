@@ -306,6 +306,18 @@ def test_a_position_that_takes_no_part_is_still_in_second_derivatives(bad):
 
 
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_the_targets_of_padding_are_still_in_second_derivatives(bad):
+    weights, clean, t = jnp.array([1.0, 0, 1, 1, 1, 1]), jnp.asarray(Z), jnp.asarray(DISTRIBUTION)
+
+    def moved(t, z):
+        gradient = jax.grad(lambda z: cross_entropy(z, t, weights=weights, reduction="sum"))(z)
+        return jnp.vdot(gradient, jnp.cos(clean))
+
+    found, expected = (jax.grad(moved)(t, z) for z in (clean.at[1].set(bad), clean))
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
 @pytest.mark.parametrize("targets", [LABELS, DISTRIBUTION], ids=["labels", "distributions"])
 def test_padding_is_still_in_second_derivatives_inside_a_scan(targets, bad):
     """There JAX drops a `custom_jvp` after reverse mode: what holds padding still is no such rule."""
