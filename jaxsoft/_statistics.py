@@ -160,14 +160,18 @@ def block_statistics(
         spread = reduce_classes(lax.add, 0, lambda _, q: q, (targets.spread,), axes)
         weights = jnp.broadcast_to(targets.spread, logits.shape)
 
-        def cost(_: Array | int, z: Array, q: Array, largest: Array) -> Array:
+        def weighted(_: Array | int, z: Array, q: Array, largest: Array) -> Array:
             below, held = largest - z.astype(largest.dtype), lax.stop_gradient(q)
-            # q·below, where a class without target weight costs nothing, at −inf too. The second term is 0 and has the
-            # derivative to the weight: where it does not move it adds nothing, however much the class costs.
-            return held * jnp.where(q == 0, 0, below) + (q - held) * jnp.where(_is_infinite(below), 0, below)
+            # A class without target weight costs nothing, at −inf too.
+            cost = held * jnp.where(q == 0, 0, below)
+            if targets.label is not None:  # smoothing, which does not move
+                return cost
+            # What is added is 0 and has the derivative to a target: where that does not move it adds nothing, however
+            # much the class costs.
+            return cost + (q - held) * jnp.where(_is_infinite(below), 0, below)
 
         # Never in groups of rows: XLA stores the select, and would store it in both shapes.
-        gap = reduce_classes(lax.add, 0, cost, (logits, weights, largest), axes, apart=True)
+        gap = reduce_classes(lax.add, 0, weighted, (logits, weights, largest), axes, apart=True)
         sums += [jnp.broadcast_to(spread, gap.shape), gap]
     if axis_name is not None:  # one all-reduce for them all
         packed = sum_shards(jnp.concatenate(sums, axes[-1]), axis_name)

@@ -238,7 +238,7 @@ def multinomial_logistic_loss(probs: Float[ArrayLike, "..."], labels: Labels) ->
 def _at_least(x: Array, floor: float) -> Array:
     """The larger of the two, differentiated as if there were no floor: Caffe clamps no gradient."""
     # What is added is 0: its derivative stands in where JAX drops the rule, inside a scan.
-    finite = jnp.where(x == -jnp.inf, 0, x)
+    finite = jnp.where(x < jnp.finfo(x.dtype).min, 0, x)
     return jnp.where(x < floor, floor + (finite - jax.lax.stop_gradient(finite)), x)
 
 
