@@ -164,7 +164,7 @@ def block_statistics(
             below, held = largest - z.astype(largest.dtype), lax.stop_gradient(q)
             # A class without target weight costs nothing, at −inf too.
             cost = held * jnp.where(q == 0, 0, below)
-            if targets.label is not None:  # smoothing, which does not move
+            if targets.label is not None or only_reduced:  # smoothing does not move, nor what has a rule of its own
                 return cost
             # What is added is 0 and has the derivative to a target: where that does not move it adds nothing, however
             # much the class costs.
