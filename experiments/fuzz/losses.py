@@ -225,9 +225,8 @@ class Layer:
         def taken(number: Measured, x: Measured, w: Measured) -> tuple[Measured, Measured, Measured]:
             stored = where(usable, number, 0.0).rounded(self.product)
             pair = stored @ w.transposed, x.transposed @ stored
-            if (
-                jnp.dtype(self.product) == jnp.float16
-            ):  # which XLA's CPU multiplies as such: terms round to subnormal numbers
+            # XLA's CPU multiplies float16 as such: terms round to its subnormal numbers.
+            if jnp.dtype(self.product) == jnp.float16:
                 for product, terms in zip(pair, stored.value.shape[:-3:-1], strict=True):
                     product.error = product.error + Unit.of(self.product).tiny / 4 * np.sqrt(terms)
             return *pair, stored.transposed.sum()
