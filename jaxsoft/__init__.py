@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from jaxsoft import caffe, energy
 from jaxsoft._checks import checked
+from jaxsoft._cpu import NativeKernels, native_kernels
 from jaxsoft._cross_entropy import cross_entropy
 from jaxsoft._diagnosis import Diagnosis, diagnose_gradient
 from jaxsoft._linear_cross_entropy import linear_cross_entropy
@@ -15,6 +16,7 @@ __version__ = version("jaxsoft")
 
 __all__ = [
     "Diagnosis",
+    "NativeKernels",
     "Plan",
     "apply_mlp",
     "caffe",
@@ -26,6 +28,7 @@ __all__ = [
     "linear_cross_entropy",
     "log_softmax",
     "logsumexp",
+    "native_kernels",
     "plan_linear_cross_entropy",
     "softmax",
     "softmax_jacobian",

@@ -176,8 +176,3 @@ def as_option(name: str, value: Option, options: Sequence[Option]) -> Option:
     if value not in options:
         raise ValueError(f"{name}: expected {', '.join(map(repr, options[:-1]))} or {options[-1]!r}, got {value!r}")
     return value
-
-
-def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype to reduce in: half precision is summed in float32."""
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)

@@ -7,20 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from jaxsoft._checks import as_axis, as_floating, as_mask, as_option, check_values, compute_dtype
+from jaxsoft._checks import as_axis, as_floating, as_mask, as_option, check_values
+from jaxsoft._dtypes import compute_dtype
 from jaxsoft._shards import AxisName, all_classes, as_axis_name
-from jaxsoft._statistics import (
-    Statistics,
-    block_gradients,
-    block_statistics,
-    position_losses,
-    taking_part,
-)
+from jaxsoft._statistics import losses
 from jaxsoft._targets import (
     REDUCTIONS,
     Options,
     Reduction,
-    Targets,
     as_targets,
     read_options,
     read_targets,
@@ -152,27 +146,3 @@ def _cross_entropy(
         logits = jnp.where(options.where, logits, -jnp.inf)
     check_values("logits", logits, ~jnp.isnan(logits) | (read.share == 0), "a number")
     return reduce_losses(cast(Array, losses(logits, read, axis, axis_name)), reduction, count, axis)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def losses(logits: Array, targets: Targets, axis: int, axis_name: AxisName) -> Array:
-    """The loss of each position; every reduction is an ordinary function of them."""
-    return position_losses(targets, block_statistics(logits, (axis,), targets, axis_name, reused="nothing"))
-
-
-def _losses_fwd(logits: Array, targets: Targets, axis: int, axis_name: AxisName):
-    moving, of_moving = taking_part(logits, targets)
-    statistics = block_statistics(moving, (axis,), of_moving, axis_name)
-    return position_losses(targets, statistics), (logits, targets, statistics)
-
-
-def _losses_bwd(
-    axis: int, axis_name: AxisName, residuals: tuple[Array, Targets, Statistics], cotangent: Array
-) -> tuple[Array, Targets]:
-    logits, targets, statistics = residuals
-    to_logits, to_spread = block_gradients(logits, targets, statistics, (axis,), cotangent)
-    # None is JAX's word for a zero cotangent: labels, weights and smoothing are no variables.
-    return to_logits.astype(logits.dtype), Targets(spread=to_spread)
-
-
-losses.defvjp(_losses_fwd, _losses_bwd)

@@ -18,11 +18,11 @@ from jaxsoft._checks import (
     as_option,
     broadcast,
     check_values,
-    compute_dtype,
     is_checking,
 )
-from jaxsoft._mapping import mapped_by
+from jaxsoft._dtypes import compute_dtype
 from jaxsoft._plan import MEMORY_BUDGET, tile_rows
+from jaxsoft._primitive import as_primitive
 from jaxsoft._shards import AxisName, all_classes, as_axis_name, vary, varying
 from jaxsoft._statistics import scale_gradient
 from jaxsoft._targets import (
@@ -159,7 +159,7 @@ def linear_cross_entropy(
         options = options._replace(weights=broadcast("weights", jnp.asarray(weights), x.shape[:-1]))
     cap = None if soft_cap is None else jnp.asarray(as_number("soft_cap", soft_cap, 0, above=True), wide)
     heat = as_number("temperature", temperature, 0, above=True)
-    return _linear_cross_entropy(
+    (loss,) = _linear_cross_entropy(
         Inputs(
             Layer(
                 x.astype(dtype),
@@ -179,6 +179,7 @@ def linear_cross_entropy(
             axis_name,
         ),
     )
+    return loss
 
 
 def _check_kernel(shape: tuple[int, ...], width: int, class_axis: int) -> None:
@@ -211,7 +212,7 @@ class Static(NamedTuple):
     examples: int = 0  # leading axes that enumerate losses, not positions of one
 
 
-def _map_examples(size: int, axes: Inputs, inputs: Inputs, static: Static) -> tuple[Array, int] | None:
+def _map_examples(size: int, axes: Inputs, inputs: Inputs, static: Static) -> tuple[tuple[Array], tuple[int]] | None:
     """Examples of one layer are more positions, with a loss for each.
 
     Mapped as it stands, the loss would keep a gradient of the kernel for each example. None where more than features,
@@ -229,12 +230,12 @@ def _map_examples(size: int, axes: Inputs, inputs: Inputs, static: Static) -> tu
     layer = inputs.layer._replace(features=lead(inputs.layer.features, axes.layer.features))
     options = inputs.options._replace(weights=lead(inputs.options.weights, axes.options.weights))
     mapped = Inputs(layer, lead(inputs.targets, axes.targets), options)
-    return _linear_cross_entropy(mapped, static._replace(examples=static.examples + 1)), 0
+    return _linear_cross_entropy(mapped, static._replace(examples=static.examples + 1)), (0,)
 
 
-@mapped_by(_map_examples)
+@as_primitive(_map_examples)
 @functools.partial(jax.jit, static_argnums=1)
-def _linear_cross_entropy(inputs: Inputs, static: Static) -> Array:
+def _linear_cross_entropy(inputs: Inputs, static: Static) -> tuple[Array]:
     (features, kernel, bias, _, _), targets, options = inputs
     leading, width, classes = features.shape[:-1], features.shape[-1], kernel.shape[static.class_axis]
     dtype = compute_dtype(features.dtype)
@@ -254,7 +255,7 @@ def _linear_cross_entropy(inputs: Inputs, static: Static) -> Array:
     )
     positions = math.prod(leading)
     if positions == 0:
-        return jnp.zeros(leading if static.reduction == "none" else leading[: static.examples], dtype)
+        return (jnp.zeros(leading if static.reduction == "none" else leading[: static.examples], dtype),)
     flat = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), read)
     layer = inputs.layer._replace(features=features.reshape(positions, width))
     check_values("features", layer.features, ~(jnp.isnan(layer.features) & (flat.share != 0)), "a number")
@@ -270,10 +271,10 @@ def _linear_cross_entropy(inputs: Inputs, static: Static) -> Array:
         check_values("logits", products, ~jnp.isnan(products), "numbers: features @ kernel + bias is none")
     if static.reduction == "none" or static.examples:
         losses = cast(Array, _losses(program, layer, flat)).reshape(*leading, 1)
-        return reduce_losses(losses, static.reduction, count, len(leading), static.examples)
+        return (reduce_losses(losses, static.reduction, count, len(leading), static.examples),)
     # Divided by the count at the end: float16 could not hold a position's share of a gradient.
     total = cast(Array, _total(program, layer, flat))
-    return total if count is None else total / count.reshape(())
+    return (total if count is None else total / count.reshape(()),)
 
 
 class Program(NamedTuple):

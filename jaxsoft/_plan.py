@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax.core import min_dim
 from jaxtyping import DTypeLike
 
-from jaxsoft._checks import as_integer, as_option, compute_dtype
-from jaxsoft._reductions import is_known
+from jaxsoft._checks import as_integer, as_option
+from jaxsoft._dtypes import compute_dtype
 from jaxsoft._targets import REDUCTIONS, Reduction
 
 MEMORY_BUDGET = 256 * 2**20
@@ -98,7 +98,7 @@ def plan_linear_cross_entropy(
 
 def tile_rows(positions: int, classes: int, dtype: jnp.dtype, distributions: bool, memory_budget: int) -> int:
     """Positions in a tile: as many as the budget allows, shared evenly; of unknown sizes the most that may be."""
-    if not is_known(classes):
+    if not isinstance(classes, int):  # but a symbol of `jax.export`, which serves every size
         most = MOST_ROWS
     else:
         row_bytes = bytes_of_row(classes, dtype, distributions)
@@ -108,7 +108,7 @@ def tile_rows(positions: int, classes: int, dtype: jnp.dtype, distributions: boo
                 f"got {memory_budget}"
             )
         most = min(memory_budget // row_bytes, MOST_ROWS)
-    if not is_known(positions):
+    if not isinstance(positions, int):
         return min_dim(positions, most)
     tiles = -(-positions // most)
     return -(-positions // tiles)

@@ -6,15 +6,14 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from jaxsoft._checks import as_axes, as_floating, as_mask, check_values, compute_dtype
-from jaxsoft._reductions import dot_classes, reduce_classes
+from jaxsoft import _cpu
+from jaxsoft._checks import as_axes, as_floating, as_mask, check_values
+from jaxsoft._dtypes import widen
+from jaxsoft._platform import Axes, from_end, on
 from jaxsoft._shards import AxisName, as_axis_name, sum_shards
-from jaxsoft._statistics import Statistics, block_exponentials, block_statistics
-
-Axes = tuple[int, ...]
+from jaxsoft._statistics import Statistics, block_statistics, scaled_exponentials
 
 
 def softmax(
@@ -84,9 +83,19 @@ def _softmax(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, Array]:
-    statistics = block_statistics(logits, axes, axis_name=axis_name)
-    probs = _block_probs(logits, statistics, axes).astype(logits.dtype)
+    if axis_name is None:
+        (probs,) = _probs((logits,), from_end(axes, logits))
+    else:
+        statistics = block_statistics(logits, axes, axis_name=axis_name)
+        probs = scaled_exponentials(logits, statistics.largest, 1 / statistics.total, axes)
     return probs, probs
+
+
+@on(cpu=_cpu.softmax)
+def _probs(arrays: tuple[Array], axes: Axes) -> tuple[Array]:
+    (logits,) = arrays
+    statistics = block_statistics(logits, axes)
+    return ((jnp.exp(widen(logits) - statistics.largest) / statistics.total).astype(logits.dtype),)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -139,10 +148,18 @@ def softmax_vjp(
     if s.shape != g.shape:
         raise ValueError(f"cotangent: expected the shape of probs {s.shape}, got {g.shape}")
     axes = as_axes(axis, s.ndim)
-    dtype = compute_dtype(s.dtype)
-    wide_s, wide_g = s.astype(dtype), g.astype(dtype)
-    dot = sum_shards(dot_classes(wide_s, wide_g, axes), as_axis_name(axis_name, "probs", s))
-    return (wide_s * (wide_g - dot)).astype(s.dtype)
+    axis_name = as_axis_name(axis_name, "probs", s)
+    if axis_name is None:
+        return _pulled_back((s, g), from_end(axes, s))[0]
+    dot = sum_shards(jnp.sum(widen(s) * widen(g), axes, keepdims=True), axis_name)
+    return (widen(s) * (widen(g) - dot)).astype(s.dtype)
+
+
+@on(cpu=_cpu.softmax_vjp)
+def _pulled_back(arrays: tuple[Array, Array], axes: Axes) -> tuple[Array]:
+    s, g = map(widen, arrays)
+    dot = jnp.sum(s * g, axes, keepdims=True)
+    return ((s * (g - dot)).astype(arrays[0].dtype),)
 
 
 def softmax_jacobian(probs: Float[ArrayLike, "*batch classes"]) -> Float[Array, "*batch classes classes"]:
@@ -233,21 +250,43 @@ def _log_softmax(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _log_softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, tuple[Array, Statistics]]:
-    statistics = block_statistics(logits, axes, axis_name=axis_name, reused="logits")
-    log_probs = logits.astype(statistics.max.dtype) - statistics.max - jnp.log(statistics.total)
-    return log_probs.astype(logits.dtype), (logits, statistics)
+def _log_softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, tuple[Array, Array, Array]]:
+    if axis_name is None:
+        log_probs, largest, total = _log_probs((logits,), from_end(axes, logits))
+    else:
+        statistics = block_statistics(logits, axes, axis_name=axis_name)
+        largest, total = statistics.largest, statistics.total
+        log_probs = (widen(logits) - largest - jnp.log(total)).astype(logits.dtype)
+    return log_probs, (logits, largest, total)
+
+
+@on(cpu=_cpu.log_softmax)
+def _log_probs(arrays: tuple[Array], axes: Axes) -> tuple[Array, Array, Array]:
+    (logits,) = arrays
+    statistics = block_statistics(logits, axes)
+    log_probs = widen(logits) - statistics.largest - jnp.log(statistics.total)
+    return log_probs.astype(logits.dtype), statistics.largest, statistics.total
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _log_softmax_bwd(
-    axes: Axes, axis_name: AxisName, residuals: tuple[Array, Statistics], cotangent: Array
+    axes: Axes, axis_name: AxisName, residuals: tuple[Array, Array, Array], cotangent: Array
 ) -> tuple[Array]:
-    logits, statistics = residuals
-    g = cotangent.astype(statistics.max.dtype)
-    summed = sum_shards(reduce_classes(lax.add, 0, lambda _, g: g, (g,), axes), axis_name)
+    if axis_name is None:
+        return _log_pulled_back((*residuals, cotangent), from_end(axes, cotangent))
+    logits, largest, total = residuals
+    g = widen(cotangent)
+    summed = sum_shards(jnp.sum(g, axes, keepdims=True), axis_name)
+    minus_one = -jnp.ones_like(summed)
+    return (scaled_exponentials(logits, largest, -summed / total, axes, share=minus_one, spread=g),)
+
+
+@on(cpu=_cpu.log_softmax_vjp)
+def _log_pulled_back(arrays: tuple[Array, ...], axes: Axes) -> tuple[Array]:
+    logits, largest, total, g = map(widen, arrays)
     # From the logits, not from the result: rounded to half precision its exponentials would not sum to one.
-    return ((g - _block_probs(logits, statistics, axes) * summed).astype(logits.dtype),)
+    probs = jnp.exp(logits - largest) / total
+    return ((g - probs * jnp.sum(g, axes, keepdims=True)).astype(arrays[0].dtype),)
 
 
 _log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
@@ -303,7 +342,7 @@ def _logsumexp(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _logsumexp_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, tuple[Array, Statistics]]:
-    statistics = block_statistics(logits, axes, axis_name=axis_name, reused="nothing")
+    statistics = block_statistics(logits, axes, axis_name=axis_name)
     return statistics.logsumexp.astype(logits.dtype), (logits, statistics)
 
 
@@ -313,16 +352,11 @@ def _logsumexp_bwd(
 ) -> tuple[Array]:
     logits, statistics = residuals
     # Where no class is left nothing moves, whatever the cotangent.
-    g = jnp.where(statistics.sum == 0, 0, cotangent.astype(statistics.max.dtype))
-    return ((_block_probs(logits, statistics, axes) * g).astype(logits.dtype),)
+    g = jnp.where(statistics.exp_sum == 0, 0, widen(cotangent))
+    return (scaled_exponentials(logits, statistics.largest, g / statistics.total, axes),)
 
 
 _logsumexp.defvjp(_logsumexp_fwd, _logsumexp_bwd)
-
-
-def _block_probs(logits: Array, statistics: Statistics, axes: Axes) -> Array:
-    """softmax(z) of a block in the dtype to compute in."""
-    return block_exponentials(logits, statistics.max, None, axes) / statistics.total
 
 
 def _prepare(

@@ -6,45 +6,44 @@ For one position with logits z, target weights q_j (see `Targets`), τ = Σ_j q_
     ∂loss/∂z_j = (τ + 2ζ·lse)·p_j − q_j
 
 Every loss and normaliser in this package comes from `block_statistics`, every gradient to logits from
-`block_exponentials`, but for softmax, which keeps its output alone.
+`scaled_exponentials`, but for those of softmax and log_softmax.
 Arrays of statistics keep the class axes with length one, so they broadcast against the logits.
 """
 
-from typing import Any, Literal, NamedTuple, cast
+import functools
+from typing import Any, NamedTuple, cast
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoft._reductions import is_cut, is_known, is_narrow, reduce_classes
+from jaxsoft import _cpu
+from jaxsoft._dtypes import widen
+from jaxsoft._platform import Axes, from_end, on
 from jaxsoft._shards import AxisName, max_shards, sum_shards
 from jaxsoft._targets import Targets
-
-# Bytes above which the C library hands out new pages for each array: touching them takes longer than exponentials,
-# and those of the sum are best kept for the gradient.
-LARGE = 32 * 2**20
 
 
 class Statistics(NamedTuple):
     """Sums over the classes of a block, relative to its largest logit m; None where no target asks for one."""
 
-    max: Array  # m, above −inf
+    largest: Array  # m, above −inf
     tail: Array  # Σ_j exp(z_j − m) over every class but the label
     label: Any = None  # z_label − m
     spread: Any = None  # Σ_j spread_j
     gap: Any = None  # Σ_j spread_j (m − z_j)
 
     @property
-    def sum(self) -> Array:
+    def exp_sum(self) -> Array:
         """Σ_j exp(z_j − m): at least 1, or 0 where no class is left."""
         return self.tail if self.label is None else self.tail + jnp.exp(self.label)
 
     @property
     def total(self) -> Array:
         """The sum, but a little above 0 where no class is left, for no division to meet a zero."""
-        # Rounding absorbs what is added to 1 or more. Unlike a maximum, which some of XLA's CPU kernels take to be
-        # the other argument, it keeps a NaN.
-        return self.sum + jnp.finfo(self.tail.dtype).eps / 8
+        # Rounding absorbs what is added to 1 or more. Unlike a maximum it keeps a NaN on every platform.
+        return self.exp_sum + jnp.finfo(self.tail.dtype).eps / 8
 
     @property
     def log_total(self) -> Array:
@@ -67,118 +66,68 @@ class Statistics(NamedTuple):
     @property
     def logsumexp(self) -> Array:
         """log Σ_j exp(z_j): −inf where no class is left, +inf at a logit of +inf."""
-        return jnp.where(self.sum == 0, jnp.log(lax.stop_gradient(self.sum)), self.finite_logsumexp)
+        return jnp.where(self.exp_sum == 0, jnp.log(lax.stop_gradient(self.exp_sum)), self.finite_logsumexp)
 
     @property
     def finite_logsumexp(self) -> Array:
         """lse, or 0 where no class is left and nothing is to be drawn towards 0."""
-        lse = jnp.where(jnp.isfinite(self.max), self.max + jnp.log(self.total), self.max)
-        return jnp.where(self.sum == 0, 0, lse)
+        lse = jnp.where(jnp.isfinite(self.largest), self.largest + jnp.log(self.total), self.largest)
+        return jnp.where(self.exp_sum == 0, 0, lse)
 
 
-def block_exponentials(
-    logits: Array, largest: Array, label: Array | None, axes: tuple[int, ...], *, stored: bool = True
-) -> Array:
-    """exp(z_j − m), with the label's own term left out.
-
-    Forward and backward share it, so under one `jit` the compiler may compute it once. On the CPU the form of
-    the mask decides whether it does: XLA fuses arithmetic with the sum, but no comparison. `stored` says whether
-    anything but a sum reads them.
-    """
-    exponentials = jnp.exp(logits.astype(largest.dtype) - largest)
-    if label is None:
-        return exponentials
-    (axis,) = axes
-    axis %= logits.ndim
-    # A comparison keeps the exponentials from the sum's kernel: right where they are stored anyway and large enough to
-    # be worth reading again, or where they are not large and the kernel is slow, because the classes are not last.
-    large = is_known(exponentials.nbytes) and exponentials.nbytes > LARGE
-    compared = large if stored else not large and axis < logits.ndim - 1
-    if compared:
-        return jnp.where(_at_label(logits, label, (axis,)), 0, exponentials)
-    # Integers are faster where the exponentials are stored and slower for the sum alone, but needed for more classes
-    # than a float can count.
-    countable = is_known(logits.shape[axis]) and logits.shape[axis] <= 1 / jnp.finfo(largest.dtype).eps
-    dtype = largest.dtype if countable and not stored else label.dtype
-    # Numbered in integers and then converted: a float32 iota becomes part of XLA's CPU reduction, where jaxlib 0.11.2
-    # and 0.12.0.1, if it has fewer than 16 elements, fill only as many as an earlier program had: losses come out
-    # wrong.
-    classes = lax.broadcast_in_dim(lax.iota(label.dtype, logits.shape[axis]).astype(dtype), logits.shape, (axis,))
-    return exponentials * jnp.minimum(jnp.abs(classes - label.astype(dtype)), 1).astype(largest.dtype)
+def block_statistics(logits: Array, axes: Axes, targets: Targets = Targets(), axis_name: AxisName = None) -> Statistics:
+    """What a block of classes contributes to the loss of each position, summed over the shards of `axis_name`."""
+    label, spread = targets.label, targets.spread
+    of_block, tail, *rest = _block_sums((logits, label, spread), from_end(axes, logits))
+    of_block = lax.stop_gradient(of_block)  # no result depends on the shift
+    largest = max_shards(of_block, axis_name)
+    below = of_block - largest
+    sums = [tail if axis_name is None else tail * jnp.exp(below)]
+    if label is not None:
+        (axis,) = axes
+        relative = rest.pop(0) - largest
+        inside = (label >= 0) & (label < logits.shape[axis])  # of one shard; a label in none has no weight, or NaN
+        sums.append(relative if axis_name is None else jnp.where(inside, relative, 0))
+    if spread is not None:
+        weight, gap = rest
+        sums += [weight, gap if axis_name is None else gap - jnp.where(weight == 0, 0, weight * below)]
+    if axis_name is not None:  # one all-reduce for them all
+        sums = jnp.split(sum_shards(jnp.concatenate(sums, axes[-1]), axis_name), len(sums), axes[-1])
+    tail, *rest = sums
+    return Statistics(largest, tail, rest.pop(0) if label is not None else None, *rest)
 
 
-def block_statistics(
-    logits: Array,
-    axes: tuple[int, ...],
-    targets: Targets = Targets(),
-    axis_name: AxisName = None,
-    *,
-    reused: Literal["exponentials", "logits", "nothing"] = "exponentials",
-) -> Statistics:
-    """What a block of classes contributes to the loss of each position, summed over the shards of `axis_name`.
+@on(cpu=_cpu.statistics)
+def _block_sums(arrays: tuple[Array, Array | None, Array | None], axes: Axes) -> tuple[Array, ...]:
+    """m, the tail, and where the targets have such the logit of the label, Σ_j spread_j and Σ_j spread_j (m − z_j)."""
+    logits, label, spread = arrays
+    largest = _largest(logits, axes)
+    z = widen(logits)
+    exponentials = jnp.exp(z - largest)
+    if label is not None:
+        exponentials = jnp.where(_at_label(logits, label, axes), 0, exponentials)
+    sums = [largest, jnp.sum(exponentials, axes, keepdims=True)]
+    if label is not None:
+        (axis,) = axes
+        index = jnp.clip(label, 0, logits.shape[axis] - 1)
+        sums.append(jnp.take_along_axis(z, index, axis, mode="promise_in_bounds"))
+    if spread is not None:
+        below, held = largest - z, lax.stop_gradient(spread)
+        # A class without target weight costs nothing, at −inf too. What is added is 0 and has the derivative to a
+        # target: where that does not move it adds nothing, however much the class costs.
+        cost = held * jnp.where(spread == 0, 0, below) + (spread - held) * jnp.where(_is_infinite(below), 0, below)
+        weight, gap = (jnp.sum(terms, axes, keepdims=True) for terms in (spread, cost))
+        sums += [jnp.broadcast_to(weight, gap.shape), gap]
+    return tuple(sums)
 
-    `reused` is what will be read again: the exponentials by softmax and by a gradient, which are best stored but in
-    half precision along rows that are cut, the logits by log_softmax, nothing where only statistics are wanted. Half
-    precision is widened inside each expression that reads it, which leaves XLA the choice not to store it; its maximum
-    is exact as it is.
-    """
-    # Every result is independent of the shift, so its derivative is dropped. Reducing from the lowest
-    # finite number keeps it finite without one more operation, which XLA's CPU fusions would not take.
+
+def _largest(logits: Array, axes: Axes) -> Array:
+    """The largest logit or, where none is left, the lowest finite number, from which exp(−inf) is still 0."""
     lowest = jnp.finfo(logits.dtype).min
-    only_reduced = reused == "nothing"
-    constant = lax.stop_gradient(logits)
-    largest = reduce_classes(lax.max, lowest, lambda _, z: z, (constant,), axes, only_reduced=only_reduced)
+    largest = jnp.max(lax.stop_gradient(logits), axes, keepdims=True, initial=lowest)
     if largest.shape == logits.shape:  # XLA takes a reduction of one element for that element
         largest = jnp.maximum(largest, float(lowest))
-    largest = max_shards(largest, axis_name)
-
-    # Stored exponentials of half-precision logits take twice the logits' bytes. Where rows are cut they are computed
-    # once for the sum and once for the result: runs have another shape, so XLA does not merge the two. Not beside
-    # spread, for which XLA would store the widened logits.
-    recomputed = (
-        is_narrow(logits) and axes == (logits.ndim - 1,) and is_cut(logits.shape[-1]) and targets.spread is None
-    )
-    if reused == "exponentials" and not recomputed:
-        stored = block_exponentials(logits, largest, targets.label, axes)
-        sums = [reduce_classes(lax.add, 0, lambda _, e: e, (stored,), axes)]
-    else:
-        from_end = tuple(axis - logits.ndim for axis in axes)  # the views that are reduced differ in rank
-
-        def exponentials(first: Array | int, z: Array, largest: Array, label: Array | None = None) -> Array:
-            return block_exponentials(z, largest, None if label is None else label - first, from_end, stored=False)
-
-        arrays = (logits, largest) if targets.label is None else (logits, largest, targets.label)
-        lse_alone = targets.label is None and targets.spread is None
-        sums = [reduce_classes(lax.add, 0, exponentials, arrays, axes, read_once=lse_alone, only_reduced=only_reduced)]
-    if targets.label is not None:
-        (axis,) = axes
-        # A label in no block has no logit; its weight, 0 or NaN, decides what becomes of any other.
-        index = jnp.clip(targets.label, 0, logits.shape[axis] - 1)
-        label = jnp.take_along_axis(logits, index, axis, mode="promise_in_bounds").astype(largest.dtype) - largest
-        sums.append(label if axis_name is None else jnp.where(index == targets.label, label, 0))
-    if targets.spread is not None:
-        spread = reduce_classes(lax.add, 0, lambda _, q: q, (targets.spread,), axes)
-        weights = jnp.broadcast_to(targets.spread, logits.shape)
-
-        def weighted(_: Array | int, z: Array, q: Array, largest: Array) -> Array:
-            below, held = largest - z.astype(largest.dtype), lax.stop_gradient(q)
-            # A class without target weight costs nothing, at −inf too.
-            cost = held * jnp.where(q == 0, 0, below)
-            if targets.label is not None or only_reduced:  # smoothing does not move, nor what has a rule of its own
-                return cost
-            # What is added is 0 and has the derivative to a target: where that does not move it adds nothing, however
-            # much the class costs.
-            return cost + (q - held) * jnp.where(_is_infinite(below), 0, below)
-
-        # Never in groups of rows: XLA stores the select, and would store it in both shapes.
-        gap = reduce_classes(lax.add, 0, weighted, (logits, weights, largest), axes, apart=True)
-        sums += [jnp.broadcast_to(spread, gap.shape), gap]
-    if axis_name is not None:  # one all-reduce for them all
-        packed = sum_shards(jnp.concatenate(sums, axes[-1]), axis_name)
-        sums = jnp.split(packed, len(sums), axes[-1])
-    tail, *rest = sums
-    label = rest.pop(0) if targets.label is not None else None
-    return Statistics(largest, tail, label, *rest)
+    return widen(largest)
 
 
 def taking_part(logits: Array, targets: Targets) -> tuple[Array, Targets]:
@@ -194,6 +143,30 @@ def taking_part(logits: Array, targets: Targets) -> tuple[Array, Targets]:
 
     is_distribution = targets.label is None
     return held(logits), targets._replace(spread=held(cast(Array, targets.spread))) if is_distribution else targets
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def losses(logits: Array, targets: Targets, axis: int, axis_name: AxisName) -> Array:
+    """The loss of each position; every reduction is an ordinary function of them."""
+    return position_losses(targets, block_statistics(logits, (axis,), targets, axis_name))
+
+
+def _losses_fwd(logits: Array, targets: Targets, axis: int, axis_name: AxisName):
+    moving, of_moving = taking_part(logits, targets)
+    statistics = block_statistics(moving, (axis,), of_moving, axis_name)
+    return position_losses(targets, statistics), (logits, targets, statistics)
+
+
+def _losses_bwd(
+    axis: int, axis_name: AxisName, residuals: tuple[Array, Targets, Statistics], cotangent: Array
+) -> tuple[Array, Targets]:
+    logits, targets, statistics = residuals
+    to_logits, to_spread = block_gradients(logits, targets, statistics, (axis,), cotangent)
+    # None is JAX's word for a zero cotangent: labels, weights and smoothing are no variables.
+    return to_logits, Targets(spread=to_spread)
+
+
+losses.defvjp(_losses_fwd, _losses_bwd)
 
 
 def position_losses(targets: Targets, statistics: Statistics) -> Array:
@@ -213,43 +186,75 @@ def position_losses(targets: Targets, statistics: Statistics) -> Array:
 
 
 def block_gradients(
-    logits: Array, targets: Targets, statistics: Statistics, axes: tuple[int, ...], cotangent: Array
+    logits: Array, targets: Targets, statistics: Statistics, axes: Axes, cotangent: Array
 ) -> tuple[Array, Array | None]:
     """The gradients of Σ cotangent·loss to the logits of a block, and to the weights of a distribution: −log p_j.
 
-    A position without weight has none, whatever its logits and its cotangent: padding may be NaN.
+    A position without weight has none, whatever its logits and its cotangent: padding may be NaN. At the label
+    τ·p_y − q_y is never formed by subtracting from one: 1 − p_y is the other classes' sum.
     """
     idle, (logits, targets) = targets.idle, taking_part(logits, targets)
     cotangent = jnp.where(idle, 0, cotangent)
-    to_logits = jnp.where(idle, 0, _logit_gradient(logits, targets, statistics, axes, cotangent))
+    mass = jnp.zeros_like(statistics.tail)  # τ + 2ζ·lse but for the label's own weight
+    if targets.square is not None:
+        mass += cotangent * 2 * targets.square * statistics.finite_logsumexp
+    share = None
+    if targets.spread is not None:
+        share = cotangent * targets.share
+        mass += share * statistics.spread
+    hot, at_label = 0, None
+    if targets.label is not None:
+        hot = cotangent * targets.hot
+        at_label = (mass * jnp.exp(statistics.label) - hot * statistics.tail) / statistics.total
+    to_logits = scaled_exponentials(
+        logits,
+        statistics.largest,
+        (mass + hot) / statistics.total,
+        axes,
+        idle,
+        targets.label,
+        at_label,
+        share,
+        targets.spread,
+    )
     if targets.label is not None:
         return to_logits, None
-    to_weights = statistics.log_total + (statistics.max - logits.astype(statistics.max.dtype))
+    to_weights = statistics.log_total + (statistics.largest - widen(logits))
     to_weights = jnp.where(cast(Array, targets.variable), to_weights, 0)  # which a class at −inf makes infinite
     return to_logits, scale_gradient(to_weights, cotangent * targets.share, targets.share == 0)
 
 
-def _logit_gradient(
-    logits: Array, targets: Targets, statistics: Statistics, axes: tuple[int, ...], cotangent: Array
+def scaled_exponentials(
+    logits: Array,
+    largest: Array,
+    factor: Array,
+    axes: Axes,
+    idle: Array | None = None,
+    label: Array | None = None,
+    at_label: Array | None = None,
+    share: Array | None = None,
+    spread: Array | None = None,
 ) -> Array:
-    """At the label τ·p_y − q_y is never formed by subtracting from one: 1 − p_y is the other classes' sum."""
-    total = statistics.total
-    mass = jnp.zeros_like(total)  # τ + 2ζ·lse but for the label's own weight
-    if targets.square is not None:
-        mass += cotangent * 2 * targets.square * statistics.finite_logsumexp
-    if targets.spread is not None:
-        mass += cotangent * targets.share * statistics.spread
-    exponentials = block_exponentials(logits, statistics.max, targets.label, axes)
-    if targets.label is None:
-        gradient = exponentials * (mass / total)
-    else:
-        hot = cotangent * targets.hot
-        at_label = (mass * jnp.exp(statistics.label) - hot * statistics.tail) / total
-        gradient = exponentials * ((mass + hot) / total)
-        gradient = jnp.where(_at_label(logits, targets.label, axes), at_label, gradient)
-    if targets.spread is not None:
-        gradient -= cotangent * targets.share * targets.spread
-    return gradient
+    """exp(z_j − m)·factor − share·spread_j, but `at_label` in place of the product at the label, and 0 where idle.
+
+    In the logits' dtype. What is absent is left out.
+    """
+    of_positions = jax.tree.map(lambda a: jnp.broadcast_to(a, largest.shape), (factor, idle, label, at_label, share))
+    (result,) = _scaled_exponentials((logits, largest, *of_positions, spread), from_end(axes, logits))
+    return result
+
+
+@on(cpu=_cpu.gradient)
+def _scaled_exponentials(arrays: tuple[Array | None, ...], axes: Axes) -> tuple[Array]:
+    logits, largest, factor, idle, label, at_label, share, spread = arrays
+    result = jnp.exp(widen(logits) - largest) * factor
+    if label is not None:
+        result = jnp.where(_at_label(logits, label, axes), at_label, result)
+    if spread is not None:
+        result -= share * spread
+    if idle is not None:
+        result = jnp.where(idle, 0, result)
+    return (result.astype(logits.dtype),)
 
 
 def scale_gradient(gradient: Array, cotangent: Array, idle: Array | bool = False) -> Array:
@@ -261,7 +266,7 @@ def _is_infinite(array: Array) -> Array:
     return jnp.abs(array) > jnp.finfo(array.dtype).max  # `isinf` itself makes what `debug_infs` stops at
 
 
-def _at_label(logits: Array, label: Array, axes: tuple[int, ...]) -> Array:
+def _at_label(logits: Array, label: Array, axes: Axes) -> Array:
     """A mask by comparison, not a scatter: it fuses on every platform."""
     (axis,) = axes
-    return lax.broadcasted_iota(label.dtype, logits.shape, axis) == label
+    return lax.broadcasted_iota(label.dtype, logits.shape, axis % logits.ndim) == label

@@ -10,10 +10,9 @@ from jax import lax
 from jax.core import max_dim, min_dim
 from jaxtyping import Array
 
-from jaxsoft._checks import compute_dtype
-from jaxsoft._cross_entropy import losses
+from jaxsoft._dtypes import compute_dtype
 from jaxsoft._shards import AxisName, unsharded, vary, varying
-from jaxsoft._statistics import block_gradients, block_statistics, position_losses
+from jaxsoft._statistics import block_gradients, block_statistics, losses, position_losses
 from jaxsoft._targets import Targets
 
 
@@ -55,7 +54,7 @@ def tiled_losses(tiling: Tiling, layer: Layer, targets: Targets) -> Array:
     def step(rows: Array, losses: Array) -> Array:
         x, t = _take(rows, (layer.features, targets))
         logits = _to_logits(_products(tiling, x, layer), layer)
-        statistics = block_statistics(logits, (1,), t, tiling.axis_name, reused="nothing")
+        statistics = block_statistics(logits, (1,), t, tiling.axis_name)
         return losses.at[rows].set(position_losses(t, statistics), mode="drop")
 
     # With no gradients to add up for each tile, small ones that stay in a cache are faster.

@@ -18,8 +18,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoft import _softmax
-from jaxsoft._checks import as_axis, as_floating, as_integer, check_values, compute_dtype, is_checking
+from jaxsoft._checks import as_axis, as_floating, as_integer, check_values, is_checking
 from jaxsoft._cross_entropy import cross_entropy
+from jaxsoft._dtypes import compute_dtype
 from jaxsoft._targets import equals
 
 __all__ = ["infogain_loss", "multinomial_logistic_loss", "softmax", "softmax_with_loss"]
