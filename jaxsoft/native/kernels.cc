@@ -1,0 +1,1 @@
+namespace { int unused = 0; } namespace JAXSOFT_ISA { int f() { return unused; } }

@@ -1,0 +1,72 @@
+// What the kernels compute, and in which pieces; free of XLA.
+#pragma once
+
+#include <cstdint>
+
+namespace jaxsoft {
+
+// A row-major array around its class axes: every pair of an outer and an inner index is a position, a vector of
+// `classes` numbers that lie `inner` apart.
+struct Shape {
+  int64_t outer, classes, inner;
+};
+
+enum class Dtype { kFloat32, kFloat64, kBfloat16, kFloat16 };
+
+enum class Op { kStatistics, kGradient, kSoftmax, kLogSoftmax, kSoftmaxVjp, kLogSoftmaxVjp };
+
+// One call of a handler. Half precision is computed in float; what has one number a position (max, factor, ...) and
+// the spread are of that compute dtype. Absent arrays are null.
+struct Call {
+  Op op;
+  Dtype dtype;
+  Shape shape;
+  const void* logits = nullptr;  // of softmax_vjp the probabilities
+  const void* cotangent = nullptr;
+  const void* spread = nullptr;
+  int64_t spread_rows = 0;  // rows of `classes` that consecutive outer indices share; 0: one weight a logit
+  const int32_t* label = nullptr;
+  const bool* idle = nullptr;
+  const void *max = nullptr, *total = nullptr, *factor = nullptr, *at_label = nullptr, *share = nullptr;
+  void* result = nullptr;
+  void *max_out = nullptr, *sum_out = nullptr, *label_out = nullptr, *spread_out = nullptr, *gap_out = nullptr;
+};
+
+// How an array is cut into tiles, from its shape alone. A tile is a matrix of classes × positions, brought into a
+// cache, widened and, where it has several outer indices, transposed. Its positions are summed side by side in vector
+// lanes, each in the order of its classes, so no sum depends on what else is in the tile. Where there are too few
+// positions for that, `fold` consecutive classes lie side by side as well and their sums are added up at the end.
+struct Plan {
+  int64_t outers, width, fold;  // outer indices, inner indices, folded classes of a tile
+  int64_t blocks, strips;       // tiles along outer and inner
+  int64_t classes, chunks;      // classes of a tile; its positions are finished at once if they are all
+  int64_t lanes, size;          // of a tile, both padded to whole vectors
+
+  Plan(Op op, Shape shape);
+};
+
+enum class Stage {
+  kAll,                 // of tiles that hold all classes; of others, one after another:
+  kMax, kMergeMax,      // the largest logit of each tile, of each position
+  kSum, kMergeSum,      // sums likewise
+  kWrite,               // the result
+};
+
+// Runs a stage over pieces [begin, end): tiles, or positions where stages merge. `scratch` is the thread's own,
+// `partials` holds 4 numbers for each tile's positions and is shared. Both are allocated by the caller.
+using Kernel = void (*)(const Call&, const Plan&, Stage, int64_t begin, int64_t end, void* scratch, void* partials);
+
+inline constexpr int kPartials = 4;  // max, sum, spread, gap
+inline int64_t scratch_size(const Plan& plan) { return 2 * plan.size + 9 * plan.lanes; }
+
+// The same source, compiled for each instruction set.
+#define JAXSOFT_DECLARE(isa) \
+  namespace isa {            \
+  void run(const Call&, const Plan&, Stage, int64_t, int64_t, void*, void*); \
+  }
+JAXSOFT_DECLARE(baseline)
+JAXSOFT_DECLARE(avx2)
+JAXSOFT_DECLARE(avx512)
+#undef JAXSOFT_DECLARE
+
+}  // namespace jaxsoft
