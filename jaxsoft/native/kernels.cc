@@ -1,1 +1,496 @@
-namespace { int unused = 0; } namespace JAXSOFT_ISA { int f() { return unused; } }
+// The kernels, once for each instruction set. Every loop over lanes is written for the compiler to vectorise; nothing
+// here may come from the standard library's templates, whose copy for one instruction set could be linked for another.
+#include "kernels.h"
+
+#include <float.h>
+#include <math.h>
+
+namespace jaxsoft::JAXSOFT_ISA {
+namespace {
+
+template <class To, class From>
+inline To bits_of(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ---- Half precision, in integers: the same for every instruction set, and denormals survive flush-to-zero.
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(Bfloat16 x) { return bits_of<float>(uint32_t{x.bits} << 16); }
+inline float widen(Float16 x) {
+  const uint32_t sign = (uint32_t{x.bits} & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
+  const uint32_t normal = (magnitude << 13) + (112u << 23), special = (magnitude << 13) | 0x7f800000u;
+  const uint32_t denormal = bits_of<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  return bits_of<float>(sign | (magnitude < 0x400u ? denormal : magnitude < 0x7c00u ? normal : special));
+}
+
+template <class T, class C>
+inline T narrow(C x) {  // to nearest, ties to even
+  if constexpr (sizeof(T) == sizeof(C)) {
+    return x;
+  } else {
+    const uint32_t bits = bits_of<uint32_t>(x), magnitude = bits & 0x7fffffffu, sign = (bits >> 16) & 0x8000u;
+    uint32_t half;
+    if constexpr (__is_same(T, Bfloat16)) {
+      half = magnitude > 0x7f800000u ? 0x7fc0u : (magnitude + 0x7fffu + ((magnitude >> 16) & 1u)) >> 16;
+    } else {
+      const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+      const uint32_t denormal = bits_of<uint32_t>(bits_of<float>(magnitude) + 0.5f) - 0x3f000000u;
+      half = magnitude < 0x38800000u ? denormal : magnitude < 0x47800000u ? normal : 0x7c00u;
+      half = magnitude > 0x7f800000u ? 0x7e00u : half;
+    }
+    return T{static_cast<uint16_t>(sign | half)};
+  }
+}
+
+// ---- The exponential.
+
+template <class C>
+struct Exp;
+
+template <>
+struct Exp<float> {
+  using Bits = uint32_t;
+  static constexpr int kMantissa = 23, kBias = 127;
+  static constexpr float kRound = 0x1.8p23f, kLog2e = 0x1.715476p0f, kLn2Hi = 0x1.62e4p-1f, kLn2Lo = 0x1.7f7d1cp-20f;
+  static constexpr float kLowest = -87.33654f;
+  // Minimax for (exp(r) − 1 − r) / r² on |r| ≤ ln 2 / 2, within 4e-9 of exp(r).
+  static constexpr float kTerms[] = {0x1.6a23cep-10f, 0x1.123a2p-7f, 0x1.5558f2p-5f, 0x1.555492p-3f, 0x1.fffffcp-2f};
+};
+
+template <>
+struct Exp<double> {
+  using Bits = uint64_t;
+  static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr double kRound = 0x1.8p52, kLog2e = 0x1.71547652b82fep0;
+  static constexpr double kLn2Hi = 0x1.62e42fefa38p-1, kLn2Lo = 0x1.ef35793c7673p-45;
+  static constexpr double kLowest = -708.39641853226;
+  static constexpr double kTerms[] = {1. / 6227020800, 1. / 479001600, 1. / 39916800, 1. / 3628800,
+                                      1. / 362880,     1. / 40320,     1. / 5040,     1. / 720,
+                                      1. / 120,        1. / 24,        1. / 6,        1. / 2};
+};
+
+// exp(x) for x ≤ 0 within about an ulp: x = n ln 2 + r. 0 where it would be below the smallest normal number.
+template <class C>
+inline C exponential(C x) {
+  using E = Exp<C>;
+  using Bits = typename E::Bits;
+  const C rounded = x * E::kLog2e + E::kRound;  // n is in its last bits
+  const C n = rounded - E::kRound;
+  const C r = (x - n * E::kLn2Hi) - n * E::kLn2Lo;
+  C q = E::kTerms[0];
+#pragma GCC unroll 16
+  for (unsigned i = 1; i < sizeof(E::kTerms) / sizeof(C); ++i) q = q * r + E::kTerms[i];
+  const C mantissa = 1 + (r + r * r * q);
+  const C power = bits_of<C>((bits_of<Bits>(rounded) << E::kMantissa) + (Bits{E::kBias} << E::kMantissa));
+  return x < E::kLowest ? 0 : mantissa * power;  // a product, for NaN to stay
+}
+
+template <class T>
+struct Compute {
+  using Type = float;
+};
+template <>
+struct Compute<double> {
+  using Type = double;
+};
+
+inline float logarithm(float x) { return logf(x); }
+inline double logarithm(double x) { return log(x); }
+
+// ---- A tile.
+
+template <class T>
+class Tile {
+  using C = typename Compute<T>::Type;
+  static constexpr C kEpsilon = sizeof(C) == 4 ? C(FLT_EPSILON) : C(DBL_EPSILON);
+  static constexpr C kLowest = sizeof(C) == 8           ? C(-DBL_MAX)
+                               : __is_same(T, float)    ? C(-FLT_MAX)
+                               : __is_same(T, Bfloat16) ? C(-0x1.fep127)
+                                                        : C(-65504);
+
+ public:
+  Tile(const Call& call, const Plan& plan, void* scratch, void* partials)
+      : call_(call), plan_(plan), partials_(static_cast<C*>(partials)) {
+    C* next = static_cast<C*>(scratch);
+    C** tiles[] = {&a_, &b_};
+    C** lanes[] = {&max_, &sum_, &spread_, &gap_, &part_, &scale_, &share_, &idle_, &extra_};
+    for (C** tile : tiles) *tile = next, next += plan.size;
+    for (C** lane : lanes) *lane = next, next += plan.lanes;
+  }
+
+  void run(Stage stage, int64_t index) {
+    locate(index);
+    switch (stage) {
+      case Stage::kAll:
+        if (maximises()) load_logits(), find_max();
+        if (sums()) load_summands(), find_sums(), report();
+        if (call_.result) write(false);
+        break;
+      case Stage::kMax:
+        load_logits(), find_max();
+        save(max_, 0);
+        break;
+      case Stage::kSum:
+        if (maximises()) load_logits(), restore(max_, 0);
+        load_summands(), find_sums();
+        save(sum_, 1), save(spread_, 2), save(gap_, 3);
+        break;
+      case Stage::kWrite:
+        restore(max_, 0), restore(sum_, 1);
+        write(true);
+        break;
+      case Stage::kMergeMax:
+        merge(0, [](C x, C y) __attribute__((always_inline)) { return largest(x, y); });
+        break;
+      case Stage::kMergeSum:
+        for (int i = 1; i < kPartials; ++i) merge(i, [](C x, C y) __attribute__((always_inline)) { return x + y; });
+        restore(max_, 0), restore(sum_, 1), restore(spread_, 2), restore(gap_, 3);
+        report();
+        break;
+    }
+  }
+
+ private:
+  bool maximises() const {
+    return call_.op == Op::kStatistics || call_.op == Op::kSoftmax || call_.op == Op::kLogSoftmax;
+  }
+  bool sums() const { return call_.op != Op::kGradient; }
+
+  static C largest(C x, C y) { return (y <= x) | (x != x) ? x : y; }  // NaN where either is
+
+  void locate(int64_t index) {
+    const Shape& shape = call_.shape;
+    chunk_ = index % plan_.chunks, index /= plan_.chunks;
+    const int64_t strip = index % plan_.strips, block = index / plan_.strips;
+    outer_ = block * plan_.outers, outers_ = smaller(plan_.outers, shape.outer - outer_);
+    inner_ = strip * plan_.width, width_ = smaller(plan_.width, shape.inner - inner_);
+    class_ = chunk_ * plan_.classes, classes_ = smaller(plan_.classes, shape.classes - class_);
+    positions_ = outers_ * width_;
+    lanes_ = plan_.fold > 1 ? plan_.fold * width_ : (positions_ + 15) / 16 * 16;
+    pitch_ = plan_.fold > 1 ? width_ : lanes_;
+    size_ = (classes_ * pitch_ + lanes_ - 1) / lanes_ * lanes_;
+    first_ = outer_ * shape.inner + inner_;
+  }
+
+  int64_t offset(int64_t outer, int64_t c, int64_t i = 0) const {  // in the whole array, from indices of the tile
+    return ((outer_ + outer) * call_.shape.classes + class_ + c) * call_.shape.inner + inner_ + i;
+  }
+
+  // ---- Between memory and the tile. With one outer index a line of lanes is contiguous in memory.
+
+  int64_t line_length(int64_t line) const {
+    return plan_.fold > 1 ? smaller(lanes_, classes_ * width_ - line * lanes_) : width_;
+  }
+  int64_t line_stride() const { return plan_.fold > 1 ? lanes_ : call_.shape.inner; }
+
+  template <class U>
+  void load(const U* from, C* tile, C padding) {
+    if (outers_ == 1) {
+      from += offset(0, 0);
+      for (int64_t line = 0; line * lanes_ < size_; ++line, from += line_stride(), tile += lanes_) {
+        const int64_t length = line_length(line);
+#pragma omp simd
+        for (int64_t l = 0; l < length; ++l) tile[l] = widen(from[l]);
+        for (int64_t l = length; l < lanes_; ++l) tile[l] = padding;
+      }
+      return;
+    }
+    from += offset(0, 0);
+    const int64_t row = call_.shape.classes * width_;
+    for (int64_t c = 0; c < classes_; ++c) {
+      C* to = tile + c * pitch_;
+      if (width_ == 1) {
+        for (int64_t o = 0; o < outers_; ++o) to[o] = widen(from[o * row + c]);
+      } else {
+        for (int64_t o = 0; o < outers_; ++o)
+          for (int64_t i = 0; i < width_; ++i) to[o * width_ + i] = widen(from[o * row + c * width_ + i]);
+      }
+      for (int64_t l = positions_; l < lanes_; ++l) to[l] = padding;
+    }
+  }
+
+  template <class F>
+  void store(F value) {
+    T* to = static_cast<T*>(call_.result) + offset(0, 0);
+    if (outers_ == 1) {
+      for (int64_t line = 0; line * lanes_ < size_; ++line, to += line_stride()) {
+        const int64_t length = line_length(line), start = line * lanes_;
+#pragma omp simd
+        for (int64_t l = 0; l < length; ++l) to[l] = narrow<T>(value(start + l, l));
+      }
+      return;
+    }
+    each([&](int64_t e, int64_t l) __attribute__((always_inline)) { a_[e] = value(e, l); });
+    const int64_t row = call_.shape.classes * width_;
+    for (int64_t o = 0; o < outers_; ++o)
+      for (int64_t c = 0; c < classes_; ++c)
+        for (int64_t i = 0; i < width_; ++i)
+          to[o * row + c * width_ + i] = narrow<T>(a_[c * pitch_ + o * width_ + i]);
+  }
+
+  void load_logits() { load(static_cast<const T*>(call_.logits), a_, C(-INFINITY)); }
+  void load_cotangent() { load(static_cast<const T*>(call_.cotangent), b_, C(0)); }
+
+  void load_spread() {
+    const C* spread = static_cast<const C*>(call_.spread);
+    if (call_.spread_rows == 0) return load(spread, b_, C(0));
+    const int64_t sharing = call_.shape.outer / call_.spread_rows;
+    for (int64_t e = 0; e < size_; ++e) b_[e] = 0;
+    for (int64_t o = 0; o < outers_; ++o) {
+      const C* row = spread + (outer_ + o) / sharing * call_.shape.classes + class_;
+      for (int64_t c = 0; c < classes_; ++c)
+        for (int64_t i = 0; i < width_; ++i) b_[c * pitch_ + o * width_ + i] = row[c];
+    }
+  }
+
+  void load_summands() {
+    if (call_.op == Op::kSoftmaxVjp) load_logits();
+    if (call_.op == Op::kSoftmaxVjp || call_.op == Op::kLogSoftmaxVjp) load_cotangent();
+    if (call_.op == Op::kStatistics && call_.spread) load_spread();
+  }
+
+  // ---- Reductions.
+
+  template <class F>
+  void each(F body) {
+    for (int64_t start = 0; start < size_; start += lanes_) {
+#pragma omp simd
+      for (int64_t l = 0; l < lanes_; ++l) body(start + l, l);
+    }
+  }
+
+  // Brings the folded classes' lanes together; every fold then holds the result.
+  template <class F>
+  void unfold(C* x, F combine) {
+    for (int64_t half = lanes_ / 2; half >= width_ && plan_.fold > 1; half /= 2) {
+#pragma omp simd
+      for (int64_t l = 0; l < half; ++l) x[l] = combine(x[l], x[half + l]);
+      if (half == width_) break;
+    }
+    repeat(x);
+  }
+
+  void repeat(C* x) {  // of the positions, for every fold
+    for (int64_t l = positions_; l < lanes_ && plan_.fold > 1; l *= 2) {
+#pragma omp simd
+      for (int64_t i = 0; i < l; ++i) x[l + i] = x[i];
+    }
+  }
+
+  void find_max() {
+    for (int64_t l = 0; l < lanes_; ++l) max_[l] = kLowest;
+    each([this](int64_t e, int64_t l) __attribute__((always_inline)) { max_[l] = largest(max_[l], a_[e]); });
+    unfold(max_, [](C x, C y) __attribute__((always_inline)) { return largest(x, y); });
+  }
+
+  // Sums of up to 64 terms are summed in turn: what rounding a long row's sum would gather stays small.
+  template <class F>
+  void sum(C* to, F term) {
+    C* part = part_;
+    for (int64_t l = 0; l < lanes_; ++l) to[l] = 0;
+    for (int64_t block = 0; block < size_; block += 64 * lanes_) {
+      for (int64_t l = 0; l < lanes_; ++l) part[l] = 0;
+      for (int64_t start = block; start < smaller(size_, block + 64 * lanes_); start += lanes_) {
+#pragma omp simd
+        for (int64_t l = 0; l < lanes_; ++l) part[l] += term(start + l, l);
+      }
+#pragma omp simd
+      for (int64_t l = 0; l < lanes_; ++l) to[l] += part[l];
+    }
+    unfold(to, [](C x, C y) __attribute__((always_inline)) { return x + y; });
+  }
+
+  void find_sums() {
+    C *const a = a_, *const b = b_, *const max = max_;
+    switch (call_.op) {
+      case Op::kStatistics:
+        if (call_.spread) {
+          sum(spread_, [=](int64_t e, int64_t) __attribute__((always_inline)) { return b[e]; });
+          sum(gap_, [=](int64_t e, int64_t l) __attribute__((always_inline)) {
+            return b[e] == 0 ? 0 : b[e] * (max[l] - a[e]);
+          });
+        }
+        at_labels([&](int64_t e, int64_t) { a[e] = C(-INFINITY); });
+        [[fallthrough]];
+      case Op::kLogSoftmax:
+        sum(sum_, [=](int64_t e, int64_t l) __attribute__((always_inline)) { return exponential(a[e] - max[l]); });
+        break;
+      case Op::kSoftmax:
+        sum(sum_, [=](int64_t e, int64_t l) __attribute__((always_inline)) { return a[e] = exponential(a[e] - max[l]); });
+        break;
+      case Op::kSoftmaxVjp:
+        sum(sum_, [=](int64_t e, int64_t) __attribute__((always_inline)) { return a[e] * b[e]; });
+        break;
+      case Op::kLogSoftmaxVjp:
+        sum(sum_, [=](int64_t e, int64_t) __attribute__((always_inline)) { return b[e]; });
+        break;
+      case Op::kGradient:
+        break;
+    }
+  }
+
+  template <class F>
+  void at_labels(F body) {  // of the positions whose label is in the tile
+    if (!call_.label) return;
+    for (int64_t p = 0; p < positions_; ++p) {
+      const int64_t c = call_.label[first_ + p] - class_;
+      if (0 <= c && c < classes_) body(c * pitch_ + p, p);
+    }
+  }
+
+  // ---- Tiles that hold a part of the classes leave their sums behind; the first of a position's holds the merged.
+
+  C* partial(int quantity, int64_t chunk) {
+    const int64_t positions = call_.shape.outer * call_.shape.inner;
+    return partials_ + (quantity * plan_.chunks + chunk) * positions + first_;
+  }
+  void save(const C* x, int quantity) {
+    for (int64_t p = 0; p < positions_; ++p) partial(quantity, chunk_)[p] = x[p];
+  }
+  void restore(C* x, int quantity) {
+    for (int64_t l = 0; l < lanes_; ++l) x[l] = 0;
+    for (int64_t p = 0; p < positions_; ++p) x[p] = partial(quantity, 0)[p];
+    repeat(x);
+  }
+  template <class F>
+  void merge(int quantity, F combine) {
+    C* to = partial(quantity, 0);
+    for (int64_t chunk = 1; chunk < plan_.chunks; ++chunk) {
+      const C* from = partial(quantity, chunk);
+      for (int64_t p = 0; p < positions_; ++p) to[p] = combine(to[p], from[p]);
+    }
+  }
+
+  // ---- Results.
+
+  void report() {  // what there is one number a position of
+    const auto put = [this](void* to, const C* x, C more = 0) {
+      if (!to) return;
+      for (int64_t p = 0; p < positions_; ++p) static_cast<C*>(to)[first_ + p] = x[p] + more;
+    };
+    put(call_.max_out, max_);
+    put(call_.sum_out, sum_, call_.op == Op::kLogSoftmax ? kEpsilon / 8 : 0);
+    put(call_.spread_out, spread_);
+    put(call_.gap_out, gap_);
+    if (!call_.label_out) return;
+    for (int64_t p = 0; p < positions_; ++p) {
+      const int64_t label = call_.label[first_ + p], last = call_.shape.classes - 1;
+      const int64_t c = label < 0 ? 0 : smaller(label, last);
+      const T logit = static_cast<const T*>(call_.logits)[offset(p / width_, c - class_, p % width_)];
+      static_cast<C*>(call_.label_out)[first_ + p] = widen(logit);
+    }
+  }
+
+  void get(const void* from, C* x) {  // likewise
+    for (int64_t l = 0; l < lanes_; ++l) x[l] = 0;
+    for (int64_t p = 0; p < positions_ && from; ++p) x[p] = static_cast<const C*>(from)[first_ + p];
+    repeat(x);
+  }
+
+  void write(bool reload) {
+    C *const a = a_, *const b = b_, *const max = max_, *const sum = sum_, *const scale = scale_, *const share = share_;
+    C* const idle = idle_;
+    switch (call_.op) {
+      case Op::kStatistics:
+        break;
+      case Op::kSoftmax:
+        for (int64_t l = 0; l < lanes_; ++l) scale[l] = 1 / (sum[l] + kEpsilon / 8);
+        if (reload) {
+          load_logits();
+          store([=](int64_t e, int64_t l) __attribute__((always_inline)) {
+            return exponential(a[e] - max[l]) * scale[l];
+          });
+        } else {
+          store([=](int64_t e, int64_t l) __attribute__((always_inline)) { return a[e] * scale[l]; });
+        }
+        break;
+      case Op::kLogSoftmax:
+        if (reload) load_logits();
+        for (int64_t p = 0; p < positions_; ++p) scale[p] = logarithm(sum[p] + kEpsilon / 8);
+        repeat(scale);
+        store([=](int64_t e, int64_t l) __attribute__((always_inline)) { return (a[e] - max[l]) - scale[l]; });
+        break;
+      case Op::kSoftmaxVjp:
+        if (reload) load_summands();
+        store([=](int64_t e, int64_t l) __attribute__((always_inline)) { return a[e] * (b[e] - sum[l]); });
+        break;
+      case Op::kLogSoftmaxVjp:
+        if (reload) load_summands();
+        load_logits();
+        get(call_.max, max), get(call_.total, scale);
+        for (int64_t l = 0; l < lanes_; ++l) scale[l] = 1 / scale[l];
+        store([=](int64_t e, int64_t l) __attribute__((always_inline)) {
+          return b[e] - exponential(a[e] - max[l]) * scale[l] * sum[l];
+        });
+        break;
+      case Op::kGradient: {
+        load_logits();
+        if (call_.spread) load_spread();
+        get(call_.max, max), get(call_.factor, scale), get(call_.share, share);
+        for (int64_t p = 0; p < positions_; ++p) idle[p] = call_.idle && call_.idle[first_ + p];
+        repeat(idle);
+        if (call_.spread) {
+          store([=](int64_t e, int64_t l) __attribute__((always_inline)) {
+            const C gradient = exponential(a[e] - max[l]) * scale[l] - share[l] * b[e];
+            return idle[l] != 0 ? 0 : gradient;
+          });
+        } else {
+          store([=](int64_t e, int64_t l) __attribute__((always_inline)) {
+            const C gradient = exponential(a[e] - max[l]) * scale[l];
+            return idle[l] != 0 ? 0 : gradient;
+          });
+        }
+        at_labels([&](int64_t e, int64_t p) {
+          if (idle[p] != 0) return;
+          C gradient = static_cast<const C*>(call_.at_label)[first_ + p];
+          if (call_.spread) gradient -= share[p] * b[e];
+          static_cast<T*>(call_.result)[offset(p / width_, e / pitch_, p % width_)] = narrow<T>(gradient);
+        });
+      }
+    }
+  }
+
+  const Call& call_;
+  const Plan& plan_;
+  C* partials_;
+  C *a_, *b_;  // the tile: logits, then what becomes of them; cotangent or spread
+  C *max_, *sum_, *spread_, *gap_, *part_, *scale_, *share_, *idle_, *extra_;
+  int64_t chunk_, outer_, outers_, inner_, width_, class_, classes_;
+  int64_t positions_, lanes_, pitch_, size_;  // pitch: from one class to the next; size: with padding
+  int64_t first_;                             // of the positions
+};
+
+template <class T>
+void run_tiles(const Call& call, const Plan& plan, Stage stage, int64_t begin, int64_t end, void* scratch,
+               void* partials) {
+  Tile<T> tile(call, plan, scratch, partials);
+  const bool merging = stage == Stage::kMergeMax || stage == Stage::kMergeSum;
+  for (int64_t index = begin; index < end; ++index) tile.run(stage, merging ? index * plan.chunks : index);
+}
+
+}  // namespace
+
+void run(const Call& call, const Plan& plan, Stage stage, int64_t begin, int64_t end, void* scratch, void* partials) {
+  switch (call.dtype) {
+    case Dtype::kFloat32: return run_tiles<float>(call, plan, stage, begin, end, scratch, partials);
+    case Dtype::kFloat64: return run_tiles<double>(call, plan, stage, begin, end, scratch, partials);
+    case Dtype::kBfloat16: return run_tiles<Bfloat16>(call, plan, stage, begin, end, scratch, partials);
+    case Dtype::kFloat16: return run_tiles<Float16>(call, plan, stage, begin, end, scratch, partials);
+  }
+}
+
+}  // namespace jaxsoft::JAXSOFT_ISA
