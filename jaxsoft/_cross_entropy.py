@@ -9,8 +9,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoft._checks import as_axis, as_floating, as_mask, as_option, check_values
 from jaxsoft._dtypes import compute_dtype
+from jaxsoft._losses import losses
 from jaxsoft._shards import AxisName, all_classes, as_axis_name
-from jaxsoft._statistics import losses
 from jaxsoft._targets import (
     REDUCTIONS,
     Options,

@@ -21,10 +21,10 @@ from jaxsoft._checks import (
     is_checking,
 )
 from jaxsoft._dtypes import compute_dtype
+from jaxsoft._losses import scale_gradient
 from jaxsoft._plan import MEMORY_BUDGET, tile_rows
-from jaxsoft._primitive import as_primitive
+from jaxsoft._primitive import Results, as_primitive
 from jaxsoft._shards import AxisName, all_classes, as_axis_name, vary, varying
-from jaxsoft._statistics import scale_gradient
 from jaxsoft._targets import (
     REDUCTIONS,
     Options,
@@ -212,7 +212,7 @@ class Static(NamedTuple):
     examples: int = 0  # leading axes that enumerate losses, not positions of one
 
 
-def _map_examples(size: int, axes: Inputs, inputs: Inputs, static: Static) -> tuple[tuple[Array], tuple[int]] | None:
+def _map_examples(size: int, axes: Inputs, inputs: Inputs, static: Static) -> tuple[Results, tuple[int]] | None:
     """Examples of one layer are more positions, with a loss for each.
 
     Mapped as it stands, the loss would keep a gradient of the kernel for each example. None where more than features,

@@ -31,7 +31,7 @@ def on(**programs: Program) -> Callable[[Function], Function]:
 
     def decorate(plain: Function) -> Function:
         def choose(program: Program, context: LoweringRuleContext, types: Any, axes: Axes) -> Function:
-            place = _place(context)
+            place = _place(context, types)
             return (None if place is None else program(place, types, axes)) or plain
 
         def mapped(size: int, mapped_axes: Any, arrays: Any, axes: Axes) -> tuple[Results, tuple[int, ...]]:
@@ -50,8 +50,10 @@ def on(**programs: Program) -> Callable[[Function], Function]:
     return decorate
 
 
-def _place(context: LoweringRuleContext) -> Place | None:
-    """Where a call runs, or None where its arrays are sharded in a way that only XLA knows to follow."""
+def _place(context: LoweringRuleContext, types: Any) -> Place | None:
+    """Where a call runs, or None where that is not known, or a sharding that only XLA knows to follow."""
+    if context.module_context.lowering_parameters.for_export:  # JAX stores no foreign call
+        return None
     on_devices = context.module_context.axis_context
     if isinstance(on_devices, SPMDAxisContext):
         return "one device" if set(on_devices.manual_axes) == set(on_devices.mesh.axis_names) else None
@@ -59,7 +61,7 @@ def _place(context: LoweringRuleContext) -> Place | None:
         return None
     if on_devices.num_devices == 1:
         return "one device"
-    explicit = any(AxisType.Explicit in aval.sharding.mesh.axis_types for aval in context.avals_in)
+    explicit = any(AxisType.Explicit in t.sharding.mesh.axis_types for t in jax.tree.leaves(types))
     return None if explicit or not jax.config.read("jax_use_shardy_partitioner") else "devices"
 
 

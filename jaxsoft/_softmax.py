@@ -273,7 +273,7 @@ def _log_softmax_bwd(
     axes: Axes, axis_name: AxisName, residuals: tuple[Array, Array, Array], cotangent: Array
 ) -> tuple[Array]:
     if axis_name is None:
-        return _log_pulled_back((*residuals, cotangent), from_end(axes, cotangent))
+        return (_log_pulled_back((*residuals, cotangent), from_end(axes, cotangent))[0],)
     logits, largest, total = residuals
     g = widen(cotangent)
     summed = sum_shards(jnp.sum(g, axes, keepdims=True), axis_name)

@@ -1,17 +1,11 @@
-"""The one formula: what a block of classes contributes to a loss, and the block's gradient.
-
-For one position with logits z, target weights q_j (see `Targets`), τ = Σ_j q_j, p = softmax(z) and a z-loss of ζ:
-
-    loss       = τ·lse − Σ_j q_j z_j + ζ·lse²              lse = log Σ_j exp(z_j)
-    ∂loss/∂z_j = (τ + 2ζ·lse)·p_j − q_j
+"""The one formula: what a block of classes contributes to a loss and to a normaliser, and exp(z) in their terms.
 
 Every loss and normaliser in this package comes from `block_statistics`, every gradient to logits from
-`scaled_exponentials`, but for those of softmax and log_softmax.
-Arrays of statistics keep the class axes with length one, so they broadcast against the logits.
+`scaled_exponentials`, but for those of softmax and log_softmax. Arrays of statistics keep the class axes with length
+one, so they broadcast against the logits.
 """
 
-import functools
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,28 +71,27 @@ class Statistics(NamedTuple):
 
 def block_statistics(logits: Array, axes: Axes, targets: Targets = Targets(), axis_name: AxisName = None) -> Statistics:
     """What a block of classes contributes to the loss of each position, summed over the shards of `axis_name`."""
-    label, spread = targets.label, targets.spread
-    of_block, tail, *rest = _block_sums((logits, label, spread), from_end(axes, logits))
-    of_block = lax.stop_gradient(of_block)  # no result depends on the shift
-    largest = max_shards(of_block, axis_name)
-    below = of_block - largest
-    sums = [tail if axis_name is None else tail * jnp.exp(below)]
-    if label is not None:
-        (axis,) = axes
-        relative = rest.pop(0) - largest
-        inside = (label >= 0) & (label < logits.shape[axis])  # of one shard; a label in none has no weight, or NaN
-        sums.append(relative if axis_name is None else jnp.where(inside, relative, 0))
-    if spread is not None:
-        weight, gap = rest
-        sums += [weight, gap if axis_name is None else gap - jnp.where(weight == 0, 0, weight * below)]
-    if axis_name is not None:  # one all-reduce for them all
-        sums = jnp.split(sum_shards(jnp.concatenate(sums, axes[-1]), axis_name), len(sums), axes[-1])
-    tail, *rest = sums
-    return Statistics(largest, tail, rest.pop(0) if label is not None else None, *rest)
+    largest, tail, *rest = _block_sums((logits, targets.label, targets.spread), from_end(axes, logits))
+    largest = lax.stop_gradient(largest)  # no result depends on the shift
+    label = None if targets.label is None else rest.pop(0) - largest
+    block = Statistics(largest, tail, label, *rest)
+    if axis_name is None:
+        return block
+    largest = max_shards(block.largest, axis_name)
+    below = block.largest - largest
+    sums = [tail * jnp.exp(below)]
+    if targets.label is not None:  # of one shard; a label in none has no weight, or NaN
+        inside = (targets.label >= 0) & (targets.label < logits.shape[axes[0]])
+        sums.append(jnp.where(inside, block.label + below, 0))
+    if targets.spread is not None:
+        sums += [block.spread, block.gap - jnp.where(block.spread == 0, 0, block.spread * below)]
+    packed = sum_shards(jnp.concatenate(sums, axes[-1]), axis_name)  # one all-reduce for them all
+    tail, *rest = jnp.split(packed, len(sums), axes[-1])
+    return Statistics(largest, tail, None if label is None else rest.pop(0), *rest)
 
 
 @on(cpu=_cpu.statistics)
-def _block_sums(arrays: tuple[Array, Array | None, Array | None], axes: Axes) -> tuple[Array, ...]:
+def _block_sums(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array, ...]:
     """m, the tail, and where the targets have such the logit of the label, Σ_j spread_j and Σ_j spread_j (m − z_j)."""
     logits, label, spread = arrays
     largest = _largest(logits, axes)
@@ -115,7 +108,7 @@ def _block_sums(arrays: tuple[Array, Array | None, Array | None], axes: Axes) ->
         below, held = largest - z, lax.stop_gradient(spread)
         # A class without target weight costs nothing, at −inf too. What is added is 0 and has the derivative to a
         # target: where that does not move it adds nothing, however much the class costs.
-        cost = held * jnp.where(spread == 0, 0, below) + (spread - held) * jnp.where(_is_infinite(below), 0, below)
+        cost = held * jnp.where(spread == 0, 0, below) + (spread - held) * jnp.where(is_infinite(below), 0, below)
         weight, gap = (jnp.sum(terms, axes, keepdims=True) for terms in (spread, cost))
         sums += [jnp.broadcast_to(weight, gap.shape), gap]
     return tuple(sums)
@@ -128,100 +121,6 @@ def _largest(logits: Array, axes: Axes) -> Array:
     if largest.shape == logits.shape:  # XLA takes a reduction of one element for that element
         largest = jnp.maximum(largest, float(lowest))
     return widen(largest)
-
-
-def taking_part(logits: Array, targets: Targets) -> tuple[Array, Targets]:
-    """The same logits and targets, of which those of idle positions do not move.
-
-    A derivative would take them to be constants only times a weight of 0, and padding may be NaN.
-    """
-
-    # Not by a rule of its own: inside a scan JAX forgets a `custom_jvp` once it has differentiated in reverse. XLA
-    # drops this select, both of whose cases are one value, but not one inside `jnp.where`.
-    def held(array: Array) -> Array:
-        return lax.select(jnp.broadcast_to(targets.idle, array.shape), lax.stop_gradient(array), array)
-
-    is_distribution = targets.label is None
-    return held(logits), targets._replace(spread=held(cast(Array, targets.spread))) if is_distribution else targets
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def losses(logits: Array, targets: Targets, axis: int, axis_name: AxisName) -> Array:
-    """The loss of each position; every reduction is an ordinary function of them."""
-    return position_losses(targets, block_statistics(logits, (axis,), targets, axis_name))
-
-
-def _losses_fwd(logits: Array, targets: Targets, axis: int, axis_name: AxisName):
-    moving, of_moving = taking_part(logits, targets)
-    statistics = block_statistics(moving, (axis,), of_moving, axis_name)
-    return position_losses(targets, statistics), (logits, targets, statistics)
-
-
-def _losses_bwd(
-    axis: int, axis_name: AxisName, residuals: tuple[Array, Targets, Statistics], cotangent: Array
-) -> tuple[Array, Targets]:
-    logits, targets, statistics = residuals
-    to_logits, to_spread = block_gradients(logits, targets, statistics, (axis,), cotangent)
-    # None is JAX's word for a zero cotangent: labels, weights and smoothing are no variables.
-    return to_logits, Targets(spread=to_spread)
-
-
-losses.defvjp(_losses_fwd, _losses_bwd)
-
-
-def position_losses(targets: Targets, statistics: Statistics) -> Array:
-    """τ·lse − Σ_j q_j z_j + ζ·lse² of every position, from finished statistics."""
-    # A term without weight costs nothing, not even where it is infinite. Weights do not move: times an infinite loss a
-    # tangent of 0 would be NaN.
-    hot, share = lax.stop_gradient((targets.hot, targets.share))
-    losses = jnp.zeros_like(statistics.tail)
-    if targets.label is not None:
-        losses += jnp.where(hot == 0, 0, hot * statistics.surprise)
-    if targets.spread is not None:
-        losses += jnp.where(share == 0, 0, share * (statistics.spread * statistics.log_total + statistics.gap))
-    if targets.square is not None:
-        square = lax.stop_gradient(targets.square)
-        losses += jnp.where(square == 0, 0, square * statistics.finite_logsumexp**2)
-    return losses
-
-
-def block_gradients(
-    logits: Array, targets: Targets, statistics: Statistics, axes: Axes, cotangent: Array
-) -> tuple[Array, Array | None]:
-    """The gradients of Σ cotangent·loss to the logits of a block, and to the weights of a distribution: −log p_j.
-
-    A position without weight has none, whatever its logits and its cotangent: padding may be NaN. At the label
-    τ·p_y − q_y is never formed by subtracting from one: 1 − p_y is the other classes' sum.
-    """
-    idle, (logits, targets) = targets.idle, taking_part(logits, targets)
-    cotangent = jnp.where(idle, 0, cotangent)
-    mass = jnp.zeros_like(statistics.tail)  # τ + 2ζ·lse but for the label's own weight
-    if targets.square is not None:
-        mass += cotangent * 2 * targets.square * statistics.finite_logsumexp
-    share = None
-    if targets.spread is not None:
-        share = cotangent * targets.share
-        mass += share * statistics.spread
-    hot, at_label = 0, None
-    if targets.label is not None:
-        hot = cotangent * targets.hot
-        at_label = (mass * jnp.exp(statistics.label) - hot * statistics.tail) / statistics.total
-    to_logits = scaled_exponentials(
-        logits,
-        statistics.largest,
-        (mass + hot) / statistics.total,
-        axes,
-        idle,
-        targets.label,
-        at_label,
-        share,
-        targets.spread,
-    )
-    if targets.label is not None:
-        return to_logits, None
-    to_weights = statistics.log_total + (statistics.largest - widen(logits))
-    to_weights = jnp.where(cast(Array, targets.variable), to_weights, 0)  # which a class at −inf makes infinite
-    return to_logits, scale_gradient(to_weights, cotangent * targets.share, targets.share == 0)
 
 
 def scaled_exponentials(
@@ -245,7 +144,7 @@ def scaled_exponentials(
 
 
 @on(cpu=_cpu.gradient)
-def _scaled_exponentials(arrays: tuple[Array | None, ...], axes: Axes) -> tuple[Array]:
+def _scaled_exponentials(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array]:
     logits, largest, factor, idle, label, at_label, share, spread = arrays
     result = jnp.exp(widen(logits) - largest) * factor
     if label is not None:
@@ -257,12 +156,7 @@ def _scaled_exponentials(arrays: tuple[Array | None, ...], axes: Axes) -> tuple[
     return (result.astype(logits.dtype),)
 
 
-def scale_gradient(gradient: Array, cotangent: Array, idle: Array | bool = False) -> Array:
-    """Their product, but 0 for what takes no part, and where the cotangent is 0 and the gradient infinite."""
-    return jnp.where(idle | ((cotangent == 0) & _is_infinite(gradient)), 0, cotangent * gradient)
-
-
-def _is_infinite(array: Array) -> Array:
+def is_infinite(array: Array) -> Array:
     return jnp.abs(array) > jnp.finfo(array.dtype).max  # `isinf` itself makes what `debug_infs` stops at
 
 

@@ -11,8 +11,9 @@ from jax.core import max_dim, min_dim
 from jaxtyping import Array
 
 from jaxsoft._dtypes import compute_dtype
+from jaxsoft._losses import block_gradients, losses, position_losses
 from jaxsoft._shards import AxisName, unsharded, vary, varying
-from jaxsoft._statistics import block_gradients, block_statistics, losses, position_losses
+from jaxsoft._statistics import block_statistics
 from jaxsoft._targets import Targets
 
 

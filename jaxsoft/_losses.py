@@ -1,0 +1,120 @@
+"""The loss of each position from finished statistics, and its gradient: every loss of this package.
+
+    loss       = τ·lse − Σ_j q_j z_j + ζ·lse²
+    ∂loss/∂z_j = (τ + 2ζ·lse)·p_j − q_j
+
+for logits z, target weights q_j (see `Targets`), τ = Σ_j q_j, p = softmax(z), lse = log Σ_j exp(z_j) and a z-loss of ζ.
+"""
+
+import functools
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxsoft._dtypes import widen
+from jaxsoft._platform import Axes
+from jaxsoft._shards import AxisName
+from jaxsoft._statistics import Statistics, block_statistics, is_infinite, scaled_exponentials
+from jaxsoft._targets import Targets
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def losses(logits: Array, targets: Targets, axis: int, axis_name: AxisName) -> Array:
+    """The loss of each position; every reduction is an ordinary function of them."""
+    return position_losses(targets, block_statistics(logits, (axis,), targets, axis_name))
+
+
+def _losses_fwd(logits: Array, targets: Targets, axis: int, axis_name: AxisName):
+    moving, of_moving = taking_part(logits, targets)
+    statistics = block_statistics(moving, (axis,), of_moving, axis_name)
+    return position_losses(targets, statistics), (logits, targets, statistics)
+
+
+def _losses_bwd(
+    axis: int, axis_name: AxisName, residuals: tuple[Array, Targets, Statistics], cotangent: Array
+) -> tuple[Array, Targets]:
+    logits, targets, statistics = residuals
+    to_logits, to_spread = block_gradients(logits, targets, statistics, (axis,), cotangent)
+    # None is JAX's word for a zero cotangent: labels, weights and smoothing are no variables.
+    return to_logits, Targets(spread=to_spread)
+
+
+losses.defvjp(_losses_fwd, _losses_bwd)
+
+
+def position_losses(targets: Targets, statistics: Statistics) -> Array:
+    """τ·lse − Σ_j q_j z_j + ζ·lse² of every position, from finished statistics."""
+    # A term without weight costs nothing, not even where it is infinite. Weights do not move: times an infinite loss a
+    # tangent of 0 would be NaN.
+    hot, share = lax.stop_gradient((targets.hot, targets.share))
+    losses = jnp.zeros_like(statistics.tail)
+    if targets.label is not None:
+        losses += jnp.where(hot == 0, 0, hot * statistics.surprise)
+    if targets.spread is not None:
+        losses += jnp.where(share == 0, 0, share * (statistics.spread * statistics.log_total + statistics.gap))
+    if targets.square is not None:
+        square = lax.stop_gradient(targets.square)
+        losses += jnp.where(square == 0, 0, square * statistics.finite_logsumexp**2)
+    return losses
+
+
+def block_gradients(
+    logits: Array, targets: Targets, statistics: Statistics, axes: Axes, cotangent: Array
+) -> tuple[Array, Array | None]:
+    """The gradients of Σ cotangent·loss to the logits of a block, and to the weights of a distribution: −log p_j.
+
+    A position without weight has none, whatever its logits and its cotangent: padding may be NaN. At the label
+    τ·p_y − q_y is never formed by subtracting from one: 1 − p_y is the other classes' sum.
+    """
+    idle, (logits, targets) = targets.idle, taking_part(logits, targets)
+    cotangent = jnp.where(idle, 0, cotangent)
+    mass = jnp.zeros_like(statistics.tail)  # τ + 2ζ·lse but for the label's own weight
+    if targets.square is not None:
+        mass += cotangent * 2 * targets.square * statistics.finite_logsumexp
+    share = None
+    if targets.spread is not None:
+        share = cotangent * targets.share
+        mass += share * statistics.spread
+    hot, at_label = 0, None
+    if targets.label is not None:
+        hot = cotangent * targets.hot
+        at_label = (mass * jnp.exp(statistics.label) - hot * statistics.tail) / statistics.total
+    to_logits = scaled_exponentials(
+        logits,
+        statistics.largest,
+        (mass + hot) / statistics.total,
+        axes,
+        idle,
+        targets.label,
+        at_label,
+        share,
+        targets.spread,
+    )
+    if targets.label is not None:
+        return to_logits, None
+    to_weights = statistics.log_total + (statistics.largest - widen(logits))
+    to_weights = jnp.where(cast(Array, targets.variable), to_weights, 0)  # which a class at −inf makes infinite
+    return to_logits, scale_gradient(to_weights, cotangent * targets.share, targets.share == 0)
+
+
+def taking_part(logits: Array, targets: Targets) -> tuple[Array, Targets]:
+    """The same logits and targets, of which those of idle positions do not move.
+
+    A derivative would take them to be constants only times a weight of 0, and padding may be NaN.
+    """
+
+    # Not by a rule of its own: inside a scan JAX forgets a `custom_jvp` once it has differentiated in reverse. XLA
+    # drops this select, both of whose cases are one value, but not one inside `jnp.where`.
+    def held(array: Array) -> Array:
+        return lax.select(jnp.broadcast_to(targets.idle, array.shape), lax.stop_gradient(array), array)
+
+    is_distribution = targets.label is None
+    return held(logits), targets._replace(spread=held(cast(Array, targets.spread))) if is_distribution else targets
+
+
+def scale_gradient(gradient: Array, cotangent: Array, idle: Array | bool = False) -> Array:
+    """Their product, but 0 for what takes no part, and where the cotangent is 0 and the gradient infinite."""
+    return jnp.where(idle | ((cotangent == 0) & is_infinite(gradient)), 0, cotangent * gradient)
