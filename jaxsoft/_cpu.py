@@ -6,7 +6,6 @@ XLA's CPU compiler reads the classes once for each maximum, sum and result; thes
 import ctypes
 import math
 import os
-import string
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +14,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.custom_partitioning import custom_partitioning
 from jaxtyping import Array, DTypeLike
 
 from jaxsoft._dtypes import compute_dtype
-from jaxsoft._platform import Axes, Place, Program
+from jaxsoft._platform import Axes, Program
 from jaxsoft._primitive import Function, Results
 
 SWITCH = "JAXSOFT_NATIVE"  # 0: never, 1: where they are faster, always: wherever they can run
@@ -47,14 +45,14 @@ def native_kernels() -> NativeKernels:
     """Whether this process runs the kernels compiled for the CPU, or the plain formula in their place.
 
     Both give the same results, to rounding. The environment variable JAXSOFT_NATIVE, read when the library is
-    imported, chooses: 0 turns the kernels off (for `jax.export`, which refuses foreign calls, or in doubt), 1, the
-    default, uses them where they are faster, and "always" wherever they can run.
+    imported, chooses: 0 turns the kernels off, 1, the default, uses them where they are faster, and "always" wherever
+    they can run.
 
     Returns:
         `loaded`, and `detail`: the file of the kernels or why there are none.
 
-    Edges: accelerators, arrays on meshes with explicit axes and sizes unknown until run time take the plain formula
-    in any case.
+    Edges: arrays that XLA is to lay over several devices (inside `jax.shard_map` each device is one), programs made by
+    `jax.export` and accelerators take the plain formula in any case.
 
     Example:
         >>> from jaxsoft import native_kernels
@@ -113,8 +111,8 @@ def _of_log_softmax(axes: Axes, logits: Type) -> Types:
 def _program(name: str, results: Callable[..., Types]) -> Program:
     """The kernel `name` as the program of a plain function of the same arrays, whose absent results are None."""
 
-    def choose(place: Place, types: tuple[Type | None, ...], axes: Axes) -> Function | None:
-        if not _KERNELS.loaded or not _fits(types, axes):
+    def choose(local: bool, types: tuple[Type | None, ...], axes: Axes) -> Function | None:
+        if not (_KERNELS.loaded and local and _fits(types, axes)):
             return None
 
         def run(arrays: tuple[Array | None, ...], axes: Axes) -> Results:
@@ -128,7 +126,7 @@ def _program(name: str, results: Callable[..., Types]) -> Program:
             )
             return tuple(output for output, result in zip(outputs, expected, strict=True) if result is not None)
 
-        return run if place == "one device" else _laid_out(run, results)
+        return run
 
     return choose
 
@@ -160,35 +158,3 @@ def _fits(types: tuple[Type | None, ...], axes: Axes) -> bool:
         return array.shape in (shape, one) or shared
 
     return math.prod(shape) > 0 and all(map(fits, others))
-
-
-def _laid_out(run: Function, results: Callable[..., Types]) -> Function:
-    """`run` where XLA lays the positions over devices: each takes its own, with all their classes."""
-
-    def on_devices(arrays: tuple[Array | None, ...], axes: Axes) -> Results:
-        leaves, tree = jax.tree.flatten(arrays)
-        letters = iter(string.ascii_letters)
-        shape = leaves[0].shape
-        along = [next(letters) for _ in shape]
-
-        def local(*leaves: Array) -> Results:
-            return run(jax.tree.unflatten(tree, leaves), axes)
-
-        def factors(array: Type) -> str:
-            dimensions = zip(array.shape, shape, along, strict=True)
-            return " ".join(name if size == whole else next(letters) for size, whole, name in dimensions)
-
-        def partition(mesh, of_arguments, of_results):
-            shardings = jax.tree.map(lambda t: t.sharding, (of_results, of_arguments))
-            return mesh, local, *shardings
-
-        call = custom_partitioning(local)
-        of_results = (factors(result) for result in results(axes, *arrays) if result is not None)
-        call.def_partition(
-            partition,
-            sharding_rule=f"{', '.join(map(factors, leaves))} -> {', '.join(of_results)}",
-            need_replication_factors=tuple(along[axis] for axis in axes),
-        )
-        return call(*leaves)
-
-    return on_devices

@@ -5,34 +5,31 @@ The plain function is the reference, the default, and what is differentiated; th
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.interpreters.mlir import LoweringRuleContext, ShardingContext, SPMDAxisContext
-from jax.sharding import AxisType
 from jaxtyping import Array
 
 from jaxsoft._primitive import Function, Results, as_primitive
 
 Axes = tuple[int, ...]  # the class axes, counted from the end: a mapped axis comes before them
-Place = Literal["one device", "devices"]
-Program = Callable[[Place, Any, Axes], Function | None]
+Program = Callable[[bool, Any, Axes], Function | None]
 
 
 def on(**programs: Program) -> Callable[[Function], Function]:
     """Give `plain(arrays, axes)`, which returns a tuple of arrays, another program on each platform that is named.
 
     All arrays have one rank, those without classes a length of one in their place, and so have the results.
-    `program(place, types, axes)` is asked when a call is compiled, and returns the function to compile, or None to
-    leave the call to `plain`. `place` says whether the arrays lie on one device (each of a `shard_map` is one) or on
-    several over which XLA is still to lay them. `plain` alone knows of any other kind of sharding.
+    `program(local, types, axes)` is asked when a call is compiled, and returns the function to compile, or None to
+    leave the call to `plain`. `local` says whether the arrays lie on one device, as inside a `shard_map`; others XLA
+    has yet to lay over several, and it can do so with its own operations alone.
     """
 
     def decorate(plain: Function) -> Function:
         def choose(program: Program, context: LoweringRuleContext, types: Any, axes: Axes) -> Function:
-            place = _place(context, types)
-            return (None if place is None else program(place, types, axes)) or plain
+            return program(_is_local(context), types, axes) or plain
 
         def mapped(size: int, mapped_axes: Any, arrays: Any, axes: Axes) -> tuple[Results, tuple[int, ...]]:
             def lead(array: Array, axis: int | None) -> Array:
@@ -50,19 +47,13 @@ def on(**programs: Program) -> Callable[[Function], Function]:
     return decorate
 
 
-def _place(context: LoweringRuleContext, types: Any) -> Place | None:
-    """Where a call runs, or None where that is not known, or a sharding that only XLA knows to follow."""
-    if context.module_context.lowering_parameters.for_export:  # JAX stores no foreign call
-        return None
-    on_devices = context.module_context.axis_context
-    if isinstance(on_devices, SPMDAxisContext):
-        return "one device" if set(on_devices.manual_axes) == set(on_devices.mesh.axis_names) else None
-    if not isinstance(on_devices, ShardingContext):
-        return None
-    if on_devices.num_devices == 1:
-        return "one device"
-    explicit = any(AxisType.Explicit in t.sharding.mesh.axis_types for t in jax.tree.leaves(types))
-    return None if explicit or not jax.config.read("jax_use_shardy_partitioner") else "devices"
+def _is_local(context: LoweringRuleContext) -> bool:
+    if context.module_context.lowering_parameters.for_export:  # to be run on devices that are not known
+        return False
+    devices = context.module_context.axis_context
+    if isinstance(devices, SPMDAxisContext):
+        return set(devices.manual_axes) == set(devices.mesh.axis_names)
+    return isinstance(devices, ShardingContext) and devices.num_devices == 1
 
 
 def from_end(axes: Axes, array: Array) -> Axes:

@@ -108,7 +108,7 @@ def _block_sums(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array, ...]:
         below, held = largest - z, lax.stop_gradient(spread)
         # A class without target weight costs nothing, at −inf too. What is added is 0 and has the derivative to a
         # target: where that does not move it adds nothing, however much the class costs.
-        cost = held * jnp.where(spread == 0, 0, below) + (spread - held) * jnp.where(is_infinite(below), 0, below)
+        cost = held * jnp.where(spread == 0, 0, below) + (spread - held) * jnp.where(jnp.isfinite(below), below, 0)
         weight, gap = (jnp.sum(terms, axes, keepdims=True) for terms in (spread, cost))
         sums += [jnp.broadcast_to(weight, gap.shape), gap]
     return tuple(sums)
@@ -154,10 +154,6 @@ def _scaled_exponentials(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array]:
     if idle is not None:
         result = jnp.where(idle, 0, result)
     return (result.astype(logits.dtype),)
-
-
-def is_infinite(array: Array) -> Array:
-    return jnp.abs(array) > jnp.finfo(array.dtype).max  # `isinf` itself makes what `debug_infs` stops at
 
 
 def _at_label(logits: Array, label: Array, axes: Axes) -> Array:

@@ -32,21 +32,21 @@ constexpr int64_t round_up(int64_t x, int64_t y) { return ceil_div(x, y) * y; }
 }  // namespace
 
 Plan::Plan(Op op, Shape shape) : outers(1), width(shape.inner), fold(1), classes(shape.classes) {
-  if (shape.inner < 64 && shape.classes >= 64) {
-    for (fold = kVector; fold * shape.inner < 128 && fold * 8 <= shape.classes;) fold *= 2;
-  } else if (shape.inner < kLine && shape.classes * shape.inner < kSmall) {
-    outers = std::min(shape.outer, std::max<int64_t>(1, kSmall / (shape.classes * shape.inner)));
+  if (shape.inner < 64 && shape.classes >= 4 * kVector) {
+    for (fold = kVector; fold * shape.inner < 128 && fold * 32 <= shape.classes;) fold *= 2;
+  }
+  const int64_t row = round_up(shape.classes, fold) * shape.inner;
+  if (shape.inner < kLine && row < kSmall) {
+    outers = std::min(shape.outer, kSmall / row);
   } else {
     width = std::min(width, std::clamp(round_up(kMedium / shape.classes, kVector), int64_t{64}, kLine));
   }
-  const int64_t pitch = fold > 1 ? width : round_up(outers * width, kVector);
+  lanes = round_up(outers * width * fold, kVector);
   const bool elementwise = op == Op::kGradient;
-  if (classes * pitch > (elementwise ? kSmall : kLarge)) {
-    const int64_t most = (elementwise ? kSmall : kMedium) / pitch;
-    classes = std::min(classes, std::max(fold, most / fold * fold));
+  if (lanes * ceil_div(classes, fold) > (elementwise ? kSmall : kLarge)) {
+    classes = std::min(classes, std::max<int64_t>(1, (elementwise ? kSmall : kMedium) / lanes) * fold);
   }
-  lanes = fold * pitch;
-  size = round_up(classes * pitch, lanes);
+  size = lanes * ceil_div(classes, fold);
   blocks = ceil_div(shape.outer, outers);
   strips = ceil_div(shape.inner, width);
   chunks = ceil_div(shape.classes, classes);

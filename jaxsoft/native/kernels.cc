@@ -38,7 +38,7 @@ inline float widen(Float16 x) {
 }
 
 template <class T, class C>
-inline T narrow(C x) {  // to nearest, ties to even
+__attribute__((always_inline)) inline T narrow(C x) {  // to nearest, ties to even
   if constexpr (sizeof(T) == sizeof(C)) {
     return x;
   } else {
@@ -85,7 +85,7 @@ struct Exp<double> {
 
 // exp(x) for x ≤ 0 within about an ulp: x = n ln 2 + r. 0 where it would be below the smallest normal number.
 template <class C>
-inline C exponential(C x) {
+__attribute__((always_inline)) inline C exponential(C x) {
   using E = Exp<C>;
   using Bits = typename E::Bits;
   const C rounded = x * E::kLog2e + E::kRound;  // n is in its last bits
@@ -124,10 +124,10 @@ class Tile {
 
  public:
   Tile(const Call& call, const Plan& plan, void* scratch, void* partials)
-      : call_(call), plan_(plan), partials_(static_cast<C*>(partials)) {
+      : call_(call), plan_(plan), partials_(static_cast<C*>(partials)), fold_bits_(__builtin_ctzll(plan.fold)) {
     C* next = static_cast<C*>(scratch);
     C** tiles[] = {&a_, &b_};
-    C** lanes[] = {&max_, &sum_, &spread_, &gap_, &part_, &scale_, &share_, &idle_, &extra_};
+    C** lanes[] = {&max_, &sum_, &spread_, &gap_, &part_, &scale_, &share_, &idle_};
     for (C** tile : tiles) *tile = next, next += plan.size;
     for (C** lane : lanes) *lane = next, next += plan.lanes;
   }
@@ -180,85 +180,103 @@ class Tile {
     inner_ = strip * plan_.width, width_ = smaller(plan_.width, shape.inner - inner_);
     class_ = chunk_ * plan_.classes, classes_ = smaller(plan_.classes, shape.classes - class_);
     positions_ = outers_ * width_;
-    lanes_ = plan_.fold > 1 ? plan_.fold * width_ : (positions_ + 15) / 16 * 16;
-    pitch_ = plan_.fold > 1 ? width_ : lanes_;
-    size_ = (classes_ * pitch_ + lanes_ - 1) / lanes_ * lanes_;
+    group_ = plan_.fold * width_;
+    lanes_ = (outers_ * group_ + 15) / 16 * 16;
+    size_ = (classes_ + plan_.fold - 1) / plan_.fold * lanes_;
     first_ = outer_ * shape.inner + inner_;
   }
 
   int64_t offset(int64_t outer, int64_t c, int64_t i = 0) const {  // in the whole array, from indices of the tile
     return ((outer_ + outer) * call_.shape.classes + class_ + c) * call_.shape.inner + inner_ + i;
   }
-
-  // ---- Between memory and the tile. With one outer index a line of lanes is contiguous in memory.
-
-  int64_t line_length(int64_t line) const {
-    return plan_.fold > 1 ? smaller(lanes_, classes_ * width_ - line * lanes_) : width_;
+  int64_t element(int64_t outer, int64_t c, int64_t i) const {  // of the tile
+    return (c >> fold_bits_) * lanes_ + outer * group_ + (c & (plan_.fold - 1)) * width_ + i;
   }
-  int64_t line_stride() const { return plan_.fold > 1 ? lanes_ : call_.shape.inner; }
 
-  template <class U>
-  void load(const U* from, C* tile, C padding) {
-    if (outers_ == 1) {
-      from += offset(0, 0);
-      for (int64_t line = 0; line * lanes_ < size_; ++line, from += line_stride(), tile += lanes_) {
-        const int64_t length = line_length(line);
+  template <class F>
+  void each_position(F body) const {  // with its lane
+    if (plan_.fold == 1) {
+      for (int64_t p = 0; p < positions_; ++p) body(first_ + p, p);
+    } else {
+      each_index([=](int64_t o, int64_t i) { body(first_ + o * width_ + i, o * group_ + i); });
+    }
+  }
+  template <class F>
+  void each_index(F body) const {
+    for (int64_t o = 0; o < outers_; ++o)
+      for (int64_t i = 0; i < width_; ++i) body(o, i);
+  }
+
+  // ---- Between memory and the tile, a group of lanes, which is contiguous in both, at a time.
+
+  int64_t group_length(int64_t line) const { return smaller(group_, (classes_ - line * plan_.fold) * width_); }
+
+  template <class Row>
+  void load(Row row, C* tile, C padding) {  // from row(o), where the numbers of outer index o begin
+    const int64_t step = plan_.fold * call_.shape.inner, lines = size_ / lanes_;
+    if (group_ == 1) {  // transposed
+      for (int64_t line = 0; line < lines; ++line)
+        for (int64_t o = 0; o < outers_; ++o) tile[line * lanes_ + o] = widen(row(o)[line]);
+    }
+    for (int64_t o = 0; o < outers_ && group_ > 1; ++o) {
+      const auto* from = row(o);
+      C* to = tile + o * group_;
+      for (int64_t line = 0; line < lines; ++line, from += step, to += lanes_) {
+        const int64_t length = group_length(line);
 #pragma omp simd
-        for (int64_t l = 0; l < length; ++l) tile[l] = widen(from[l]);
-        for (int64_t l = length; l < lanes_; ++l) tile[l] = padding;
+        for (int64_t l = 0; l < length; ++l) to[l] = widen(from[l]);
+        for (int64_t l = length; l < group_; ++l) to[l] = padding;
       }
-      return;
     }
-    from += offset(0, 0);
-    const int64_t row = call_.shape.classes * width_;
-    for (int64_t c = 0; c < classes_; ++c) {
-      C* to = tile + c * pitch_;
-      if (width_ == 1) {
-        for (int64_t o = 0; o < outers_; ++o) to[o] = widen(from[o * row + c]);
-      } else {
-        for (int64_t o = 0; o < outers_; ++o)
-          for (int64_t i = 0; i < width_; ++i) to[o * width_ + i] = widen(from[o * row + c * width_ + i]);
-      }
-      for (int64_t l = positions_; l < lanes_; ++l) to[l] = padding;
-    }
+    for (int64_t line = 0; line < lines; ++line)
+      for (int64_t l = outers_ * group_; l < lanes_; ++l) tile[line * lanes_ + l] = padding;
+  }
+  template <class U>
+  void load(const U* array, C* tile, C padding) {
+    const U* from = array + offset(0, 0);
+    const int64_t row = call_.shape.classes * call_.shape.inner;
+    load([=](int64_t o) __attribute__((always_inline)) { return from + o * row; }, tile, padding);
   }
 
   template <class F>
   void store(F value) {
-    T* to = static_cast<T*>(call_.result) + offset(0, 0);
-    if (outers_ == 1) {
-      for (int64_t line = 0; line * lanes_ < size_; ++line, to += line_stride()) {
-        const int64_t length = line_length(line), start = line * lanes_;
-#pragma omp simd
-        for (int64_t l = 0; l < length; ++l) to[l] = narrow<T>(value(start + l, l));
-      }
+    T* result = static_cast<T*>(call_.result) + offset(0, 0);
+    const int64_t row = call_.shape.classes * call_.shape.inner, step = plan_.fold * call_.shape.inner;
+    if (group_ == 1) {  // transposed
+      each([&](int64_t e, int64_t l) __attribute__((always_inline)) { a_[e] = value(e, l); });
+      for (int64_t o = 0; o < outers_; ++o)
+        for (int64_t c = 0; c < classes_; ++c) result[o * row + c] = narrow<T>(a_[c * lanes_ + o]);
       return;
     }
-    each([&](int64_t e, int64_t l) __attribute__((always_inline)) { a_[e] = value(e, l); });
-    const int64_t row = call_.shape.classes * width_;
-    for (int64_t o = 0; o < outers_; ++o)
-      for (int64_t c = 0; c < classes_; ++c)
-        for (int64_t i = 0; i < width_; ++i)
-          to[o * row + c * width_ + i] = narrow<T>(a_[c * pitch_ + o * width_ + i]);
+    for (int64_t o = 0; o < outers_; ++o) {
+      T* to = result + o * row;
+      const int64_t lane = o * group_;
+      for (int64_t line = 0, start = lane; start < size_; ++line, start += lanes_, to += step) {
+        const int64_t length = group_length(line);
+#pragma omp simd
+        for (int64_t l = 0; l < length; ++l) to[l] = narrow<T>(value(start + l, lane + l));
+      }
+    }
   }
 
   void load_logits() { load(static_cast<const T*>(call_.logits), a_, C(-INFINITY)); }
+  void load_probs() { load(static_cast<const T*>(call_.logits), a_, C(0)); }
   void load_cotangent() { load(static_cast<const T*>(call_.cotangent), b_, C(0)); }
 
   void load_spread() {
     const C* spread = static_cast<const C*>(call_.spread);
     if (call_.spread_rows == 0) return load(spread, b_, C(0));
     const int64_t sharing = call_.shape.outer / call_.spread_rows;
+    const auto row = [=](int64_t o) { return spread + (outer_ + o) / sharing * call_.shape.classes + class_; };
+    if (call_.shape.inner == 1) return load(row, b_, C(0));
     for (int64_t e = 0; e < size_; ++e) b_[e] = 0;
-    for (int64_t o = 0; o < outers_; ++o) {
-      const C* row = spread + (outer_ + o) / sharing * call_.shape.classes + class_;
+    for (int64_t o = 0; o < outers_; ++o)
       for (int64_t c = 0; c < classes_; ++c)
-        for (int64_t i = 0; i < width_; ++i) b_[c * pitch_ + o * width_ + i] = row[c];
-    }
+        for (int64_t i = 0; i < width_; ++i) b_[element(o, c, i)] = row(o)[c];
   }
 
   void load_summands() {
-    if (call_.op == Op::kSoftmaxVjp) load_logits();
+    if (call_.op == Op::kSoftmaxVjp) load_probs();
     if (call_.op == Op::kSoftmaxVjp || call_.op == Op::kLogSoftmaxVjp) load_cotangent();
     if (call_.op == Op::kStatistics && call_.spread) load_spread();
   }
@@ -273,21 +291,27 @@ class Tile {
     }
   }
 
-  // Brings the folded classes' lanes together; every fold then holds the result.
+  // Brings the folded classes' lanes together; each of them then holds the result. Lanes but the first of a group are
+  // combined with the next group's, and overwritten.
   template <class F>
   void unfold(C* x, F combine) {
-    for (int64_t half = lanes_ / 2; half >= width_ && plan_.fold > 1; half /= 2) {
+    for (int64_t half = group_ / 2; half >= width_; half /= 2) {
 #pragma omp simd
-      for (int64_t l = 0; l < half; ++l) x[l] = combine(x[l], x[half + l]);
-      if (half == width_) break;
+      for (int64_t l = 0; l < lanes_ - half; ++l) x[l] = combine(x[l], x[half + l]);
     }
     repeat(x);
   }
 
-  void repeat(C* x) {  // of the positions, for every fold
-    for (int64_t l = positions_; l < lanes_ && plan_.fold > 1; l *= 2) {
+  void repeat(C* x) {  // what the first fold of every group holds
+    if (plan_.fold == 1) return;
+    for (int64_t o = 0; o < outers_; ++o, x += group_) {
+      if (width_ == 1) {
+        const C value = *x;
 #pragma omp simd
-      for (int64_t i = 0; i < l; ++i) x[l + i] = x[i];
+        for (int64_t l = 0; l < group_; ++l) x[l] = value;
+      } else {
+        for (int64_t l = width_; l < group_; ++l) x[l] = x[l - width_];
+      }
     }
   }
 
@@ -324,7 +348,7 @@ class Tile {
             return b[e] == 0 ? 0 : b[e] * (max[l] - a[e]);
           });
         }
-        at_labels([&](int64_t e, int64_t) { a[e] = C(-INFINITY); });
+        at_labels([&](int64_t e, auto...) { a[e] = C(-INFINITY); });
         [[fallthrough]];
       case Op::kLogSoftmax:
         sum(sum_, [=](int64_t e, int64_t l) __attribute__((always_inline)) { return exponential(a[e] - max[l]); });
@@ -346,59 +370,54 @@ class Tile {
   template <class F>
   void at_labels(F body) {  // of the positions whose label is in the tile
     if (!call_.label) return;
-    for (int64_t p = 0; p < positions_; ++p) {
-      const int64_t c = call_.label[first_ + p] - class_;
-      if (0 <= c && c < classes_) body(c * pitch_ + p, p);
-    }
+    each_index([&](int64_t o, int64_t i) {
+      const int64_t position = first_ + o * width_ + i, c = call_.label[position] - class_;
+      if (0 <= c && c < classes_) body(element(o, c, i), position, o * group_ + i, offset(o, c, i));
+    });
   }
 
   // ---- Tiles that hold a part of the classes leave their sums behind; the first of a position's holds the merged.
 
   C* partial(int quantity, int64_t chunk) {
-    const int64_t positions = call_.shape.outer * call_.shape.inner;
-    return partials_ + (quantity * plan_.chunks + chunk) * positions + first_;
+    return partials_ + (quantity * plan_.chunks + chunk) * call_.shape.outer * call_.shape.inner;
   }
-  void save(const C* x, int quantity) {
-    for (int64_t p = 0; p < positions_; ++p) partial(quantity, chunk_)[p] = x[p];
-  }
-  void restore(C* x, int quantity) {
-    for (int64_t l = 0; l < lanes_; ++l) x[l] = 0;
-    for (int64_t p = 0; p < positions_; ++p) x[p] = partial(quantity, 0)[p];
-    repeat(x);
-  }
+  void save(const C* x, int quantity) { put(x, partial(quantity, chunk_)); }
+  void restore(C* x, int quantity) { get(partial(quantity, 0), x); }
   template <class F>
   void merge(int quantity, F combine) {
-    C* to = partial(quantity, 0);
+    C* to = partial(quantity, 0) + first_;
     for (int64_t chunk = 1; chunk < plan_.chunks; ++chunk) {
-      const C* from = partial(quantity, chunk);
+      const C* from = partial(quantity, chunk) + first_;
       for (int64_t p = 0; p < positions_; ++p) to[p] = combine(to[p], from[p]);
     }
   }
 
   // ---- Results.
 
-  void report() {  // what there is one number a position of
-    const auto put = [this](void* to, const C* x, C more = 0) {
-      if (!to) return;
-      for (int64_t p = 0; p < positions_; ++p) static_cast<C*>(to)[first_ + p] = x[p] + more;
-    };
-    put(call_.max_out, max_);
-    put(call_.sum_out, sum_, call_.op == Op::kLogSoftmax ? kEpsilon / 8 : 0);
-    put(call_.spread_out, spread_);
-    put(call_.gap_out, gap_);
-    if (!call_.label_out) return;
-    for (int64_t p = 0; p < positions_; ++p) {
-      const int64_t label = call_.label[first_ + p], last = call_.shape.classes - 1;
-      const int64_t c = label < 0 ? 0 : smaller(label, last);
-      const T logit = static_cast<const T*>(call_.logits)[offset(p / width_, c - class_, p % width_)];
-      static_cast<C*>(call_.label_out)[first_ + p] = widen(logit);
-    }
+  void put(const C* x, void* to, C more = 0) const {
+    if (!to) return;
+    each_position([=](int64_t position, int64_t lane) { static_cast<C*>(to)[position] = x[lane] + more; });
+  }
+  template <class U = C>
+  void get(const void* from, C* x) {
+    for (int64_t l = 0; l < lanes_; ++l) x[l] = 0;
+    if (!from) return;
+    each_position([=](int64_t position, int64_t lane) { x[lane] = static_cast<const U*>(from)[position]; });
+    repeat(x);
   }
 
-  void get(const void* from, C* x) {  // likewise
-    for (int64_t l = 0; l < lanes_; ++l) x[l] = 0;
-    for (int64_t p = 0; p < positions_ && from; ++p) x[p] = static_cast<const C*>(from)[first_ + p];
-    repeat(x);
+  void report() {  // what there is one number a position of
+    put(max_, call_.max_out);
+    put(sum_, call_.sum_out, call_.op == Op::kLogSoftmax ? kEpsilon / 8 : 0);
+    put(spread_, call_.spread_out);
+    put(gap_, call_.gap_out);
+    if (!call_.label_out) return;
+    each_index([this](int64_t o, int64_t i) {
+      const int64_t position = first_ + o * width_ + i, label = call_.label[position];
+      const int64_t c = label < 0 ? 0 : smaller(label, call_.shape.classes - 1);
+      const T logit = static_cast<const T*>(call_.logits)[offset(o, c - class_, i)];
+      static_cast<C*>(call_.label_out)[position] = widen(logit);
+    });
   }
 
   void write(bool reload) {
@@ -420,7 +439,7 @@ class Tile {
         break;
       case Op::kLogSoftmax:
         if (reload) load_logits();
-        for (int64_t p = 0; p < positions_; ++p) scale[p] = logarithm(sum[p] + kEpsilon / 8);
+        each_position([=](int64_t, int64_t l) { scale[l] = logarithm(sum[l] + kEpsilon / 8); });
         repeat(scale);
         store([=](int64_t e, int64_t l) __attribute__((always_inline)) { return (a[e] - max[l]) - scale[l]; });
         break;
@@ -441,8 +460,7 @@ class Tile {
         load_logits();
         if (call_.spread) load_spread();
         get(call_.max, max), get(call_.factor, scale), get(call_.share, share);
-        for (int64_t p = 0; p < positions_; ++p) idle[p] = call_.idle && call_.idle[first_ + p];
-        repeat(idle);
+        get<bool>(call_.idle, idle);
         if (call_.spread) {
           store([=](int64_t e, int64_t l) __attribute__((always_inline)) {
             const C gradient = exponential(a[e] - max[l]) * scale[l] - share[l] * b[e];
@@ -454,11 +472,11 @@ class Tile {
             return idle[l] != 0 ? 0 : gradient;
           });
         }
-        at_labels([&](int64_t e, int64_t p) {
-          if (idle[p] != 0) return;
-          C gradient = static_cast<const C*>(call_.at_label)[first_ + p];
-          if (call_.spread) gradient -= share[p] * b[e];
-          static_cast<T*>(call_.result)[offset(p / width_, e / pitch_, p % width_)] = narrow<T>(gradient);
+        at_labels([=](int64_t e, int64_t position, int64_t lane, int64_t to) {
+          if (idle[lane] != 0) return;
+          C gradient = static_cast<const C*>(call_.at_label)[position];
+          if (call_.spread) gradient -= share[lane] * b[e];
+          static_cast<T*>(call_.result)[to] = narrow<T>(gradient);
         });
       }
     }
@@ -467,11 +485,12 @@ class Tile {
   const Call& call_;
   const Plan& plan_;
   C* partials_;
+  int fold_bits_;
   C *a_, *b_;  // the tile: logits, then what becomes of them; cotangent or spread
-  C *max_, *sum_, *spread_, *gap_, *part_, *scale_, *share_, *idle_, *extra_;
+  C *max_, *sum_, *spread_, *gap_, *part_, *scale_, *share_, *idle_;
   int64_t chunk_, outer_, outers_, inner_, width_, class_, classes_;
-  int64_t positions_, lanes_, pitch_, size_;  // pitch: from one class to the next; size: with padding
-  int64_t first_;                             // of the positions
+  int64_t positions_, first_;      // how many, and the index of the first
+  int64_t group_, lanes_, size_;  // lanes of an outer index, of them all with padding, numbers
 };
 
 template <class T>

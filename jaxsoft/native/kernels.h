@@ -32,10 +32,11 @@ struct Call {
   void *max_out = nullptr, *sum_out = nullptr, *label_out = nullptr, *spread_out = nullptr, *gap_out = nullptr;
 };
 
-// How an array is cut into tiles, from its shape alone. A tile is a matrix of classes × positions, brought into a
-// cache, widened and, where it has several outer indices, transposed. Its positions are summed side by side in vector
-// lanes, each in the order of its classes, so no sum depends on what else is in the tile. Where there are too few
-// positions for that, `fold` consecutive classes lie side by side as well and their sums are added up at the end.
+// How an array is cut into tiles, from its shape alone. A tile is brought into a cache and widened, and each of its
+// positions is summed in vector lanes of its own, in an order that depends on classes and inner alone: not on what else
+// is in the tile. A line of lanes is (outer index, fold, inner index): where the inner indices do not fill vectors,
+// `fold` consecutive classes lie side by side, contiguous as in memory, and their sums are added up at the end. Short
+// vectors with few inner indices are not folded: with several outer indices a tile transposes them.
 struct Plan {
   int64_t outers, width, fold;  // outer indices, inner indices, folded classes of a tile
   int64_t blocks, strips;       // tiles along outer and inner
@@ -57,7 +58,7 @@ enum class Stage {
 using Kernel = void (*)(const Call&, const Plan&, Stage, int64_t begin, int64_t end, void* scratch, void* partials);
 
 inline constexpr int kPartials = 4;  // max, sum, spread, gap
-inline int64_t scratch_size(const Plan& plan) { return 2 * plan.size + 9 * plan.lanes; }
+inline int64_t scratch_size(const Plan& plan) { return 2 * plan.size + 8 * plan.lanes; }
 
 // The same source, compiled for each instruction set.
 #define JAXSOFT_DECLARE(isa) \
