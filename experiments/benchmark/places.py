@@ -2,7 +2,10 @@
 
 import contextlib
 import multiprocessing
+import os
 import platform
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -57,7 +60,15 @@ def open_places(suffixes: Iterable[str]) -> Iterator[Places]:
 @contextlib.contextmanager
 def process(environment: dict[str, str]) -> Iterator[Ask]:
     """A process of its own that sleeps until it is asked."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), attend) as pool:
         with mock.patch.dict("os.environ", environment):
             pool.submit(int).result()  # it starts with the first question
         yield lambda fn, *arguments: pool.submit(fn, *arguments).result()
+
+
+def attend() -> None:
+    """Leave Ctrl-C to the process that asks, and end with it, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
