@@ -18,7 +18,7 @@ import jaxsoft
 from experiments._door import InputError
 from experiments.benchmark import __main__ as benchmark
 from experiments.benchmark import measure as measuring
-from experiments.benchmark import peers
+from experiments.benchmark import peers, places
 from experiments.benchmark.__main__ import Config, run
 from experiments.benchmark.cases import SUITES, Case
 from experiments.benchmark.measure import (
@@ -32,7 +32,9 @@ from experiments.benchmark.measure import (
     relative_error,
 )
 from experiments.benchmark.peers import Peer, missing, peers_of
-from experiments.benchmark.report import fallen_ratios, timed_peers
+from experiments.benchmark.places import HUGE, PURE, open_places, unused
+from experiments.benchmark.report import fallen_ratios, summary, timed_peers
+from experiments.benchmark.sweep import CLIFFS, TASKS, sweep
 
 pytestmark = [pytest.mark.scripts, pytest.mark.x32, pytest.mark.optimized]
 
@@ -48,6 +50,7 @@ def shrunk(case):
 DISTINCT = {shrunk(case) for case in SUITES["full"] if not case.is_training}
 # What differs in half precision differs in dense cases already.
 SHRUNK = sorted((c for c in DISTINCT if c.dtype == "float32" or len(c.shape) == 2), key=lambda case: case.label)
+SHRUNK += [Case(task, (6, 1, 4, 7), "bfloat16", axis, swept=True) for task in TASKS for axis in (-1, 2)]
 
 
 def rows_of(case, **options):
@@ -62,6 +65,7 @@ def few_calls():
         patch.setattr(measuring, "TURN", 1e-9)
         patch.setattr(measuring, "FEWEST", 2)
         patch.setattr(benchmark, "measure_ceilings", lambda dtypes: CEILINGS)
+        patch.setattr(benchmark, "unused", lambda: dict.fromkeys((PURE, HUGE), "not of interest"))
         yield
 
 
@@ -91,12 +95,18 @@ def test_every_installed_peer_computes_what_ours_does(case):
     expected = (
         {"jaxsoft", "jax.nn"} if not case.is_loss else {"jaxsoft", "optax, full logits" if case.is_linear else "optax"}
     )
+    if case.base == "logsumexp" or case.task == "softmax + VJP":
+        expected |= {"formula"}
     if case.axis == 1:
         expected |= {
             f"{name}, {layout}"
-            for name in expected - {"jaxsoft"}
+            for name in expected - {"jaxsoft", "formula"}
             for layout in ("transposed inside", "data class-last")
         }
+    if case.swept:
+        extra = {"optax in float32", "jax.nn.log_softmax"} if case.is_loss else set()
+        assert expected <= rows.keys() <= expected | extra
+        return
     if importlib.util.find_spec("torch"):
         expected |= {"PyTorch"}
     assert expected <= rows.keys()
@@ -163,8 +173,25 @@ def test_labels_are_ignored_in_the_share_stated():
 def test_temporaries_are_those_of_the_compiled_call():
     """An array of 4 MB that is summed both ways has to be held."""
     x = jnp.ones((1000, 1000))
-    _, _, megabytes = prepare(Peer("", lambda x: jnp.sort(x, 0)[::2].sum() + jnp.sort(x, 1)[:, ::2].sum()), [(x,)])
-    assert megabytes >= 4
+    _, _, said = prepare(Peer("", lambda x: jnp.sort(x, 0)[::2].sum() + jnp.sort(x, 1)[:, ::2].sum()), [(x,)])
+    assert said["temporaries MB"] >= 4
+
+
+def test_compiling_is_timed_from_the_function_on_and_the_faster_time_counts(monkeypatch):
+    """Two compilations, of programs traced anew, with clocks of 5 and 2 seconds."""
+    clock, traced = iter([0.0, 5.0, 10.0, 12.0]), []
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(clock))
+    _, said = measuring.compile_ahead(lambda x: traced.append(x) or x + 1, (jnp.ones(3),))
+    assert said["compile ms"] == 2000
+    assert len(traced) == 2
+
+
+@pytest.mark.parametrize(("calls", "made"), [(1, 1), (3, 4)])
+def test_a_turn_of_several_calls_begins_with_one_that_is_not_timed(monkeypatch, calls, made):
+    counted = []
+    monkeypatch.setitem(measuring._timers, "peer", (lambda: counted.append(1), lambda result: result))
+    assert measuring.turn("peer", calls) > 0
+    assert len(counted) == made
 
 
 def test_on_a_gpu_inputs_take_turns_and_calls_are_queued(monkeypatch):
@@ -202,10 +229,13 @@ def test_the_fastest_of_ten_is_taken(monkeypatch):
 
 def test_peers_that_were_given_other_data_or_not_timed_do_not_count():
     rows = [("a", "jaxsoft", 1), ("a", "p", 3), ("a", "q", 2), ("a", "r, data class-last", 1.5), ("b", "p", np.nan)]
+    rows += [("a", "jaxsoft (pure)", 2), ("a", "jaxsoft, huge pages", 1), ("a", "p, huge pages", 2)]
+    rows += [("a", "r, data class-last, huge pages", 1)]
     table = pd.DataFrame(
         [{"case": case, "shape": "", "dtype": "", "implementation": name, "ratio": ratio} for case, name, ratio in rows]
     )
     assert timed_peers(table)["implementation"].tolist() == ["p", "q"]
+    assert timed_peers(table, HUGE)["implementation"].tolist() == ["p, huge pages"]
 
 
 def test_relative_error_is_of_the_largest_entry():
@@ -220,7 +250,109 @@ def test_cases_that_do_not_fit_are_left_out_with_a_reason():
     assert not obstacle(head, CEILINGS)
 
 
+def test_each_place_holds_the_inputs():
+    case = Case("softmax", (2**20, 2**20))
+    assert obstacle(case, CEILINGS, 3).startswith("needs about 39582 GB")  # 2 · 2⁴² bytes more
+
+
+# Places.
+
+
+def test_places_are_processes_whose_environment_differs():
+    with open_places(["", PURE, HUGE]) as opened:
+        assert len({ask(os.getpid) for ask in opened.values()} | {os.getpid()}) == 4
+        seen = {suffix: ask(os.getenv, "GLIBC_TUNABLES") for suffix, ask in opened.items()}
+        assert seen == {
+            "": os.getenv("GLIBC_TUNABLES"),
+            PURE: os.getenv("GLIBC_TUNABLES"),
+            HUGE: "glibc.malloc.hugetlb=1",
+        }
+        assert opened[""](jaxsoft.native_kernels) == jaxsoft.native_kernels()
+        assert opened[PURE](jaxsoft.native_kernels).detail == "turned off by JAXSOFT_NATIVE=0"
+        with pytest.raises(TypeError):
+            opened[HUGE](len, 1)
+        case = Case("softmax", (6, 5), swept=True)
+        rows = {row["implementation"]: row for row in measure(case, CEILINGS, 1e-9, np.random.default_rng(0), opened)}
+    assert [*rows] == ["jaxsoft", "jax.nn", "jaxsoft (pure)", "jaxsoft, huge pages", "jax.nn, huge pages"]
+    assert all(row["median ms"] > 0 and row["compile ms"] > 0 for row in rows.values())
+    assert rows["jaxsoft"]["ratio"] == rows["jaxsoft"]["compile ratio"] == 1
+
+
+def test_one_place_is_this_process():
+    with open_places([""]) as opened:
+        assert opened[""](os.getpid) == os.getpid()
+
+
+def test_places_that_say_nothing_here_are_named(monkeypatch, tmp_path):
+    pages = tmp_path / "enabled"
+    pages.write_text("always [madvise] never\n")
+    monkeypatch.setattr(places, "PAGES", pages)
+    monkeypatch.setattr(places, "native_kernels", lambda: jaxsoft.NativeKernels(True, "file"))
+    monkeypatch.setattr(places.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    assert unused() == {}
+    monkeypatch.setattr(places, "native_kernels", lambda: jaxsoft.NativeKernels(False, "why"))
+    assert unused().keys() == {PURE}
+    for library in (("glibc", "2.34"), ("", "")):
+        monkeypatch.setattr(places.platform, "libc_ver", lambda library=library: library)
+        assert unused()[HUGE].startswith("needs glibc 2.35, got ")
+    pages.write_text("always madvise [never]\n")
+    assert unused()[HUGE].startswith("Linux has turned them off")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert unused() == {PURE: "for a CPU", HUGE: "for a CPU"}
+
+
+# The sweep.
+
+
+def test_a_sweep_is_drawn_from_its_seed_after_the_cliffs():
+    cases = sweep(150, 0)
+    assert cases[:11] == CLIFFS
+    assert cases == sweep(150, 0)
+    assert cases[:31] == sweep(20, 0)
+    assert cases[11:] != sweep(150, 1)[11:]
+    assert len({case.label for case in cases}) == 161
+    drawn = cases[11:]
+    assert {case.task for case in drawn} == set(TASKS)
+    assert {case.dtype for case in drawn} == {"float32", "bfloat16"}
+    assert {0, 1, 2, -1} <= {case.axis for case in drawn}
+    assert any(1 in case.shape for case in drawn)
+    for case in drawn:
+        classes = case.shape[case.axis]
+        assert 2 <= classes <= 300_000
+        assert 1 <= math.prod(case.shape) // classes <= 1_000_000
+        assert math.prod(case.shape) <= 2e7
+
+
+def test_a_sweep_is_run_like_a_suite(tmp_path):
+    table = run(Config(sweep=1, only=CLIFFS[-1].label, seconds=0.01, out=tmp_path))
+    assert set(table["shape"]) == {"(2, 36121)"}
+    command = json.loads((tmp_path / "about.json").read_text())["command"]
+    assert command.endswith(" --sweep 1 --only 'cross-entropy, axis 0 (2, 36121) float32' --seconds 0.01")
+
+
 # Results.
+
+
+def test_the_summary_compares_the_fastest_and_lists_what_is_below_one():
+    rows = [
+        ("a", "jaxsoft", 1, 1), ("a", "jaxsoft (pure)", 2, 3), ("a", "jaxsoft, huge pages", 0.5, 1),
+        ("a", "p", 4, 2), ("a", "q", 3, 0.5), ("a", "p, huge pages", 0.75, 1), ("a", "NumPy", 0.1, np.nan),
+        ("b", "jaxsoft", 1, 1), ("b", "p", 12, 2), ("b", "q, data class-last", 0.1, 1),
+    ]  # fmt: skip
+    text = "\n".join(summary(pd.DataFrame(
+        [dict(zip([*KEY, "ratio", "compile ratio"], (case, "(2, 3)", "float32", *row), strict=True)) for case, *row in rows]
+    )))  # fmt: skip
+    for line in (
+        "| peers over ours | 6.00 | 2 | 0 | 0 | 3.00 | a (2, 3) float32 | 12.00 |",
+        "| peers with huge pages over ours | 0.75 | 1 | 1 | 1 | 0.75 | a (2, 3) float32 | 0.75 |",
+        "| both with huge pages | 1.50 | 1 | 0 | 0 | 1.50 | a (2, 3) float32 | 1.50 |",
+        "| peers over ours without kernels | 1.50 | 1 | 0 | 0 | 1.50 | a (2, 3) float32 | 1.50 |",
+        "| ours without kernels over ours | 2.00 | 1 | 0 | 0 | 2.00 | a (2, 3) float32 | 2.00 |",
+        "| compiling, peers over ours | 1.00 | 2 | 1 | 1 | 0.50 | a (2, 3) float32 | 2.00 |",
+        "| a | (2, 3) | float32 | 3 q | 0.75 p |",
+    ):
+        assert line in text.splitlines()
+    assert "| b |" not in text
 
 
 def test_table_summary_and_pictures_are_written(whole):
@@ -231,15 +363,16 @@ def test_table_summary_and_pictures_are_written(whole):
     pd.testing.assert_frame_equal(pd.read_csv(out / "results.csv"), table, check_dtype=False)
     assert list(table) == COLUMNS
     assert set(table["case"]) == {"softmax", "log_softmax"}
-    for _, group in table.groupby("case"):
-        median = group.set_index("implementation")["median ms"]
-        np.testing.assert_allclose(group["ratio"], group["median ms"] / median["jaxsoft"])
+    assert all(table["ratio"].between(table["ratio low"], table["ratio high"]))
     about, text = json.loads((out / "about.json").read_text()), (out / "results.md").read_text()
-    for said in (about["date"], about["command"], about["device"], jax.__version__, "GB/s, matrix product"):
-        assert said in text
+    for said in (about["date"], about["command"], about["device"], about["kernels"], "GB/s, matrix product"):
+        assert text.count(said) == 1
+    assert jax.__version__ in text
+    assert "- implementations (pure): not of interest" in text
     waiting = f"OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}"
     assert about["command"] == f"{waiting} python -m experiments.benchmark --only '{TWO}' --seconds 0.01"
-    assert text.count("\n| softmax | (150, 3) | float32 | ") == len(table) / 2
+    written = text.partition("\n| case | shape | dtype | implementation |")[2]
+    assert written.count("\n| softmax | (150, 3) | float32 | ") == len(table) / 2
 
 
 def test_a_killed_run_goes_on_after_the_cases_it_has(whole, copy):
@@ -277,6 +410,7 @@ def test_a_tenth_is_the_limit():
     [
         ({"seconds": 0}, "--seconds: expected a positive number, got 0"),
         ({"seconds": math.inf}, "--seconds: expected a positive number, got inf"),
+        ({"sweep": -1}, "--sweep: expected a number of cases, got -1"),
         ({"seed": -1}, "--seed: expected an integer in [0, 2**32), got -1"),
         ({"only": "sparsemax"}, "--only: expected part of one of ['Iris, 1000 steps', "),
     ],

@@ -2,9 +2,10 @@
 
 python -m experiments.benchmark
 
-Every implementation of a case runs in one process, in a new random order every round, after its result
-was compared with ours. The time is that of a call whose result is ready; ratios above one mean that
-ours is faster. How to read the table, and how to run on a GPU: experiments/benchmark/README.md.
+Every implementation of a case is timed in a new random order every round, after its result was compared
+with ours; on a CPU, where they are there, all once more with huge pages, and ours without its kernels, in
+processes of their own. The time is that of a call whose result is ready; ratios above one mean that ours is
+faster. How to read the table, and how to run on a GPU: experiments/benchmark/README.md.
 """
 
 import contextlib
@@ -30,10 +31,15 @@ from experiments.benchmark.cases import SUITES
 from experiments.benchmark.measure import COLUMNS, Ceilings, measure, measure_ceilings, obstacle
 from experiments.benchmark.peers import missing
 from experiments.benchmark.pictures import plot_ratios, plot_roofline
+from experiments.benchmark.places import ENVIRONMENTS, open_places, unused
 from experiments.benchmark.report import fallen_ratios, markdown, read_table
+from experiments.benchmark.sweep import sweep
+from jaxsoft import native_kernels
 
 NAMED = ["jaxsoft", "jax", "jaxlib", "numpy", "optax", "torch", "jax-cce", "tokamax", "liger-kernel", "quack-kernels"]
 """Distributions whose versions the table states."""
+OPTIONS = "suite", "sweep", "only", "seconds", "seed"
+"""What the results depend on."""
 WAITING = "OMP_WAIT_POLICY"
 """What PyTorch's threads do between two loops."""
 
@@ -43,13 +49,15 @@ class Config:
     """Options of the benchmark."""
 
     suite: Literal["quick", "full"] = "quick"
-    """The cases: quick takes less than three minutes on two cores."""
+    """The cases: quick takes some minutes on two cores."""
+    sweep: int = 0
+    """Instead of the suite, so many cases drawn at random, after those that were worst; beside jax.nn and optax."""
     only: str = ""
     """Run the cases whose name, shape and dtype, as the table writes them, contain this: "softmax (150, 3) float32"."""
     seconds: float = 1.0
     """Time each case for about this long, in at least 5 and at most 401 rounds."""
     seed: int = 0
-    """Draws the inputs and the order of the implementations."""
+    """Draws the inputs, the order of the implementations, and the cases of a sweep."""
     compare: Path | None = None
     """A results.csv of an earlier run: rows whose ratio has fallen by more than a tenth are flagged."""
     resume: bool = False
@@ -68,23 +76,31 @@ def run(config: Config) -> pd.DataFrame:
         raise InputError(f"--seconds: expected a positive number, got {config.seconds}")
     if not 0 <= config.seed < 2**32:
         raise InputError(f"--seed: expected an integer in [0, 2**32), got {config.seed}")
-    chosen = [case for case in SUITES[config.suite] if config.only in case.label]
+    if config.sweep < 0:
+        raise InputError(f"--sweep: expected a number of cases, got {config.sweep}")
+    suite = sweep(config.sweep, config.seed) if config.sweep else SUITES[config.suite]
+    chosen = [case for case in suite if config.only in case.label]
     if not chosen:
-        names = sorted({case.name for case in SUITES[config.suite]})
+        names = sorted({case.name for case in suite})
         raise InputError(f"--only: expected part of one of {names} with shape and dtype, got {config.only!r}")
     old = read_table(config.compare) if config.compare else None
     out = make_folder(config.out)
     about, rows = begin(config, {case.dtype: None for case in chosen})
-    ceilings, left_out = Ceilings(**about["ceilings"]), missing()
+    ceilings = Ceilings(**about["ceilings"])
+    idle = unused()
+    left_out = missing() | {f"implementations{suffix}": reason for suffix, reason in idle.items()}
     done = {(row["case"], row["shape"], row["dtype"]) for row in rows}
-    with tqdm(total=len(chosen), unit="case", bar_format="{l_bar}{bar}| {elapsed}") as bar:
+    with (
+        open_places(suffix for suffix in ENVIRONMENTS if suffix not in idle) as places,
+        tqdm(total=len(chosen), unit="case", bar_format="{l_bar}{bar}| {elapsed}") as bar,
+    ):
         for n, case in enumerate(chosen):
             bar.set_description(case.label)
-            if reason := obstacle(case, ceilings):
+            if reason := obstacle(case, ceilings, len(places)):
                 left_out[case.label] = reason
             elif (case.name, str(case.shape), case.dtype) not in done:
                 # A generator for each case, which so draws the same whichever cases were timed before it.
-                rows += measure(case, ceilings, config.seconds, np.random.default_rng([config.seed, n]))
+                rows += measure(case, ceilings, config.seconds, np.random.default_rng([config.seed, n]), places)
                 pd.DataFrame(rows, columns=COLUMNS).to_csv(out / "unfinished.csv", index=False)
                 (out / "unfinished.csv").replace(out / "results.csv")
             bar.update()
@@ -100,12 +116,11 @@ def run(config: Config) -> pd.DataFrame:
 def begin(config: Config, dtypes: Iterable[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What there is to say of the run, with its ceilings, and the rows to go on from."""
     given = {name: value for name, value in asdict(config).items() if value != getattr(Config(), name)}
-    given = [
-        f"--{name} {shlex.quote(str(given[name]))}" for name in ("suite", "only", "seconds", "seed") if name in given
-    ]
+    given = [f"--{name} {shlex.quote(str(given[name]))}" for name in OPTIONS if name in given]
     about: dict[str, Any] = {
         "command": " ".join([f"{WAITING}={os.environ[WAITING]} python -m experiments.benchmark", *given]),
         "device": device(),
+        "kernels": str(native_kernels()),
         "versions": {"Python": platform.python_version()} | installed(),
     }
     path, results = config.out / "about.json", config.out / "results.csv"

@@ -15,7 +15,8 @@ IGNORED, SMOOTHING, Z_LOSS = 0.05, 0.1, 1e-4
 
 # Operations for each logit, and in a linear head for each feature of it; an exponential is one.
 OPERATIONS = {
-    "softmax": 5, "softmax + VJP": 9, "log_softmax": 5, "cross-entropy": 4, "cross-entropy + gradient": 6,
+    "softmax": 5, "softmax + VJP": 9, "log_softmax": 5, "log_softmax + VJP": 9, "logsumexp": 4, "logsumexp + VJP": 6,
+    "cross-entropy": 4, "cross-entropy + gradient": 6,
     "linear cross-entropy": 2, "linear cross-entropy + gradient": 6, "Iris, 1000 steps": math.nan,
 }  # fmt: skip
 
@@ -30,6 +31,7 @@ class Case:
     axis: int = -1
     ignored: bool = False
     smooth: bool = False  # with label smoothing and z-loss
+    swept: bool = False  # one of many: beside jax.nn and optax alone, as it stands
 
     @property
     def name(self) -> str:
@@ -80,12 +82,13 @@ class Case:
             return ()
         first, second, third = jax.random.split(key, 3)
         logits = (self.shape[0], self.shape[2]) if self.is_linear else self.shape
-        array = jax.random.normal(first, self.shape[:2] if self.is_linear else logits, self.dtype)
-        other = jax.random.normal(second, self.shape[1:] if self.is_linear else logits, self.dtype)
-        if not self.is_loss:
-            return (3 * array, 3 * other) if self.gradient else (3 * array,)
         axis = self.axis % len(logits)
         positions = logits[:axis] + logits[axis + 1 :]
+        result = positions if self.base == "logsumexp" else logits
+        array = jax.random.normal(first, self.shape[:2] if self.is_linear else logits, self.dtype)
+        other = jax.random.normal(second, self.shape[1:] if self.is_linear else result, self.dtype)
+        if not self.is_loss:
+            return (3 * array, 3 * other) if self.gradient else (3 * array,)
         labels = jax.random.randint(third, positions, 0, logits[axis])
         if self.ignored:
             labels = jnp.where(jax.random.bernoulli(second, IGNORED, positions), IGNORE, labels)

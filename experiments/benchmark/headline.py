@@ -8,7 +8,7 @@ from experiments.benchmark.report import read_table, timed_peers
 
 RESULTS = Path(__file__).with_name("results")
 VERSIONS = ("0.10.2", "0.12.0.1")
-PEERS = {"jax.nn, optax": ("jax.nn", "optax"), "PyTorch 2.13": ("PyTorch",)}
+PEERS = {"jax.nn, optax": ("jax.nn", "optax", "formula"), "PyTorch 2.13": ("PyTorch",)}
 DTYPE = "float32"
 ROWS = {
     case: shapes

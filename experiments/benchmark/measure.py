@@ -1,5 +1,6 @@
 """How it is timed: checked against ours, interleaved, beside the ceilings of this machine."""
 
+import functools
 import itertools
 import math
 import os
@@ -14,6 +15,7 @@ import numpy as np
 
 from experiments.benchmark.cases import Case
 from experiments.benchmark.peers import Arrays, Function, Peer, on_gpu, peers_of
+from experiments.benchmark.places import ALONE, PURE, Places
 
 FEWEST, MOST = 5, 401
 """Rounds of a case."""
@@ -21,11 +23,15 @@ LONGEST = 10.0
 """Seconds that a call may take."""
 TURN, CALLS = 1e-2, 200
 """Seconds that an implementation has before the next one's turn, in at most so many calls."""
+COMPILATIONS = 2
+"""Of each implementation; the faster one counts."""
 KEY = ["case", "shape", "dtype", "implementation"]
 COLUMNS = [
     *KEY, "median ms", "least ms", "spread", "ratio", "ratio low", "ratio high",
-    "MB", "GFLOP", "GB/s", "TFLOP/s", "of ceiling", "temporaries MB", "not timed",
+    "MB", "GFLOP", "GB/s", "TFLOP/s", "of ceiling", "temporaries MB", "compile ms", "compile ratio", "not timed",
 ]  # fmt: skip
+_timers: dict[str, tuple[Function, Function]] = {}
+"""What this process has made ready to be timed: the call of each implementation, and what waits for its result."""
 
 
 @dataclass(frozen=True)
@@ -58,29 +64,38 @@ def fastest(call: Function) -> float:
     return min(timed(call, jax.block_until_ready, 10) for _ in range(10))
 
 
-def obstacle(case: Case, ceilings: Ceilings) -> str:
+def obstacle(case: Case, ceilings: Ceilings, places: int = 1) -> str:
     """Why a case is left out on this machine; empty where it is not."""
     stats = jax.devices()[0].memory_stats()
     total = stats["bytes_limit"] if stats else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if case.memory > 0.75 * total:
-        return f"needs about {case.memory / 1e9:.0f} GB, more than 3/4 of {total / 1e9:.0f} GB"
+    memory = case.memory + (places - 1) * case.size  # each place holds the inputs
+    if memory > 0.75 * total:
+        return f"needs about {memory / 1e9:.0f} GB, more than 3/4 of {total / 1e9:.0f} GB"
     least = case.flops / ceilings.gemm[case.dtype]
     return f"a call takes at least {least:.0f} s" if case.is_linear and least > LONGEST else ""
 
 
-def prepare(peer: Peer, sets: list[Arrays]) -> tuple[Arrays, Function, float]:
-    """The first result, laid out as ours; the call to time, on each set of inputs in turn; its temporaries in MB."""
-    run: Any = jax.jit(peer.fn) if peer.by_jax else peer.fn
+def prepare(peer: Peer, sets: list[Arrays]) -> tuple[Arrays, Function, dict[str, float]]:
+    """The first result, laid out as ours; the call to time, on each set of inputs in turn; what compiling it says."""
     inputs = [peer.before(arrays) for arrays in sets]
+    run, said = compile_ahead(peer.fn, inputs[0]) if peer.by_jax else (peer.fn, {})
     result = run(*inputs[0])
     peer.wait(result)
-    analysis = run.lower(*inputs[0]).compile().memory_analysis() if peer.by_jax else None
-    turn = itertools.cycle(inputs)
-    return (
-        peer.after(tuple(jax.tree.leaves(result))),
-        lambda: run(*next(turn)),
-        analysis.temp_size_in_bytes / 1e6 if analysis else math.nan,
-    )
+    following = itertools.cycle(inputs)
+    return peer.after(tuple(jax.tree.leaves(result))), lambda: run(*next(following)), said
+
+
+def compile_ahead(fn: Function, inputs: Arrays) -> tuple[Function, dict[str, float]]:
+    """The function to run, the time that tracing and compiling it takes, and its temporaries."""
+    # Of one function the second program would be the first one, found again.
+    runs, least = [jax.jit(lambda *arrays: fn(*arrays)) for _ in range(COMPILATIONS)], math.inf
+    for run in runs:
+        start = time.perf_counter()
+        run.lower(*inputs).compile()
+        least = min(least, time.perf_counter() - start)
+    analysis = runs[-1].lower(*inputs).compile().memory_analysis()
+    said = {"temporaries MB": analysis.temp_size_in_bytes / 1e6} if analysis else {}
+    return runs[-1], said | {"compile ms": 1e3 * least}
 
 
 def timed(call: Function, wait: Function, calls: int = 1) -> float:
@@ -107,51 +122,80 @@ def tolerance(case: Case) -> float:
     return 1e-3 if case.is_training else 1e-4
 
 
-def measure(case: Case, ceilings: Ceilings, seconds: float, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """A row for each implementation, ours first. What agrees with ours is timed, in a new order every round."""
+def measure(
+    case: Case, ceilings: Ceilings, seconds: float, rng: np.random.Generator, places: Places = ALONE
+) -> list[dict[str, Any]]:
+    """A row for each implementation in each place, ours first. What agrees with ours is timed, in a new order every
+    round: one implementation at a time, in its own place, while the others sleep.
+    """
     # On a GPU successive calls have inputs of their own, more than the cache holds.
     count = min(64, math.ceil(2**28 / case.size)) if on_gpu() and case.size else 1
-    sets = [jax.jit(case.draw)(jax.random.key(rng.integers(2**32))) for _ in range(count)]
+    seeds = [int(rng.integers(2**32)) for _ in range(count)]
     rows: list[dict[str, Any]] = []
-    timers: dict[str, tuple[Function, Function]] = {}
+    turns: dict[str, Function] = {}
+    moved = math.nan
+    for suffix, ask in places.items():
+        ready, moved = ask(make_ready, case, seeds, suffix == PURE)
+        for name, said in ready.items():
+            key = case.name, str(case.shape), case.dtype, name + suffix
+            rows.append(dict(zip(KEY, key, strict=True)) | said)
+            if "not timed" not in said:
+                turns[name + suffix] = functools.partial(ask, turn, name)
+    # So many calls at a time that what the implementation before left in the caches, the allocator and the threads
+    # is soon forgotten, and that on a GPU starting one is hidden behind those before it.
+    once = {name: min(turns[name](1) for _ in range(2)) for name in turns}
+    calls = {name: min(CALLS, math.ceil(TURN / once[name])) for name in turns}
+    rounds = int(seconds / sum(once[name] * calls[name] for name in turns))
+    times = {name: np.empty(min(max(rounds, FEWEST), MOST)) for name in turns}
+    for n in range(len(times["jaxsoft"])):
+        for name in rng.permutation([*turns]):
+            times[name][n] = turns[name](calls[name])
+    for row in rows:
+        if "compile ms" in row:
+            row["compile ratio"] = row["compile ms"] / rows[0]["compile ms"]
+        if row["implementation"] in times:
+            row |= summary(case, ceilings, moved, times[row["implementation"]], times["jaxsoft"])
+    return rows
+
+
+def make_ready(case: Case, seeds: list[int], ours_alone: bool) -> tuple[dict[str, dict[str, Any]], float]:
+    """Compile the implementations in this process, and compare them with ours: what there is to say of each by name,
+    and how many bytes the case moves.
+    """
+    _timers.clear()
+    sets = [jax.jit(case.draw)(jax.random.key(seed)) for seed in seeds]
+    said: dict[str, dict[str, Any]] = {}
     ours: Arrays = ()
-    for peer in peers_of(case):
-        rows.append(dict(zip(KEY, (case.name, str(case.shape), case.dtype, peer.name), strict=True)))
+    for peer in itertools.islice(peers_of(case), 1 if ours_alone else None):
         try:
-            results, call, rows[-1]["temporaries MB"] = prepare(peer, sets)
+            results, call, said[peer.name] = prepare(peer, sets)
             error = max(float(relative_error(a, b)) for a, b in zip(results, ours or results, strict=True))
             if not error < tolerance(case):
                 raise ValueError(f"differs from ours by {error:.1e}")
         except Exception as error:  # a peer may fail in any way, ours may not
             if not ours:
                 raise
-            rows[-1]["not timed"] = f"{str(error).strip().partition(chr(10))[0] or type(error).__name__:.80}"
+            reason = f"{str(error).strip().partition(chr(10))[0] or type(error).__name__:.80}"
+            said[peer.name] = said.get(peer.name, {}) | {"not timed": reason}
             continue
-        timers[peer.name], ours = (call, peer.wait), ours or results
-    moved = case.size + sum(x.nbytes for x in ours) if case.size else math.nan
-    results = ours = ()
-    # So many calls at a time that what the implementation before left in the caches, the allocator and the threads
-    # is soon forgotten, and that on a GPU starting one is hidden behind those before it.
-    once = {name: min(timed(*timer) for _ in range(2)) for name, timer in timers.items()}
-    calls = {name: min(CALLS, math.ceil(TURN / once[name])) for name in timers}
-    rounds = int(seconds / sum(once[name] * calls[name] for name in timers))
-    times = {name: np.empty(min(max(rounds, FEWEST), MOST)) for name in timers}
-    for n in range(len(times["jaxsoft"])):
-        for name in rng.permutation([*timers]):
-            times[name][n] = timed(*timers[name], calls[name])
-    for row in rows:
-        if row["implementation"] in times:
-            row |= summary(case, ceilings, moved, times[row["implementation"]], times["jaxsoft"])
-    return rows
+        _timers[peer.name], ours = (call, peer.wait), ours or results
+    return said, case.size + sum(x.nbytes for x in ours) if case.size else math.nan
+
+
+def turn(name: str, calls: int) -> float:
+    """Seconds a call, after one that wakes the threads and fills the caches, where that is not all there is."""
+    if calls > 1:
+        timed(*_timers[name])
+    return timed(*_timers[name], calls)
 
 
 def summary(case: Case, ceilings: Ceilings, moved: float, taken: np.ndarray, ours: np.ndarray) -> dict[str, float]:
     low, median, high = np.quantile(taken, (0.25, 0.5, 0.75))
-    ratio_low, ratio_high = np.quantile(taken / ours, (0.25, 0.75))
+    ratio_low, ratio, ratio_high = np.quantile(taken / ours, (0.25, 0.5, 0.75))
     least = case.flops / ceilings.gemm[case.dtype] if case.is_linear else moved / ceilings.copy
     return {
         "median ms": 1e3 * median, "least ms": 1e3 * taken.min(), "spread": (high - low) / median,
-        "ratio": median / np.median(ours), "ratio low": ratio_low, "ratio high": ratio_high,
+        "ratio": ratio, "ratio low": ratio_low, "ratio high": ratio_high,
         "MB": moved / 1e6, "GFLOP": case.flops / 1e9, "GB/s": moved / median / 1e9,
         "TFLOP/s": case.flops / median / 1e12, "of ceiling": least / median,
     }  # fmt: skip

@@ -72,7 +72,7 @@ def peers_of(case: Case) -> Iterator[Peer]:
         return
     absent = missing()
     yield from jax_linear(case, absent) if case.is_linear else jax_dense(case)
-    if "PyTorch" not in absent:
+    if "PyTorch" not in absent and not case.swept:
         yield from torch_peers(case, absent)
 
 
@@ -100,19 +100,21 @@ def jax_dense(case: Case) -> Iterator[Peer]:
     yield Peer("jaxsoft", jax_mode(case, functools.partial(ours, axis=case.axis, **options)))
     if not case.is_loss:
         yield from layouts(case, "jax.nn", getattr(jax.nn, case.base))
+        if case.base in FORMULAS and case.task != "softmax":  # whose formula jax.nn has as it is
+            yield Peer("formula", jax_mode(case, functools.partial(FORMULAS[case.base], axis=case.axis)))
         return
     yield from layouts(case, "optax", functools.partial(optax_loss, case))
     if case.dtype == "bfloat16":
         wide = lambda z, y, axis: optax_loss(case, z.astype(jnp.float32), y, axis)  # noqa: E731
         yield from layouts(case, "optax in float32", wide)
-    if case == Case(case.task, case.shape, case.dtype):  # plain
+    if case.axis == -1 and not case.ignored and not case.smooth:
         yield Peer("jax.nn.log_softmax", jax_mode(case, log_softmax_loss))
 
 
 def layouts(case: Case, name: str, fn: Function) -> Iterator[Peer]:
     """The classes where the case has them; and last, moved inside the timed call or before it."""
     yield Peer(name, jax_mode(case, functools.partial(fn, axis=case.axis)))
-    if case.axis != -1:
+    if case.axis != -1 and not case.swept:
         last = functools.partial(fn, axis=-1)
         before = functools.partial(move, len(case.shape), case.axis, -1)
         after = functools.partial(move, len(case.shape), -1, case.axis)
@@ -123,6 +125,19 @@ def layouts(case: Case, name: str, fn: Function) -> Iterator[Peer]:
 def move(ndim: int, source: int, target: int, arrays: Iterable[jax.Array]) -> Arrays:
     """Move the class axis of the arrays that have one."""
     return tuple(jnp.moveaxis(x, source, target) if x.ndim == ndim else x for x in arrays)
+
+
+def softmax_formula(logits: jax.Array, axis: int) -> jax.Array:
+    exponentials = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis, keepdims=True)))
+    return exponentials / exponentials.sum(axis, keepdims=True)
+
+
+def logsumexp_formula(logits: jax.Array, axis: int) -> jax.Array:
+    maximum = jax.lax.stop_gradient(logits.max(axis, keepdims=True))
+    return jnp.squeeze(maximum, axis) + jnp.log(jnp.exp(logits - maximum).sum(axis))
+
+
+FORMULAS = {"softmax": softmax_formula, "logsumexp": logsumexp_formula}
 
 
 def optax_loss(case: Case, logits: jax.Array, labels: jax.Array, axis: int) -> jax.Array:

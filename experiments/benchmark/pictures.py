@@ -16,11 +16,12 @@ import matplotlib.pyplot as plt
 
 # By the beginning of an implementation's name.
 COLORS = {
-    "jaxsoft": "tab:blue", "jax.nn": "tab:orange", "optax": "gold", "PyTorch": "tab:red", "NumPy": "tab:gray",
-    "jax-cce": "tab:green", "tokamax": "tab:olive", "Liger": "tab:purple", "QuACK": "tab:brown",
+    "jaxsoft": "tab:blue", "jax.nn": "tab:orange", "optax": "gold", "formula": "tab:pink", "PyTorch": "tab:red",
+    "NumPy": "tab:gray", "jax-cce": "tab:green", "tokamax": "tab:olive", "Liger": "tab:purple", "QuACK": "tab:brown",
 }  # fmt: skip
 MARKERS = {
-    "softmax": "o", "softmax + VJP": "s", "log_softmax": "^", "cross-entropy": "v", "cross-entropy + gradient": "D",
+    "softmax": "o", "softmax + VJP": "s", "log_softmax": "^", "log_softmax + VJP": "<", "logsumexp": ">",
+    "logsumexp + VJP": "p", "cross-entropy": "v", "cross-entropy + gradient": "D",
     "linear cross-entropy": "P", "linear cross-entropy + gradient": "*",
 }  # fmt: skip
 SMALL = 1.0

@@ -9,6 +9,7 @@ import pandas as pd
 from experiments._door import InputError
 from experiments.benchmark.measure import COLUMNS, KEY, Ceilings
 from experiments.benchmark.peers import CLASS_LAST
+from experiments.benchmark.places import HUGE, PURE
 
 FALL = 0.1
 """A ratio that has fallen by more than this share is flagged."""
@@ -23,18 +24,10 @@ def markdown(table: pd.DataFrame, about: dict[str, Any], left_out: dict[str, str
         f"{about['date']}, by `{about['command']}`.",
         f"Versions: {', '.join(f'{name} {version}' for name, version in about['versions'].items())}.",
         f"Ceilings in this run: copy {ceilings.copy / 1e9:.3g} GB/s, matrix product {products}.",
+        f"Ours with {about['kernels']}.",
         "",
+        *summary(table),
     ]
-    peers = timed_peers(table)
-    fastest = peers.loc[peers["implementation"] != "NumPy"].groupby(KEY[:3]).agg({"ratio": "min"})
-    best = fastest["ratio"].to_numpy(float)
-    if len(best):
-        mean, slower = np.exp(np.log(best).mean()), f"below 1 in {sum(best < 1)}, below 0.9 in {sum(best < 0.9)}"
-        lines += [
-            f"The fastest peer's time over ours: {mean:.2f} in the geometric mean of {len(best)} cases, "
-            f"from {best.min():.2f} to {best.max():.2f}; {slower}.",
-            "",
-        ]
     if fallen is not None:
         lines += [f"Against the older table, {len(fallen)} ratios have fallen by more than {FALL:.0%}.", ""]
         lines += [f"- {' '.join(row[name] for name in KEY)}: **{row['ratio before']:.2f} to {row['ratio']:.2f}**"
@@ -50,10 +43,61 @@ def cell(value: float | str) -> str:
     return value if isinstance(value, str) else "" if pd.isna(value) else f"{value:.3g}"
 
 
-def timed_peers(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the peers that were timed on data laid out as the case has them."""
+def summary(table: pd.DataFrame) -> list[str]:
+    """The fastest peer's time over ours in all cases, and the cases in which it is less."""
+    plain, huge = fastest_peers(table), fastest_peers(table, HUGE)
+    compiling = timed_peers(table).dropna(subset="compile ratio").groupby(KEY[:3])["compile ratio"].min()
+    kinds = {
+        "peers over ours": plain["ratio"],
+        "peers with huge pages over ours": huge["ratio"],
+        "both with huge pages": huge["ratio"] / ratios_of(table, f"jaxsoft{HUGE}"),
+        "peers over ours without kernels": plain["ratio"] / ratios_of(table, f"jaxsoft{PURE}"),
+        "ours without kernels over ours": ratios_of(table, f"jaxsoft{PURE}"),
+        "compiling, peers over ours": compiling,
+    }
+    lines = [
+        "| the fastest peer's time over ours | geometric mean | cases | below 1 | below 0.9 | least | where | most |"
+    ]
+    lines += ["|" + "---|" * 8]
+    for kind, ratios in kinds.items():
+        if len(best := ratios.dropna()):
+            counts = f"{len(best)} | {sum(best < 1)} | {sum(best < 0.9)}"
+            mean, where = np.exp(np.log(best.to_numpy(float)).mean()), " ".join(best.idxmin())
+            lines.append(f"| {kind} | {mean:.2f} | {counts} | {best.min():.2f} | {where} | {best.max():.2f} |")
+    both = plain.join(huge.add_suffix(HUGE), how="outer")
+    below = both.loc[(both["ratio"] < 1) | (both[f"ratio{HUGE}"] < 1)].sort_values("ratio")
+    if len(below):
+        lines += [
+            "",
+            "Below 1:",
+            "",
+            "| case | shape | dtype | peers | peers with huge pages |",
+            "|---|---|---|---|---|",
+        ]
+    for row in below.reset_index().to_dict("records"):
+        cells = [f"{cell(row[f'ratio{end}'])} {cell(row[f'implementation{end}'])}".strip() for end in ("", HUGE)]
+        lines.append(f"| {' | '.join([row[name] for name in KEY[:3]] + cells)} |")
+    return [*lines, ""]
+
+
+def fastest_peers(table: pd.DataFrame, place: str = "") -> pd.DataFrame:
+    """The fastest of a place in each case, and its time over that of ours as it comes."""
+    peers = timed_peers(table, place)
+    peers = peers.assign(implementation=peers["implementation"].str.removesuffix(HUGE))
+    peers = peers.loc[peers["implementation"] != "NumPy"]
+    return peers.loc[peers.groupby(KEY[:3])["ratio"].idxmin()].set_index(KEY[:3])[["ratio", "implementation"]]
+
+
+def ratios_of(table: pd.DataFrame, implementation: str) -> pd.Series:
+    return table.loc[table["implementation"] == implementation].set_index(KEY[:3])["ratio"]
+
+
+def timed_peers(table: pd.DataFrame, place: str = "") -> pd.DataFrame:
+    """The rows of the peers of a place that were timed on data laid out as the case has them."""
     names = table["implementation"]
-    return table.loc[(names != "jaxsoft") & ~names.str.endswith(CLASS_LAST) & table["ratio"].notna()]
+    of_place = names.str.endswith(HUGE) == (place == HUGE)
+    laid_out = ~names.str.removesuffix(HUGE).str.endswith(CLASS_LAST)
+    return table.loc[~names.str.startswith("jaxsoft") & of_place & laid_out & table["ratio"].notna()]
 
 
 def read_table(path: Path) -> pd.DataFrame:
