@@ -40,22 +40,28 @@ class Statistics(NamedTuple):
         return self.exp_sum + jnp.finfo(self.tail.dtype).eps / 8
 
     @property
-    def log_total(self) -> Array:
-        """log Σ_j exp(z_j − m) to full relative precision when the label leads; 0 where no class is left.
+    def surplus(self) -> Array:
+        """Σ_j exp(z_j − m) − 1, to full relative precision when the label leads; 0 where no class is left.
 
         That is why the tail leaves the label out: once the label leads by 17, its 1 swallows every
         other term in float32. A label that leads has exp(0) − 1 = 0 exactly; under any other the
         tail is at least 1 and nothing cancels.
         """
         surplus = self.tail - 1 if self.label is None else self.tail + (jnp.exp(self.label) - 1)
-        return jnp.log1p(surplus + lax.stop_gradient(jnp.maximum(-surplus, 0)))
+        return surplus + lax.stop_gradient(jnp.maximum(-surplus, 0))
+
+    @property
+    def log_total(self) -> Array:
+        """log Σ_j exp(z_j − m), as precise; 0 where no class is left."""
+        return _log1p(self.surplus)
 
     @property
     def surprise(self) -> Array:
         """log Σ_j exp(z_j) − z_label, and its derivative, to full relative precision when the label leads."""
+        leads = self.label > -1
         # By log_total − label the derivative would be what is left of two ones.
-        lead = jnp.log1p(self.tail * jnp.exp(-jnp.maximum(self.label, -1)))
-        return jnp.where(self.label > -1, lead, self.log_total - self.label)
+        lead = self.tail * jnp.exp(-jnp.maximum(self.label, -1))
+        return _log1p(jnp.where(leads, lead, self.surplus)) - jnp.where(leads, 0, self.label)
 
     @property
     def logsumexp(self) -> Array:
@@ -88,6 +94,15 @@ def block_statistics(logits: Array, axes: Axes, targets: Targets = Targets(), ax
     packed = sum_shards(jnp.concatenate(sums, axes[-1]), axis_name)  # one all-reduce for them all
     tail, *rest = jnp.split(packed, len(sums), axes[-1])
     return Statistics(largest, tail, None if label is None else rest.pop(0), *rest)
+
+
+def _log1p(array: Array) -> Array:
+    return _log_of_sum((array,), ())[0]
+
+
+@on(cpu=_cpu.log1p)
+def _log_of_sum(arrays: tuple[Array], axes: Axes) -> tuple[Array]:
+    return (jnp.log1p(*arrays),)
 
 
 @on(cpu=_cpu.statistics)
