@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoft import _cpu
+from jaxsoft import _accelerator, _cpu
 from jaxsoft._dtypes import widen
 from jaxsoft._platform import Axes, from_end, on
 from jaxsoft._shards import AxisName, max_shards, sum_shards
-from jaxsoft._targets import Targets
+from jaxsoft._targets import Targets, is_label
 
 
 class Statistics(NamedTuple):
@@ -105,7 +105,12 @@ def _log_of_sum(arrays: tuple[Array], axes: Axes) -> tuple[Array]:
     return (jnp.log1p(*arrays),)
 
 
-@on(cpu=_cpu.statistics)
+@on(
+    cpu=_cpu.statistics,
+    cuda=_accelerator.gpu_statistics,
+    rocm=_accelerator.gpu_statistics,
+    tpu=_accelerator.tpu_statistics,
+)
 def _block_sums(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array, ...]:
     """m, the tail, and where the targets have such the logit of the label, Σ_j spread_j and Σ_j spread_j (m − z_j)."""
     logits, label, spread = arrays
@@ -113,7 +118,7 @@ def _block_sums(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array, ...]:
     z = widen(logits)
     exponentials = jnp.exp(z - largest)
     if label is not None:
-        exponentials = jnp.where(_at_label(logits, label, axes), 0, exponentials)
+        exponentials = jnp.where(is_label(logits, label, axes), 0, exponentials)
     sums = [largest, jnp.sum(exponentials, axes, keepdims=True)]
     if label is not None:
         (axis,) = axes
@@ -163,15 +168,9 @@ def _scaled_exponentials(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array]:
     logits, largest, factor, idle, label, at_label, share, spread = arrays
     result = jnp.exp(widen(logits) - largest) * factor
     if label is not None:
-        result = jnp.where(_at_label(logits, label, axes), at_label, result)
+        result = jnp.where(is_label(logits, label, axes), at_label, result)
     if spread is not None:
         result -= share * spread
     if idle is not None:
         result = jnp.where(idle, 0, result)
     return (result.astype(logits.dtype),)
-
-
-def _at_label(logits: Array, label: Array, axes: Axes) -> Array:
-    """A mask by comparison, not a scatter: it fuses on every platform."""
-    (axis,) = axes
-    return lax.broadcasted_iota(label.dtype, logits.shape, axis % logits.ndim) == label

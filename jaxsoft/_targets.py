@@ -198,6 +198,12 @@ def as_targets(targets: ArrayLike, classes: int, ignore_index: int | None) -> tu
     return jnp.asarray(narrow), None if ignore_index is None else -1
 
 
+def is_label(logits: Array, label: Array, axes: tuple[int, ...]) -> Array:
+    """A mask by comparison, not a scatter: it fuses on every platform."""
+    (axis,) = axes
+    return lax.broadcasted_iota(label.dtype, logits.shape, axis % logits.ndim) == label
+
+
 def equals(labels: Array, index: int | None) -> Array:
     """Labels == index, also where the labels' dtype cannot hold the index and comparing would wrap it."""
     limits = jnp.iinfo(labels.dtype)
