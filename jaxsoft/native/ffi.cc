@@ -124,7 +124,7 @@ void parallel(ffi::ThreadPool& pool, int64_t pieces, const std::function<void(in
 void expect_huge_pages(void* data, size_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t kHuge = 2 << 20;
-  if (bytes < 4 * kHuge) return;
+  if (bytes < 16 * kHuge) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data), first = round_up(begin, kHuge);
   madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / kHuge * kHuge, MADV_HUGEPAGE);
 #endif

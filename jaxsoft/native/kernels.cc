@@ -116,6 +116,7 @@ inline double logarithm(double x) { return log(x); }
 template <class T>
 class Tile {
   using C = typename Compute<T>::Type;
+  static constexpr int64_t kCached = 1 << 18;
   static constexpr C kEpsilon = sizeof(C) == 4 ? C(FLT_EPSILON) : C(DBL_EPSILON);
   static constexpr C kLowest = sizeof(C) == 8           ? C(-DBL_MAX)
                                : __is_same(T, float)    ? C(-FLT_MAX)
@@ -211,6 +212,18 @@ class Tile {
 
   int64_t group_length(int64_t line) const { return smaller(group_, (classes_ - line * plan_.fold) * width_); }
 
+  // From a tile's numbers to those of the next, which are fetched while this one is computed; 0 where a second-level
+  // cache has them already.
+  int64_t to_next() const {
+    const Shape& shape = call_.shape;
+    if (shape.outer * shape.classes * shape.inner < kCached) return 0;
+    return plan_.strips > 1 ? width_ : outers_ * classes_ * width_;
+  }
+  template <int writing, class U>
+  static void prefetch(U* from, int64_t length) {
+    for (int64_t l = 0; l < length; l += int64_t(64 / sizeof(U))) __builtin_prefetch(from + l, writing, 2);
+  }
+
   template <class Row>
   void load(Row row, C* tile, C padding) {  // from row(o), where the numbers of outer index o begin
     const int64_t step = plan_.fold * call_.shape.inner, lines = size_ / lanes_;
@@ -218,11 +231,13 @@ class Tile {
       for (int64_t line = 0; line < lines; ++line)
         for (int64_t o = 0; o < outers_; ++o) tile[line * lanes_ + o] = widen(row(o)[line]);
     }
+    const int64_t ahead = to_next();
     for (int64_t o = 0; o < outers_ && group_ > 1; ++o) {
       const auto* from = row(o);
       C* to = tile + o * group_;
       for (int64_t line = 0; line < lines; ++line, from += step, to += lanes_) {
         const int64_t length = group_length(line);
+        if (ahead != 0) prefetch<0>(from + ahead, length);
 #pragma omp simd
         for (int64_t l = 0; l < length; ++l) to[l] = widen(from[l]);
         for (int64_t l = length; l < group_; ++l) to[l] = padding;
@@ -248,11 +263,13 @@ class Tile {
         for (int64_t c = 0; c < classes_; ++c) result[o * row + c] = narrow<T>(a_[c * lanes_ + o]);
       return;
     }
+    const int64_t ahead = to_next();
     for (int64_t o = 0; o < outers_; ++o) {
       T* to = result + o * row;
       const int64_t lane = o * group_;
       for (int64_t line = 0, start = lane; start < size_; ++line, start += lanes_, to += step) {
         const int64_t length = group_length(line);
+        if (ahead != 0) prefetch<1>(to + ahead, length);
 #pragma omp simd
         for (int64_t l = 0; l < length; ++l) to[l] = narrow<T>(value(start + l, lane + l));
       }
