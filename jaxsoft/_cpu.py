@@ -54,6 +54,9 @@ def native_kernels() -> NativeKernels:
     Edges: arrays that XLA is to lay over several devices (inside `jax.shard_map` each device is one), programs made by
     `jax.export` and accelerators take the plain formula in any case.
 
+    Raises:
+        ValueError: when the library is imported, a value of JAXSOFT_NATIVE that is none of these.
+
     Example:
         >>> from jaxsoft import native_kernels
         >>> native_kernels().loaded in (True, False)

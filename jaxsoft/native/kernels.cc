@@ -116,7 +116,7 @@ inline double logarithm(double x) { return log(x); }
 template <class T>
 class Tile {
   using C = typename Compute<T>::Type;
-  static constexpr int64_t kCached = 1 << 18;
+  static constexpr int64_t kCached = 1 << 18, kFew = 32;
   static constexpr C kEpsilon = sizeof(C) == 4 ? C(FLT_EPSILON) : C(DBL_EPSILON);
   static constexpr C kLowest = sizeof(C) == 8           ? C(-DBL_MAX)
                                : __is_same(T, float)    ? C(-FLT_MAX)
@@ -128,7 +128,7 @@ class Tile {
       : call_(call), plan_(plan), partials_(static_cast<C*>(partials)), fold_bits_(__builtin_ctzll(plan.fold)) {
     C* next = static_cast<C*>(scratch);
     C** tiles[] = {&a_, &b_};
-    C** lanes[] = {&max_, &sum_, &spread_, &gap_, &part_, &scale_, &share_, &idle_};
+    C** lanes[] = {&max_, &sum_, &spread_, &gap_, &part_, &scale_, &share_, &idle_, &label_, &taken_};
     for (C** tile : tiles) *tile = next, next += plan.size;
     for (C** lane : lanes) *lane = next, next += plan.lanes;
   }
@@ -365,7 +365,11 @@ class Tile {
             return b[e] == 0 ? 0 : b[e] * (max[l] - a[e]);
           });
         }
-        at_labels([&](int64_t e, auto...) { a[e] = C(-INFINITY); });
+        if (compares()) {
+          take_labels();
+        } else {
+          at_labels([&](int64_t e, auto...) { a[e] = C(-INFINITY); });
+        }
         [[fallthrough]];
       case Op::kLogSoftmax:
         sum(sum_, [=](int64_t e, int64_t l) __attribute__((always_inline)) { return exponential(a[e] - max[l]); });
@@ -382,6 +386,36 @@ class Tile {
       case Op::kGradient:
         break;
     }
+  }
+
+  // With few classes, one to a line of lanes, labels are compared with each; else what is at a label is looked up.
+  bool compares() const { return call_.label && plan_.fold == 1 && plan_.chunks == 1 && call_.shape.classes <= kFew; }
+
+  void get_labels() {
+    C* const label = label_;
+    const int32_t* const from = call_.label + first_;
+#pragma omp simd
+    for (int64_t p = 0; p < positions_; ++p) label[p] = C(from[p]);
+    for (int64_t l = positions_; l < lanes_; ++l) label[l] = -1;
+  }
+  template <class F>
+  void compare_labels(F body) {
+    const C* const label = label_;
+    C c = 0;
+    for (int64_t start = 0; start < size_; start += lanes_, ++c) {
+#pragma omp simd
+      for (int64_t l = 0; l < lanes_; ++l) body(start + l, l, label[l] == c);
+    }
+  }
+
+  void take_labels() {  // out of the tile; of a label out of range the logit of the class that is nearest
+    C *const a = a_, *const taken = taken_, *const label = label_, *const last = a_ + size_ - lanes_;
+    get_labels();
+    for (int64_t l = 0; l < lanes_; ++l) taken[l] = label[l] < 0 ? a[l] : last[l];
+    compare_labels([=](int64_t e, int64_t l, bool is_label) __attribute__((always_inline)) {
+      taken[l] = is_label ? a[e] : taken[l];
+      a[e] = is_label ? C(-INFINITY) : a[e];
+    });
   }
 
   template <class F>
@@ -429,6 +463,7 @@ class Tile {
     put(spread_, call_.spread_out);
     put(gap_, call_.gap_out);
     if (!call_.label_out) return;
+    if (compares()) return put(taken_, call_.label_out);
     each_index([this](int64_t o, int64_t i) {
       const int64_t position = first_ + o * width_ + i, label = call_.label[position];
       const int64_t c = label < 0 ? 0 : smaller(label, call_.shape.classes - 1);
@@ -439,7 +474,7 @@ class Tile {
 
   void write(bool reload) {
     C *const a = a_, *const b = b_, *const max = max_, *const sum = sum_, *const scale = scale_, *const share = share_;
-    C* const idle = idle_;
+    C *const idle = idle_, *const at_label = taken_;
     switch (call_.op) {
       case Op::kStatistics:
         break;
@@ -478,6 +513,17 @@ class Tile {
         if (call_.spread) load_spread();
         get(call_.max, max), get(call_.factor, scale), get(call_.share, share);
         get<bool>(call_.idle, idle);
+        if (compares()) {
+          get(call_.at_label, at_label), get_labels();
+          const bool spreads = call_.spread;
+          compare_labels([=](int64_t e, int64_t l, bool is_label) __attribute__((always_inline)) {
+            const C product = exponential(a[e] - max[l]) * scale[l];
+            const C gradient = (is_label ? at_label[l] : product) - (spreads ? share[l] * b[e] : 0);
+            a[e] = idle[l] != 0 ? 0 : gradient;
+          });
+          store([=](int64_t e, int64_t) __attribute__((always_inline)) { return a[e]; });
+          break;
+        }
         if (call_.spread) {
           store([=](int64_t e, int64_t l) __attribute__((always_inline)) {
             const C gradient = exponential(a[e] - max[l]) * scale[l] - share[l] * b[e];
@@ -504,7 +550,7 @@ class Tile {
   C* partials_;
   int fold_bits_;
   C *a_, *b_;  // the tile: logits, then what becomes of them; cotangent or spread
-  C *max_, *sum_, *spread_, *gap_, *part_, *scale_, *share_, *idle_;
+  C *max_, *sum_, *spread_, *gap_, *part_, *scale_, *share_, *idle_, *label_, *taken_;
   int64_t chunk_, outer_, outers_, inner_, width_, class_, classes_;
   int64_t positions_, first_;      // how many, and the index of the first
   int64_t group_, lanes_, size_;  // lanes of an outer index, of them all with padding, numbers

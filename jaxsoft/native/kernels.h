@@ -58,7 +58,7 @@ enum class Stage {
 using Kernel = void (*)(const Call&, const Plan&, Stage, int64_t begin, int64_t end, void* scratch, void* partials);
 
 inline constexpr int kPartials = 4;  // max, sum, spread, gap
-inline int64_t scratch_size(const Plan& plan) { return 2 * plan.size + 8 * plan.lanes; }
+inline int64_t scratch_size(const Plan& plan) { return 2 * plan.size + 10 * plan.lanes; }
 
 // The same source, compiled for each instruction set.
 #define JAXSOFT_DECLARE(isa) \
