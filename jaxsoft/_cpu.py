@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike
+from jaxtyping import Array
 
 from jaxsoft._dtypes import compute_dtype
 from jaxsoft._platform import Axes, Program
@@ -90,16 +90,8 @@ _KERNELS = _load()
 _LEAST = 0 if os.environ.get(SWITCH) == "always" else LEAST
 
 
-def _positions(logits: Type, axes: Axes, dtype: DTypeLike | None = None) -> Type:
-    """The type of one number a position, in the dtype to compute in if no other is given."""
-    shape = list(logits.shape)
-    for axis in axes:
-        shape[axis] = 1
-    return jax.ShapeDtypeStruct(tuple(shape), dtype or compute_dtype(logits.dtype))
-
-
 def _of_statistics(axes: Axes, logits: Type, label: Type | None, spread: Type | None) -> Types:
-    number = _positions(logits, axes)
+    number = _position(logits, axes)
     return number, number, *(None if array is None else number for array in (label, spread, spread))
 
 
@@ -108,38 +100,73 @@ def _like_first(axes: Axes, first: Type, *others: Type | None) -> Types:
 
 
 def _of_log_softmax(axes: Axes, logits: Type) -> Types:
-    return logits, _positions(logits, axes), _positions(logits, axes)
+    return logits, _position(logits, axes), _position(logits, axes)
 
 
-def _program(name: str, results: Callable[..., Types]) -> Program:
-    """The kernel `name` as the program of a plain function of the same arrays, whose absent results are None."""
+def _program(name: str, roles: str, results: Callable[..., Types]) -> Program:
+    """The kernel `name` as the program of a plain function of the same arrays, whose absent results are None.
 
-    def choose(local: bool, types: tuple[Type | None, ...], axes: Axes) -> Function | None:
-        if not (_KERNELS.loaded and local and _fits(types, axes)):
+    `roles` are those of the arrays behind the first, see `_takes`.
+    """
+
+    def choose(local: bool, types: Types, axes: Axes) -> Function | None:
+        logits, *others = types
+        assert logits is not None
+        if not (_KERNELS.loaded and local and _gains(logits, axes)):
             return None
+        given = ((role, array) for role, array in zip(roles.split(), others, strict=True) if array is not None)
+        return run if all(_takes(role, array, logits, axes) for role, array in given) else None
 
-        def run(arrays: tuple[Array | None, ...], axes: Axes) -> Results:
-            # The handlers know an absent array by its having no elements.
-            nothing = jnp.zeros(0, jnp.float32)
-            expected = results(axes, *arrays)
-            types = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in (nothing if r is None else r for r in expected)]
-            kernel = jax.ffi.ffi_call(f"jaxsoft_{name}", types)
-            outputs = kernel(
-                *(nothing if a is None else a for a in arrays), first=np.int64(axes[0]), last=np.int64(axes[-1])
-            )
-            return tuple(output for output, result in zip(outputs, expected, strict=True) if result is not None)
-
-        return run
+    def run(arrays: tuple[Array | None, ...], axes: Axes) -> Results:
+        # The handlers know an absent array by its having no elements.
+        nothing = jnp.zeros(0, jnp.float32)
+        expected = results(axes, *arrays)
+        types = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in (nothing if r is None else r for r in expected)]
+        kernel = jax.ffi.ffi_call(f"jaxsoft_{name}", types)
+        operands = (nothing if array is None else array for array in arrays)
+        outputs = kernel(*operands, first=np.int64(axes[0]), last=np.int64(axes[-1]))
+        return tuple(output for output, result in zip(outputs, expected, strict=True) if result is not None)
 
     return choose
 
 
-statistics = _program("statistics", _of_statistics)
-gradient = _program("gradient", _like_first)
-softmax = _program("softmax", _like_first)
-log_softmax = _program("log_softmax", _of_log_softmax)
-softmax_vjp = _program("softmax_vjp", _like_first)
-log_softmax_vjp = _program("log_softmax_vjp", _like_first)
+statistics = _program("statistics", "label spread", _of_statistics)
+gradient = _program("gradient", "position position mask label position position spread", _like_first)
+softmax = _program("softmax", "", _like_first)
+log_softmax = _program("log_softmax", "", _of_log_softmax)
+softmax_vjp = _program("softmax_vjp", "like", _like_first)
+log_softmax_vjp = _program("log_softmax_vjp", "position position like", _like_first)
+
+
+def _gains(logits: Type, axes: Axes) -> bool:
+    """Whether a kernel takes such logits, and is faster than XLA for so many."""
+    known = all(isinstance(size, int) for size in logits.shape)  # a symbol of `jax.export` serves every size
+    together = axes == tuple(range(axes[0], axes[-1] + 1))
+    return known and together and logits.dtype in DTYPES and math.prod(logits.shape) >= max(_LEAST, 1)
+
+
+def _takes(role: str, array: Type, logits: Type, axes: Axes) -> bool:
+    """Whether a kernel takes the array in its role beside the logits, whose bounds it keeps to without looking."""
+    if role == "like":
+        return (array.shape, array.dtype) == (logits.shape, logits.dtype)
+    dtype = {"label": jnp.int32, "mask": jnp.bool_}.get(role, compute_dtype(logits.dtype))
+    if role != "spread":
+        return (array.shape, array.dtype) == (_position(logits, axes).shape, dtype)
+    first, ahead = logits.ndim + axes[0], logits.shape[: axes[0]]
+    # One weight a class may be shared by consecutive vectors: by all, or under `vmap` by those of one example.
+    of_classes = tuple(
+        size if axis in axes else 1 for axis, size in zip(range(-logits.ndim, 0), logits.shape, strict=True)
+    )
+    shared = [ahead[:n] + of_classes[n:] for n in range(first + 1)]
+    return array.shape in (logits.shape, *shared) and array.dtype == dtype
+
+
+def _position(logits: Type, axes: Axes) -> jax.ShapeDtypeStruct:
+    """The type of one number a position, in the dtype to compute in."""
+    shape = list(logits.shape)
+    for axis in axes:
+        shape[axis] = 1
+    return jax.ShapeDtypeStruct(tuple(shape), compute_dtype(logits.dtype))
 
 
 def log1p(local: bool, types: tuple[Type], axes: Axes) -> Function:
@@ -155,24 +182,3 @@ def log1p(local: bool, types: tuple[Type], axes: Axes) -> Function:
         return (jnp.log(u) + (x - (u - 1)) / u,)
 
     return run
-
-
-def _fits(types: tuple[Type | None, ...], axes: Axes) -> bool:
-    """Whether the kernels take arrays of these types, and are faster than XLA for so many elements."""
-    logits, *others = (t for t in types if t is not None)
-    shape, (first, *_, last) = logits.shape, (*axes, axes[-1])
-    if not all(isinstance(size, int) for size in shape):  # a symbol of `jax.export` serves every size
-        return False
-    if logits.dtype not in DTYPES or math.prod(shape) < _LEAST or axes != tuple(range(first, last + 1)):
-        return False
-    one = _positions(logits, axes).shape
-    ahead, classes, behind = shape[:first], shape[first : last + 1 or None], one[last + 1 :] if last < -1 else ()
-
-    def fits(array: Type) -> bool:
-        # A weight of each class may be shared by consecutive vectors, as under `vmap` by those of one example.
-        shared = array.shape[first:] == (*classes, *(1 for _ in behind)) and any(
-            array.shape[:first] == (*ahead[:n], *(1 for _ in ahead[n:])) for n in range(len(ahead) + 1)
-        )
-        return array.shape in (shape, one) or shared
-
-    return math.prod(shape) > 0 and all(map(fits, others))

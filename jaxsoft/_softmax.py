@@ -151,13 +151,16 @@ def softmax_vjp(
     axis_name = as_axis_name(axis_name, "probs", s)
     if axis_name is None:
         return _pulled_back((s, g), from_end(axes, s))[0]
-    dot = sum_shards(jnp.sum(widen(s) * widen(g), axes, keepdims=True), axis_name)
-    return (widen(s) * (widen(g) - dot)).astype(s.dtype)
+    wide = widen(s)
+    g = g.astype(wide.dtype)
+    dot = sum_shards(jnp.sum(wide * g, axes, keepdims=True), axis_name)
+    return (wide * (g - dot)).astype(s.dtype)
 
 
 @on(cpu=_cpu.softmax_vjp)
 def _pulled_back(arrays: tuple[Array, Array], axes: Axes) -> tuple[Array]:
-    s, g = map(widen, arrays)
+    s = widen(arrays[0])
+    g = arrays[1].astype(s.dtype)
     dot = jnp.sum(s * g, axes, keepdims=True)
     return ((s * (g - dot)).astype(arrays[0].dtype),)
 

@@ -229,6 +229,19 @@ def test_classes_that_are_not_together_are_left_to_xla(axes, rng):
     np.testing.assert_allclose(jaxsoft.softmax(logits, axes), jax.nn.softmax(logits, axes), rtol=1e-13)
 
 
+def test_a_kernel_takes_no_array_that_it_would_read_beyond():
+    """Mixed dtypes and broadcast weights: it looks at neither."""
+    probs = jaxsoft.softmax(jnp.zeros((4, 300)))
+    assert calls(jaxsoft.softmax_vjp, probs, probs) == 1
+    assert calls(jaxsoft.softmax_vjp, probs, probs.astype(jnp.float32)) == 0
+    logits, one = jnp.zeros((4, 300), jnp.float32), jnp.zeros((4, 1), jnp.float32)
+    for spread, taken in ((logits, True), (logits[:1], True), (logits[:2], False), (one, False)):
+        assert (_cpu.statistics(True, (logits, None, spread), (-1,)) is not None) == taken
+    wide = logits.astype(float)
+    assert _cpu.statistics(True, (logits, None, wide), (-1,)) is None
+    assert _cpu.statistics(True, (logits, one, None), (-1,)) is None
+
+
 def test_exported_programs_hold_no_foreign_call():
     exported = jax.export.export(jax.jit(jaxsoft.softmax))(jnp.zeros((150, 300)))
     assert "jaxsoft_" not in exported.mlir_module()
