@@ -103,10 +103,11 @@ def _of_log_softmax(axes: Axes, logits: Type) -> Types:
     return logits, _position(logits, axes), _position(logits, axes)
 
 
-def _program(name: str, roles: str, results: Callable[..., Types]) -> Program:
+def _program(name: str, roles: str, results: Callable[..., Types], *, in_place: bool = False) -> Program:
     """The kernel `name` as the program of a plain function of the same arrays, whose absent results are None.
 
-    `roles` are those of the arrays behind the first, see `_takes`.
+    `roles` are those of the arrays behind the first, see `_takes`. `in_place` overwrites the first with the result:
+    XLA copies it before if it is read again.
     """
 
     def choose(local: bool, types: Types, axes: Axes) -> Function | None:
@@ -122,7 +123,7 @@ def _program(name: str, roles: str, results: Callable[..., Types]) -> Program:
         nothing = jnp.zeros(0, jnp.float32)
         expected = results(axes, *arrays)
         types = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in (nothing if r is None else r for r in expected)]
-        kernel = jax.ffi.ffi_call(f"jaxsoft_{name}", types)
+        kernel = jax.ffi.ffi_call(f"jaxsoft_{name}", types, input_output_aliases={0: 0} if in_place else None)
         operands = (nothing if array is None else array for array in arrays)
         outputs = kernel(*operands, first=np.int64(axes[0]), last=np.int64(axes[-1]))
         return tuple(output for output, result in zip(outputs, expected, strict=True) if result is not None)
@@ -131,7 +132,9 @@ def _program(name: str, roles: str, results: Callable[..., Types]) -> Program:
 
 
 statistics = _program("statistics", "label spread", _of_statistics)
-gradient = _program("gradient", "position position mask label position position spread", _like_first)
+OF_GRADIENT = "position position mask label position position spread"
+gradient = _program("gradient", OF_GRADIENT, _like_first)
+gradient_in_place = _program("gradient", OF_GRADIENT, _like_first, in_place=True)
 softmax = _program("softmax", "", _like_first)
 log_softmax = _program("log_softmax", "", _of_log_softmax)
 softmax_vjp = _program("softmax_vjp", "like", _like_first)

@@ -62,12 +62,13 @@ def position_losses(targets: Targets, statistics: Statistics) -> Array:
 
 
 def block_gradients(
-    logits: Array, targets: Targets, statistics: Statistics, axes: Axes, cotangent: Array
+    logits: Array, targets: Targets, statistics: Statistics, axes: Axes, cotangent: Array, *, in_place: bool = False
 ) -> tuple[Array, Array | None]:
     """The gradients of Σ cotangent·loss to the logits of a block, and to the weights of a distribution: −log p_j.
 
     A position without weight has none, whatever its logits and its cotangent: padding may be NaN. At the label
-    τ·p_y − q_y is never formed by subtracting from one: 1 − p_y is the other classes' sum.
+    τ·p_y − q_y is never formed by subtracting from one: 1 − p_y is the other classes' sum. `in_place` says that the
+    logits are not read again.
     """
     idle, (logits, targets) = targets.idle, taking_part(logits, targets)
     cotangent = jnp.where(idle, 0, cotangent)
@@ -92,6 +93,7 @@ def block_gradients(
         at_label,
         share,
         targets.spread,
+        in_place=in_place,
     )
     if targets.label is not None:
         return to_logits, None

@@ -153,17 +153,19 @@ def scaled_exponentials(
     at_label: Array | None = None,
     share: Array | None = None,
     spread: Array | None = None,
+    *,
+    in_place: bool = False,
 ) -> Array:
     """exp(z_j − m)·factor − share·spread_j, but `at_label` in place of the product at the label, and 0 where idle.
 
-    In the logits' dtype. What is absent is left out.
+    In the logits' dtype. What is absent is left out. `in_place` says that the logits are not read again.
     """
     of_positions = jax.tree.map(lambda a: jnp.broadcast_to(a, largest.shape), (factor, idle, label, at_label, share))
-    (result,) = _scaled_exponentials((logits, largest, *of_positions, spread), from_end(axes, logits))
+    program = _in_place if in_place else _in_new_place
+    (result,) = program((logits, largest, *of_positions, spread), from_end(axes, logits))
     return result
 
 
-@on(cpu=_cpu.gradient)
 def _scaled_exponentials(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array]:
     logits, largest, factor, idle, label, at_label, share, spread = arrays
     result = jnp.exp(widen(logits) - largest) * factor
@@ -174,3 +176,7 @@ def _scaled_exponentials(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array]:
     if idle is not None:
         result = jnp.where(idle, 0, result)
     return (result.astype(logits.dtype),)
+
+
+_in_new_place = on(cpu=_cpu.gradient)(_scaled_exponentials)
+_in_place = on(cpu=_cpu.gradient_in_place)(_scaled_exponentials)

@@ -88,7 +88,7 @@ def tiled_gradients(
         logits, to_products = jax.vjp(lambda products: _to_logits(products, layer), _products(tiling, x, layer))
         statistics = block_statistics(logits, (1,), t, tiling.axis_name)
         total += jnp.sum(c * position_losses(t, statistics))
-        to_logits, to_targets = block_gradients(logits, t, statistics, (1,), c)
+        to_logits, to_targets = block_gradients(logits, t, statistics, (1,), c, in_place=not wanted.spread)
         (gradient,) = to_products(to_logits)
         narrow = gradient.astype(x_dtype)  # or the products would be taken in float32
         if wanted.features:

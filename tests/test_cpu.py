@@ -22,7 +22,8 @@ pytestmark = [
 
 SEAMS = {
     "statistics": _statistics._block_sums,
-    "gradient": _statistics._scaled_exponentials,
+    "gradient": _statistics._in_new_place,
+    "gradient_in_place": _statistics._in_place,
     "softmax": _softmax._probs,
     "log_softmax": _softmax._log_probs,
     "softmax_vjp": _softmax._pulled_back,
@@ -131,9 +132,9 @@ def test_kernels_equal_the_plain_functions(shape, dtype, rng):
             if spread is not None:
                 assert_close(found[-2], right[-2], 16)
                 assert_close(found[-1], jnp.where(jnp.isnan(largest), wide(found[-1]), right[-1]), 16)
-            for whole in (idle, None):
+            for whole, name in ((idle, "gradient"), (None, "gradient_in_place")):
                 of_label, of_spread = None if y is None else at_label, None if spread is None else share
-                (found,), (right,) = both("gradient", (largest,), factor, whole, y, of_label, of_spread, spread)
+                (found,), (right,) = both(name, (largest,), factor, whole, y, of_label, of_spread, spread)
                 assert_close(found, right, 6, 0.0 if spread is None else jnp.abs(right) + wide(jnp.abs(share * spread)))
 
     (probs,), (right,) = both("softmax", ())
