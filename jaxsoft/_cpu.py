@@ -20,7 +20,7 @@ from jaxsoft._dtypes import compute_dtype
 from jaxsoft._platform import Axes, Program
 from jaxsoft._primitive import Function, Results
 
-SWITCH = "JAXSOFT_NATIVE"  # 0: never, 1: where they are faster, always: wherever they can run
+SWITCH = "JAXSOFT_NATIVE"  # 0: never, 1: where they are faster, always or a library's file: wherever they can run
 LIBRARY = "libjaxsoft_native"
 NAMES = ("statistics", "gradient", "softmax", "log_softmax", "softmax_vjp", "log_softmax_vjp")
 LEAST = 1 << 13  # elements below which a call costs more than it saves
@@ -45,8 +45,8 @@ def native_kernels() -> NativeKernels:
     """Whether this process runs the kernels compiled for the CPU, or the plain formula in their place.
 
     Both give the same results, to rounding. The environment variable JAXSOFT_NATIVE, read when the library is
-    imported, chooses: 0 turns the kernels off, 1, the default, uses them where they are faster, and "always" wherever
-    they can run.
+    imported, chooses: 0 turns the kernels off, 1, the default, uses them where they are faster, "always" wherever they
+    can run; the file of a library compiled otherwise puts that in their place, always.
 
     Returns:
         `loaded`, and `detail`: the file of the kernels or why there are none.
@@ -67,13 +67,16 @@ def native_kernels() -> NativeKernels:
 
 def _load() -> NativeKernels:
     mode = os.environ.get(SWITCH, "1")
-    if mode not in ("0", "1", "always"):
-        raise ValueError(f"{SWITCH}: expected 0, 1 or always, got {mode!r}")
     if mode == "0":
         return NativeKernels(False, f"turned off by {SWITCH}=0")
     # In an editable installation the package has two folders: the sources', and that of what was built.
     folders = [Path(folder) / "native" for folder in sys.modules["jaxsoft"].__path__]
-    files = [file for folder in folders for end in ("so", "dylib") if (file := folder / f"{LIBRARY}.{end}").exists()]
+    files = [folder / f"{LIBRARY}.{end}" for folder in folders for end in ("so", "dylib")]
+    if mode not in ("1", "always"):
+        files = [Path(mode)]
+        if not files[0].is_file():
+            raise ValueError(f"{SWITCH}: expected 0, 1, always or the file of a library, got {mode!r}")
+    files = [file for file in files if file.exists()]
     if not files:
         return NativeKernels(False, "not built when the package was installed")
     try:
@@ -87,7 +90,7 @@ def _load() -> NativeKernels:
 
 
 _KERNELS = _load()
-_LEAST = 0 if os.environ.get(SWITCH) == "always" else LEAST
+_LEAST = LEAST if os.environ.get(SWITCH, "1") == "1" else 0
 
 
 def _of_statistics(axes: Axes, logits: Type, label: Type | None, spread: Type | None) -> Types:
