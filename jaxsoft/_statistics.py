@@ -53,7 +53,7 @@ class Statistics(NamedTuple):
     @property
     def log_total(self) -> Array:
         """log Σ_j exp(z_j − m), as precise; 0 where no class is left."""
-        return _log1p(self.surplus)
+        return _log1p((self.surplus,), ())[0]
 
     @property
     def surprise(self) -> Array:
@@ -61,7 +61,8 @@ class Statistics(NamedTuple):
         leads = self.label > -1
         # By log_total − label the derivative would be what is left of two ones.
         lead = self.tail * jnp.exp(-jnp.maximum(self.label, -1))
-        return _log1p(jnp.where(leads, lead, self.surplus)) - jnp.where(leads, 0, self.label)
+        (log_total,) = _log1p((jnp.where(leads, lead, self.surplus),), ())
+        return log_total - jnp.where(leads, 0, self.label)
 
     @property
     def logsumexp(self) -> Array:
@@ -96,12 +97,8 @@ def block_statistics(logits: Array, axes: Axes, targets: Targets = Targets(), ax
     return Statistics(largest, tail, None if label is None else rest.pop(0), *rest)
 
 
-def _log1p(array: Array) -> Array:
-    return _log_of_sum((array,), ())[0]
-
-
 @on(cpu=_cpu.log1p)
-def _log_of_sum(arrays: tuple[Array], axes: Axes) -> tuple[Array]:
+def _log1p(arrays: tuple[Array], axes: Axes) -> tuple[Array]:
     return (jnp.log1p(*arrays),)
 
 
@@ -158,12 +155,11 @@ def scaled_exponentials(
 ) -> Array:
     """exp(z_j − m)·factor − share·spread_j, but `at_label` in place of the product at the label, and 0 where idle.
 
-    In the logits' dtype. What is absent is left out. `in_place` says that the logits are not read again.
+    In the logits' dtype, and in their place if they are not read again. What is absent is left out.
     """
     of_positions = jax.tree.map(lambda a: jnp.broadcast_to(a, largest.shape), (factor, idle, label, at_label, share))
     program = _in_place if in_place else _in_new_place
-    (result,) = program((logits, largest, *of_positions, spread), from_end(axes, logits))
-    return result
+    return program((logits, largest, *of_positions, spread), from_end(axes, logits))[0]
 
 
 def _scaled_exponentials(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array]:

@@ -242,6 +242,8 @@ class LayerCase(LossCase):
             removed = removed | np.isneginf(self.inputs["bias"])[:, None, :]
         self.loss = self.loss_of(self.layer.z, removed, program.compute)
         self.loss.broken |= self.layer.spoiled  # also where no class is left
+        if capped:  # a cap makes a logit of what an infinite feature gives, if it is not NaN
+            self.loss.unsaid |= self.layer.spoiled & ~np.isnan(self.features(self.inputs["features"])).any(-1)
 
     def features(self, array: np.ndarray) -> np.ndarray:
         """(sets, positions, D), 0 where a position takes no part."""

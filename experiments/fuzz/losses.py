@@ -63,6 +63,7 @@ class Loss:
         has_targets = (self.hot.value[..., 0] != 0) | some(self.spread.value != 0)
         self.has_mass = has_targets | (targets.z_loss[..., 0] != 0)
         self.broken = self.part & rows.bad
+        self.unsaid = np.zeros_like(self.broken)  # positions of which nothing is expected
 
     def measured(self, array: Any) -> Measured:
         return Measured(np.asarray(array), 0, self.unit)
@@ -72,6 +73,7 @@ class Loss:
 
     def reduced(self, each: Measured, judged: np.ndarray, needed: np.ndarray) -> Expected:
         """`each` position's term; `needed` NaN."""
+        needed, judged = needed & ~self.unsaid, np.where(self.unsaid, FREE, judged)
         each = where(needed, np.nan, each)
         if self.reduction == "none":
             return Expected(each, np.where(needed, EXACT, judged))
