@@ -4,6 +4,7 @@ XLA's CPU compiler reads the classes once for each maximum, sum and result; thes
 """
 
 import ctypes
+import functools
 import math
 import os
 import sys
@@ -41,6 +42,13 @@ class NativeKernels(NamedTuple):
         return f"native CPU kernels: {'loaded from' if self.loaded else 'none,'} {self.detail}"
 
 
+_MODE = os.environ.get(SWITCH, "1")
+if _MODE not in ("0", "1", "always") and not Path(_MODE).is_file():
+    raise ValueError(f"{SWITCH}: expected 0, 1, always or the file of a library, got {_MODE!r}")
+_LEAST = LEAST if _MODE == "1" else 0
+
+
+@functools.cache
 def native_kernels() -> NativeKernels:
     """Whether this process runs the kernels compiled for the CPU, or the plain formula in their place.
 
@@ -51,8 +59,9 @@ def native_kernels() -> NativeKernels:
     Returns:
         `loaded`, and `detail`: the file of the kernels or why there are none.
 
-    Edges: arrays that XLA is to lay over several devices (inside `jax.shard_map` each device is one), programs made by
-    `jax.export` and accelerators take the plain formula in any case.
+    Edges: no kernel takes arrays that XLA is to lay over several devices (inside `jax.shard_map` each device is one),
+    programs made by `jax.export`, and accelerators. To ask, JAX's CPU has to be there: call
+    `jax.distributed.initialize` before.
 
     Raises:
         ValueError: when the library is imported, a value of JAXSOFT_NATIVE that is none of these.
@@ -62,23 +71,15 @@ def native_kernels() -> NativeKernels:
         >>> native_kernels().loaded in (True, False)
         True
     """
-    return _KERNELS
-
-
-def _load() -> NativeKernels:
-    mode = os.environ.get(SWITCH, "1")
-    if mode == "0":
+    if _MODE == "0":
         return NativeKernels(False, f"turned off by {SWITCH}=0")
     # In an editable installation the package has two folders: the sources', and that of what was built.
     folders = [Path(folder) / "native" for folder in sys.modules["jaxsoft"].__path__]
-    files = [folder / f"{LIBRARY}.{end}" for folder in folders for end in ("so", "dylib")]
-    if mode not in ("1", "always"):
-        files = [Path(mode)]
-        if not files[0].is_file():
-            raise ValueError(f"{SWITCH}: expected 0, 1, always or the file of a library, got {mode!r}")
-    files = [file for file in files if file.exists()]
+    built = [folder / f"{LIBRARY}.{end}" for folder in folders for end in ("so", "dylib")]
+    files = [file for file in built if file.exists()] if _MODE in ("1", "always") else [Path(_MODE)]
     if not files:
         return NativeKernels(False, "not built when the package was installed")
+    jax.local_devices(backend="cpu")  # before, JAX would put a registration off, and its whole CPU fail with it
     try:
         library = ctypes.CDLL(str(files[0]))
         for name in NAMES:
@@ -87,10 +88,6 @@ def _load() -> NativeKernels:
     except Exception as error:  # of another machine, or built with headers newer than this jaxlib
         return NativeKernels(False, f"{files[0]} was refused: {error}")
     return NativeKernels(True, str(files[0]))
-
-
-_KERNELS = _load()
-_LEAST = LEAST if os.environ.get(SWITCH, "1") == "1" else 0
 
 
 def _of_statistics(axes: Axes, logits: Type, label: Type | None, spread: Type | None) -> Types:
@@ -116,7 +113,7 @@ def _program(name: str, roles: str, results: Callable[..., Types], *, in_place: 
     def choose(local: bool, types: Types, axes: Axes) -> Function | None:
         logits, *others = types
         assert logits is not None
-        if not (_KERNELS.loaded and local and _gains(logits, axes)):
+        if not (local and _gains(logits, axes) and native_kernels().loaded):
             return None
         given = ((role, array) for role, array in zip(roles.split(), others, strict=True) if array is not None)
         return run if all(_takes(role, array, logits, axes) for role, array in given) else None
@@ -147,7 +144,7 @@ log_softmax_vjp = _program("log_softmax_vjp", "position position like", _like_fi
 def _gains(logits: Type, axes: Axes) -> bool:
     """Whether a kernel takes such logits, and is faster than XLA for so many."""
     known = all(isinstance(size, int) for size in logits.shape)  # a symbol of `jax.export` serves every size
-    together = axes == tuple(range(axes[0], axes[-1] + 1))
+    together = bool(axes) and axes == tuple(range(axes[0], axes[-1] + 1))
     return known and together and logits.dtype in DTYPES and math.prod(logits.shape) >= max(_LEAST, 1)
 
 

@@ -55,6 +55,17 @@ def as_primitive(
             results, of_results = jax.jvp(of_moving, moving, their_tangents)
             return primitive.bind(*primals, **params) if programs else results, of_results
 
+        def transpose(cotangents, *leaves, **params):
+            unknown = [ad.is_undefined_primal(leaf) for leaf in leaves]
+
+            def of_unknown(*values: Array) -> Results:
+                given = iter(values)
+                return call(*(next(given) if u else leaf for u, leaf in zip(unknown, leaves, strict=True)), **params)
+
+            back = jax.linear_transpose(of_unknown, *(leaf.aval for leaf, u in zip(leaves, unknown, strict=True) if u))
+            found = iter(back(tuple(map(ad.instantiate_zeros, cotangents))))
+            return [next(found) if u else None for u in unknown]
+
         def abstract(*avals, **params):
             return jax.make_jaxpr(functools.partial(call, **params))(*avals).out_avals
 
@@ -73,6 +84,7 @@ def as_primitive(
         primitive.def_abstract_eval(abstract)
         batching.primitive_batchers[primitive] = batched
         ad.primitive_jvps[primitive] = differentiate
+        ad.primitive_transposes[primitive] = transpose
         mlir.register_lowering(primitive, mlir.lower_fun(call, multiple_results=True))
         for platform, choose in (programs or {}).items():
             mlir.register_lowering(primitive, lower(choose), platform=platform)

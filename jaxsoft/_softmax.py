@@ -150,11 +150,16 @@ def softmax_vjp(
     axes = as_axes(axis, s.ndim)
     axis_name = as_axis_name(axis_name, "probs", s)
     if axis_name is None:
-        return _pulled_back((s, g), from_end(axes, s))[0]
+        return _compiled_pullback(s, g, from_end(axes, s))
     wide = widen(s)
     g = g.astype(wide.dtype)
     dot = sum_shards(jnp.sum(wide * g, axes, keepdims=True), axis_name)
     return (wide * (g - dot)).astype(s.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _compiled_pullback(probs: Array, cotangent: Array, axes: Axes) -> Array:
+    return _pulled_back((probs, cotangent), axes)[0]
 
 
 @on(cpu=_cpu.softmax_vjp)

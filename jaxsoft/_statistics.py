@@ -91,7 +91,8 @@ def block_statistics(logits: Array, axes: Axes, targets: Targets = Targets(), ax
         inside = (targets.label >= 0) & (targets.label < logits.shape[axes[0]])
         sums.append(jnp.where(inside, block.label + below, 0))
     if targets.spread is not None:
-        sums += [block.spread, block.gap - jnp.where(block.spread == 0, 0, block.spread * below)]
+        moved = jnp.where((block.spread == 0) & ~jnp.isfinite(below), 0, below)  # a block without weight may not cost
+        sums += [block.spread, block.gap - block.spread * moved]
     packed = sum_shards(jnp.concatenate(sums, axes[-1]), axis_name)  # one all-reduce for them all
     tail, *rest = jnp.split(packed, len(sums), axes[-1])
     return Statistics(largest, tail, None if label is None else rest.pop(0), *rest)

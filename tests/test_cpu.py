@@ -35,6 +35,7 @@ SHAPES = [
     *[(3, 1000, 1), (2, 3277, 1), (2, 50257, 1), (1, 200_000, 1)],  # long rows
     *[(10_000, 2, 1), (3001, 10, 1), (655, 128, 1), (77, 63, 1), (5, 65, 1), (7, 1, 1)],  # short ones
     *[(1, 21, 1500), (2, 150, 4096), (1, 2, 3611), (1, 5000, 64), (1, 1, 17)],  # classes apart
+    *[(2, 10, 1025), (1, 1100, 65), (1, 2048, 129)],  # with a last position by itself
     *[(1, 20_000, 23), (2, 377, 2), (40, 7, 5), (3, 64, 63), (2, 513, 31)],  # and few beside each other
 ]
 
@@ -243,6 +244,12 @@ def test_a_kernel_takes_no_array_that_it_would_read_beyond():
     assert _cpu.statistics(True, (logits, one, None), (-1,)) is None
 
 
+def test_a_pullback_can_be_transposed(rng):
+    s, g, v = (jnp.asarray(rng.uniform(size=(4, 300))) for _ in range(3))
+    (transposed,) = jax.jit(lambda v: jax.linear_transpose(lambda g: jaxsoft.softmax_vjp(s, g), g)(v))(v)
+    np.testing.assert_allclose(jnp.vdot(transposed, g), jnp.vdot(v, jaxsoft.softmax_vjp(s, g)), rtol=1e-12)
+
+
 def test_exported_programs_hold_no_foreign_call():
     exported = jax.export.export(jax.jit(jaxsoft.softmax))(jnp.zeros((150, 300)))
     assert "jaxsoft_" not in exported.mlir_module()
@@ -329,18 +336,35 @@ def test_inside_shard_map(names, rng):
 # Whether they are there.
 
 
-def status(**environment):
-    code = "import jaxsoft; print(jaxsoft.native_kernels())"
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=False
-    )
+REFUSED = """
+import jax, jax.numpy as jnp
+def refuse(*arguments, **options):
+    raise ValueError("its version is newer")
+jax.ffi.register_ffi_target = refuse
+import jaxsoft
+print(jaxsoft.softmax(jnp.zeros((100, 200)))[0, 0], jaxsoft.native_kernels())
+"""
+
+
+def printed(code, **environment):
+    run = [sys.executable, "-c", code]
+    result = subprocess.run(run, capture_output=True, text=True, env=os.environ | environment, check=False)
+    return result.stdout or result.stderr.splitlines()[-1]
 
 
 @pytest.mark.scripts
 def test_the_switch():
-    assert status(JAXSOFT_NATIVE="0").stdout == "native CPU kernels: none, turned off by JAXSOFT_NATIVE=0\n"
-    assert status(JAXSOFT_NATIVE="1").stdout.startswith("native CPU kernels: loaded from ")
-    refused = status(JAXSOFT_NATIVE=__file__).stdout
-    assert refused.startswith(f"native CPU kernels: none, {__file__} was refused: ")
-    *_, error = status(JAXSOFT_NATIVE="yes").stderr.splitlines()
-    assert error == "ValueError: JAXSOFT_NATIVE: expected 0, 1, always or the file of a library, got 'yes'"
+    ask = "import jaxsoft; print(jaxsoft.native_kernels())"
+    assert printed(ask, JAXSOFT_NATIVE="0") == "native CPU kernels: none, turned off by JAXSOFT_NATIVE=0\n"
+    assert printed(ask, JAXSOFT_NATIVE="1").startswith("native CPU kernels: loaded from ")
+    no_library = printed(ask, JAXSOFT_NATIVE=__file__)
+    assert no_library.startswith(f"native CPU kernels: none, {__file__} was refused: ")
+    expected = "ValueError: JAXSOFT_NATIVE: expected 0, 1, always or the file of a library, got 'yes'"
+    assert printed(ask, JAXSOFT_NATIVE="yes") == expected
+
+
+@pytest.mark.scripts
+def test_a_library_that_is_refused_leaves_all_to_xla():
+    found = printed(REFUSED, JAXSOFT_NATIVE="1")
+    assert found.startswith("0.005 native CPU kernels: none, ")
+    assert found.endswith("was refused: its version is newer\n")

@@ -230,3 +230,26 @@ def test_errors_say_where_the_name_must_come_from():
         ValueError, match="logits: expected one block of the classes on each device along 'classes', got copies of all"
     ):
         jax.shard_map(fn, mesh=mesh, in_specs=PartitionSpec(), out_specs=spec)(LOGITS)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_the_tangent_of_the_value_where_a_whole_block_has_targets_of_0(linear):
+    """One-hot rows: of eight blocks seven weigh nothing, and their targets move all the same."""
+    mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
+    targets = jnp.eye(40, dtype=jnp.float32)[jnp.arange(12) * 3]
+    x = FEATURES if linear else LOGITS
+    tangents = jnp.cos(x), jnp.asarray(np.random.default_rng(7).normal(size=targets.shape), jnp.float32)
+
+    def tangent_of_the_value(x, kernel, targets, of_x, of_targets, axis_name=None):
+        def loss(x, targets):
+            if linear:
+                return jaxsoft.linear_cross_entropy(x, kernel, targets, axis_name=axis_name)
+            return jaxsoft.cross_entropy(x, targets, axis_name=axis_name)
+
+        return jax.jvp(jax.value_and_grad(loss, (0, 1)), (x, targets), (of_x, of_targets))[1][0]
+
+    blocks = PartitionSpec(None, "classes")
+    specs = PartitionSpec() if linear else blocks, blocks, blocks, PartitionSpec() if linear else blocks, blocks
+    sharded = over_shards(mesh, lambda *a: tangent_of_the_value(*a, axis_name="classes"), specs, PartitionSpec())
+    arrays = x, KERNEL, targets, *tangents
+    np.testing.assert_allclose(sharded(*arrays), tangent_of_the_value(*arrays), rtol=2e-5)

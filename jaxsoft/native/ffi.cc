@@ -7,7 +7,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <vector>
+#include <new>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -64,7 +64,7 @@ Kernel choose_kernel() {
   return baseline::run;
 }
 
-// A thread keeps its scratch: fresh pages for every call would cost more than the call.
+// A thread keeps its scratch: fresh pages for every call would cost more than the call. Null where there is no memory.
 void* thread_scratch(size_t bytes) {
   struct Free {
     void operator()(void* pointer) const { std::free(pointer); }
@@ -72,8 +72,9 @@ void* thread_scratch(size_t bytes) {
   thread_local std::unique_ptr<void, Free> scratch;
   thread_local size_t held = 0;
   if (bytes > held) {
-    held = round_up(bytes, 1 << 16);
-    scratch.reset(std::aligned_alloc(64, held));
+    const size_t wanted = round_up(bytes, 1 << 16);
+    scratch.reset(std::aligned_alloc(64, wanted));
+    held = scratch ? wanted : 0;
   }
   return scratch.get();
 }
@@ -81,7 +82,7 @@ void* thread_scratch(size_t bytes) {
 // Runs body(0) … body(pieces − 1) on the caller and on whichever threads of the pool come to help. The caller waits
 // for pieces, never for threads: the pool's may all be callers themselves. A helper that comes late finds no piece
 // left and touches nothing but the state it shares.
-void parallel(ffi::ThreadPool& pool, int64_t pieces, const std::function<void(int64_t)>& body) {
+void parallel(ffi::ThreadPool& pool, int64_t pieces, size_t scratch, const std::function<void(int64_t)>& body) {
   struct State {
     const std::function<void(int64_t)>* body;
     int64_t pieces;
@@ -106,8 +107,8 @@ void parallel(ffi::ThreadPool& pool, int64_t pieces, const std::function<void(in
   const int64_t helpers = std::min(pool.num_threads(), pieces) - 1;
   if (helpers > 0) std::fegetenv(&state->mode);
   for (int64_t i = 0; i < helpers; ++i) {
-    pool.Schedule([state] {
-      if (state->next >= state->pieces) return;
+    pool.Schedule([state, scratch] {
+      if (state->next >= state->pieces || !thread_scratch(scratch)) return;
       std::fenv_t own;  // XLA sets whether denormals are flushed on its own thread alone
       std::fegetenv(&own);
       std::fesetenv(&state->mode);
@@ -140,7 +141,12 @@ ffi::Error run(ffi::ThreadPool& pool, const Call& call) {
   if (call.result) expect_huge_pages(call.result, elements * narrow);
   const int64_t positions = call.shape.outer * call.shape.inner, tiles = plan.blocks * plan.strips;
   const bool reduced_in_parts = plan.chunks > 1 && call.op != Op::kGradient;
-  std::vector<double> partials(reduced_in_parts ? kPartials * plan.chunks * positions * wide / sizeof(double) + 1 : 0);
+  const size_t scratch = scratch_size(plan) * wide;
+  const size_t shared = reduced_in_parts ? kPartials * plan.chunks * positions * wide / sizeof(double) + 1 : 1;
+  const std::unique_ptr<double[]> partials(new (std::nothrow) double[shared]);
+  if (!partials || !thread_scratch(scratch)) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jaxsoft: no memory for a kernel's scratch");
+  }
 
   const auto stage = [&](Stage stage, int64_t count) {
     // Pieces are large enough to be worth a thread, and neighbours, so that threads do not meet in one page.
@@ -148,12 +154,12 @@ ffi::Error run(ffi::ThreadPool& pool, const Call& call) {
     const int64_t pieces = std::max<int64_t>(1, std::min(worth, 8 * pool.num_threads()));
     const auto body = [&](int64_t piece) {
       kernel(call, plan, stage, piece * count / pieces, (piece + 1) * count / pieces,
-             thread_scratch(scratch_size(plan) * wide), partials.data());
+             thread_scratch(scratch), partials.get());
     };
     if (pieces == 1) {
       body(0);
     } else {
-      parallel(pool, pieces, body);
+      parallel(pool, pieces, scratch, body);
     }
   };
   if (!reduced_in_parts) {

@@ -148,7 +148,8 @@ class Tile {
       case Stage::kSum:
         if (maximises()) load_logits(), restore(max_, 0);
         load_summands(), find_sums();
-        save(sum_, 1), save(spread_, 2), save(gap_, 3);
+        save(sum_, 1);
+        if (call_.spread) save(spread_, 2), save(gap_, 3);
         break;
       case Stage::kWrite:
         restore(max_, 0), restore(sum_, 1);
@@ -158,8 +159,9 @@ class Tile {
         merge(0, [](C x, C y) __attribute__((always_inline)) { return largest(x, y); });
         break;
       case Stage::kMergeSum:
-        for (int i = 1; i < kPartials; ++i) merge(i, [](C x, C y) __attribute__((always_inline)) { return x + y; });
-        restore(max_, 0), restore(sum_, 1), restore(spread_, 2), restore(gap_, 3);
+        for (int i = 1; i < (call_.spread ? kPartials : 2); ++i) merge(i, [](C x, C y) __attribute__((always_inline)) { return x + y; });
+        restore(max_, 0), restore(sum_, 1);
+        if (call_.spread) restore(spread_, 2), restore(gap_, 3);
         report();
         break;
     }
@@ -212,6 +214,9 @@ class Tile {
 
   int64_t group_length(int64_t line) const { return smaller(group_, (classes_ - line * plan_.fold) * width_); }
 
+  // Rows whose classes are not folded: vectors of lanes lie across them.
+  bool transposed() const { return plan_.fold == 1 && call_.shape.inner == 1; }
+
   // From a tile's numbers to those of the next, which are fetched while this one is computed; 0 where a second-level
   // cache has them already.
   int64_t to_next() const {
@@ -227,12 +232,12 @@ class Tile {
   template <class Row>
   void load(Row row, C* tile, C padding) {  // from row(o), where the numbers of outer index o begin
     const int64_t step = plan_.fold * call_.shape.inner, lines = size_ / lanes_;
-    if (group_ == 1) {  // transposed
+    if (transposed()) {
       for (int64_t line = 0; line < lines; ++line)
         for (int64_t o = 0; o < outers_; ++o) tile[line * lanes_ + o] = widen(row(o)[line]);
     }
     const int64_t ahead = to_next();
-    for (int64_t o = 0; o < outers_ && group_ > 1; ++o) {
+    for (int64_t o = 0; o < outers_ && !transposed(); ++o) {
       const auto* from = row(o);
       C* to = tile + o * group_;
       for (int64_t line = 0; line < lines; ++line, from += step, to += lanes_) {
@@ -257,7 +262,7 @@ class Tile {
   void store(F value) {
     T* result = static_cast<T*>(call_.result) + offset(0, 0);
     const int64_t row = call_.shape.classes * call_.shape.inner, step = plan_.fold * call_.shape.inner;
-    if (group_ == 1) {  // transposed
+    if (transposed()) {
       each([&](int64_t e, int64_t l) __attribute__((always_inline)) { a_[e] = value(e, l); });
       for (int64_t o = 0; o < outers_; ++o)
         for (int64_t c = 0; c < classes_; ++c) result[o * row + c] = narrow<T>(a_[c * lanes_ + o]);

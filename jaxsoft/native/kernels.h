@@ -36,7 +36,7 @@ struct Call {
 // positions is summed in vector lanes of its own, in an order that depends on classes and inner alone: not on what else
 // is in the tile. A line of lanes is (outer index, fold, inner index): where the inner indices do not fill vectors,
 // `fold` consecutive classes lie side by side, contiguous as in memory, and their sums are added up at the end. Short
-// vectors with few inner indices are not folded: with several outer indices a tile transposes them.
+// vectors with few inner indices are not folded; of those with one, rows, a tile holds the transpose.
 struct Plan {
   int64_t outers, width, fold;  // outer indices, inner indices, folded classes of a tile
   int64_t blocks, strips;       // tiles along outer and inner
