@@ -25,7 +25,8 @@ def as_primitive(
     `batch(size, axes, arrays, static)`, `axes` of the structure of `arrays` with None where one is not mapped, returns
     the mapped results and their mapped axes, or None to leave `fn` to `jax.vmap`. `programs` gives for the name of a
     platform what chooses the function that is compiled there, given where it will run and the arrays' types. Neither
-    has to be differentiated: derivatives are those of `fn`, in any mode and to any order.
+    has to be differentiated: derivatives are those of `fn`, in any mode and to any order. Of a primitive a user's own
+    `checkify` sees the results, not what is inside.
     """
 
     def decorate(fn: Function) -> Function:

@@ -125,7 +125,7 @@ void parallel(ffi::ThreadPool& pool, int64_t pieces, size_t scratch, const std::
 void expect_huge_pages(void* data, size_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t kHuge = 2 << 20;
-  if (bytes < 16 * kHuge) return;
+  if (bytes < 4 * kHuge) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data), first = round_up(begin, kHuge);
   madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / kHuge * kHuge, MADV_HUGEPAGE);
 #endif

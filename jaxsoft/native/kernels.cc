@@ -233,8 +233,10 @@ class Tile {
   void load(Row row, C* tile, C padding) {  // from row(o), where the numbers of outer index o begin
     const int64_t step = plan_.fold * call_.shape.inner, lines = size_ / lanes_;
     if (transposed()) {
-      for (int64_t line = 0; line < lines; ++line)
+      for (int64_t line = 0; line < lines; ++line) {
+#pragma omp simd
         for (int64_t o = 0; o < outers_; ++o) tile[line * lanes_ + o] = widen(row(o)[line]);
+      }
     }
     const int64_t ahead = to_next();
     for (int64_t o = 0; o < outers_ && !transposed(); ++o) {
@@ -264,8 +266,10 @@ class Tile {
     const int64_t row = call_.shape.classes * call_.shape.inner, step = plan_.fold * call_.shape.inner;
     if (transposed()) {
       each([&](int64_t e, int64_t l) __attribute__((always_inline)) { a_[e] = value(e, l); });
-      for (int64_t o = 0; o < outers_; ++o)
+      for (int64_t o = 0; o < outers_; ++o) {
+#pragma omp simd
         for (int64_t c = 0; c < classes_; ++c) result[o * row + c] = narrow<T>(a_[c * lanes_ + o]);
+      }
       return;
     }
     const int64_t ahead = to_next();
