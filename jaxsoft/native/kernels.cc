@@ -99,6 +99,15 @@ __attribute__((always_inline)) inline C exponential(C x) {
   return x < E::kLowest ? 0 : mantissa * power;  // a product, for NaN to stay
 }
 
+// chosen ? x : y of vectors that are stored: of a plain choice between what is there and what is not GCC makes a store
+// behind a branch, which labels make unpredictable.
+template <class C>
+__attribute__((always_inline)) inline C blend(bool chosen, C x, C y) {
+  using Bits = typename Exp<C>::Bits;
+  const Bits mask = -Bits{chosen};
+  return bits_of<C>((bits_of<Bits>(x) & mask) | (bits_of<Bits>(y) & ~mask));
+}
+
 template <class T>
 struct Compute {
   using Type = float;
@@ -422,8 +431,8 @@ class Tile {
     get_labels();
     for (int64_t l = 0; l < lanes_; ++l) taken[l] = label[l] < 0 ? a[l] : last[l];
     compare_labels([=](int64_t e, int64_t l, bool is_label) __attribute__((always_inline)) {
-      taken[l] = is_label ? a[e] : taken[l];
-      a[e] = is_label ? C(-INFINITY) : a[e];
+      taken[l] = blend(is_label, a[e], taken[l]);
+      a[e] = blend(is_label, C(-INFINITY), a[e]);
     });
   }
 
