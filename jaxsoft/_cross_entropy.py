@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from jaxsoft._checks import as_axis, as_floating, as_mask, as_option, check_values
 from jaxsoft._dtypes import compute_dtype
 from jaxsoft._losses import losses
+from jaxsoft._meshes import lay_like
 from jaxsoft._shards import AxisName, all_classes, as_axis_name
 from jaxsoft._targets import (
     REDUCTIONS,
@@ -109,7 +110,7 @@ def cross_entropy(
         raise ValueError(f"logits: expected at least one class along axis {axis}, got shape {logits.shape}")
     axis_name = as_axis_name(axis_name, "logits", logits)
     labels, ignore_index = as_targets(targets, all_classes(logits.shape[axis], axis_name), ignore_index)
-    mask = None if where is None else as_mask("where", where, logits.shape)
+    mask = None if where is None else lay_like(as_mask("where", where, logits.shape), logits)
     return _cross_entropy(
         logits,
         labels,
@@ -134,8 +135,7 @@ def _cross_entropy(
 ) -> Array:
     read, count = read_targets(
         targets,
-        logits.shape,
-        compute_dtype(logits.dtype),
+        logits,
         axis,
         options,
         ignore_index=ignore_index,

@@ -244,8 +244,7 @@ def _linear_cross_entropy(inputs: Inputs, static: Static) -> tuple[Array]:
         options = options._replace(where=jnp.expand_dims(left, tuple(range(len(leading)))))
     read, count = read_targets(
         targets,
-        (*leading, classes),
-        dtype,
+        jax.ShapeDtypeStruct((*leading, classes), features.dtype),
         len(leading),
         options,
         ignore_index=static.ignore_index,

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoft._dtypes import widen
+from jaxsoft._meshes import broadcast_like
 from jaxsoft._platform import Axes
 from jaxsoft._shards import AxisName
 from jaxsoft._statistics import Statistics, block_statistics, scaled_exponentials
@@ -111,7 +112,7 @@ def taking_part(logits: Array, targets: Targets) -> tuple[Array, Targets]:
     # Not by a rule of its own: inside a scan JAX forgets a `custom_jvp` once it has differentiated in reverse. XLA
     # drops this select, both of whose cases are one value, but not one inside `jnp.where`.
     def held(array: Array) -> Array:
-        return lax.select(jnp.broadcast_to(targets.idle, array.shape), lax.stop_gradient(array), array)
+        return lax.select(broadcast_like(targets.idle, array), lax.stop_gradient(array), array)
 
     is_distribution = targets.label is None
     return held(logits), targets._replace(spread=held(cast(Array, targets.spread))) if is_distribution else targets

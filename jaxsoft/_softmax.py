@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from jaxsoft import _cpu
 from jaxsoft._checks import as_axes, as_floating, as_mask, check_values
 from jaxsoft._dtypes import widen
+from jaxsoft._meshes import lay_like
 from jaxsoft._platform import Axes, from_end, on
 from jaxsoft._shards import AxisName, as_axis_name, sum_shards
 from jaxsoft._statistics import Statistics, block_statistics, scaled_exponentials
@@ -147,7 +148,7 @@ def softmax_vjp(
     s, g = as_floating("probs", probs), as_floating("cotangent", cotangent)
     if s.shape != g.shape:
         raise ValueError(f"cotangent: expected the shape of probs {s.shape}, got {g.shape}")
-    axes = as_axes(axis, s.ndim)
+    axes, g = as_axes(axis, s.ndim), lay_like(g, s)
     axis_name = as_axis_name(axis_name, "probs", s)
     if axis_name is None:
         return _compiled_pullback(s, g, from_end(axes, s))
@@ -379,7 +380,7 @@ def _prepare(
     axes = as_axes(axis, array.ndim)
     mask = None
     if where is not None:
-        mask = as_mask("where", where, array.shape)
+        mask = lay_like(as_mask("where", where, array.shape), array)
         array = jnp.where(mask, array, -jnp.inf)
     check_values("logits", array, ~jnp.isnan(array), "a number")
     return array, axes, mask

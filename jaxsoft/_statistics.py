@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from jaxsoft import _accelerator, _cpu
 from jaxsoft._dtypes import widen
+from jaxsoft._meshes import broadcast_like
 from jaxsoft._platform import Axes, from_end, on
 from jaxsoft._shards import AxisName, max_shards, sum_shards
 from jaxsoft._targets import Targets, is_label
@@ -121,7 +122,7 @@ def _block_sums(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array, ...]:
     if label is not None:
         (axis,) = axes
         index = jnp.clip(label, 0, logits.shape[axis] - 1)
-        sums.append(jnp.take_along_axis(z, index, axis, mode="promise_in_bounds"))
+        sums.append(jnp.sum(jnp.where(is_label(logits, index, axes), z, 0), axes, keepdims=True))
     if spread is not None:
         below, held = largest - z, lax.stop_gradient(spread)
         # A class without target weight costs nothing, at −inf too. What is added is 0 and has the derivative to a
@@ -167,11 +168,11 @@ def _scaled_exponentials(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array]:
     logits, largest, factor, idle, label, at_label, share, spread = arrays
     result = jnp.exp(widen(logits) - largest) * factor
     if label is not None:
-        result = jnp.where(is_label(logits, label, axes), at_label, result)
+        result = jnp.where(is_label(logits, label, axes), broadcast_like(at_label, result), result)
     if spread is not None:
         result -= share * spread
     if idle is not None:
-        result = jnp.where(idle, 0, result)
+        result = jnp.where(broadcast_like(idle, result), 0, result)
     return (result.astype(logits.dtype),)
 
 

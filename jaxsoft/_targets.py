@@ -11,6 +11,8 @@ from jax import lax
 from jaxtyping import Array, ArrayLike
 
 from jaxsoft._checks import as_integer, as_number, broadcast, check_values, is_checking
+from jaxsoft._dtypes import compute_dtype
+from jaxsoft._meshes import lay_like, stated_sharding
 from jaxsoft._shards import AxisName, all_classes, first_class, sum_shards
 
 Reduction = Literal["none", "sum", "mean"]
@@ -64,8 +66,7 @@ def read_options(
 
 def read_targets(
     targets: Array,
-    shape: tuple[int, ...],
-    dtype: jnp.dtype,
+    logits: Array | jax.ShapeDtypeStruct,
     axis: int,
     options: Options,
     *,
@@ -74,19 +75,21 @@ def read_targets(
     axis_name: AxisName = None,
     examples: int = 0,
 ) -> tuple[Targets, Array | None]:
-    """Check the targets against the shape of the logits and represent them in the dtype to compute in.
+    """Check the targets against the logits' type and represent them in the dtype to compute in, laid as the logits.
 
     Under `axis_name` the logits' shape is that of one block of the classes; labels and class weights are of all. The
     mean is that of the positions behind the first axes, the `examples`. Beside the targets, what the sum of their
     losses is to be divided by, or None: the z-loss has a denominator of its own, which its weights contain.
     """
     where, smoothing = options.where, options.label_smoothing
+    shape, dtype = logits.shape, compute_dtype(logits.dtype)
     block, positions = shape[axis], shape[:axis] + shape[axis + 1 :]
     classes, first = all_classes(block, axis_name), first_class(block, axis_name)
     along_classes = tuple(block if n == axis else 1 for n in range(len(shape)))
     counted = jnp.ones(positions, dtype)
     if options.weights is not None:
         counted = broadcast("weights", _weights("weights", options.weights, dtype, masks=True), positions)
+    counted = lay_like(counted, logits, axis)
     by_class = None
     if options.class_weights is not None:
         by_class = _weights("class_weights", options.class_weights, dtype)
@@ -97,6 +100,7 @@ def read_targets(
     if by_class is not None:
         own = by_class if axis_name is None else lax.dynamic_slice_in_dim(by_class, first, block)
         of_block = own.reshape(along_classes)
+    of_block = lay_like(of_block, logits)
     uniform = None
     if smoothing is not None:  # its mass is shared among the classes that are left, each by its class weight
         uniform = of_block / jnp.asarray(classes, dtype)
@@ -116,6 +120,7 @@ def read_targets(
                 f"targets: expected integer labels of shape {positions}, the logits' {shape} "
                 f"without axis {axis}, got {targets.shape}"
             )
+        targets = lay_like(targets, logits, axis)
         if targets.dtype.itemsize < 4:  # int8 cannot hold the number of classes to compare with
             targets = targets.astype(jnp.int32)
         inside, ignored = (targets >= 0) & (targets < classes), equals(targets, ignore_index)
@@ -125,15 +130,15 @@ def read_targets(
         # because JAX's `debug_nans` stops at a literal NaN even where it is not chosen.
         share = jnp.where(inside, counted, 0) / jnp.where(inside | (counted == 0), 1, 0).astype(dtype)
         label = jnp.where(inside, targets.astype(jnp.int32), -1)
-        by_label = jnp.ones_like(counted) if by_class is None else by_class[jnp.maximum(label, 0)]
+        by_label = jnp.ones_like(counted) if by_class is None else by_class.at[jnp.maximum(label, 0)].get(out_sharding=stated_sharding(label))
         label, share, by_label, counted = (jnp.expand_dims(a, axis) for a in (label, share, by_label, counted))
         hot, spread = share * by_label, None
         if smoothing is not None:
             hot, spread = hot * (1 - smoothing), smoothing * cast(Array, uniform)
         read, weighted = Targets(label - first, hot, spread, share), counted * by_label
     else:
-        spread = _read_distribution(targets, shape, dtype, ignore_index)
-        variable = jnp.ones(along_classes, bool) if where is None else where
+        spread = lay_like(_read_distribution(targets, shape, dtype, ignore_index), logits)
+        variable = lay_like(jnp.ones(along_classes, bool), logits) if where is None else where
         if by_class is not None:
             variable &= of_block != 0
         if smoothing is not None:
@@ -201,7 +206,8 @@ def as_targets(targets: ArrayLike, classes: int, ignore_index: int | None) -> tu
 def is_label(logits: Array, label: Array, axes: tuple[int, ...]) -> Array:
     """A mask by comparison, not a scatter: it fuses on every platform."""
     (axis,) = axes
-    return lax.broadcasted_iota(label.dtype, logits.shape, axis % logits.ndim) == label
+    index = lax.broadcasted_iota(label.dtype, logits.shape, axis % logits.ndim, out_sharding=stated_sharding(logits))
+    return index == label
 
 
 def equals(labels: Array, index: int | None) -> Array:

@@ -96,6 +96,14 @@ def test_a_position_that_takes_no_part_has_no_gradient_whatever_reaches_it(kind,
     assert not np.any(pullback(cotangent)[0][1])
 
 
+def test_a_label_where_no_class_is_left_costs_infinity_on_every_platform():
+    """Without compiling there is the formula alone, whose log1p meets a −1 that the CPU's program of it would forgive."""
+    nothing_left = jnp.full((2, 3), -jnp.inf).at[0].set(0)
+    with jax.disable_jit():
+        losses = jaxsoft.cross_entropy(nothing_left, jnp.array([0, 1]), reduction="none")
+    np.testing.assert_allclose(losses, [np.log(3), np.inf], rtol=1e-6)
+
+
 def test_no_class_left_has_no_gradient_whatever_reaches_it():
     z = jnp.full((2, 3), -jnp.inf)
     (gradient,) = jax.vjp(logsumexp, z)[1](jnp.array([jnp.inf, 1.0]))

@@ -253,3 +253,16 @@ def test_the_tangent_of_the_value_where_a_whole_block_has_targets_of_0(linear):
     sharded = over_shards(mesh, lambda *a: tangent_of_the_value(*a, axis_name="classes"), specs, PartitionSpec())
     arrays = x, KERNEL, targets, *tangents
     np.testing.assert_allclose(sharded(*arrays), tangent_of_the_value(*arrays), rtol=2e-5)
+
+
+def test_a_block_of_removed_classes_far_below_the_others_costs_nothing():
+    """The lowest number, relative to which a block without classes is summed, less 1e32 is −∞ in float32."""
+    mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
+    logits = jnp.full((1, 16), -jnp.inf, jnp.float32).at[0, :2].set(jnp.array([1e32, 0], jnp.float32))
+    targets = jnp.zeros((1, 16), jnp.float32).at[0, 0].set(1)
+
+    def loss(logits, targets):
+        return jaxsoft.cross_entropy(logits, targets, axis_name="classes")
+
+    blocks = PartitionSpec(None, "classes")
+    assert over_shards(mesh, loss, (blocks, blocks), PartitionSpec())(logits, targets) == 0
