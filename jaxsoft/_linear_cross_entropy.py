@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoft._checks import (
@@ -22,6 +24,7 @@ from jaxsoft._checks import (
 )
 from jaxsoft._dtypes import compute_dtype
 from jaxsoft._losses import scale_gradient
+from jaxsoft._meshes import BatchAxes, Layout, Names, as_batch_axes, as_mesh_axes, head_layout, lay_like, reshard
 from jaxsoft._plan import MEMORY_BUDGET, tile_rows
 from jaxsoft._primitive import Results, as_primitive
 from jaxsoft._shards import AxisName, all_classes, as_axis_name, vary, varying
@@ -34,6 +37,7 @@ from jaxsoft._targets import (
     read_options,
     read_targets,
     reduce_losses,
+    sum_positions,
 )
 from jaxsoft._tiles import Layer, Tiling, Variables, tiled_gradients, tiled_losses
 
@@ -56,6 +60,7 @@ def linear_cross_entropy(
     kernel_axis: int = -1,
     memory_budget: int = MEMORY_BUDGET,
     axis_name: AxisName = None,
+    batch_axes: BatchAxes = None,
 ) -> Float[Array, "..."]:
     """Cross-entropy between targets and softmax(features @ kernel + bias), without storing all logits.
 
@@ -151,8 +156,11 @@ def linear_cross_entropy(
     mask = None
     if where is not None:
         mask = as_mask("where", where, (classes,))
-        b = jnp.where(mask, jnp.zeros(classes, wide) if b is None else b, -jnp.inf)
-    axis_name = as_axis_name(axis_name, "kernel", w)
+        b = jnp.zeros(classes, wide) if b is None else b
+        b = jnp.where(lay_like(mask, b), b, -jnp.inf)
+    batch = as_batch_axes(batch_axes, x)
+    blocks = as_mesh_axes(axis_name)
+    axis_name = None if blocks else as_axis_name(axis_name, "kernel", w)
     labels, ignore_index = as_targets(targets, all_classes(classes, axis_name), ignore_index)
     options = read_options(weights, class_weights, mask, label_smoothing, z_loss, wide)
     if options.weights is not None:  # an array, of all positions, for `vmap`
@@ -177,6 +185,8 @@ def linear_cross_entropy(
             as_option("reduction", reduction, REDUCTIONS),
             as_integer("memory_budget", memory_budget),
             axis_name,
+            batch,
+            blocks,
         ),
     )
     return loss
@@ -209,7 +219,11 @@ class Static(NamedTuple):
     reduction: Reduction
     memory_budget: int
     axis_name: AxisName
+    batch_axes: PartitionSpec | None  # mesh axes over which the positions are to be laid
+    blocks: Names  # those over which the classes are, outside of any `shard_map`
     examples: int = 0  # leading axes that enumerate losses, not positions of one
+    batch: Names = ()  # mesh axes over which positions are laid already
+    gathered: tuple[Names, Names] = ((), ())  # those over which the kernel's axes are, and are to be gathered
 
 
 def _map_examples(size: int, axes: Inputs, inputs: Inputs, static: Static) -> tuple[Results, tuple[int]] | None:
@@ -236,8 +250,45 @@ def _map_examples(size: int, axes: Inputs, inputs: Inputs, static: Static) -> tu
 @as_primitive(_map_examples)
 @functools.partial(jax.jit, static_argnums=1)
 def _linear_cross_entropy(inputs: Inputs, static: Static) -> tuple[Array]:
+    features, kernel = inputs.layer.features, inputs.layer.kernel
+    layout = head_layout(features, kernel, static.class_axis, static.batch_axes, static.blocks, static.examples)
+    return _on_device(inputs, static) if layout is None else _over_mesh(layout, inputs, static)
+
+
+def _over_mesh(layout: Layout, inputs: Inputs, static: Static) -> tuple[Array]:
+    """Each device's positions in a loop of its own."""
+    blocks, kernel = P(layout.classes), list(layout.gathered)
+    if layout.classes:
+        kernel[static.class_axis] = layout.classes
+    targets = P(*layout.positions) if inputs.targets.ndim < inputs.layer.features.ndim else P(*layout.positions, *blocks)
+    specs = Inputs(
+        Layer(P(*layout.positions, None), P(*kernel), blocks, P(), P()),
+        targets,
+        Options(P(*layout.positions), P(), blocks, P(), P()),
+    )
+    specs = jax.tree.map(lambda array, spec: None if array is None else spec, inputs, specs, is_leaf=lambda a: a is None)
+    on_device = static._replace(
+        axis_name=layout.classes or static.axis_name,
+        batch_axes=None,
+        blocks=(),
+        batch=sum(layout.positions[static.examples :], ()),
+        gathered=layout.gathered,
+    )
+    results = layout.positions[: None if static.reduction == "none" else static.examples]
+    run = jax.shard_map(
+        functools.partial(_on_device, static=on_device),
+        mesh=layout.mesh,
+        in_specs=(specs,),
+        out_specs=(P(*results),),
+        axis_names=layout.axes,
+    )
+    return run(jax.tree.map(lambda array, spec: reshard(array, layout.mesh, spec), inputs, specs))
+
+
+def _on_device(inputs: Inputs, static: Static) -> tuple[Array]:
     (features, kernel, bias, _, _), targets, options = inputs
     leading, width, classes = features.shape[:-1], features.shape[-1], kernel.shape[static.class_axis]
+    classes *= math.prod(map(lax.axis_size, static.gathered[static.class_axis]))
     dtype = compute_dtype(features.dtype)
     if bias is not None:
         left = jnp.isfinite(bias) | (bias > 0)
@@ -251,6 +302,7 @@ def _linear_cross_entropy(inputs: Inputs, static: Static) -> tuple[Array]:
         reduction=static.reduction,
         axis_name=static.axis_name,
         examples=static.examples,
+        batch=static.batch,
     )
     positions = math.prod(leading)
     if positions == 0:
@@ -264,15 +316,15 @@ def _linear_cross_entropy(inputs: Inputs, static: Static) -> tuple[Array]:
     skips = static.ignore_index is not None or options.weights is not None
     axes = varying((layer, flat))
     summed = Variables(*(axes - varying(v) for v in (layer.features, layer.kernel, layer.bias, flat.spread)))
-    program = Program(Tiling(rows, static.class_axis, static.axis_name, skips), axes, summed)
+    program = Program(Tiling(rows, static.class_axis, static.axis_name, skips), axes, summed, static.gathered)
     if is_checking():
-        products = tiled_losses(program.tiling, *lax.stop_gradient((vary(layer, axes), flat)))
+        products = tiled_losses(program.tiling, *lax.stop_gradient((_ready(program, layer), flat)))
         check_values("logits", products, ~jnp.isnan(products), "numbers: features @ kernel + bias is none")
     if static.reduction == "none" or static.examples:
         losses = cast(Array, _losses(program, layer, flat)).reshape(*leading, 1)
-        return (reduce_losses(losses, static.reduction, count, len(leading), static.examples),)
+        return (reduce_losses(losses, static.reduction, count, len(leading), static.examples, static.batch),)
     # Divided by the count at the end: float16 could not hold a position's share of a gradient.
-    total = cast(Array, _total(program, layer, flat))
+    total = jnp.reshape(sum_positions(cast(Array, _total(program, layer, flat)), batch=static.batch), ())
     return (total if count is None else total / count.reshape(()),)
 
 
@@ -282,18 +334,28 @@ class Program(NamedTuple):
     tiling: Tiling
     axes: frozenset  # mesh axes over which the devices differ
     summed: Variables  # those of them over which each input is the same, and its gradient a sum
+    gathered: tuple[Names, Names]  # those over which each axis of the kernel is laid, which is used as a whole
+
+
+def _ready(program: Program, layer: Layer) -> Layer:
+    """The layer with its whole kernel, typed as what the devices compute with it is."""
+    kernel = layer.kernel
+    for axis, names in enumerate(program.gathered):
+        if names:
+            kernel = lax.all_gather(kernel, names, axis=axis, tiled=True)
+    return vary(layer._replace(kernel=kernel), program.axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _total(program: Program, layer: Layer, targets: Targets) -> Array:
     """The sum of all losses, which forms its gradients along with itself."""
-    return jnp.sum(tiled_losses(program.tiling, vary(layer, program.axes), targets))
+    return jnp.sum(tiled_losses(program.tiling, _ready(program, layer), targets))
 
 
 def _total_fwd(program: Program, *primals):
     wanted, (layer, targets) = _wanted(*primals)
     one = jnp.ones((1, 1), compute_dtype(layer.features.dtype))
-    total, gradients = tiled_gradients(program.tiling, wanted, vary(layer, program.axes), targets, one)
+    total, gradients = tiled_gradients(program.tiling, wanted, _ready(program, layer), targets, one)
     # What is kept has one structure whichever gradients are wanted, and says which by its shapes: JAX caches the
     # structure with the traced function, and a later trace for other variables would replace it.
     return total, (tuple(jnp.zeros(()) if g is None else g for g in gradients), _dtypes(layer))
@@ -311,19 +373,19 @@ _total.defvjp(_total_fwd, _total_bwd, symbolic_zeros=True)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _losses(program: Program, layer: Layer, targets: Targets) -> Array:
     """Each position's loss, whose gradients wait for the cotangent of each."""
-    return tiled_losses(program.tiling, vary(layer, program.axes), targets)
+    return tiled_losses(program.tiling, _ready(program, layer), targets)
 
 
 def _losses_fwd(program: Program, *primals):
     wanted, (layer, targets) = _wanted(*primals)
-    losses = tiled_losses(program.tiling, vary(layer, program.axes), targets)
+    losses = tiled_losses(program.tiling, _ready(program, layer), targets)
     return losses, (tuple(jnp.zeros(int(w)) for w in wanted), layer, targets)
 
 
 def _losses_bwd(program: Program, residuals, cotangent: Array):
     flags, layer, targets = residuals
     wanted = Variables(*(flag.size > 0 for flag in flags))
-    _, gradients = tiled_gradients(program.tiling, wanted, vary(layer, program.axes), targets, cotangent)
+    _, gradients = tiled_gradients(program.tiling, wanted, _ready(program, layer), targets, cotangent)
     return _as_cotangents(program, gradients, _dtypes(layer))
 
 
@@ -353,6 +415,9 @@ def _as_cotangents(program: Program, gradients: Variables, dtypes: tuple[Array, 
         for g, axes in zip(gradients, program.summed, strict=True)
     )
     features, kernel, bias, spread = summed
+    for axis, names in enumerate(program.gathered):
+        if names and kernel is not None:
+            kernel = lax.psum_scatter(kernel, names, scatter_dimension=axis, tiled=True)
     features, kernel = (
         g if g is None else g.astype(like.dtype) for g, like in zip((features, kernel), dtypes, strict=True)
     )

@@ -1,9 +1,18 @@
-"""Arrays whose types say how they are laid over the devices of a mesh (explicit axes)."""
+"""Arrays laid over the devices of a mesh outside `shard_map`: by their types (explicit axes), or by a user's word."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
+
+from jaxsoft._shards import AxisName
+
+BatchAxes = str | Sequence[str | None] | PartitionSpec | None
+Names = tuple[str, ...]
 
 
 def stated_sharding(array: Array | jax.ShapeDtypeStruct) -> NamedSharding | None:
@@ -20,7 +29,7 @@ def lay_like(array: Array, like: Array | jax.ShapeDtypeStruct, *absent: int) -> 
     if sharding is None:
         return array
     kept = [axis for axis in range(like.ndim) if axis not in absent]
-    names = (*sharding.spec, *(None for _ in range(like.ndim - len(sharding.spec))))
+    names = stated_names(like)
     spec = (names[axis] if size == like.shape[axis] else None for axis, size in zip(kept, array.shape, strict=True))
     return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
@@ -28,3 +37,98 @@ def lay_like(array: Array, like: Array | jax.ShapeDtypeStruct, *absent: int) -> 
 def broadcast_like(array: Array, like: Array) -> Array:
     """`array` broadcast to the shape of `like`, and laid as it is: of the cases of a choice JAX asks for both."""
     return jnp.broadcast_to(array, like.shape, out_sharding=stated_sharding(like))
+
+
+def stated_names(array: Array | jax.ShapeDtypeStruct) -> tuple[Names, ...]:
+    """For each axis, the names of the explicit mesh axes over which it is laid."""
+    sharding = stated_sharding(array)
+    if sharding is None:
+        return ((),) * array.ndim
+    return tuple(map(_names, (*sharding.spec, *(None for _ in range(array.ndim - len(sharding.spec))))))
+
+
+def _names(entry: AxisName) -> Names:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+class Layout(NamedTuple):
+    """How a linear head's arrays lie over a mesh: nothing of it is automatic inside a `shard_map` over `axes`."""
+
+    mesh: AbstractMesh
+    positions: tuple[Names, ...]  # of each axis of the features but the last
+    gathered: tuple[Names, Names]  # of each axis of the kernel, which every device uses as a whole
+    classes: Names  # of the class axis, where each uses a block
+
+    @property
+    def axes(self) -> frozenset[str]:
+        return frozenset(sum((*self.positions, *self.gathered, self.classes), ())) | _explicit(self.mesh)
+
+
+def head_layout(
+    features: Array, kernel: Array, class_axis: int, batch_axes: PartitionSpec | None, class_names: Names, examples: int
+) -> Layout | None:
+    """The layout of a linear head; None where no mesh axis takes part."""
+    stated = stated_sharding(features) or stated_sharding(kernel)
+    positions = stated_names(features)[:-1]
+    if batch_axes is not None:
+        given = (*batch_axes, *(None for _ in range(len(positions) - examples - len(batch_axes))))
+        positions = positions[:examples] + tuple(map(_names, given))
+    of_kernel = stated_names(kernel)
+    if class_names:
+        of_kernel = (of_kernel[0], class_names) if class_axis == 1 else (class_names, of_kernel[1])
+    mesh = jax.sharding.get_abstract_mesh() if stated is None else stated.mesh
+    taken = frozenset(sum(positions, ()))
+    classes = () if taken & frozenset(of_kernel[class_axis]) else of_kernel[class_axis]
+    # Over what has no positions a kernel is gathered beforehand: its devices compute the same.
+    gathered = [tuple(name for name in names if name in taken) for names in of_kernel]
+    if classes:
+        gathered[class_axis] = ()
+    layout = Layout(mesh, positions, (gathered[0], gathered[1]), classes)
+    return layout if stated is not None or layout.axes else None
+
+
+def reshard(array: Array, mesh: AbstractMesh, spec: PartitionSpec) -> Array:
+    """`array` laid as `spec` says, where that is for its type to say."""
+    explicit = _explicit(mesh)
+    if not explicit:
+        return array
+    stated = PartitionSpec(*(tuple(name for name in _names(entry) if name in explicit) for entry in spec))
+    return jax.sharding.reshard(array, NamedSharding(mesh, stated))
+
+
+def _explicit(mesh: AbstractMesh) -> frozenset[str]:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return frozenset(name for name, kind in kinds if kind == AxisType.Explicit)
+
+
+def as_batch_axes(batch_axes: BatchAxes, features: Array) -> PartitionSpec | None:
+    """The names of the mesh axes over which each axis of the positions is laid, checked."""
+    if batch_axes is None:
+        return None
+    spec = batch_axes if isinstance(batch_axes, PartitionSpec) else PartitionSpec(_names(batch_axes))
+    if len(spec) > features.ndim - 1:
+        raise ValueError(
+            f"batch_axes: expected names for at most {features.ndim - 1} axes of positions, features having shape "
+            f"{features.shape}, got {batch_axes!r}"
+        )
+    for axis, entry in enumerate(spec):
+        names = as_mesh_axes(entry)
+        if len(names) < len(_names(entry)):
+            raise ValueError(
+                f"batch_axes: expected axes of a mesh set by jax.set_mesh, and not of an enclosing shard_map, got {entry!r}"
+            )
+        devices = math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
+        if features.shape[axis] % devices:
+            raise ValueError(
+                f"features: expected an axis {axis} of positions that the {devices} devices of {entry!r} divide, "
+                f"got shape {features.shape}"
+            )
+    return spec
+
+
+def as_mesh_axes(names: AxisName) -> Names:
+    """`names` if they are those of axes that the mesh has and no `shard_map` has taken, or else ()."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    wanted = _names(names)
+    return wanted if all(kinds.get(name, AxisType.Manual) != AxisType.Manual for name in wanted) else ()

@@ -12,8 +12,8 @@ from jaxtyping import Array, ArrayLike
 
 from jaxsoft._checks import as_integer, as_number, broadcast, check_values, is_checking
 from jaxsoft._dtypes import compute_dtype
-from jaxsoft._meshes import lay_like, stated_sharding
-from jaxsoft._shards import AxisName, all_classes, first_class, sum_shards
+from jaxsoft._meshes import Names, lay_like, stated_sharding
+from jaxsoft._shards import AxisName, all_classes, first_class, sum_shards, vary
 
 Reduction = Literal["none", "sum", "mean"]
 REDUCTIONS = get_args(Reduction)
@@ -74,11 +74,12 @@ def read_targets(
     reduction: Reduction,
     axis_name: AxisName = None,
     examples: int = 0,
+    batch: Names = (),
 ) -> tuple[Targets, Array | None]:
     """Check the targets against the logits' type and represent them in the dtype to compute in, laid as the logits.
 
     Under `axis_name` the logits' shape is that of one block of the classes; labels and class weights are of all. The
-    mean is that of the positions behind the first axes, the `examples`. Beside the targets, what the sum of their
+    mean is that of the positions behind the first axes, the `examples`, on all devices of the mesh axes `batch`. Beside the targets, what the sum of their
     losses is to be divided by, or None: the z-loss has a denominator of its own, which its weights contain.
     """
     where, smoothing = options.where, options.label_smoothing
@@ -149,25 +150,28 @@ def read_targets(
         counted = jnp.expand_dims(counted, axis)
         read, weighted = Targets(spread=spread, share=counted, variable=variable), counted
 
-    count = or_one(sum_positions(weighted, examples)) if reduction == "mean" else None
+    count = or_one(sum_positions(weighted, examples, batch)) if reduction == "mean" else None
     if options.z_loss is not None:
         # The averages of the two terms have denominators of their own, so that class weights leave the z-loss alone.
-        ratio = 1 if count is None else count / or_one(sum_positions(counted, examples))
+        ratio = 1 if count is None else count / or_one(sum_positions(counted, examples, batch))
         read = read._replace(square=options.z_loss * counted * ratio)
     return read, count
 
 
-def reduce_losses(losses: Array, reduction: Reduction, count: Array | None, axis: int, examples: int = 0) -> Array:
+def reduce_losses(
+    losses: Array, reduction: Reduction, count: Array | None, axis: int, examples: int = 0, batch: Names = ()
+) -> Array:
     """The losses of all positions without their class axis, or their sum or mean over what follows the `examples`."""
     if reduction == "none":
         return jnp.squeeze(losses, axis)
-    total = sum_positions(losses, examples)
+    total = sum_positions(losses, examples, batch)
     return jnp.squeeze(total if count is None else total / count, tuple(range(examples, losses.ndim)))
 
 
-def sum_positions(array: Array, examples: int) -> Array:
-    """The sum over all axes behind those of the examples, kept with length one."""
-    return jnp.sum(array, tuple(range(examples, array.ndim)), keepdims=True)
+def sum_positions(array: Array, examples: int = 0, batch: Names = ()) -> Array:
+    """The sum over all axes behind those of the examples, kept with length one, and over devices."""
+    of_device = jnp.sum(array, tuple(range(examples, array.ndim)), keepdims=True)
+    return lax.psum(vary(of_device, frozenset(batch)), batch) if batch else of_device
 
 
 def or_one(count: Array) -> Array:
