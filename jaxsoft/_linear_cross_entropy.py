@@ -25,7 +25,7 @@ from jaxsoft._checks import (
 from jaxsoft._dtypes import compute_dtype
 from jaxsoft._losses import scale_gradient
 from jaxsoft._meshes import BatchAxes, Layout, Names, as_batch_axes, as_mesh_axes, head_layout, lay_like, reshard
-from jaxsoft._plan import MEMORY_BUDGET, tile_rows
+from jaxsoft._plan import check_budget
 from jaxsoft._primitive import Results, as_primitive
 from jaxsoft._shards import AxisName, all_classes, as_axis_name, vary, varying
 from jaxsoft._targets import (
@@ -58,7 +58,7 @@ def linear_cross_entropy(
     temperature: Float[ArrayLike, ""] = 1.0,
     reduction: Reduction = "mean",
     kernel_axis: int = -1,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | None = None,
     axis_name: AxisName = None,
     batch_axes: BatchAxes = None,
 ) -> Float[Array, "..."]:
@@ -183,7 +183,7 @@ def linear_cross_entropy(
             class_axis,
             ignore_index,
             as_option("reduction", reduction, REDUCTIONS),
-            as_integer("memory_budget", memory_budget),
+            None if memory_budget is None else as_integer("memory_budget", memory_budget),
             axis_name,
             batch,
             blocks,
@@ -217,7 +217,7 @@ class Static(NamedTuple):
     class_axis: int
     ignore_index: int | None
     reduction: Reduction
-    memory_budget: int
+    memory_budget: int | None
     axis_name: AxisName
     batch_axes: PartitionSpec | None  # mesh axes over which the positions are to be laid
     blocks: Names  # those over which the classes are, outside of any `shard_map`
@@ -312,11 +312,11 @@ def _on_device(inputs: Inputs, static: Static) -> tuple[Array]:
     check_values("features", layer.features, ~(jnp.isnan(layer.features) & (flat.share != 0)), "a number")
     check_values("kernel", kernel, ~jnp.isnan(kernel), "a number")
 
-    rows = tile_rows(positions, classes, features.dtype, read.label is None, static.memory_budget)
+    check_budget(classes, features.dtype, read.label is None, static.memory_budget)
     skips = static.ignore_index is not None or options.weights is not None
     axes = varying((layer, flat))
     summed = Variables(*(axes - varying(v) for v in (layer.features, layer.kernel, layer.bias, flat.spread)))
-    program = Program(Tiling(rows, static.class_axis, static.axis_name, skips), axes, summed, static.gathered)
+    program = Program(Tiling(static.memory_budget, static.class_axis, static.axis_name, skips), axes, summed, static.gathered)
     if is_checking():
         products = tiled_losses(program.tiling, *lax.stop_gradient((_ready(program, layer), flat)))
         check_values("logits", products, ~jnp.isnan(products), "numbers: features @ kernel + bias is none")

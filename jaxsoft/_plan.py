@@ -1,17 +1,33 @@
-"""The tiles of a linear layer's positions, and what they take."""
+"""The tiles of a linear layer's positions, on each platform, and what they take."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
-from jax.core import min_dim
+from jax.core import max_dim, min_dim
 from jaxtyping import DTypeLike
 
 from jaxsoft._checks import as_integer, as_option
 from jaxsoft._dtypes import compute_dtype
 from jaxsoft._targets import REDUCTIONS, Reduction
 
-MEMORY_BUDGET = 256 * 2**20
-MOST_ROWS = 2048  # a product of one feature sums its rows in sequence: a longer sum in float32 would lose digits
+Platform = Literal["cpu", "gpu", "tpu"]
+
+CPU_BUDGET = 256 * 2**20
+CPU_ROWS = 2048  # a product of one feature sums its rows in sequence: a longer sum in float32 would lose digits
+# Each tile reads and writes the float32 gradient of the kernel, 8·D·V bytes beside 2·R·D·V operations: from
+# R = 4·peak/bandwidth rows on that hides behind the product, 836 on an H100, 663 on a TPU v5p, 962 on a v5e.
+ACCELERATOR_ROWS = 1024
+ACCELERATOR_LOSS_ROWS = 512  # the loss alone, which reads the kernel once for each tile
+DEFERRED_ROWS = 256
+
+
+class Tile(NamedTuple):
+    """The rows of tiles."""
+
+    rows: int
+    loss_rows: int  # where there are no gradients to add up
+    deferred: bool  # whether logit gradients are kept, in half precision, for one product for each input at the end
 
 
 class Plan(NamedTuple):
@@ -21,18 +37,20 @@ class Plan(NamedTuple):
     rows: int  # positions in a tile; the loss alone may take fewer
     flops: int  # of the loss alone
     training_flops: int  # of the loss and all gradients
-    tile_bytes: int  # logits and their gradient of one tile, within the budget
-    gradient_bytes: int  # gradients to features and kernel, the latter summed in float32
+    tile_bytes: int  # logits and their gradient of one tile
+    kept_bytes: int  # logit gradients of all positions, kept where the inputs' gradients are one product each
+    gradient_bytes: int  # gradients to features and kernel, the latter in float32 where tiles add up to it
     unfused_bytes: int  # logits and their gradient of all positions, which are not stored
 
     def __str__(self) -> str:
-        mib = (f"{n / 2**20:,.1f} MiB" for n in (self.tile_bytes, self.gradient_bytes, self.unfused_bytes))
-        tile, gradients, unfused = mib
-        plural = "s" if self.tiles > 1 else ""
+        tile, kept, gradients, unfused = (
+            f"{n / 2**20:,.1f} MiB" for n in (self.tile_bytes, self.kept_bytes, self.gradient_bytes, self.unfused_bytes)
+        )
+        stored = f"{tile} for a tile" + (f", {kept} for logit gradients" if self.kept_bytes else "")
         return (
-            f"{self.tiles} tile{plural} of {self.rows} positions: {self.flops / 1e9:,.1f} GFLOP for the loss, "
-            f"{self.training_flops / 1e9:,.1f} with its gradients; {tile} for a tile and {gradients} for gradients, "
-            f"in place of {unfused} for all logits and their gradient"
+            f"{self.tiles} tile{'s' if self.tiles > 1 else ''} of {self.rows} positions: "
+            f"{self.flops / 1e9:,.1f} GFLOP for the loss, {self.training_flops / 1e9:,.1f} with its gradients; "
+            f"{stored} and {gradients} for gradients, in place of {unfused} for all logits and their gradient"
         )
 
 
@@ -44,20 +62,27 @@ def plan_linear_cross_entropy(
     *,
     distributions: bool = False,
     reduction: Reduction = "mean",
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | None = None,
+    platform: Platform | None = None,
 ) -> Plan:
     """The tiles, operations and bytes of `linear_cross_entropy` for given shapes.
 
     tile bytes = rows · classes · (logit + gradient),  training operations = 6·N·D·V, with "none" 8·N·D·V
 
+    On a CPU a tile has as many rows as 256 MiB hold, 2048 at most. On an accelerator it has 1024, whatever their
+    width: so many hide the adding up of the kernel's gradient behind its product. There, in half precision and for
+    N ≤ 2·D, that gradient in float32 would take more than those of all logits in half precision: these are kept, and
+    each input's gradient is one product at the end.
+
     Args:
-        positions: N, of one shard where the data are sharded.
+        positions: N, of one device where the data are sharded.
         features: D.
-        classes: V, of one shard where the classes are sharded.
+        classes: V, of one device where the classes are sharded.
         dtype: of features and kernel.
         distributions: whether the targets are distributions, whose rows are part of a tile.
         reduction: as given to `linear_cross_entropy`.
-        memory_budget: as given to `linear_cross_entropy`. A tile has at most 2048 positions, whatever the budget.
+        memory_budget: as given to `linear_cross_entropy`.
+        platform: "cpu", "gpu" or "tpu"; None for that of JAX's default devices.
 
     Returns:
         A `Plan` of counts, in tiles, positions, floating-point operations and bytes, that prints as a sentence.
@@ -65,49 +90,85 @@ def plan_linear_cross_entropy(
     Edges: ignored positions take part in the plan but not in the work.
 
     Raises:
-        TypeError, ValueError: an argument that is not a positive integer, a budget below one position's logits.
+        TypeError, ValueError: an argument that is not a positive integer, a platform that is none of these, a budget
+            below one position's logits.
 
     Example:
         >>> from jaxsoft import plan_linear_cross_entropy
-        >>> print(plan_linear_cross_entropy(4096, 4096, 128_256, "bfloat16"))
-        16 tiles of 256 positions: 4,303.6 GFLOP for the loss, 12,910.7 with its gradients; 250.5 MiB for a tile and
-        2,036.0 MiB for gradients, in place of 4,008.0 MiB for all logits and their gradient
+        >>> print(plan_linear_cross_entropy(8192, 2304, 256_000, "bfloat16", platform="gpu"))
+        8 tiles of 1024 positions: 9,663.7 GFLOP for the loss, 28,991.0 with its gradients; 2,000.0 MiB for a tile and
+        2,286.0 MiB for gradients, in place of 16,000.0 MiB for all logits and their gradient
     """
     sizes = {"positions": positions, "features": features, "classes": classes}
     for name, size in sizes.items():
         if as_integer(name, size) < 1:
             raise ValueError(f"{name}: expected a positive integer, got {size}")
     as_option("reduction", reduction, REDUCTIONS)
+    if platform is None:
+        platform = as_platform(jax.default_backend())
+    as_option("platform", platform, get_args(Platform))
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
     wide, narrow = compute_dtype(dtype).itemsize, dtype.itemsize
-    rows = tile_rows(positions, classes, dtype, distributions, memory_budget)
-    row_bytes = bytes_of_row(classes, dtype, distributions)
+    check_budget(classes, dtype, distributions, memory_budget)
+    tile = plan_tile(platform, positions, features, classes, dtype, distributions, memory_budget)
     product = 2 * positions * features * classes
     return Plan(
-        tiles=-(-positions // rows),
-        rows=rows,
+        tiles=-(-positions // tile.rows),
+        rows=tile.rows,
         flops=product,
         training_flops=product * (4 if reduction == "none" else 3),
-        tile_bytes=rows * row_bytes,
-        gradient_bytes=features * (positions * narrow + classes * wide),
+        tile_bytes=tile.rows * bytes_of_row(classes, dtype, distributions),
+        kept_bytes=positions * classes * narrow if tile.deferred else 0,
+        gradient_bytes=features * (positions * narrow + classes * (narrow if tile.deferred else wide)),
         unfused_bytes=positions * classes * 2 * wide,
     )
 
 
-def tile_rows(positions: int, classes: int, dtype: jnp.dtype, distributions: bool, memory_budget: int) -> int:
-    """Positions in a tile: as many as the budget allows, shared evenly; of unknown sizes the most that may be."""
-    if not isinstance(classes, int):  # but a symbol of `jax.export`, which serves every size
-        most = MOST_ROWS
-    else:
-        row_bytes = bytes_of_row(classes, dtype, distributions)
-        if as_integer("memory_budget", memory_budget) < row_bytes:
-            raise ValueError(
-                f"memory_budget: expected at least {row_bytes} bytes, what one position's logits take, "
-                f"got {memory_budget}"
-            )
-        most = min(memory_budget // row_bytes, MOST_ROWS)
+def as_platform(name: str) -> Platform:
+    """The platform of devices that JAX calls so."""
+    return name if name in ("cpu", "tpu") else "gpu"  # JAX's names of the last: gpu, cuda, rocm
+
+
+def check_budget(classes: int, dtype: jnp.dtype, distributions: bool, memory_budget: int | None) -> None:
+    if memory_budget is None or not isinstance(classes, int):  # but a symbol of `jax.export`, which serves every size
+        return
+    least = bytes_of_row(classes, dtype, distributions)
+    if as_integer("memory_budget", memory_budget) < least:
+        raise ValueError(
+            f"memory_budget: expected at least {least} bytes, what one position's logits take, got {memory_budget}"
+        )
+
+
+def plan_tile(
+    platform: Platform,
+    positions: int,
+    features: int,
+    classes: int,
+    dtype: jnp.dtype,
+    distributions: bool,
+    memory_budget: int | None,
+) -> Tile:
+    """As many rows as the budget allows and the platform likes, shared evenly among tiles."""
+    row = bytes_of_row(classes, dtype, distributions)
+    known = isinstance(classes, int)  # of unknown sizes tiles have the most rows that they may have
+    if platform == "cpu":
+        budget = CPU_BUDGET if memory_budget is None else memory_budget
+        rows = _shared(positions, max(min(budget // row, CPU_ROWS), 1) if known else CPU_ROWS)
+        # With no gradients to add up for each tile small ones, which stay in a cache, are faster.
+        return Tile(rows, min_dim(rows, max_dim(rows // 8, 256)), deferred=False)
+    most = max(memory_budget // row, 1) if known and memory_budget is not None else ACCELERATOR_ROWS
+    loss_rows = _shared(positions, min(most, ACCELERATOR_LOSS_ROWS))
+    deferred = jnp.finfo(dtype).bits == 16 and not distributions
+    deferred &= all(isinstance(n, int) for n in (positions, features, classes)) and positions <= 2 * features
+    if deferred and memory_budget is not None:
+        deferred = positions * classes * dtype.itemsize + DEFERRED_ROWS * row <= memory_budget
+    rows = _shared(positions, DEFERRED_ROWS if deferred else min(most, ACCELERATOR_ROWS))
+    return Tile(rows, loss_rows, deferred)
+
+
+def _shared(positions: int, most: int) -> int:
     if not isinstance(positions, int):
         return min_dim(positions, most)
     tiles = -(-positions // most)

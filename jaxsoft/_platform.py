@@ -47,6 +47,21 @@ def on(**programs: Program) -> Callable[[Function], Function]:
     return decorate
 
 
+def by_platform(plain: Callable[[str, Any, Any], Results]) -> Function:
+    """Have `plain(platform, arrays, static)` know whether it is compiled for "cpu", "gpu" or "tpu".
+
+    A CPU's is what is mapped and differentiated.
+    """
+
+    def choose(platform: str, context: LoweringRuleContext, types: Any, static: Any) -> Function:
+        return functools.partial(plain, platform)
+
+    names = {"cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
+    choices = {name: functools.partial(choose, platform) for name, platform in names.items()}
+    on_cpu = functools.update_wrapper(functools.partial(plain, "cpu"), plain)
+    return as_primitive(lambda *_: None, choices)(on_cpu)
+
+
 def _is_local(context: LoweringRuleContext) -> bool:
     if context.module_context.lowering_parameters.for_export:  # to be run on devices that are not known
         return False

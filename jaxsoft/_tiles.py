@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import max_dim, min_dim
 from jaxtyping import Array
 
 from jaxsoft._dtypes import compute_dtype
 from jaxsoft._losses import block_gradients, losses, position_losses
+from jaxsoft._plan import Platform, Tile, plan_tile
+from jaxsoft._platform import by_platform
 from jaxsoft._shards import AxisName, unsharded, vary, varying
 from jaxsoft._statistics import block_statistics
 from jaxsoft._targets import Targets
@@ -30,7 +31,7 @@ class Layer(NamedTuple):
 class Tiling(NamedTuple):
     """What the program depends on beside its arrays."""
 
-    rows: int  # positions in a tile
+    memory_budget: int | None
     class_axis: int  # of the kernel
     axis_name: AxisName
     skips: bool  # whether positions may be ignored
@@ -51,6 +52,12 @@ class Variables(NamedTuple):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def tiled_losses(tiling: Tiling, layer: Layer, targets: Targets) -> Array:
     """The loss of every position, of shape (N, 1)."""
+    return _fold_losses((layer, targets), tiling)[0]
+
+
+@by_platform
+def _fold_losses(platform: Platform, arrays: tuple[Layer, Targets], tiling: Tiling) -> tuple[Array]:
+    layer, targets = arrays
 
     def step(rows: Array, losses: Array) -> Array:
         x, t = _take(rows, (layer.features, targets))
@@ -58,10 +65,10 @@ def tiled_losses(tiling: Tiling, layer: Layer, targets: Targets) -> Array:
         statistics = block_statistics(logits, (1,), t, tiling.axis_name)
         return losses.at[rows].set(position_losses(t, statistics), mode="drop")
 
-    # With no gradients to add up for each tile, small ones that stay in a cache are faster.
-    tiling = tiling._replace(rows=min_dim(tiling.rows, max_dim(tiling.rows // 8, 256)))
+    rows = _tile(platform, tiling, layer, targets).loss_rows
     nothing = jnp.zeros((layer.features.shape[0], 1), compute_dtype(layer.features.dtype))
-    return _over_tiles(tiling, targets, step, vary(nothing, unsharded(varying(layer), tiling.axis_name)))
+    start = vary(nothing, unsharded(varying(layer), tiling.axis_name))
+    return (_over_tiles(platform, tiling, rows, targets, step, start),)
 
 
 @tiled_losses.defjvp
@@ -78,11 +85,33 @@ def tiled_gradients(
     tiling: Tiling, wanted: Variables, layer: Layer, targets: Targets, cotangent: Array
 ) -> tuple[Array, Variables]:
     """The sum of cotangent·loss over all positions, and the gradients of it that are wanted."""
+    total, *found = _fold_gradients((layer, targets, cotangent), (tiling, wanted))
+    found = iter(found)
+    return total, Variables(*(next(found) if w else None for w in wanted))
+
+
+@by_platform
+def _fold_gradients(
+    platform: Platform, arrays: tuple[Layer, Targets, Array], static: tuple[Tiling, Variables]
+) -> tuple[Array, ...]:
+    """The sum, and those gradients that are wanted."""
+    (layer, targets, cotangent), (tiling, wanted) = arrays, static
+    tile = _tile(platform, tiling, layer, targets)
     x_dtype, dtype = layer.features.dtype, compute_dtype(layer.features.dtype)
     product = functools.partial(lax.dot_general, preferred_element_type=dtype)
+    # Sums over shards are taken in the dtype to compute in, and so are what they add up.
+    features_dtype = x_dtype if tiling.axis_name is None else dtype
 
-    def step(rows: Array, carry: tuple[Array, Variables]) -> tuple[Array, Variables]:
-        total, (to_features, to_kernel, to_bias, to_spread) = carry
+    def of_features(to_logits: Array) -> Array:
+        contracted = (((1,), (tiling.class_axis,)), ((), ()))
+        return product(to_logits, layer.kernel, contracted).astype(features_dtype)
+
+    def of_kernel(x: Array, to_logits: Array) -> Array:
+        first, second = (x, to_logits) if tiling.class_axis == 1 else (to_logits, x)
+        return product(first, second, (((0,), (0,)), ((), ())))
+
+    def step(rows: Array, carry: Any) -> Any:
+        total, (to_features, to_kernel, to_bias, to_spread), kept = carry
         x, t, c = _take(rows, (layer.features, targets, cotangent))
         x = jnp.where(t.idle, 0, x)  # by a class weight of 0 too, and then its features may be NaN
         logits, to_products = jax.vjp(lambda products: _to_logits(products, layer), _products(tiling, x, layer))
@@ -91,28 +120,37 @@ def tiled_gradients(
         to_logits, to_targets = block_gradients(logits, t, statistics, (1,), c, in_place=not wanted.spread)
         (gradient,) = to_products(to_logits)
         narrow = gradient.astype(x_dtype)  # or the products would be taken in float32
-        if wanted.features:
-            to_rows = product(narrow, layer.kernel, (((1,), (tiling.class_axis,)), ((), ())))
-            to_features = to_features.at[rows].set(to_rows.astype(to_features.dtype), mode="drop")
-        if wanted.kernel:
-            first, second = (x, narrow) if tiling.class_axis == 1 else (narrow, x)
-            to_kernel += product(first, second, (((0,), (0,)), ((), ())))
+        if kept is not None:
+            kept = kept.at[rows].set(narrow, mode="drop")
+        elif wanted.features:
+            to_features = to_features.at[rows].set(of_features(narrow), mode="drop")
+        if wanted.kernel and kept is None:
+            to_kernel += of_kernel(x, narrow)
         if wanted.bias:
             to_bias += jnp.sum(gradient, 0)
         if wanted.spread:
             to_spread = to_spread.at[rows].set(to_targets, mode="drop")
-        return total, Variables(to_features, to_kernel, to_bias, to_spread)
+        return total, Variables(to_features, to_kernel, to_bias, to_spread), kept
 
     def zeros(array: Array, wanted: bool, dtype: jnp.dtype) -> Array | None:
         return vary(jnp.zeros(array.shape, dtype), varying(layer)) if wanted else None
 
-    # Sums over shards are taken in the dtype to compute in, and so are what they add up.
-    of_features = x_dtype if tiling.axis_name is None else dtype
-    dtypes = Variables(of_features, dtype, dtype, dtype)
+    dtypes = Variables(features_dtype, dtype, dtype, dtype)
     inputs = _variables(layer, targets)
-    none_yet = Variables(*map(zeros, inputs, wanted, dtypes))
+    later = tile.deferred and (wanted.features or wanted.kernel)
+    now = wanted._replace(features=False, kernel=False) if later else wanted
+    none_yet = Variables(*map(zeros, inputs, now, dtypes))
     nothing = vary(jnp.zeros((), dtype), unsharded(varying(layer), tiling.axis_name))
-    return _over_tiles(tiling, targets, step, (nothing, none_yet))
+    kept = None
+    if later:
+        shape = layer.features.shape[0], layer.kernel.shape[tiling.class_axis]
+        kept = vary(jnp.zeros(shape, x_dtype), varying(layer))
+    total, found, kept = _over_tiles(platform, tiling, tile.rows, targets, step, (nothing, none_yet, kept))
+    if kept is not None and wanted.features:
+        found = found._replace(features=of_features(kept))
+    if kept is not None and wanted.kernel:
+        found = found._replace(kernel=of_kernel(jnp.where(targets.idle, 0, layer.features), kept))
+    return total, *(gradient for gradient in found if gradient is not None)
 
 
 @tiled_gradients.defjvp
@@ -152,13 +190,21 @@ def _scanned_losses(tiling: Tiling, losses: Callable[..., Any], layer: Layer, ta
         products = _products(tiling, x, layer._replace(kernel=layer.kernel.astype(x.dtype)))
         return losses(_to_logits(products, layer), t, 1, tiling.axis_name)
 
-    positions = layer.features.shape[0]
-    tiles = -(-positions // tiling.rows)
-    rows = jnp.arange(tiles * tiling.rows).reshape(tiles, tiling.rows)
+    positions, size = layer.features.shape[0], _tile("cpu", tiling, layer, targets).rows
+    tiles = -(-positions // size)
+    rows = jnp.arange(tiles * size).reshape(tiles, size)
     return lax.map(tile, rows).reshape(-1, 1)[:positions]
 
 
-def _over_tiles(tiling: Tiling, targets: Targets, step: Callable[[Array, Any], Any], start: Any) -> Any:
+def _tile(platform: Platform, tiling: Tiling, layer: Layer, targets: Targets) -> Tile:
+    (positions, width), classes = layer.features.shape, layer.kernel.shape[tiling.class_axis]
+    dtype, distributions = layer.features.dtype, targets.label is None
+    return plan_tile(platform, positions, width, classes, dtype, distributions, tiling.memory_budget)
+
+
+def _over_tiles(
+    platform: Platform, tiling: Tiling, size: int, targets: Targets, step: Callable[[Array, Any], Any], start: Any
+) -> Any:
     """Fold `step` over tiles of the positions that take part; rows past the last have an index out of range."""
     share = targets.share
     assert share is not None
@@ -176,12 +222,13 @@ def _over_tiles(tiling: Tiling, targets: Targets, step: Callable[[Array, Any], A
     if tiling.skips:
         idle = share[:, 0] == 0
         order, count = jnp.argsort(idle, stable=True), positions - jnp.sum(idle)
-    order = jnp.pad(order, (0, tiling.rows), constant_values=positions)
-    if not tiling.skips or tiling.axis_name is not None:  # each loop brings two all-reduces of its own
-        return fold(0, count, tiling.rows, start)
-    # What whole tiles leave is taken in tiles of an eighth, or most of the last one could be idle.
-    whole = count - count % tiling.rows
-    return fold(whole, count, -(-tiling.rows // 8), fold(0, whole, tiling.rows, start))
+    order = jnp.pad(order, (0, size), constant_values=positions)
+    if platform != "cpu" or not tiling.skips or tiling.axis_name is not None:
+        return fold(0, count, size, start)
+    # What whole tiles leave is taken in tiles of an eighth, or most of the last one could be idle. A small tile costs
+    # an accelerator as much as a whole one, and over shards each loop brings two all-reduces of its own.
+    whole = count - count % size
+    return fold(whole, count, -(-size // 8), fold(0, whole, size, start))
 
 
 def _take(rows: Array, arrays: Any) -> Any:
