@@ -75,7 +75,7 @@ def implementations(placed: Placed, mesh: Mesh | None) -> Iterator[Peer]:
     found = jax_linear(case, missing()) if case.is_linear else jax_dense(case)
     yield from (peer for peer in found if peer.name in PEERS)
     if case.is_linear and case.dtype != "float32":
-        yield Peer("optax, full logits in half", jax_mode(case, functools.partial(full_logits, None)))
+        yield Peer(f"optax, full logits in {case.dtype}", jax_mode(case, functools.partial(full_logits, None)))
 
 
 def full_logits(dtype, features: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
@@ -120,7 +120,7 @@ SUITES = {
     "small": [
         *map(Placed, cases(DENSE, [(1024, 32768)], BOTH[:1])),
         *map(Placed, cases(HEAD[1:], [(2048, 512, 32768)], BOTH[1:])),
-        *(Placed(Case("linear cross-entropy + gradient", (4096, 512, 32768), "bfloat16"), mesh) for mesh in MESHES),
+        *(Placed(Case("linear cross-entropy + gradient", (8192, 512, 32768), "bfloat16"), mesh) for mesh in MESHES),
     ],
     "full": [
         *map(Placed, cases(DENSE, [(8192, 32768), (8192, 1000), (8192, 4096)], BOTH)),

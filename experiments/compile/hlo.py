@@ -14,9 +14,9 @@ ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 # What integers of a loop are computed by.
-INTEGERS: dict[str, Callable[..., int]] = {
+INTEGERS: dict[str, Callable[..., Any]] = {
     "add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "negate": operator.neg,
-    "maximum": max, "minimum": min, "and": operator.and_, "or": operator.or_,
+    "maximum": max, "minimum": min, "remainder": math.fmod, "and": operator.and_, "or": operator.or_,
     "select": lambda chosen, one, other: one if chosen else other,
 }  # fmt: skip
 COMPARISONS = {

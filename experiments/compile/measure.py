@@ -44,9 +44,11 @@ def measure(placed: Placed, target: Target, devices: list[Any]) -> list[dict[str
                 raise
             row["not compiled"] = "takes more memory than there is" if too_large else reason(error)
             continue
-        ran = kernels(parse(compiled.as_text()), target.on_chip)
-        row |= summary(ran, target)
-        row["temporaries MB"] = compiled.memory_analysis().temp_size_in_bytes / 1e6
+        text, memory = compiled.as_text(), compiled.memory_analysis()
+        assert text is not None
+        assert memory is not None
+        row |= summary(kernels(parse(text), target.on_chip), target)
+        row["temporaries MB"] = memory.temp_size_in_bytes / 1e6
         row["over least"] = row["roofline ms"] / row["least ms"]
         if not placed.case.is_linear:
             logits = placed.types[0]
@@ -86,6 +88,15 @@ def seconds(kernel: Kernel, target: Target) -> float:
 
 
 def collectives(ran: Iterable[Kernel]) -> str:
-    """Such as "16 × all-reduce of 0.01 MB"."""
+    """Such as "16 × all-reduce of 8.2 kB"."""
     found = Counter((kernel.times, kernel.collective, kernel.carried) for kernel in ran if kernel.collective)
-    return ", ".join(f"{n * times:g} × {name} of {size / 1e6:.2g} MB" for (times, name, size), n in found.items())
+    return ", ".join(f"{n * times:g} × {name} of {written(size)}" for (times, name, size), n in found.items())
+
+
+def written(nbytes: float) -> str:
+    """Bytes in the unit that suits them."""
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} GB"

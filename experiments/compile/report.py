@@ -5,7 +5,6 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pandas as pd
 
-from experiments.benchmark.report import cell
 from experiments.compile.measure import COLUMNS
 from experiments.compile.targets import Target
 
@@ -14,8 +13,7 @@ NAMED = "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "optax", "jax-cce", "tok
 
 
 def markdown(table: pd.DataFrame, target: Target, command: str, left_out: dict[str, str]) -> str:
-    shown = [name for name in COLUMNS if not name.startswith("least") and table[name].notna().any()]
-    shown = [name for name in shown if (table[name] != "").any()]
+    shown = [name for name in COLUMNS if not name.startswith("least") and any(map(cell, table[name]))]
     lines = [
         f"# {target.kind}, compiled for and not run on",
         "",
@@ -31,6 +29,13 @@ def markdown(table: pd.DataFrame, target: Target, command: str, left_out: dict[s
     if left_out:
         lines += ["", "Left out:", "", *(f"- {name}: {reason}" for name, reason in left_out.items())]
     return "\n".join(lines) + "\n"
+
+
+def cell(value: float | str) -> str:
+    """Three digits, or all of a whole number; nothing where there is nothing to say."""
+    if isinstance(value, str) or pd.isna(value):
+        return "" if pd.isna(value) else value
+    return f"{value:,.0f}" if value >= 1000 or value == round(value) else f"{value:.3g}"
 
 
 def versions() -> dict[str, str]:

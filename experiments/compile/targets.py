@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -44,8 +44,8 @@ TARGETS = {
     "tpu-v6e": Target("TPU v6e", 1.64e12, 918e12, 918e12, "Google Cloud, TPU v6e, key chip specifications"),
 }
 
-# What XLA asks of a GPU before it compiles for it, as a protocol buffer in text. Source: the devices' own answers, which
-# the OpenXLA project keeps (openxla/xla, xla/backends/gpu/target_config/specs: h100_sxm, a100_sxm_80 and b200).
+# What XLA asks of a GPU before it compiles for it, as a protocol buffer in text. Source: the devices' own answers, as
+# the OpenXLA project keeps them (openxla/xla, xla/backends/gpu/target_config/specs: h100_sxm, a100_sxm_80 and b200).
 NVIDIA = """
     threads_per_warp: 32
     threads_per_block_limit: 1024  threads_per_core_limit: 2048
@@ -79,6 +79,13 @@ GPUS = {
         shared_memory_per_core: 233472  shared_memory_per_block_optin: 232448
     """,
 }
+
+
+def with_peak(target: Target, peak: float) -> Target:
+    """The device with other TFLOP/s in products of bfloat16, and in those of float32 in proportion."""
+    half = peak * 1e12
+    source = f"bandwidth: {target.source}; products: as given"
+    return replace(target, half=half, single=target.single * half / target.half, source=source)
 
 
 def missing(target: Target) -> str | None:

@@ -115,9 +115,10 @@ def types_in(computation: Computation) -> Types:
 def is_kernel(instruction: Instruction, types: Types) -> bool:
     if instruction.opcode in NO_KERNEL or (instruction.attribute("custom_call_target") or "").strip('"') in NO_CALLS:
         return False
-    # Numbers that count and compare: a TPU's scalar unit takes them along; a GPU has fusions for those that cost a call.
-    alone = instruction.opcode == "fusion" or instruction.opcode.startswith(tuple(COLLECTIVES))
-    return alone or any(array.dims for name in (instruction.name, *instruction.operands) for array in types(name))
+    if instruction.opcode == "fusion" or instruction.opcode.removesuffix("-start") in COLLECTIVES:
+        return True
+    # Not the single numbers that count and compare, which a TPU's scalar unit takes along.
+    return any(array.dims for name in (instruction.name, *instruction.operands) for array in types(name))
 
 
 def collective_of(module: Module, instruction: Instruction) -> str:
