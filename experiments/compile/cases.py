@@ -119,7 +119,7 @@ MESHES = (("data", 4),), (("data", 2), ("model", 2))
 SUITES = {
     "small": [
         *map(Placed, cases(DENSE, [(1024, 32768)], BOTH[:1])),
-        *map(Placed, cases(HEAD[1:], [(2048, 512, 32768)], BOTH[1:])),
+        *map(Placed, cases(HEAD[1:], [(8192, 512, 32768)], BOTH[1:])),
         *(Placed(Case("linear cross-entropy + gradient", (8192, 512, 32768), "bfloat16"), mesh) for mesh in MESHES),
     ],
     "full": [

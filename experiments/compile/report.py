@@ -33,8 +33,10 @@ def markdown(table: pd.DataFrame, target: Target, command: str, left_out: dict[s
 
 def cell(value: float | str) -> str:
     """Three digits, or all of a whole number; nothing where there is nothing to say."""
-    if isinstance(value, str) or pd.isna(value):
-        return "" if pd.isna(value) else value
+    if isinstance(value, str):
+        return value
+    if pd.isna(value):
+        return ""
     return f"{value:,.0f}" if value >= 1000 or value == round(value) else f"{value:.3g}"
 
 
