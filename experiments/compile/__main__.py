@@ -21,7 +21,7 @@ from experiments._door import InputError, enter, make_folder
 from experiments.benchmark.peers import missing as missing_peers
 from experiments.compile.cases import PEERS, SUITES
 from experiments.compile.measure import COLUMNS, measure
-from experiments.compile.pictures import plot_roofline
+from experiments.compile.pictures import plot_excess, plot_roofline
 from experiments.compile.report import markdown
 from experiments.compile.targets import TARGETS, devices_of, with_peak
 
@@ -41,7 +41,7 @@ class Config:
     peak: float | None = None
     """TFLOP/s of products of bfloat16 to reckon with instead of the data sheet's; of float32 in proportion."""
     out: Path | None = None
-    """Folder for results.csv, results.md and roofline.png; out/compile/DEVICE where not given."""
+    """Folder for results.csv, results.md and the pictures; out/compile/DEVICE where not given."""
 
 
 def run(config: Config) -> pd.DataFrame:
@@ -69,6 +69,7 @@ def run(config: Config) -> pd.DataFrame:
     text = markdown(table, target, command, {name: why for name, why in missing_peers().items() if name in PEERS})
     (out / "results.md").write_text(text)
     plot_roofline(table, target, out / "roofline.png")
+    plot_excess(table, target, out / "excess.png")
     print(text)
     return table
 
