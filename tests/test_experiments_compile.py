@@ -1,5 +1,6 @@
 """experiments.compile: what is read out of a compiled program is what it does, and what is ours moves the least."""
 
+import dataclasses
 import importlib.util
 import re
 
@@ -16,7 +17,7 @@ from experiments.compile import __main__ as script
 from experiments.compile.__main__ import Config, run
 from experiments.compile.cases import DENSE, HEAD, MESHES, SUITES, Placed
 from experiments.compile.hlo import parse, trip_count
-from experiments.compile.measure import COLUMNS, measure, summary
+from experiments.compile.measure import COLUMNS, measure, seconds, summary
 from experiments.compile.report import cell, markdown
 from experiments.compile.targets import TARGETS, missing, with_peak
 from experiments.compile.work import kernels
@@ -152,6 +153,13 @@ PARTS = """
   ROOT %narrow = bf16[3,8]{1,0} convert(%rows)
 }
 
+%scattered (r.1: f32[100,8], i.1: s32[3], up: f32[3,8]) -> f32[100,8] {
+  %r.1 = f32[100,8]{1,0} parameter(0)
+  %i.1 = s32[3]{0} parameter(1)
+  %up = f32[3,8]{1,0} parameter(2)
+  ROOT %sum.1 = f32[100,8]{1,0} scatter(%r.1, %i.1, %up), update_window_dims={1}, to_apply=%sum
+}
+
 %sum (a: f32[], b: f32[]) -> f32[] {
   %a = f32[] parameter(0)
   %b = f32[] parameter(1)
@@ -164,7 +172,7 @@ PARTS = """
   ROOT %w = f32[8,16]{1,0} convolution(%u, %v), dim_labels=bf_oi->bf
 }
 
-ENTRY %main (x: f32[4], k: s32[], table: bf16[100,8], index: s32[3], u.1: bf16[8,32], v.1: bf16[16,32]) -> f32[] {
+ENTRY %main (x: f32[4], k: s32[], table: bf16[100,8], index: s32[3], u.1: bf16[8,32], v.1: bf16[16,32], to: f32[100,8], up.1: f32[3,8]) -> f32[] {
   %x = f32[4]{0} parameter(0)
   %k = s32[] parameter(1)
   %table = bf16[100,8]{1,0} parameter(2)
@@ -173,6 +181,10 @@ ENTRY %main (x: f32[4], k: s32[], table: bf16[100,8], index: s32[3], u.1: bf16[8
   %v.1 = bf16[16,32]{1,0} parameter(5)
   %either = f32[4]{0} conditional(%k, %x, %x), branch_computations={%left, %right}
   %some = bf16[3,8]{1,0} fusion(%table, %index), kind=kLoop, calls=%gathered
+  %to = f32[100,8]{1,0} parameter(6)
+  %up.1 = f32[3,8]{1,0} parameter(7)
+  %added = f32[100,8]{1,0} fusion(%to, %index, %up.1), kind=kInput, calls=%scattered
+  %mixed = f32[100,3]{1,0} dot(%table, %up.1), lhs_contracting_dims={1}, rhs_contracting_dims={1}
   %all-gather-start = (f32[4]{0}, f32[16]{0}) all-gather-start(%x), dimensions={0}
   %all = f32[16]{0} all-gather-done(%all-gather-start)
   %conv = f32[8,16]{1,0} fusion(%u.1, %v.1), kind=kOutput, calls=%product
@@ -188,12 +200,23 @@ ENTRY %main (x: f32[4], k: s32[], table: bf16[100,8], index: s32[3], u.1: bf16[8
 
 def test_each_kind_of_kernel_is_counted_by_what_it_touches():
     found = {kernel.name: kernel for kernel in kernels(parse(PARTS))}
-    assert {*found} == {"m", "o", "some", "all-gather-start", "conv", "dot", "lib", "total"}  # of the longer branch
+    longer_branch, others = {"m", "o"}, {"some", "added", "mixed", "all-gather-start", "conv", "dot", "lib", "total"}
+    assert found.keys() == longer_branch | others
     assert found["some"].nbytes == (3 * 8 + 3 * 8) * 2 + 3 * 4
+    assert found["added"].nbytes == (3 + 2 * 3) * 8 * 4 + 3 * 4  # updates, and rows that are read and written
+    assert found["mixed"].products == {"f32": 2 * 100 * 3 * 8}
     assert (found["all-gather-start"].collective, found["all-gather-start"].nbytes) == ("all-gather", 5 * 16)
     assert [found[name].products for name in ("conv", "dot", "lib")] == [{"bf16": 2 * 8 * 16 * 32}] * 3
     assert found["conv"].nbytes == (8 + 16) * 32 * 2 + 8 * 16 * 4
     assert (found["total"].nbytes, found["total"].operations) == (16 + 4 + 4, 4)
+
+
+def test_the_slower_of_moving_and_multiplying_counts():
+    target, found = TARGETS["h100"], {kernel.name: kernel for kernel in kernels(parse(PARTS))}
+    dot = dataclasses.replace(found["dot"], nbytes=3_350_000, products={"bf16": 494_500_000})
+    assert seconds(dot, target) == pytest.approx(1e-6)
+    assert seconds(dataclasses.replace(dot, products={"bf16": 1_978_000_000}), target) == pytest.approx(2e-6)
+    assert seconds(dataclasses.replace(dot, products={"f32": 1_976_000_000}), target) == pytest.approx(4e-6)
 
 
 # Programs of this machine's compiler.
@@ -294,6 +317,17 @@ def test_another_peak_is_said():
     assert "products: as given" in text
     with pytest.raises(InputError, match="--peak: expected a positive number"):
         run(Config(peak=0))
+
+
+def test_what_is_unknown_is_called_so():
+    target = TARGETS["tpu-v5p"]
+    row = dict.fromkeys(COLUMNS[:5], "x") | summary(kernels(loop(UNKNOWN), target.on_chip), target)
+    refused = dict.fromkeys(COLUMNS[:5], "x") | {"not compiled": "why"}
+    lines = markdown(pd.DataFrame([row, refused], columns=COLUMNS), target, "", {}).splitlines()
+    assert lines[-2:] == [
+        "| x | x | x | x | x | 3 | unknown | unknown | unknown | unknown × all-reduce of 256 B | unknown | unknown |  |",
+        "| x | x | x | x | x |  |  |  |  |  |  |  | why |",
+    ]
 
 
 @pytest.mark.parametrize(("value", "said"), [(1234.5, "1,234"), (7.0, "7"), (0.12345, "0.123"), (None, ""), ("a", "a")])

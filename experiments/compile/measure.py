@@ -1,5 +1,6 @@
 """A row of the table for each implementation of a case: compiled, and its kernels added up."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -89,8 +90,15 @@ def seconds(kernel: Kernel, target: Target) -> float:
 
 def collectives(ran: Iterable[Kernel]) -> str:
     """Such as "16 × all-reduce of 8.2 kB"."""
-    found = Counter((kernel.times, kernel.collective, kernel.carried) for kernel in ran if kernel.collective)
-    return ", ".join(f"{n * times:g} × {name} of {written(size)}" for (times, name, size), n in found.items())
+    found = Counter()
+    for kernel in ran:
+        if kernel.collective:
+            times = None if math.isnan(kernel.times) else kernel.times  # one key, which NaN is not
+            found[times, kernel.collective, kernel.carried] += 1
+    return ", ".join(
+        f"{'unknown' if times is None else f'{n * times:g}'} × {name} of {written(size)}"
+        for (times, name, size), n in found.items()
+    )
 
 
 def written(nbytes: float) -> str:

@@ -10,9 +10,12 @@ from experiments.compile.targets import Target
 
 NAMED = "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "optax", "jax-cce", "tokamax"
 """Distributions whose versions the table states."""
+COUNTED = "launches", "MB", "GFLOP", "roofline ms", "over least"
+"""What is known of every program whose loops are."""
 
 
 def markdown(table: pd.DataFrame, target: Target, command: str, left_out: dict[str, str]) -> str:
+    table = said(table)
     shown = [name for name in COLUMNS if not name.startswith("least") and any(map(cell, table[name]))]
     lines = [
         f"# {target.kind}, compiled for and not run on",
@@ -29,6 +32,12 @@ def markdown(table: pd.DataFrame, target: Target, command: str, left_out: dict[s
     if left_out:
         lines += ["", "Left out:", "", *(f"- {name}: {reason}" for name, reason in left_out.items())]
     return "\n".join(lines) + "\n"
+
+
+def said(table: pd.DataFrame) -> pd.DataFrame:
+    """The table, with "unknown" where a program has a loop that runs nobody knows how often."""
+    unknown = table["kernels"].notna() & table["launches"].isna()
+    return table.assign(**{name: table[name].astype(object).mask(unknown, "unknown") for name in COUNTED})
 
 
 def cell(value: float | str) -> str:
