@@ -166,6 +166,12 @@ PARTS = """
   ROOT %c = f32[] add(%a, %b)
 }
 
+%offloaded (from: f32[100,8], at: s32[3]) -> f32[3,8] {
+  %from = f32[100,8]{1,0} parameter(0)
+  %at = s32[3]{0} parameter(1)
+  ROOT %beside = f32[3,8]{1,0} gather(%from, %at), offset_dims={1}
+}, execution_thread="sparsecore"
+
 %product (u: bf16[8,32], v: bf16[16,32]) -> f32[8,16] {
   %u = bf16[8,32]{1,0} parameter(0)
   %v = bf16[16,32]{1,0} parameter(1)
@@ -184,6 +190,9 @@ ENTRY %main (x: f32[4], k: s32[], table: bf16[100,8], index: s32[3], u.1: bf16[8
   %to = f32[100,8]{1,0} parameter(6)
   %up.1 = f32[3,8]{1,0} parameter(7)
   %added = f32[100,8]{1,0} fusion(%to, %index, %up.1), kind=kInput, calls=%scattered
+  %gather-start = ((), (), (s32[1]{0})) call-start(), async_execution_thread="sparsecore", to_apply=%offloaded
+  %gather-update = ((f32[100,8]{1,0}, s32[3]{0}), f32[3,8]{1,0}) call-update(%gather-start, %to, %index)
+  %gather-done = f32[3,8]{1,0} call-done(%gather-update)
   %mixed = f32[100,3]{1,0} dot(%table, %up.1), lhs_contracting_dims={1}, rhs_contracting_dims={1}
   %all-gather-start = (f32[4]{0}, f32[16]{0}) all-gather-start(%x), dimensions={0}
   %all = f32[16]{0} all-gather-done(%all-gather-start)
@@ -200,8 +209,10 @@ ENTRY %main (x: f32[4], k: s32[], table: bf16[100,8], index: s32[3], u.1: bf16[8
 
 def test_each_kind_of_kernel_is_counted_by_what_it_touches():
     found = {kernel.name: kernel for kernel in kernels(parse(PARTS))}
-    longer_branch, others = {"m", "o"}, {"some", "added", "mixed", "all-gather-start", "conv", "dot", "lib", "total"}
-    assert found.keys() == longer_branch | others
+    longer_branch, called = {"m", "o"}, {"beside"}
+    others = {"some", "added", "mixed", "all-gather-start", "conv", "dot", "lib", "total"}
+    assert found.keys() == longer_branch | called | others
+    assert found["beside"].nbytes == 2 * 3 * 8 * 4
     assert found["some"].nbytes == (3 * 8 + 3 * 8) * 2 + 3 * 4
     assert found["added"].nbytes == (3 + 2 * 3) * 8 * 4 + 3 * 4  # updates, and rows that are read and written
     assert found["mixed"].products == {"f32": 2 * 100 * 3 * 8}

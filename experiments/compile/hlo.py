@@ -97,7 +97,7 @@ def parse(text: str) -> Module:
             instruction = read_instruction(*found.groups()[1:])
             body[instruction.name] = instruction
             root = instruction.name if found[1] else root
-        elif line == "}":
+        elif line.startswith("}"):
             computations[name] = Computation(body, root)
     return Module(computations, entry)
 

@@ -39,6 +39,7 @@ def plot_roofline(table: pd.DataFrame, target: Target, path: Path) -> None:
             x, marker = row["intensity"] * (0.97 if ours else 1.03), MARKERS[row["case"].split(",")[0]]
             rate = row["least GFLOP"] / row["roofline ms"]
             axis.scatter(x, rate, s=40, marker=marker, facecolors=own if ours else "none", edgecolors=own, zorder=3)
+        axis.set_ylim(top=1.3 * axis.get_ylim()[1])
     axes[0, 0].set(ylabel="TFLOP/s at the roofline")
     tasks = [task for task in MARKERS if task in {case.split(",")[0] for case in table["case"]}]
     marks = [Line2D([], [], marker=MARKERS[task], linestyle="", color="gray", label=task) for task in tasks]
@@ -55,7 +56,6 @@ def draw_roof(axis: Axes, target: Target, intensities: pd.Series) -> None:
     speed = f"{target.bandwidth / 1e12:.3g} TB/s" if roof[0] < roof[-1] else f"{target.half / 1e12:.4g} TFLOP/s"
     axis.annotate(speed, (intensity[60], roof[60]), xytext=(0, 8), textcoords="offset points", ha="right")
     axis.set(xscale="log", yscale="log", xlabel="operations a byte, at the least")
-    axis.set_ylim(top=1.3 * roof.max())
     for scale in (axis.xaxis, axis.yaxis):
         scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
         scale.set_major_formatter("{x:g}")

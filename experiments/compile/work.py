@@ -16,9 +16,9 @@ from experiments.compile.hlo import Array, Computation, Instruction, Module, tri
 # Names for memory, ends of what was counted where it started, and what only calls others.
 NO_KERNEL = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
-    "opt-barrier", "domain", "add-dependency", "while", "conditional", "call", "async-start", "async-update",
-    "async-done", "copy-done", "send-done", "recv-done", "all-reduce-done", "all-gather-done",
-    "collective-permute-done",
+    "opt-barrier", "domain", "add-dependency", "while", "conditional", "call", "call-start", "call-update", "call-done",
+    "async-start", "async-update", "async-done", "copy-done", "send-done", "recv-done", "all-reduce-done",
+    "all-gather-done", "collective-permute-done",
 }  # fmt: skip
 NO_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound"}
 COLLECTIVES = {
@@ -87,7 +87,7 @@ def visit(module: Module, name: str, on_chip: Collection[int]) -> Iterator[Kerne
                 named = instruction.called("branch_computations", "true_computation", "false_computation")
                 branches = [list(visit(module, branch, on_chip)) for branch in named]
                 yield from max(branches, key=lambda branch: sum(k.nbytes * k.times for k in branch))
-            case "call" | "async-start":
+            case "call" | "call-start" | "async-start":  # those that start are done beside the others
                 for called in instruction.called("to_apply", "calls"):
                     yield from visit(module, called, on_chip)
         if not is_kernel(instruction, types):
