@@ -1,0 +1,1 @@
+"""What compilers make of this library and its peers for devices that are not there."""
