@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ def tiled_losses(tiling: Tiling, layer: Layer, targets: Targets) -> Array:
 def _fold_losses(platform: Platform, arrays: tuple[Layer, Targets], tiling: Tiling) -> tuple[Array]:
     layer, targets = arrays
 
-    def step(rows: Array, losses: Array) -> Array:
+    def step(rows: Array, first: Any, losses: Array) -> Array:
         x, t = _take(rows, (layer.features, targets))
         logits = _to_logits(_products(tiling, x, layer), layer)
         statistics = block_statistics(logits, (1,), t, tiling.axis_name)
@@ -110,7 +110,7 @@ def _fold_gradients(
         first, second = (x, to_logits) if tiling.class_axis == 1 else (to_logits, x)
         return product(first, second, (((0,), (0,)), ((), ())))
 
-    def step(rows: Array, carry: Any) -> Any:
+    def step(rows: Array, first: Any, carry: Any) -> Any:
         total, (to_features, to_kernel, to_bias, to_spread), kept = carry
         x, t, c = _take(rows, (layer.features, targets, cotangent))
         x = jnp.where(t.idle, 0, x)  # by a class weight of 0 too, and then its features may be NaN
@@ -121,7 +121,7 @@ def _fold_gradients(
         (gradient,) = to_products(to_logits)
         narrow = gradient.astype(x_dtype)  # or the products would be taken in float32
         if kept is not None:
-            kept = kept.at[rows].set(narrow, mode="drop")
+            kept = lax.dynamic_update_slice_in_dim(kept, narrow, first, 0)
         elif wanted.features:
             to_features = to_features.at[rows].set(of_features(narrow), mode="drop")
         if wanted.kernel and kept is None:
@@ -143,13 +143,18 @@ def _fold_gradients(
     nothing = vary(jnp.zeros((), dtype), unsharded(varying(layer), tiling.axis_name))
     kept = None
     if later:
-        shape = layer.features.shape[0], layer.kernel.shape[tiling.class_axis]
+        shape = -(-layer.features.shape[0] // tile.rows) * tile.rows, layer.kernel.shape[tiling.class_axis]
         kept = vary(jnp.zeros(shape, x_dtype), varying(layer))
     total, found, kept = _over_tiles(platform, tiling, tile.rows, targets, step, (nothing, none_yet, kept))
-    if kept is not None and wanted.features:
-        found = found._replace(features=of_features(kept))
-    if kept is not None and wanted.kernel:
-        found = found._replace(kernel=of_kernel(jnp.where(targets.idle, 0, layer.features), kept))
+    if kept is not None:
+        rows, _ = _in_turn(tiling, targets)
+        rows = jnp.pad(rows, (0, kept.shape[0] - rows.shape[0]), constant_values=rows.shape[0])
+        if wanted.features:
+            nowhere = cast(Array, zeros(layer.features, True, features_dtype))
+            found = found._replace(features=nowhere.at[rows].set(of_features(kept), mode="drop"))
+        if wanted.kernel:
+            x, t = _take(rows, (layer.features, targets))
+            found = found._replace(kernel=of_kernel(jnp.where(t.idle, 0, x), kept))
     return total, *(gradient for gradient in found if gradient is not None)
 
 
@@ -203,32 +208,37 @@ def _tile(platform: Platform, tiling: Tiling, layer: Layer, targets: Targets) ->
 
 
 def _over_tiles(
-    platform: Platform, tiling: Tiling, size: int, targets: Targets, step: Callable[[Array, Any], Any], start: Any
+    platform: Platform, tiling: Tiling, size: int, targets: Targets, step: Callable[[Array, Any, Any], Any], start: Any
 ) -> Any:
-    """Fold `step` over tiles of the positions that take part; rows past the last have an index out of range."""
-    share = targets.share
-    assert share is not None
-    positions = share.shape[0]
+    """Fold `step(rows, first, carry)` over tiles of the positions that take part, `first` of them gone before."""
 
     def fold(first: Array | int, end: Array | int, size: int, carry: Any) -> Any:
         def body(tile: Array, carry: Any) -> Any:
             row = first + tile * size
-            rows = lax.dynamic_slice_in_dim(order, row, size)
-            return step(jnp.where(row + jnp.arange(size) < end, rows, positions), carry)
+            return step(lax.dynamic_slice_in_dim(padded, row, size), row, carry)
 
         return lax.fori_loop(0, (end - first + size - 1) // size, body, carry)
 
-    order, count = jnp.arange(positions), positions
-    if tiling.skips:
-        idle = share[:, 0] == 0
-        order, count = jnp.argsort(idle, stable=True), positions - jnp.sum(idle)
-    order = jnp.pad(order, (0, size), constant_values=positions)
+    rows, count = _in_turn(tiling, targets)
+    padded = jnp.pad(rows, (0, size), constant_values=rows.shape[0])
     if platform != "cpu" or not tiling.skips or tiling.axis_name is not None:
         return fold(0, count, size, start)
     # What whole tiles leave is taken in tiles of an eighth, or most of the last one could be idle. A small tile costs
     # an accelerator as much as a whole one, and over shards each loop brings two all-reduces of its own.
     whole = count - count % size
     return fold(whole, count, -(-size // 8), fold(0, whole, size, start))
+
+
+def _in_turn(tiling: Tiling, targets: Targets) -> tuple[Array, Array | int]:
+    """The rows of the positions that take part, how many, and behind them an index out of range."""
+    share = targets.share
+    assert share is not None
+    positions = share.shape[0]
+    if not tiling.skips:
+        return jnp.arange(positions), positions
+    idle = share[:, 0] == 0
+    count = positions - jnp.sum(idle)
+    return jnp.where(jnp.arange(positions) < count, jnp.argsort(idle, stable=True), positions), count
 
 
 def _take(rows: Array, arrays: Any) -> Any:
