@@ -2,9 +2,10 @@
 
 python -m experiments.distributed --processes 2
 
-The training of `experiments.vocabulary` on a grid of devices: the batch is divided along its first axis, the
-head's classes along its second, where `jaxsoft.linear_cross_entropy(..., axis_name="vocabulary")` merges the
-parts. --processes starts as many on this machine, with one CPU device each. On a cluster run the same command
+The training of `experiments.vocabulary`, compiled by plain `jax.jit`, on a grid of devices: the batch is divided along
+its first axis, the head's classes along its second, which `jaxsoft.linear_cross_entropy` is told by
+batch_axes="data", axis_name="vocabulary". Every array of the state is divided along the first axis too (fully sharded
+data parallelism), and gathered where it is used. --processes starts as many on this machine, with one CPU device each. On a cluster run the same command
 once for each process, with --coordinator, --processes and --process-id; under SLURM or Open MPI with none of
 the three. When a process dies the others end too, within a minute and with an error, and the same command
 with --resume goes on, on as many processes as you like. Only process 0 uses the folder of results.
@@ -96,21 +97,20 @@ def grid(config: Config, devices: int) -> tuple[int, int]:
 
 
 def spread(mesh: Mesh) -> Layout:
-    """The head's classes along one axis, the batch along the other, everything else on every device."""
+    """The batch along one axis, the head's classes along the other, and all that is kept along the first as it goes."""
 
     def spec(path: tuple, leaf: Any) -> P:
         in_head = jax.tree_util.DictKey("head") in path
-        return P(*[None] * (leaf.ndim - 1), "vocabulary") if in_head else P()
+        if in_head and leaf.ndim == 1:
+            return P("vocabulary")
+        even = leaf.ndim > 1 and leaf.shape[0] % mesh.shape["data"] == 0
+        return P("data" if even else None, *(("vocabulary",) if in_head else ())) if leaf.ndim else P()
 
     def shardings(state):
         return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, spec(path, leaf)), state)
 
     def loss(params, batch: Batch, memory_budget: int):
-        def block(params, batch: Batch):
-            return jax.lax.psum(loss_of(params, batch, memory_budget, axis_name="vocabulary"), "data")
-
-        in_specs = jax.tree_util.tree_map_with_path(spec, params), P("data")
-        return jax.shard_map(block, mesh=mesh, in_specs=in_specs, out_specs=P())(params, batch)
+        return loss_of(params, batch, memory_budget, batch_axes="data", axis_name="vocabulary")
 
     def put(batch: Batch) -> Batch:
         rows = NamedSharding(mesh, P("data"))
@@ -133,7 +133,8 @@ def run(config: Config) -> dict[str, Any]:
     if first:
         make_folder(config.out)
     mesh = jax.make_mesh(shape, ("data", "vocabulary"), axis_types=(AxisType.Auto, AxisType.Auto))
-    summary = fit(config, text, spread(mesh)) | {"mesh": shape, "processes": jax.process_count()}
+    with jax.set_mesh(mesh):
+        summary = fit(config, text, spread(mesh)) | {"mesh": shape, "processes": jax.process_count()}
     if first:
         report(config, text, summary)
     return summary

@@ -134,7 +134,7 @@ def features_of(params, contexts: Int[Array, "words context"]) -> Float[Array, "
 
 
 def loss_of(
-    params, batch: Batch, memory_budget: int, axis_name: str | None = None
+    params, batch: Batch, memory_budget: int, batch_axes: str | None = None, axis_name: str | None = None
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """The losses' sum over the known targets, and how many these are.
 
@@ -150,6 +150,7 @@ def loss_of(
         ignore_index=UNKNOWN,
         reduction="sum",
         memory_budget=memory_budget,
+        batch_axes=batch_axes,
         axis_name=axis_name,
     )
     return total, jnp.sum(targets != UNKNOWN)
