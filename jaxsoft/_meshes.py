@@ -84,7 +84,14 @@ def head_layout(
     if classes:
         gathered[class_axis] = ()
     layout = Layout(mesh, positions, (gathered[0], gathered[1]), classes)
-    return layout if stated is not None or layout.axes else None
+    if stated is None and not layout.axes:
+        return None
+    if AxisType.Manual in mesh.axis_types:  # JAX has no derivative of one shard_map in another
+        raise ValueError(
+            f"features, kernel: expected no axes laid over a mesh beside those of the enclosing jax.shard_map, got "
+            f"{sorted(layout.axes)}: name these in its axis_names too, and those of the classes as axis_name"
+        )
+    return layout
 
 
 def reshard(array: Array, mesh: AbstractMesh, spec: PartitionSpec) -> Array:

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,16 +74,18 @@ def check(config: Training) -> None:
     check_options(config, "context", "features")
     if config.vocabulary < 2:
         raise InputError(f"--vocabulary: expected at least 2 classes, got {config.vocabulary}")
-    plan_of(config, config.vocabulary)
+    plan_of(config, config.vocabulary, "cpu")  # too little is too little anywhere; to ask would start JAX's devices
 
 
-def plan_of(config: Training, vocabulary: int) -> Plan:
+def plan_of(config: Training, vocabulary: int, platform: Literal["cpu"] | None = None) -> Plan:
     """What the head does with a batch; refuses a budget that is too small for it."""
 
     def plan(mebibytes: int) -> Plan | None:
         budget = mebibytes * 2**20
         with contextlib.suppress(ValueError):
-            return plan_linear_cross_entropy(config.batch_size, config.features, vocabulary, memory_budget=budget)
+            return plan_linear_cross_entropy(
+                config.batch_size, config.features, vocabulary, memory_budget=budget, platform=platform
+            )
 
     found = plan(config.memory_budget)
     if found is None:

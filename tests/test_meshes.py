@@ -1,0 +1,355 @@
+"""Arrays sharded over eight devices outside `shard_map`, by their types or automatically: everything equals one device's.
+
+A program holds every option at once: what is compiled is then one program for each layout, not for each case of each.
+"""
+
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxsoft
+from jaxsoft import cross_entropy, linear_cross_entropy
+
+KINDS = [AxisType.Explicit, AxisType.Auto]
+POSITIONS, WIDTH, CLASSES = 64, 8, 48
+rng = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+LOGITS, OF_LOGITS = normal(16, 8, 24), normal(16, 8, 24)
+FEATURES, KERNEL, BIAS = normal(POSITIONS, WIDTH), normal(WIDTH, CLASSES), normal(CLASSES)
+OF_FEATURES, OF_KERNEL = normal(POSITIONS, WIDTH), normal(WIDTH, CLASSES)
+
+
+def of_targets(positions, classes):
+    """Labels, most of those at one end ignored; a distribution, weights, class weights, and a mask of none of their classes."""
+    labels = rng.integers(0, classes - 4, positions).astype(np.int32)
+    labels.reshape(-1)[: labels.size // 3] = -1
+    mask = np.arange(classes) != classes - 2
+    shares = rng.dirichlet(np.ones(classes), positions) * mask
+    weights = rng.uniform(0.2, 2, positions)
+    return {
+        "labels": jnp.asarray(labels),
+        "distribution": jnp.asarray(shares, jnp.float32),
+        "weights": jnp.asarray(weights, jnp.float32),
+        "class_weights": jnp.asarray(rng.uniform(0.2, 2, classes), jnp.float32),
+        "where": jnp.asarray(mask),
+    }
+
+
+DENSE, LINEAR = of_targets((16, 8), 24), of_targets((POSITIONS,), CLASSES)
+OPTIONS = {
+    "labels": {},
+    "class weights": {"class_weights"},
+    "everything": {"class_weights", "weights", "where", "label_smoothing", "z_loss"},
+}
+
+
+def each_loss(loss, targets):
+    """The losses of all options, by name, of labels and of distributions."""
+    numbers = {"label_smoothing": 0.1, "z_loss": 0.05}
+    losses = {}
+    for (name, wanted), reduction in itertools.product(OPTIONS.items(), ["none", "mean"]):
+        options = {key: numbers.get(key, targets.get(key)) for key in wanted}
+        losses[f"{name}, {reduction}"] = loss(targets["labels"], ignore_index=-1, reduction=reduction, **options)
+        losses[f"distributions, {name}, {reduction}"] = loss(targets["distribution"], reduction=reduction, **options)
+    return losses
+
+
+def derivatives(fn, primals, tangents):
+    """Values, gradients under a cotangent for each number, and what the gradients' tangents are."""
+
+    def weighed(*primals):
+        def weigh(value):
+            cotangent = jnp.cos(jnp.arange(value.size, dtype=value.dtype)).reshape(value.shape)
+            sharding = jax.typeof(value).sharding
+            if AxisType.Explicit in sharding.mesh.axis_types:
+                cotangent = jax.sharding.reshard(cotangent, sharding)
+            return jnp.sum(cotangent * value)
+
+        values = fn(*primals)
+        return {name: weigh(value) for name, value in values.items()}, values
+
+    def gradients(*primals):
+        names = jax.eval_shape(weighed, *primals)[0]
+        return {
+            name: jax.grad(lambda *p, name=name: weighed(*p)[0][name], tuple(range(len(primals))))(*primals)
+            for name in names
+        }
+
+    return weighed(*primals)[1], *jax.jvp(gradients, primals, tangents)
+
+
+def place(mesh, array, spec):
+    return jax.device_put(array, NamedSharding(mesh, spec))
+
+
+def make_mesh(kind, shape):
+    names = ("data", "model")[: len(shape)]
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+
+
+def close(actual, expected):
+    for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        message = jax.tree_util.keystr(path)
+        assert np.isfinite(want).all(), message
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5 * np.abs(want).max(), err_msg=message)
+
+
+# ---- Dense functions.
+
+
+def dense(logits, cotangent, targets):
+    mask = targets["where"]
+    return {
+        "softmax": jaxsoft.softmax(logits),
+        "softmax, masked": jaxsoft.softmax(logits, where=mask),
+        "softmax, positions": jaxsoft.softmax(logits, 0),
+        "log_softmax": jaxsoft.log_softmax(logits),
+        "logsumexp": jaxsoft.logsumexp(logits),
+        "logsumexp, all": jaxsoft.logsumexp(logits, None),
+        "softmax_vjp": jaxsoft.softmax_vjp(logits, cotangent),
+        **each_loss(lambda labels, **options: cross_entropy(logits, labels, **options), targets),
+    }
+
+
+@pytest.fixture(scope="module")
+def dense_of_one_device():
+    fn = jax.jit(lambda z, of_z: derivatives(lambda z: dense(z, OF_LOGITS, DENSE), (z,), (of_z,)))
+    return fn(LOGITS, OF_LOGITS)
+
+
+@pytest.mark.parametrize("replicated", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [((8,), P("data")), ((4, 2), P("data", None, "model")), ((8,), P(None, None, "data"))],
+    ids=["positions", "both", "classes"],
+)
+@pytest.mark.parametrize("kind", KINDS, ids=["explicit", "auto"])
+def test_dense_functions(dense_of_one_device, kind, shape, spec, replicated):
+    """Targets that are laid as the logits are, or that every device has as a whole."""
+    mesh = make_mesh(kind, shape)
+    rows = P() if replicated else P(*spec[:2])
+    specs = dict.fromkeys(DENSE, P()) | {"labels": rows, "weights": rows, "distribution": P() if replicated else spec}
+    with jax.set_mesh(mesh):
+        targets = {name: place(mesh, array, specs[name]) for name, array in DENSE.items()}
+        other = place(mesh, OF_LOGITS, P() if replicated else spec)
+        logits, tangent = place(mesh, LOGITS, spec), place(mesh, OF_LOGITS, spec)
+        fn = jax.jit(lambda z, of_z, other, targets: derivatives(lambda z: dense(z, other, targets), (z,), (of_z,)))
+        close(fn(logits, tangent, other, targets), dense_of_one_device)
+
+
+# ---- The fused head.
+
+
+def linear(targets, **layout):
+    def losses(features, kernel, bias):
+        def loss(labels, **options):
+            return linear_cross_entropy(features, kernel, labels, bias, memory_budget=4 * 4 * CLASSES * 5, **options, **layout)
+
+        return each_loss(loss, targets)
+
+    return losses
+
+
+def head(targets, primals, tangents, **layout):
+    features, kernel, bias = primals
+
+    def fn(features, kernel):
+        return linear(targets, **layout)(features, kernel, bias)
+
+    return derivatives(fn, (features, kernel), tangents)
+
+
+@pytest.fixture(scope="module")
+def head_of_one_device():
+    return jax.jit(head)(LINEAR, (FEATURES, KERNEL, BIAS), (OF_FEATURES, OF_KERNEL))
+
+
+LAYOUTS = {  # of positions, kernel, bias
+    "positions": ((8,), P("data"), P(), P()),
+    "fsdp": ((8,), P("data"), P("data"), P()),
+    "fsdp over classes": ((8,), P("data"), P(None, "data"), P()),
+    "vocabulary": ((4, 2), P(), P(None, "model"), P("model")),
+    "both": ((4, 2), P("data"), P(None, "model"), P("model")),
+    "fsdp and vocabulary": ((4, 2), P("data"), P("data", "model"), P("model")),
+    "positions over both": ((4, 2), P(("data", "model")), P("model", "data"), P()),
+    "width": ((4, 2), P("data"), P("model"), P()),
+}
+
+
+def place_head(mesh, rows, of_kernel, of_bias):
+    specs = dict.fromkeys(LINEAR, P()) | {"labels": rows, "weights": rows, "distribution": P(*(rows or (None,)), *of_bias)}
+    targets = {name: place(mesh, array, specs[name]) for name, array in LINEAR.items()}
+    primals = place(mesh, FEATURES, rows), place(mesh, KERNEL, of_kernel), place(mesh, BIAS, of_bias)
+    return targets, primals, (place(mesh, OF_FEATURES, rows), place(mesh, OF_KERNEL, of_kernel))
+
+
+def automatic(kind, rows, of_kernel):
+    """What a user says of axes that types do not tell."""
+    if kind == AxisType.Explicit:
+        return {}
+    by_class = "model" if of_kernel[1:] == ("model",) else None
+    return {"batch_axes": rows[0] if rows else None, "axis_name": by_class}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS, ids=["explicit", "auto"])
+def test_the_fused_head(head_of_one_device, kind, layout):
+    """Also the mean over positions of which one device ignores all, another none."""
+    shape, rows, of_kernel, of_bias = LAYOUTS[layout]
+    mesh = make_mesh(kind, shape)
+    with jax.set_mesh(mesh):
+        fn = jax.jit(lambda *arrays: head(*arrays, **automatic(kind, rows, of_kernel)))
+        close(fn(*place_head(mesh, rows, of_kernel, of_bias)), head_of_one_device)
+
+
+@pytest.mark.parametrize("of_kernel", [P(), P("data"), P(None, "model")])
+def test_the_fused_head_without_a_word_on_automatic_axes(of_kernel):
+    mesh = make_mesh(AxisType.Auto, (4, 2))
+    fn = jax.jit(jax.value_and_grad(lambda x, w, y: linear_cross_entropy(x, w, y, ignore_index=-1), (0, 1)))
+    arrays = FEATURES, KERNEL, LINEAR["labels"]
+    specs = P("data"), of_kernel, P("data")
+    close(fn(*(place(mesh, a, s) for a, s in zip(arrays, specs, strict=True))), fn(*arrays))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["explicit", "auto"])
+def test_inside_a_shard_map_what_it_leaves_is_one_line(kind):
+    mesh = make_mesh(kind, (4, 2))
+    more = {} if kind == AxisType.Explicit else {"batch_axes": "model"}
+
+    def of_device(x, w, y):
+        return jax.lax.psum(linear_cross_entropy(x, w, y, reduction="sum", **more), "data")
+
+    arrays = FEATURES, KERNEL, LINEAR["labels"]
+    specs = P("data"), P(None, "model"), P("data")
+    with jax.set_mesh(mesh):
+        fn = jax.shard_map(of_device, in_specs=(P("data"), P(), P("data")), out_specs=P(), axis_names={"data"})
+        placed = (place(mesh, a, s) for a, s in zip(arrays, specs, strict=True))
+        with pytest.raises(ValueError, match=r"got \['model'\]: name these in its axis_names too"):
+            jax.jit(fn)(*placed)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["explicit", "auto"])
+def test_mapped_over_sequences(kind):
+    """Sequences over one mesh axis, their positions over another."""
+    mesh = make_mesh(kind, (4, 2))
+    features, labels = FEATURES.reshape(8, 8, WIDTH), LINEAR["labels"].reshape(8, 8)
+
+    def losses(features, kernel, labels, **more):
+        def loss(x, y):
+            return linear_cross_entropy(x, kernel, y, ignore_index=-1, **more)
+
+        return jnp.sum(jnp.sin(jnp.arange(8, dtype=jnp.float32)) * jax.vmap(loss)(features, labels))
+
+    expected = jax.value_and_grad(losses, (0, 1))(features, KERNEL, labels)
+    spec, more = (P("data", "model"), {}) if kind == AxisType.Explicit else (P(None, "data"), {"batch_axes": "data"})
+    with jax.set_mesh(mesh):
+        placed = place(mesh, features, spec), place(mesh, KERNEL, P()), place(mesh, labels, spec)
+        close(jax.jit(jax.value_and_grad(lambda *a: losses(*a, **more), (0, 1)))(*placed), expected)
+
+
+def test_a_spec_lays_each_axis_of_the_positions():
+    mesh = make_mesh(AxisType.Auto, (4, 2))
+    features, labels = FEATURES.reshape(8, 8, WIDTH), LINEAR["labels"].reshape(8, 8)
+    expected = linear_cross_entropy(features, KERNEL, labels, ignore_index=-1, reduction="none")
+    with jax.set_mesh(mesh):
+        fn = jax.jit(lambda *a: linear_cross_entropy(*a, ignore_index=-1, reduction="none", batch_axes=P("data", "model")))
+        losses = fn(features, KERNEL, labels)
+    close(losses, expected)
+    assert losses.sharding.spec == P("data", "model")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["explicit", "auto"])
+def test_checked_names_what_is_wrong_on_a_mesh(kind):
+    mesh = make_mesh(kind, (8,))
+    more = {} if kind == AxisType.Explicit else {"batch_axes": "data"}
+    with jax.set_mesh(mesh):
+        placed = place(mesh, FEATURES, P("data")), place(mesh, KERNEL, P()), place(mesh, jnp.full(POSITIONS, 99), P("data"))
+        with pytest.raises(ValueError, match=r"is 99: expected a label in \[0, 48\)"):
+            jaxsoft.checked(jax.jit(functools.partial(linear_cross_entropy, **more)))(*placed)
+
+
+# ---- What is compiled.
+
+BIG = {"positions": 512, "width": 64, "classes": 1024}
+
+
+def compiled(kind, shape, rows, of_kernel):
+    positions, width, classes = BIG.values()
+    mesh = make_mesh(kind, shape)
+    shapes = ((positions, width), jnp.float32, rows), ((width, classes), jnp.float32, of_kernel), ((positions,), jnp.int32, rows)
+    with jax.set_mesh(mesh):
+        arrays = (jax.ShapeDtypeStruct(s, d, sharding=NamedSharding(mesh, spec)) for s, d, spec in shapes)
+
+        def loss(x, w, y):
+            budget = classes * 4 * 2 * 16
+            return linear_cross_entropy(x, w, y, memory_budget=budget, **automatic(kind, rows, of_kernel))
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arrays).compile().as_text()
+
+
+def collectives(text):
+    """(operation, elements, whether it is inside a loop) of each."""
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+    found, computation = [], ""
+    for line in text.splitlines():
+        if begins := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            computation = begins[1]
+        if op := re.search(r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", line):
+            sizes = [int(np.prod([int(n) for n in dims.split(",") if n])) for dims in re.findall(r"\[([\d,]*)\]", op[1])]
+            found.append((op[2], max(sizes), computation in bodies))
+    return found
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize(
+    "layout", ["positions", "fsdp", "both", "fsdp and vocabulary"]
+)
+@pytest.mark.parametrize("kind", KINDS, ids=["explicit", "auto"])
+def test_devices_share_the_work_and_tell_each_other_no_more_than_they_must(kind, layout):
+    shape, of_positions, of_kernel, _ = LAYOUTS[layout]
+    found = collectives(compiled(kind, shape, of_positions, of_kernel))
+    positions, width, classes = BIG.values()
+    block = classes // (shape[1] if "model" in str(of_kernel) else 1)
+    rows = 16 * classes // block  # of a tile, of each of which there are two numbers
+    assert all(size <= 2 * rows for _, size, in_loop in found if in_loop), found
+    gathered = [size for op, size, _ in found if op == "all-gather"]
+    assert gathered == ([width * block] if "fsdp" in layout else []), found
+    # Beside them the kernel's gradient, the features' where classes are sharded, and small ones.
+    reduced = sorted(size for op, size, _ in found if op != "all-gather" and size > 64)
+    of_features = [positions // shape[0] * width] if block < classes else []
+    of_gradient = [width * block // (shape[0] if "fsdp" in layout and kind == AxisType.Explicit else 1)]
+    assert reduced == sorted(of_features + of_gradient), found
+
+
+# ---- Errors.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_axes": "rows"}, "batch_axes: expected axes of a mesh set by jax.set_mesh, and not of an enclosing shard_map, got 'rows'"),
+        ({"batch_axes": ("data", "rows")}, "batch_axes: expected axes of a mesh"),
+        ({"batch_axes": P("data", "model")}, "batch_axes: expected names for at most 1 axes of positions"),
+        ({"batch_axes": ("data", "model")}, r"features: expected an axis 0 of positions that the 8 devices of \('data', 'model'\) divide, got shape \(12, 8\)"),
+    ],
+)  # fmt: skip
+def test_bad_axes_are_one_line(options, message):
+    with jax.set_mesh(make_mesh(AxisType.Auto, (4, 2))), pytest.raises(ValueError, match=message):
+        linear_cross_entropy(FEATURES[:12], KERNEL, LINEAR["labels"][:12], **options)
+
+
+def test_batch_axes_without_a_mesh_are_one_line():
+    with pytest.raises(ValueError, match="batch_axes: expected axes of a mesh set by jax.set_mesh"):
+        linear_cross_entropy(FEATURES, KERNEL, LINEAR["labels"], batch_axes="data")
