@@ -5,10 +5,10 @@ python -m experiments.distributed --processes 2
 The training of `experiments.vocabulary`, compiled by plain `jax.jit`, on a grid of devices: the batch is divided along
 its first axis, the head's classes along its second, which `jaxsoft.linear_cross_entropy` is told by
 batch_axes="data", axis_name="vocabulary". Every array of the state is divided along the first axis too (fully sharded
-data parallelism), and gathered where it is used. --processes starts as many on this machine, with one CPU device each. On a cluster run the same command
-once for each process, with --coordinator, --processes and --process-id; under SLURM or Open MPI with none of
-the three. When a process dies the others end too, within a minute and with an error, and the same command
-with --resume goes on, on as many processes as you like. Only process 0 uses the folder of results.
+data parallelism), and gathered where it is used. --processes starts as many on this machine, with one CPU device each.
+On a cluster run the same command once for each process, with --coordinator, --processes and --process-id; under SLURM
+or Open MPI with none of the three. When a process dies the others end too, within a minute and with an error, and the
+same command with --resume goes on, on as many processes as you like. Only process 0 uses the folder of results.
 """
 
 import contextlib

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
@@ -66,8 +65,8 @@ def linear_cross_entropy(
 
     z = c·tanh((x·W + b)/c)/T;  loss = τ·lse − Σ_j q_j z_j + ζ·lse², as in `cross_entropy`
 
-    Positions are taken in tiles of as many rows as `memory_budget` allows; only one tile's logits exist
-    at a time. A tile's statistics and gradient are those of `cross_entropy`.
+    Positions are taken in tiles, see `plan_linear_cross_entropy`; only one tile's logits exist at a time. A tile's
+    statistics and gradient are those of `cross_entropy`.
 
     Args:
         features: inputs x of the layer, in float16, bfloat16, float32 or float64, with any number of
@@ -90,13 +89,16 @@ def linear_cross_entropy(
         reduction: "none", "sum" or "mean", as in `cross_entropy`.
         kernel_axis: the kernel's class axis: -1, or 0 for a kernel of shape (classes, features), such as tied
             embeddings, of which no copy is made.
-        memory_budget: bytes that one tile's logits and their gradient may take.
-        axis_name: inside `jax.shard_map`, the mesh axis over which the classes are laid in contiguous
-            blocks: kernel, bias, `where` and distributions are of one block; labels and class weights are of all
+        memory_budget: bytes that one tile's logits and their gradient may take; None for what suits the platform it
+            is compiled for.
+        axis_name: inside `jax.shard_map`, or on an automatic mesh set by `jax.set_mesh`, the mesh axis over which the
+            classes are laid in contiguous blocks. Inside `shard_map`, kernel, bias, `where` and distributions are of one block; labels and class weights are of all
             classes. The loss and gradients are those of the whole layer. Types do not tell blocks from copies
             of all classes that were gathered inside the `shard_map`: those would count once for each device.
-            Where the positions are sharded too, "mean" is over those of one device: take "sum", and divide by
-            the `psum` of the count.
+            Where a `shard_map` has sharded the positions too, "mean" is over those of one device: take "sum", and
+            divide by the `psum` of the count.
+        batch_axes: on an automatic mesh set by `jax.set_mesh`, the names of the mesh axes over which the first axis of
+            the positions is laid, or a `PartitionSpec` for each of these axes. Explicit axes are read from the types.
 
     Returns:
         The loss in float32, or float64 for float64 inputs: a scalar, or with "none" an array of the
@@ -119,13 +121,20 @@ def linear_cross_entropy(
     would keep its gradients: wrap the body in `jax.checkpoint`.
 
     Products are computed in the wider dtype of features and kernel (cast the kernel to compute in bfloat16),
-    their sums and everything else in float32. On several devices shard the positions with `jax.shard_map`:
-    a tile takes rows from anywhere, which automatic sharding answers with every device doing all of them.
+    their sums and everything else in float32.
+
+    Sharded arrays under plain `jax.jit`: on explicit axes as they are laid, on automatic ones as `batch_axes` and
+    `axis_name` say, each device has a loop over its own positions, in which only two numbers a position are summed over
+    the blocks of a vocabulary. A kernel that is sharded over the positions' axes (fully sharded data parallelism) is
+    gathered once and its gradient, in float32, reduced once; "mean" is over the positions of all devices. Without
+    `batch_axes` on automatic axes the result is the same, but every device may do all positions. JAX cannot
+    differentiate one `shard_map` in another: in your own, name all axes that have part in it.
 
     Raises:
         TypeError: inputs that are not real numbers of 16 bits or more, targets of a wrong dtype, an option that is
             not a number.
-        ValueError: shapes that do not fit, an option out of range, a budget below one position's logits.
+        ValueError: shapes that do not fit, an option out of range, a budget below one position's logits, names that
+            are no axes of the mesh, positions that its devices do not divide.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -219,7 +228,7 @@ class Static(NamedTuple):
     reduction: Reduction
     memory_budget: int | None
     axis_name: AxisName
-    batch_axes: PartitionSpec | None  # mesh axes over which the positions are to be laid
+    batch_axes: P | None  # mesh axes over which the positions are to be laid
     blocks: Names  # those over which the classes are, outside of any `shard_map`
     examples: int = 0  # leading axes that enumerate losses, not positions of one
     batch: Names = ()  # mesh axes over which positions are laid already
@@ -252,23 +261,27 @@ def _map_examples(size: int, axes: Inputs, inputs: Inputs, static: Static) -> tu
 def _linear_cross_entropy(inputs: Inputs, static: Static) -> tuple[Array]:
     features, kernel = inputs.layer.features, inputs.layer.kernel
     layout = head_layout(features, kernel, static.class_axis, static.batch_axes, static.blocks, static.examples)
-    if layout is not None and is_checking():  # whose errors JAX cannot carry out of a shard_map
-        inputs, layout = jax.tree.map(lambda array: reshard(array, layout.mesh, P()), inputs), None
-    return _on_device(inputs, static) if layout is None else _over_mesh(layout, inputs, static)
+    if layout is None:
+        return _on_device(inputs, static)
+    if is_checking():  # whose errors JAX cannot carry out of a shard_map
+        return _on_device(jax.tree.map(lambda array: reshard(array, layout.mesh, P()), inputs), static)
+    return _over_mesh(layout, inputs, static)
 
 
 def _over_mesh(layout: Layout, inputs: Inputs, static: Static) -> tuple[Array]:
     """Each device's positions in a loop of its own."""
-    blocks, kernel = P(layout.classes), list(layout.gathered)
+    positions, blocks, kernel = layout.positions, P(layout.classes), list(layout.gathered)
     if layout.classes:
         kernel[static.class_axis] = layout.classes
-    targets = P(*layout.positions) if inputs.targets.ndim < inputs.layer.features.ndim else P(*layout.positions, *blocks)
-    specs = Inputs(
-        Layer(P(*layout.positions, None), P(*kernel), blocks, P(), P()),
-        targets,
-        Options(P(*layout.positions), P(), blocks, P(), P()),
+    labelled = inputs.targets.ndim < inputs.layer.features.ndim
+    specs: Any = Inputs(
+        Layer(*cast(Any, (P(*positions, None), P(*kernel), blocks, P(), P()))),
+        cast(Any, P(*positions) if labelled else P(*positions, *blocks)),
+        Options(*cast(Any, (P(*positions), P(), blocks, P(), P()))),
     )
-    specs = jax.tree.map(lambda array, spec: None if array is None else spec, inputs, specs, is_leaf=lambda a: a is None)
+    specs = jax.tree.map(
+        lambda array, spec: None if array is None else spec, inputs, specs, is_leaf=lambda a: a is None
+    )
     on_device = static._replace(
         axis_name=layout.classes or static.axis_name,
         batch_axes=None,
@@ -318,7 +331,9 @@ def _on_device(inputs: Inputs, static: Static) -> tuple[Array]:
     skips = static.ignore_index is not None or options.weights is not None
     axes = varying((layer, flat))
     summed = Variables(*(axes - varying(v) for v in (layer.features, layer.kernel, layer.bias, flat.spread)))
-    program = Program(Tiling(static.memory_budget, static.class_axis, static.axis_name, skips), axes, summed, static.gathered)
+    program = Program(
+        Tiling(static.memory_budget, static.class_axis, static.axis_name, skips), axes, summed, static.gathered
+    )
     if is_checking():
         products = tiled_losses(program.tiling, *lax.stop_gradient((_ready(program, layer), flat)))
         check_values("logits", products, ~jnp.isnan(products), "numbers: features @ kernel + bias is none")

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxsoft._shards import AxisName
@@ -24,7 +24,7 @@ def stated_sharding(array: Array | jax.ShapeDtypeStruct) -> NamedSharding | None
 
 
 def lay_like(array: Array, like: Array | jax.ShapeDtypeStruct, *absent: int) -> Array:
-    """`array` laid as `like` is, whose axes it has but for the `absent`; where it has a length of one, on every device."""
+    """`array` laid as `like` is, whose axes it has but for the `absent`; axes of length one are on every device."""
     sharding = stated_sharding(like)
     if sharding is None:
         return array
@@ -47,14 +47,14 @@ def stated_names(array: Array | jax.ShapeDtypeStruct) -> tuple[Names, ...]:
     return tuple(map(_names, (*sharding.spec, *(None for _ in range(array.ndim - len(sharding.spec))))))
 
 
-def _names(entry: AxisName) -> Names:
+def _names(entry: Any) -> Names:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 class Layout(NamedTuple):
     """How a linear head's arrays lie over a mesh: nothing of it is automatic inside a `shard_map` over `axes`."""
 
-    mesh: AbstractMesh
+    mesh: Mesh | AbstractMesh
     positions: tuple[Names, ...]  # of each axis of the features but the last
     gathered: tuple[Names, Names]  # of each axis of the kernel, which every device uses as a whole
     classes: Names  # of the class axis, where each uses a block
@@ -94,7 +94,7 @@ def head_layout(
     return layout
 
 
-def reshard(array: Array, mesh: AbstractMesh, spec: PartitionSpec) -> Array:
+def reshard(array: Array, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> Array:
     """`array` laid as `spec` says, where that is for its type to say."""
     explicit = _explicit(mesh)
     if not explicit:
@@ -103,7 +103,7 @@ def reshard(array: Array, mesh: AbstractMesh, spec: PartitionSpec) -> Array:
     return jax.sharding.reshard(array, NamedSharding(mesh, stated))
 
 
-def _explicit(mesh: AbstractMesh) -> frozenset[str]:
+def _explicit(mesh: Mesh | AbstractMesh) -> frozenset[str]:
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return frozenset(name for name, kind in kinds if kind == AxisType.Explicit)
 
@@ -122,7 +122,8 @@ def as_batch_axes(batch_axes: BatchAxes, features: Array) -> PartitionSpec | Non
         names = as_mesh_axes(entry)
         if len(names) < len(_names(entry)):
             raise ValueError(
-                f"batch_axes: expected axes of a mesh set by jax.set_mesh, and not of an enclosing shard_map, got {entry!r}"
+                "batch_axes: expected axes of a mesh set by jax.set_mesh, and not of an enclosing shard_map, "
+                f"got {entry!r}"
             )
         devices = math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
         if features.shape[axis] % devices:

@@ -47,7 +47,7 @@ def on(**programs: Program) -> Callable[[Function], Function]:
     return decorate
 
 
-def by_platform(plain: Callable[[str, Any, Any], Results]) -> Function:
+def by_platform(plain: Callable[[Any, Any, Any], Results]) -> Function:
     """Have `plain(platform, arrays, static)` know whether it is compiled for "cpu", "gpu" or "tpu".
 
     A CPU's is what is mapped and differentiated.

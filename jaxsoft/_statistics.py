@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from jaxsoft import _accelerator, _cpu
 from jaxsoft._dtypes import widen
-from jaxsoft._meshes import broadcast_like
+from jaxsoft._meshes import broadcast_like, stated_names
 from jaxsoft._platform import Axes, from_end, on
 from jaxsoft._shards import AxisName, max_shards, sum_shards
 from jaxsoft._targets import Targets, is_label
@@ -122,7 +122,10 @@ def _block_sums(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array, ...]:
     if label is not None:
         (axis,) = axes
         index = jnp.clip(label, 0, logits.shape[axis] - 1)
-        sums.append(jnp.sum(jnp.where(is_label(logits, index, axes), z, 0), axes, keepdims=True))
+        if stated_names(logits)[axis]:  # no gather looks on several devices
+            sums.append(jnp.sum(jnp.where(is_label(logits, index, axes), z, 0), axes, keepdims=True))
+        else:
+            sums.append(jnp.take_along_axis(z, index, axis, mode="promise_in_bounds"))
     if spread is not None:
         below, held = largest - z, lax.stop_gradient(spread)
         # A class without target weight costs nothing, at −inf too. What is added is 0 and has the derivative to a

@@ -79,8 +79,9 @@ def read_targets(
     """Check the targets against the logits' type and represent them in the dtype to compute in, laid as the logits.
 
     Under `axis_name` the logits' shape is that of one block of the classes; labels and class weights are of all. The
-    mean is that of the positions behind the first axes, the `examples`, on all devices of the mesh axes `batch`. Beside the targets, what the sum of their
-    losses is to be divided by, or None: the z-loss has a denominator of its own, which its weights contain.
+    mean is that of the positions behind the first axes, the `examples`, on all devices of the mesh axes `batch`. Beside
+    the targets, what the sum of their losses is to be divided by, or None: the z-loss has a denominator of its own,
+    which its weights contain.
     """
     where, smoothing = options.where, options.label_smoothing
     shape, dtype = logits.shape, compute_dtype(logits.dtype)
@@ -131,7 +132,11 @@ def read_targets(
         # because JAX's `debug_nans` stops at a literal NaN even where it is not chosen.
         share = jnp.where(inside, counted, 0) / jnp.where(inside | (counted == 0), 1, 0).astype(dtype)
         label = jnp.where(inside, targets.astype(jnp.int32), -1)
-        by_label = jnp.ones_like(counted) if by_class is None else by_class.at[jnp.maximum(label, 0)].get(out_sharding=stated_sharding(label))
+        by_label = (
+            jnp.ones_like(counted)
+            if by_class is None
+            else by_class.at[jnp.maximum(label, 0)].get(out_sharding=stated_sharding(label))
+        )
         label, share, by_label, counted = (jnp.expand_dims(a, axis) for a in (label, share, by_label, counted))
         hot, spread = share * by_label, None
         if smoothing is not None:

@@ -155,7 +155,9 @@ def test_dense_functions(dense_of_one_device, kind, shape, spec, replicated):
 def linear(targets, **layout):
     def losses(features, kernel, bias):
         def loss(labels, **options):
-            return linear_cross_entropy(features, kernel, labels, bias, memory_budget=4 * 4 * CLASSES * 5, **options, **layout)
+            return linear_cross_entropy(
+                features, kernel, labels, bias, memory_budget=4 * 4 * CLASSES * 5, **options, **layout
+            )
 
         return each_loss(loss, targets)
 
@@ -189,7 +191,11 @@ LAYOUTS = {  # of positions, kernel, bias
 
 
 def place_head(mesh, rows, of_kernel, of_bias):
-    specs = dict.fromkeys(LINEAR, P()) | {"labels": rows, "weights": rows, "distribution": P(*(rows or (None,)), *of_bias)}
+    specs = dict.fromkeys(LINEAR, P()) | {
+        "labels": rows,
+        "weights": rows,
+        "distribution": P(*(rows or (None,)), *of_bias),
+    }
     targets = {name: place(mesh, array, specs[name]) for name, array in LINEAR.items()}
     primals = place(mesh, FEATURES, rows), place(mesh, KERNEL, of_kernel), place(mesh, BIAS, of_bias)
     return targets, primals, (place(mesh, OF_FEATURES, rows), place(mesh, OF_KERNEL, of_kernel))
@@ -264,7 +270,9 @@ def test_a_spec_lays_each_axis_of_the_positions():
     features, labels = FEATURES.reshape(8, 8, WIDTH), LINEAR["labels"].reshape(8, 8)
     expected = linear_cross_entropy(features, KERNEL, labels, ignore_index=-1, reduction="none")
     with jax.set_mesh(mesh):
-        fn = jax.jit(lambda *a: linear_cross_entropy(*a, ignore_index=-1, reduction="none", batch_axes=P("data", "model")))
+        fn = jax.jit(
+            lambda *a: linear_cross_entropy(*a, ignore_index=-1, reduction="none", batch_axes=P("data", "model"))
+        )
         losses = fn(features, KERNEL, labels)
     close(losses, expected)
     assert losses.sharding.spec == P("data", "model")
@@ -275,7 +283,11 @@ def test_checked_names_what_is_wrong_on_a_mesh(kind):
     mesh = make_mesh(kind, (8,))
     more = {} if kind == AxisType.Explicit else {"batch_axes": "data"}
     with jax.set_mesh(mesh):
-        placed = place(mesh, FEATURES, P("data")), place(mesh, KERNEL, P()), place(mesh, jnp.full(POSITIONS, 99), P("data"))
+        placed = (
+            place(mesh, FEATURES, P("data")),
+            place(mesh, KERNEL, P()),
+            place(mesh, jnp.full(POSITIONS, 99), P("data")),
+        )
         with pytest.raises(ValueError, match=r"is 99: expected a label in \[0, 48\)"):
             jaxsoft.checked(jax.jit(functools.partial(linear_cross_entropy, **more)))(*placed)
 
@@ -288,7 +300,11 @@ BIG = {"positions": 512, "width": 64, "classes": 1024}
 def compiled(kind, shape, rows, of_kernel):
     positions, width, classes = BIG.values()
     mesh = make_mesh(kind, shape)
-    shapes = ((positions, width), jnp.float32, rows), ((width, classes), jnp.float32, of_kernel), ((positions,), jnp.int32, rows)
+    shapes = (
+        ((positions, width), jnp.float32, rows),
+        ((width, classes), jnp.float32, of_kernel),
+        ((positions,), jnp.int32, rows),
+    )
     with jax.set_mesh(mesh):
         arrays = (jax.ShapeDtypeStruct(s, d, sharding=NamedSharding(mesh, spec)) for s, d, spec in shapes)
 
@@ -306,16 +322,18 @@ def collectives(text):
     for line in text.splitlines():
         if begins := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             computation = begins[1]
-        if op := re.search(r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", line):
-            sizes = [int(np.prod([int(n) for n in dims.split(",") if n])) for dims in re.findall(r"\[([\d,]*)\]", op[1])]
+        if op := re.search(
+            r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", line
+        ):
+            sizes = [
+                int(np.prod([int(n) for n in dims.split(",") if n])) for dims in re.findall(r"\[([\d,]*)\]", op[1])
+            ]
             found.append((op[2], max(sizes), computation in bodies))
     return found
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize(
-    "layout", ["positions", "fsdp", "both", "fsdp and vocabulary"]
-)
+@pytest.mark.parametrize("layout", ["positions", "fsdp", "both", "fsdp and vocabulary"])
 @pytest.mark.parametrize("kind", KINDS, ids=["explicit", "auto"])
 def test_devices_share_the_work_and_tell_each_other_no_more_than_they_must(kind, layout):
     shape, of_positions, of_kernel, _ = LAYOUTS[layout]
@@ -351,5 +369,5 @@ def test_bad_axes_are_one_line(options, message):
 
 
 def test_batch_axes_without_a_mesh_are_one_line():
-    with pytest.raises(ValueError, match="batch_axes: expected axes of a mesh set by jax.set_mesh"):
+    with pytest.raises(ValueError, match=r"batch_axes: expected axes of a mesh set by jax.set_mesh"):
         linear_cross_entropy(FEATURES, KERNEL, LINEAR["labels"], batch_axes="data")
