@@ -92,11 +92,11 @@ def linear_cross_entropy(
         memory_budget: bytes that one tile's logits and their gradient may take; None for what suits the platform it
             is compiled for.
         axis_name: inside `jax.shard_map`, or on an automatic mesh set by `jax.set_mesh`, the mesh axis over which the
-            classes are laid in contiguous blocks. Inside `shard_map`, kernel, bias, `where` and distributions are of one block; labels and class weights are of all
-            classes. The loss and gradients are those of the whole layer. Types do not tell blocks from copies
-            of all classes that were gathered inside the `shard_map`: those would count once for each device.
-            Where a `shard_map` has sharded the positions too, "mean" is over those of one device: take "sum", and
-            divide by the `psum` of the count.
+            classes are laid in contiguous blocks. Inside `shard_map`, kernel, bias, `where` and distributions are of
+            one block; labels and class weights are of all classes. The loss and gradients are those of the whole
+            layer. Types do not tell blocks from copies of all classes that were gathered inside the `shard_map`: those
+            would count once for each device. Where a `shard_map` has sharded the positions too, "mean" is over those
+            of one device: take "sum", and divide by the `psum` of the count.
         batch_axes: on an automatic mesh set by `jax.set_mesh`, the names of the mesh axes over which the first axis of
             the positions is laid, or a `PartitionSpec` for each of these axes. Explicit axes are read from the types.
 
