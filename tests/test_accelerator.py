@@ -1,5 +1,7 @@
 """The program of GPUs and TPUs: what a CPU can tell of it. What XLA makes of it there is counted where it is compiled."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxsoft
-from jaxsoft import _accelerator, _statistics
+from jaxsoft import _accelerator, _statistics, _tiles
 from jaxsoft._dtypes import compute_dtype
 from jaxsoft._platform import on
 from jaxsoft._targets import Targets
@@ -252,3 +254,47 @@ def test_a_label_and_its_block_may_vary_over_different_axes():
     mapped = jax.shard_map(fn, mesh=mesh, in_specs=(P(None, "classes"), P("rows", None)), out_specs=P("rows", None))
     shapes = jax.ShapeDtypeStruct((1, 48), jnp.float32), jax.ShapeDtypeStruct((2, 1), jnp.int32)
     assert largest_reductions(lowered(mapped, "tpu", *shapes), 24) == 1
+
+
+def loops(platform, wanted, tiling, *arrays):
+    """The sum of all losses, their gradients, and each loss, by the loops that are compiled for a platform."""
+    of = {name: getattr(_tiles, name).__wrapped__.__wrapped__ for name in ("_fold_gradients", "_fold_losses")}
+    return *of["_fold_gradients"](platform, arrays, (tiling, wanted)), *of["_fold_losses"](platform, arrays[:2], tiling)
+
+
+@pytest.mark.parametrize("class_axis", [0, 1])
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "width", "deferred"), [(jnp.bfloat16, 400, True), (jnp.bfloat16, 4, False), (jnp.float32, 400, False)]
+)
+@pytest.mark.parametrize(
+    "wanted",
+    [_tiles.Variables(True, True, True, False), _tiles.Variables(True, False, False, False), _tiles.Variables(False, True, False, False)],
+    ids=["all", "features", "kernel"],
+)  # fmt: skip
+def test_the_loops_of_an_accelerator_are_those_of_a_cpu(dtype, width, deferred, wanted, skips, class_axis):
+    """Several tiles and a ragged one; positions that take no part, one by a class weight of 0, hold NaN."""
+    positions, classes = 700, 40
+    rng = np.random.default_rng(3)
+    x, w, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((positions, width), (width, classes), classes))
+    label = jnp.asarray(rng.integers(0, classes, (positions, 1)), jnp.int32)
+    share = jnp.ones((positions, 1), jnp.float32)
+    if skips:
+        share = share.at[::2].set(0)
+    hot = share.at[5].set(0)  # of a class that weighs nothing
+    x = jnp.where(hot == 0, jnp.nan, x).astype(dtype)
+    kernel = (w if class_axis else w.T).astype(dtype)
+    layer = _tiles.Layer(x, kernel, b, None, None)
+    targets = Targets(label, hot, None, share)
+    tiling = _tiles.Tiling(None, class_axis, None, skips)
+    arrays = layer, targets, jnp.asarray(rng.normal(size=(positions, 1)), jnp.float32)
+    assert _tiles._tile("gpu", tiling, layer, targets).deferred == deferred
+    for platform in ("gpu", "tpu"):
+        found = jax.jit(functools.partial(loops, platform, wanted, tiling))(*arrays)
+        expected = jax.jit(functools.partial(loops, "cpu", wanted, tiling))(*arrays)
+        for got, want in zip(found, expected, strict=True):
+            want = np.asarray(want, np.float32)
+            assert np.isfinite(want).all()
+            # Each is a sum of products of half precision; rounded to it the features' gradients may differ by an ulp.
+            half = 2.0**-7 if got.dtype == jnp.bfloat16 else 2e-6
+            np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=half, atol=4e-6 * np.abs(want).max())
