@@ -39,6 +39,12 @@ def broadcast_like(array: Array, like: Array) -> Array:
     return jnp.broadcast_to(array, like.shape, out_sharding=stated_sharding(like))
 
 
+def look_up(table: Array, indices: Array) -> Array:
+    """`table[indices]`, laid as the indices are."""
+    sharding = stated_sharding(indices)
+    return table[indices] if sharding is None else table.at[indices].get(out_sharding=sharding)
+
+
 def stated_names(array: Array | jax.ShapeDtypeStruct) -> tuple[Names, ...]:
     """For each axis, the names of the explicit mesh axes over which it is laid."""
     sharding = stated_sharding(array)

@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike
 
 from jaxsoft._checks import as_integer, as_number, broadcast, check_values, is_checking
 from jaxsoft._dtypes import compute_dtype
-from jaxsoft._meshes import Names, lay_like, stated_sharding
+from jaxsoft._meshes import Names, lay_like, look_up, stated_sharding
 from jaxsoft._shards import AxisName, all_classes, first_class, sum_shards, vary
 
 Reduction = Literal["none", "sum", "mean"]
@@ -132,11 +132,7 @@ def read_targets(
         # because JAX's `debug_nans` stops at a literal NaN even where it is not chosen.
         share = jnp.where(inside, counted, 0) / jnp.where(inside | (counted == 0), 1, 0).astype(dtype)
         label = jnp.where(inside, targets.astype(jnp.int32), -1)
-        by_label = (
-            jnp.ones_like(counted)
-            if by_class is None
-            else by_class.at[jnp.maximum(label, 0)].get(out_sharding=stated_sharding(label))
-        )
+        by_label = jnp.ones_like(counted) if by_class is None else look_up(by_class, jnp.maximum(label, 0))
         label, share, by_label, counted = (jnp.expand_dims(a, axis) for a in (label, share, by_label, counted))
         hot, spread = share * by_label, None
         if smoothing is not None:
