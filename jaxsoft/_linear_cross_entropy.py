@@ -23,7 +23,18 @@ from jaxsoft._checks import (
 )
 from jaxsoft._dtypes import compute_dtype
 from jaxsoft._losses import scale_gradient
-from jaxsoft._meshes import BatchAxes, Layout, Names, as_batch_axes, as_mesh_axes, head_layout, lay_like, reshard
+from jaxsoft._meshes import (
+    BatchAxes,
+    Layout,
+    Names,
+    as_batch_axes,
+    as_mesh_axes,
+    check_blocks,
+    everywhere,
+    head_layout,
+    lay_like,
+    reshard,
+)
 from jaxsoft._plan import check_budget
 from jaxsoft._primitive import Results, as_primitive
 from jaxsoft._shards import AxisName, all_classes, as_axis_name, vary, varying
@@ -169,6 +180,7 @@ def linear_cross_entropy(
         b = jnp.where(lay_like(mask, b), b, -jnp.inf)
     batch = as_batch_axes(batch_axes, x)
     blocks = as_mesh_axes(axis_name)
+    check_blocks(blocks, classes, batch)
     axis_name = None if blocks else as_axis_name(axis_name, "kernel", w)
     labels, ignore_index = as_targets(targets, all_classes(classes, axis_name), ignore_index)
     options = read_options(weights, class_weights, mask, label_smoothing, z_loss, wide)
@@ -261,10 +273,8 @@ def _map_examples(size: int, axes: Inputs, inputs: Inputs, static: Static) -> tu
 def _linear_cross_entropy(inputs: Inputs, static: Static) -> tuple[Array]:
     features, kernel = inputs.layer.features, inputs.layer.kernel
     layout = head_layout(features, kernel, static.class_axis, static.batch_axes, static.blocks, static.examples)
-    if layout is None:
-        return _on_device(inputs, static)
-    if is_checking():  # whose errors JAX cannot carry out of a shard_map
-        return _on_device(jax.tree.map(lambda array: reshard(array, layout.mesh, P()), inputs), static)
+    if layout is None or is_checking():  # whose errors JAX cannot carry out of a shard_map
+        return _on_device(jax.tree.map(everywhere, inputs), static)
     return _over_mesh(layout, inputs, static)
 
 

@@ -1,5 +1,6 @@
 """Arrays laid over the devices of a mesh outside `shard_map`: by their types (explicit axes), or by a user's word."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from jaxtyping import Array
 
 from jaxsoft._shards import AxisName
 
-BatchAxes = str | Sequence[str | None] | PartitionSpec | None
+BatchAxes = str | Sequence[str] | PartitionSpec | None
 Names = tuple[str, ...]
 
 
@@ -67,7 +68,12 @@ class Layout(NamedTuple):
 
     @property
     def axes(self) -> frozenset[str]:
-        return frozenset(sum((*self.positions, *self.gathered, self.classes), ())) | _explicit(self.mesh)
+        return self.laid | _explicit(self.mesh)
+
+    @property
+    def laid(self) -> frozenset[str]:
+        """The axes over which anything is laid."""
+        return frozenset(sum((*self.positions, *self.gathered, self.classes), ()))
 
 
 def head_layout(
@@ -77,12 +83,14 @@ def head_layout(
     stated = stated_sharding(features) or stated_sharding(kernel)
     positions = stated_names(features)[:-1]
     if batch_axes is not None:
-        given = (*batch_axes, *(None for _ in range(len(positions) - examples - len(batch_axes))))
-        positions = positions[:examples] + tuple(map(_names, given))
+        given = ((),) * examples + tuple(map(_names, batch_axes))
+        pairs = itertools.zip_longest(positions, given, fillvalue=())
+        positions = tuple((*names, *(name for name in more if name not in names)) for names, more in pairs)
     of_kernel = stated_names(kernel)
     if class_names:
         of_kernel = (of_kernel[0], class_names) if class_axis == 1 else (class_names, of_kernel[1])
-    mesh = jax.sharding.get_abstract_mesh() if stated is None else stated.mesh
+    context = jax.sharding.get_abstract_mesh()
+    mesh = context if stated is None or not context.empty else stated.mesh
     taken = frozenset(sum(positions, ()))
     classes = () if taken & frozenset(of_kernel[class_axis]) else of_kernel[class_axis]
     # Over what has no positions a kernel is gathered beforehand: its devices compute the same.
@@ -90,12 +98,12 @@ def head_layout(
     if classes:
         gathered[class_axis] = ()
     layout = Layout(mesh, positions, (gathered[0], gathered[1]), classes)
-    if stated is None and not layout.axes:
+    if not layout.laid:
         return None
     if AxisType.Manual in mesh.axis_types:  # JAX has no derivative of one shard_map in another
         raise ValueError(
             f"features, kernel: expected no axes laid over a mesh beside those of the enclosing jax.shard_map, got "
-            f"{sorted(layout.axes)}: name these in its axis_names too, and those of the classes as axis_name"
+            f"{sorted(layout.laid)}: name these in its axis_names too, and those of the classes as axis_name"
         )
     return layout
 
@@ -109,6 +117,14 @@ def reshard(array: Array, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> Arr
     return jax.sharding.reshard(array, NamedSharding(mesh, stated))
 
 
+def everywhere(array: Array) -> Array:
+    """`array` as a whole on every device, if its type says that it is laid otherwise."""
+    sharding = stated_sharding(array)
+    if sharding is None or not any(stated_names(array)):
+        return array
+    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
 def _explicit(mesh: Mesh | AbstractMesh) -> frozenset[str]:
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return frozenset(name for name, kind in kinds if kind == AxisType.Explicit)
@@ -118,7 +134,13 @@ def as_batch_axes(batch_axes: BatchAxes, features: Array) -> PartitionSpec | Non
     """The names of the mesh axes over which each axis of the positions is laid, checked."""
     if batch_axes is None:
         return None
-    spec = batch_axes if isinstance(batch_axes, PartitionSpec) else PartitionSpec(_names(batch_axes))
+    entries = batch_axes if isinstance(batch_axes, PartitionSpec) else (batch_axes,)
+    names = [name for entry in entries for name in (entry if isinstance(entry, tuple | list) else (entry,))]
+    if not all(isinstance(name, str) or name is None for name in names) or len({*names} - {None}) < len(
+        names
+    ) - names.count(None):
+        raise ValueError(f"batch_axes: expected different names of mesh axes, got {batch_axes!r}")
+    spec = PartitionSpec(*map(_names, entries))
     if len(spec) > features.ndim - 1:
         raise ValueError(
             f"batch_axes: expected names for at most {features.ndim - 1} axes of positions, features having shape "
@@ -128,8 +150,8 @@ def as_batch_axes(batch_axes: BatchAxes, features: Array) -> PartitionSpec | Non
         names = as_mesh_axes(entry)
         if len(names) < len(_names(entry)):
             raise ValueError(
-                "batch_axes: expected axes of a mesh set by jax.set_mesh, and not of an enclosing shard_map, "
-                f"got {entry!r}"
+                "batch_axes: expected axes of the mesh set by jax.set_mesh that no enclosing shard_map has, "
+                f"{_free()}, got {entry!r}"
             )
         devices = math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
         if features.shape[axis] % devices:
@@ -144,5 +166,21 @@ def as_mesh_axes(names: AxisName) -> Names:
     """`names` if they are those of axes that the mesh has and no `shard_map` has taken, or else ()."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    wanted = _names(names)
+    wanted = _names(names) if isinstance(names, str | tuple | list | None) else ()
     return wanted if all(kinds.get(name, AxisType.Manual) != AxisType.Manual for name in wanted) else ()
+
+
+def _free() -> str:
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    free = [name for name, kind in kinds if kind != AxisType.Manual]
+    return f"here {', '.join(map(repr, free))}" if free else "of which there is none here"
+
+
+def check_blocks(names: Names, classes: int, taken: PartitionSpec | None) -> None:
+    """Refuse classes that the devices of their mesh axes do not divide, or axes that the positions have."""
+    if frozenset(names) & frozenset(sum(map(_names, taken or ()), ())):
+        raise ValueError(f"axis_name: expected no axis that batch_axes names, got {names!r}")
+    devices = math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
+    if classes % devices:
+        raise ValueError(f"kernel: expected classes that the {devices} devices of {names!r} divide, got {classes}")

@@ -81,13 +81,15 @@ def plan_linear_cross_entropy(
         dtype: of features and kernel.
         distributions: whether the targets are distributions, whose rows are part of a tile.
         reduction: as given to `linear_cross_entropy`.
-        memory_budget: as given to `linear_cross_entropy`.
+        memory_budget: as given to `linear_cross_entropy`. On an accelerator what is kept is within it too, and a larger
+            one makes no larger tiles.
         platform: "cpu", "gpu" or "tpu"; None for that of JAX's default devices.
 
     Returns:
         A `Plan` of counts, in tiles, positions, floating-point operations and bytes, that prints as a sentence.
 
-    Edges: ignored positions take part in the plan but not in the work.
+    Edges: ignored positions take part in the plan but not in the work. With a frozen kernel nothing is kept. Where a
+    kernel's gradient is summed over devices it takes float32 there. `jax.vmap` of a gradient has a CPU's tiles.
 
     Raises:
         TypeError, ValueError: an argument that is not a positive integer, a platform that is none of these, a budget
@@ -149,6 +151,7 @@ def plan_tile(
     dtype: jnp.dtype,
     distributions: bool,
     memory_budget: int | None,
+    kernel_moves: bool = True,
 ) -> Tile:
     """As many rows as the budget allows and the platform likes, shared evenly among tiles."""
     row = bytes_of_row(classes, dtype, distributions)
@@ -160,7 +163,7 @@ def plan_tile(
         return Tile(rows, min_dim(rows, max_dim(rows // 8, 256)), deferred=False)
     most = max(memory_budget // row, 1) if known and memory_budget is not None else ACCELERATOR_ROWS
     loss_rows = _shared(positions, min(most, ACCELERATOR_LOSS_ROWS))
-    deferred = jnp.finfo(dtype).bits == 16 and not distributions
+    deferred = kernel_moves and jnp.finfo(dtype).bits == 16 and not distributions
     deferred &= all(isinstance(n, int) for n in (positions, features, classes)) and positions <= 2 * features
     if deferred and memory_budget is not None:
         deferred = positions * classes * dtype.itemsize + DEFERRED_ROWS * row <= memory_budget

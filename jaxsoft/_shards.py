@@ -24,7 +24,8 @@ def as_axis_name(axis_name: AxisName, name: str, array: Array) -> AxisName:
     # Untracked, JAX would divide the cotangent of a loss that is equal on all shards by their number.
     if not tracked:
         raise ValueError(
-            "axis_name: expected a mesh axis of an enclosing jax.shard_map with check_vma=True, its default, "
+            "axis_name: expected a mesh axis of an enclosing jax.shard_map with check_vma=True, its default "
+            "(linear_cross_entropy takes that of a mesh set by jax.set_mesh too), "
             f"got {axis_name!r}"
         )
     if not tracked <= varying(array):
@@ -48,11 +49,11 @@ def sum_shards(array: Array, axis_name: AxisName) -> Array:
 
 
 def max_shards(array: Array, axis_name: AxisName) -> Array:
-    """The largest on any shard of what is above −inf: that is what XLA's CPU makes of shards that are all NaN."""
+    """The largest on any shard, and NaN where one is NaN, which XLA's CPU would pass over beside a larger number."""
     if axis_name is None:
         return array
-    largest = lax.pmax(array, axis_name)
-    return jnp.where(largest == -jnp.inf, largest - largest, largest)
+    largest, is_nan = lax.pmax(jnp.stack([array, jnp.isnan(array).astype(array.dtype)]), axis_name)
+    return largest + 0 / jnp.where(is_nan > 0, 0, 1).astype(array.dtype)  # `debug_nans` stops at a literal NaN
 
 
 def varying(tree: object) -> frozenset:

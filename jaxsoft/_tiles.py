@@ -96,7 +96,7 @@ def _fold_gradients(
 ) -> tuple[Array, ...]:
     """The sum, and those gradients that are wanted."""
     (layer, targets, cotangent), (tiling, wanted) = arrays, static
-    tile = _tile(platform, tiling, layer, targets)
+    tile = _tile(platform, tiling, layer, targets, kernel_moves=wanted.kernel)
     x_dtype, dtype = layer.features.dtype, compute_dtype(layer.features.dtype)
     product = functools.partial(lax.dot_general, preferred_element_type=dtype)
     # Sums over shards are taken in the dtype to compute in, and so are what they add up.
@@ -137,12 +137,11 @@ def _fold_gradients(
 
     dtypes = Variables(features_dtype, dtype, dtype, dtype)
     inputs = _variables(layer, targets)
-    later = tile.deferred and (wanted.features or wanted.kernel)
-    now = wanted._replace(features=False, kernel=False) if later else wanted
+    now = wanted._replace(features=False, kernel=False) if tile.deferred else wanted
     none_yet = Variables(*map(zeros, inputs, now, dtypes))
     nothing = vary(jnp.zeros((), dtype), unsharded(varying(layer), tiling.axis_name))
     kept = None
-    if later:
+    if tile.deferred:
         shape = -(-layer.features.shape[0] // tile.rows) * tile.rows, layer.kernel.shape[tiling.class_axis]
         kept = vary(jnp.zeros(shape, x_dtype), varying(layer))
     total, found, kept = _over_tiles(platform, tiling, tile.rows, targets, step, (nothing, none_yet, kept))
@@ -152,9 +151,8 @@ def _fold_gradients(
         if wanted.features:
             nowhere = cast(Array, zeros(layer.features, True, features_dtype))
             found = found._replace(features=nowhere.at[rows].set(of_features(kept), mode="drop"))
-        if wanted.kernel:
-            x, t = _take(rows, (layer.features, targets))
-            found = found._replace(kernel=of_kernel(jnp.where(t.idle, 0, x), kept))
+        x, t = _take(rows, (layer.features, targets))
+        found = found._replace(kernel=of_kernel(jnp.where(t.idle, 0, x), kept))
     return total, *(gradient for gradient in found if gradient is not None)
 
 
@@ -201,10 +199,10 @@ def _scanned_losses(tiling: Tiling, losses: Callable[..., Any], layer: Layer, ta
     return lax.map(tile, rows).reshape(-1, 1)[:positions]
 
 
-def _tile(platform: Platform, tiling: Tiling, layer: Layer, targets: Targets) -> Tile:
+def _tile(platform: Platform, tiling: Tiling, layer: Layer, targets: Targets, *, kernel_moves: bool = True) -> Tile:
     (positions, width), classes = layer.features.shape, layer.kernel.shape[tiling.class_axis]
     dtype, distributions = layer.features.dtype, targets.label is None
-    return plan_tile(platform, positions, width, classes, dtype, distributions, tiling.memory_budget)
+    return plan_tile(platform, positions, width, classes, dtype, distributions, tiling.memory_budget, kernel_moves)
 
 
 def _over_tiles(

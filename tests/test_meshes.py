@@ -265,6 +265,29 @@ def test_mapped_over_sequences(kind):
         close(jax.jit(jax.value_and_grad(lambda *a: losses(*a, **more), (0, 1)))(*placed), expected)
 
 
+def test_mapped_over_the_axis_that_is_laid():
+    """Gradients of the kernel for each example, and an ensemble, whose other axes are laid over nothing."""
+    mesh = make_mesh(AxisType.Explicit, (8,))
+    labels, kernels = jnp.abs(LINEAR["labels"]), KERNEL * jnp.arange(1, 9, dtype=jnp.float32)[:, None, None]
+    of_examples = jax.vmap(jax.grad(linear_cross_entropy, 1), (0, None, 0))
+    ensemble = jax.vmap(jax.grad(linear_cross_entropy), (None, 0, None))
+    with jax.set_mesh(mesh):
+        placed = place(mesh, FEATURES, P("data")), place(mesh, KERNEL, P()), place(mesh, labels, P("data"))
+        close(jax.jit(of_examples)(*placed), of_examples(FEATURES, KERNEL, labels))
+        placed = place(mesh, FEATURES, P()), place(mesh, kernels, P("data")), place(mesh, labels, P())
+        close(jax.jit(ensemble)(*placed), ensemble(FEATURES, kernels, labels))
+
+
+def test_batch_axes_join_what_types_say():
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Explicit, AxisType.Auto))
+    with jax.set_mesh(mesh):
+        placed = place(mesh, FEATURES, P("data")), place(mesh, KERNEL, P()), place(mesh, LINEAR["labels"], P("data"))
+        fn = jax.jit(lambda *a: linear_cross_entropy(*a, ignore_index=-1, reduction="none", batch_axes="fsdp"))
+        losses = fn(*placed)
+    close(losses, linear_cross_entropy(FEATURES, KERNEL, LINEAR["labels"], ignore_index=-1, reduction="none"))
+    assert losses.sharding.shard_shape(losses.shape) == (8,)
+
+
 def test_a_spec_lays_each_axis_of_the_positions():
     mesh = make_mesh(AxisType.Auto, (4, 2))
     features, labels = FEATURES.reshape(8, 8, WIDTH), LINEAR["labels"].reshape(8, 8)
@@ -357,17 +380,26 @@ def test_devices_share_the_work_and_tell_each_other_no_more_than_they_must(kind,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_axes": "rows"}, "batch_axes: expected axes of a mesh set by jax.set_mesh, and not of an enclosing shard_map, got 'rows'"),
-        ({"batch_axes": ("data", "rows")}, "batch_axes: expected axes of a mesh"),
+        ({"batch_axes": "rows"}, "batch_axes: expected axes of the mesh set by jax.set_mesh that no enclosing shard_map has, here 'data', 'model', got 'rows'"),
+        ({"batch_axes": ("data", "rows")}, "batch_axes: expected axes of the mesh"),
+        ({"batch_axes": 0}, "batch_axes: expected different names of mesh axes, got 0"),
+        ({"batch_axes": ("data", "data")}, r"batch_axes: expected different names of mesh axes, got \('data', 'data'\)"),
+        ({"batch_axes": "data", "axis_name": "data"}, "axis_name: expected no axis that batch_axes names, got"),
+        ({"axis_name": "rows"}, r"linear_cross_entropy takes that of a mesh set by jax.set_mesh too\), got 'rows'"),
+        ({"axis_name": ("data", "model"), "kernel": KERNEL[:, :46]}, r"kernel: expected classes that the 8 devices of \('data', 'model'\) divide, got 46"),
         ({"batch_axes": P("data", "model")}, "batch_axes: expected names for at most 1 axes of positions"),
         ({"batch_axes": ("data", "model")}, r"features: expected an axis 0 of positions that the 8 devices of \('data', 'model'\) divide, got shape \(12, 8\)"),
     ],
 )  # fmt: skip
 def test_bad_axes_are_one_line(options, message):
+    kernel = options.get("kernel", KERNEL)
+    options = {name: value for name, value in options.items() if name != "kernel"}
     with jax.set_mesh(make_mesh(AxisType.Auto, (4, 2))), pytest.raises(ValueError, match=message):
-        linear_cross_entropy(FEATURES[:12], KERNEL, LINEAR["labels"][:12], **options)
+        linear_cross_entropy(FEATURES[:12], kernel, LINEAR["labels"][:12], **options)
 
 
 def test_batch_axes_without_a_mesh_are_one_line():
-    with pytest.raises(ValueError, match=r"batch_axes: expected axes of a mesh set by jax.set_mesh"):
+    with pytest.raises(
+        ValueError, match=r"batch_axes: expected axes of the mesh .*, of which there is none here, got 'data'"
+    ):
         linear_cross_entropy(FEATURES, KERNEL, LINEAR["labels"], batch_axes="data")

@@ -218,7 +218,7 @@ def test_explicit_sharding_of_the_class_axis():
 
 
 def test_errors_say_where_the_name_must_come_from():
-    message = r"axis_name: expected a mesh axis of an enclosing jax\.shard_map with check_vma=True, its default, got 'classes'"
+    message = r"axis_name: expected a mesh axis of an enclosing jax\.shard_map with check_vma=True, its default \(linear_cross_entropy takes that of a mesh set by jax\.set_mesh too\), got 'classes'"
     with pytest.raises(ValueError, match=message):
         jaxsoft.softmax(LOGITS, axis_name="classes")
     mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
@@ -266,3 +266,14 @@ def test_a_block_of_removed_classes_far_below_the_others_costs_nothing():
 
     blocks = PartitionSpec(None, "classes")
     assert over_shards(mesh, loss, (blocks, blocks), PartitionSpec())(logits, targets) == 0
+
+
+@pytest.mark.parametrize("other", [np.inf, 0.0])
+def test_a_logit_that_is_nan_in_one_block_is_not_passed_over_in_another(other):
+    """XLA's CPU takes the larger for the maximum of a number and NaN, in some order of the devices."""
+    mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec(None, "classes")
+    lse = over_shards(mesh, lambda z: jaxsoft.logsumexp(z, axis_name="classes"), spec, PartitionSpec())
+    for block in range(8):
+        logits = jnp.zeros((1, 16)).at[0, 5].set(other).at[0, 2 * block].set(jnp.nan)
+        assert np.isnan(lse(logits)).all(), block
