@@ -128,7 +128,8 @@ def linear_cross_entropy(
 
     Under `jax.vmap` over features, and targets and weights where these are mapped, as over sequences, all examples
     are positions of one loss, with gradients formed in the backward pass. A mapped layer, and `vmap` of a
-    gradient, have a kernel gradient for each example. In the body of `jax.lax.scan` or `jax.lax.map` every step
+    gradient, have a kernel gradient for each example, and may not be mapped over an axis that is laid over a mesh
+    explicitly (JAX loses its name inside the loop). In the body of `jax.lax.scan` or `jax.lax.map` every step
     would keep its gradients: wrap the body in `jax.checkpoint`.
 
     Products are computed in the wider dtype of features and kernel (cast the kernel to compute in bfloat16),

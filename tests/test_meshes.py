@@ -266,26 +266,31 @@ def test_mapped_over_sequences(kind):
 
 
 def test_mapped_over_the_axis_that_is_laid():
-    """Gradients of the kernel for each example, and an ensemble, whose other axes are laid over nothing."""
+    """Class weights for each example, whose other axes are laid over nothing."""
+    labels, weights = (
+        jnp.abs(LINEAR["labels"][:8]),
+        LINEAR["class_weights"] * jnp.arange(1, 9, dtype=jnp.float32)[:, None],
+    )
+
+    def loss(features, label, weights):
+        return linear_cross_entropy(features, KERNEL, label, class_weights=weights, reduction="sum")
+
     mesh = make_mesh(AxisType.Explicit, (8,))
-    labels, kernels = jnp.abs(LINEAR["labels"]), KERNEL * jnp.arange(1, 9, dtype=jnp.float32)[:, None, None]
-    of_examples = jax.vmap(jax.grad(linear_cross_entropy, 1), (0, None, 0))
-    ensemble = jax.vmap(jax.grad(linear_cross_entropy), (None, 0, None))
     with jax.set_mesh(mesh):
-        placed = place(mesh, FEATURES, P("data")), place(mesh, KERNEL, P()), place(mesh, labels, P("data"))
-        close(jax.jit(of_examples)(*placed), of_examples(FEATURES, KERNEL, labels))
-        placed = place(mesh, FEATURES, P()), place(mesh, kernels, P("data")), place(mesh, labels, P())
-        close(jax.jit(ensemble)(*placed), ensemble(FEATURES, kernels, labels))
+        placed = (place(mesh, array, P("data")) for array in (FEATURES[:8], labels, weights))
+        losses = jax.jit(jax.vmap(loss))(*placed)
+    close(losses, jax.vmap(loss)(FEATURES[:8], labels, weights))
 
 
 def test_batch_axes_join_what_types_say():
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Explicit, AxisType.Auto))
     with jax.set_mesh(mesh):
         placed = place(mesh, FEATURES, P("data")), place(mesh, KERNEL, P()), place(mesh, LINEAR["labels"], P("data"))
-        fn = jax.jit(lambda *a: linear_cross_entropy(*a, ignore_index=-1, reduction="none", batch_axes="fsdp"))
-        losses = fn(*placed)
-    close(losses, linear_cross_entropy(FEATURES, KERNEL, LINEAR["labels"], ignore_index=-1, reduction="none"))
-    assert losses.sharding.shard_shape(losses.shape) == (8,)
+        fn = jax.jit(lambda *a: linear_cross_entropy(*a, ignore_index=-1, batch_axes="fsdp"))
+        close(fn(*placed), linear_cross_entropy(FEATURES, KERNEL, LINEAR["labels"], ignore_index=-1))
+        of_device = fn.lower(*placed).as_text()
+    assert f"tensor<{POSITIONS // 8}x{WIDTH}xf32>" in of_device
+    assert f"tensor<{POSITIONS // 4}x{WIDTH}xf32>" not in of_device
 
 
 def test_a_spec_lays_each_axis_of_the_positions():
