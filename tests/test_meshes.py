@@ -1,7 +1,4 @@
-"""Arrays sharded over eight devices outside `shard_map`, by their types or automatically: everything equals one device's.
-
-A program holds every option at once: what is compiled is then one program for each layout, not for each case of each.
-"""
+"""Arrays sharded over eight devices outside `shard_map`, by their types or automatically: everything equals one device's."""
 
 import functools
 import itertools
@@ -56,38 +53,39 @@ OPTIONS = {
 
 
 def each_loss(loss, targets):
-    """The losses of all options, by name, of labels and of distributions."""
+    """Functions for the losses of all options, by name, of labels and of distributions."""
     numbers = {"label_smoothing": 0.1, "z_loss": 0.05}
     losses = {}
     for (name, wanted), reduction in itertools.product(OPTIONS.items(), ["none", "mean"]):
-        options = {key: numbers.get(key, targets.get(key)) for key in wanted}
-        losses[f"{name}, {reduction}"] = loss(targets["labels"], ignore_index=-1, reduction=reduction, **options)
-        losses[f"distributions, {name}, {reduction}"] = loss(targets["distribution"], reduction=reduction, **options)
+        options = {key: numbers.get(key, targets.get(key)) for key in wanted} | {"reduction": reduction}
+        losses[f"{name}, {reduction}"] = functools.partial(loss, targets["labels"], ignore_index=-1, **options)
+        losses[f"distributions, {name}, {reduction}"] = functools.partial(loss, targets["distribution"], **options)
     return losses
 
 
-def derivatives(fn, primals, tangents):
-    """Values, gradients under a cotangent for each number, and what the gradients' tangents are."""
+def derivatives(functions, arrays, primals, tangents):
+    """Of each of `functions(*arrays)` the value, gradients under a cotangent for each number, and the tangents of these.
 
-    def weighed(*primals):
-        def weigh(value):
+    One program after another: XLA's CPU has a thread wait in each collective, and waits forever where one program has
+    more of them side by side than threads.
+    """
+
+    def of_one(name, arrays, primals, tangents):
+        def weighed(*primals):
+            value = functions(*arrays)[name](*primals)
             cotangent = jnp.cos(jnp.arange(value.size, dtype=value.dtype)).reshape(value.shape)
             sharding = jax.typeof(value).sharding
             if AxisType.Explicit in sharding.mesh.axis_types:
                 cotangent = jax.sharding.reshard(cotangent, sharding)
-            return jnp.sum(cotangent * value)
+            return jnp.sum(cotangent * value), value
 
-        values = fn(*primals)
-        return {name: weigh(value) for name, value in values.items()}, values
+        def gradients(*primals):
+            return jax.grad(weighed, tuple(range(len(primals))), has_aux=True)(*primals)
 
-    def gradients(*primals):
-        names = jax.eval_shape(weighed, *primals)[0]
-        return {
-            name: jax.grad(lambda *p, name=name: weighed(*p)[0][name], tuple(range(len(primals))))(*primals)
-            for name in names
-        }
+        return jax.jvp(gradients, primals, tangents, has_aux=True)
 
-    return weighed(*primals)[1], *jax.jvp(gradients, primals, tangents)
+    run = jax.jit(of_one, static_argnums=0)
+    return {name: jax.block_until_ready(run(name, arrays, primals, tangents)) for name in functions(*arrays)}
 
 
 def place(mesh, array, spec):
@@ -109,24 +107,25 @@ def close(actual, expected):
 # ---- Dense functions.
 
 
-def dense(logits, cotangent, targets):
-    mask = targets["where"]
+def dense(targets, cotangent):
+    def loss(labels, logits, **options):
+        return cross_entropy(logits, labels, **options)
+
     return {
-        "softmax": jaxsoft.softmax(logits),
-        "softmax, masked": jaxsoft.softmax(logits, where=mask),
-        "softmax, positions": jaxsoft.softmax(logits, 0),
-        "log_softmax": jaxsoft.log_softmax(logits),
-        "logsumexp": jaxsoft.logsumexp(logits),
-        "logsumexp, all": jaxsoft.logsumexp(logits, None),
-        "softmax_vjp": jaxsoft.softmax_vjp(logits, cotangent),
-        **each_loss(lambda labels, **options: cross_entropy(logits, labels, **options), targets),
+        "softmax": jaxsoft.softmax,
+        "softmax, masked": functools.partial(jaxsoft.softmax, where=targets["where"]),
+        "softmax, positions": functools.partial(jaxsoft.softmax, axis=0),
+        "log_softmax": jaxsoft.log_softmax,
+        "logsumexp": jaxsoft.logsumexp,
+        "logsumexp, all": functools.partial(jaxsoft.logsumexp, axis=None),
+        "softmax_vjp": lambda probs: jaxsoft.softmax_vjp(probs, cotangent),
+        **each_loss(loss, targets),
     }
 
 
 @pytest.fixture(scope="module")
 def dense_of_one_device():
-    fn = jax.jit(lambda z, of_z: derivatives(lambda z: dense(z, OF_LOGITS, DENSE), (z,), (of_z,)))
-    return fn(LOGITS, OF_LOGITS)
+    return derivatives(dense, (DENSE, OF_LOGITS), (LOGITS,), (OF_LOGITS,))
 
 
 @pytest.mark.parametrize("replicated", [False, True])
@@ -145,37 +144,23 @@ def test_dense_functions(dense_of_one_device, kind, shape, spec, replicated):
         targets = {name: place(mesh, array, specs[name]) for name, array in DENSE.items()}
         other = place(mesh, OF_LOGITS, P() if replicated else spec)
         logits, tangent = place(mesh, LOGITS, spec), place(mesh, OF_LOGITS, spec)
-        fn = jax.jit(lambda z, of_z, other, targets: derivatives(lambda z: dense(z, other, targets), (z,), (of_z,)))
-        close(fn(logits, tangent, other, targets), dense_of_one_device)
+        close(derivatives(dense, (targets, other), (logits,), (tangent,)), dense_of_one_device)
 
 
 # ---- The fused head.
 
 
-def linear(targets, **layout):
-    def losses(features, kernel, bias):
-        def loss(labels, **options):
-            return linear_cross_entropy(
-                features, kernel, labels, bias, memory_budget=4 * 4 * CLASSES * 5, **options, **layout
-            )
+def linear(targets, bias, **layout):
+    def loss(labels, features, kernel, **options):
+        options |= {"memory_budget": 4 * 4 * CLASSES * 5, **layout}
+        return linear_cross_entropy(features, kernel, labels, bias, **options)
 
-        return each_loss(loss, targets)
-
-    return losses
-
-
-def head(targets, primals, tangents, **layout):
-    features, kernel, bias = primals
-
-    def fn(features, kernel):
-        return linear(targets, **layout)(features, kernel, bias)
-
-    return derivatives(fn, (features, kernel), tangents)
+    return each_loss(loss, targets)
 
 
 @pytest.fixture(scope="module")
 def head_of_one_device():
-    return jax.jit(head)(LINEAR, (FEATURES, KERNEL, BIAS), (OF_FEATURES, OF_KERNEL))
+    return derivatives(linear, (LINEAR, BIAS), (FEATURES, KERNEL), (OF_FEATURES, OF_KERNEL))
 
 
 LAYOUTS = {  # of positions, kernel, bias
@@ -216,8 +201,9 @@ def test_the_fused_head(head_of_one_device, kind, layout):
     shape, rows, of_kernel, of_bias = LAYOUTS[layout]
     mesh = make_mesh(kind, shape)
     with jax.set_mesh(mesh):
-        fn = jax.jit(lambda *arrays: head(*arrays, **automatic(kind, rows, of_kernel)))
-        close(fn(*place_head(mesh, rows, of_kernel, of_bias)), head_of_one_device)
+        fn = functools.partial(linear, **automatic(kind, rows, of_kernel))
+        targets, (features, kernel, bias), tangents = place_head(mesh, rows, of_kernel, of_bias)
+        close(derivatives(fn, (targets, bias), (features, kernel), tangents), head_of_one_device)
 
 
 @pytest.mark.parametrize("of_kernel", [P(), P("data"), P(None, "model")])
