@@ -23,7 +23,7 @@ from jaxsoft._primitive import Function, Results
 
 SWITCH = "JAXSOFT_NATIVE"  # 0: never, 1: where they are faster, always or a library's file: wherever they can run
 LIBRARY = "libjaxsoft_native"
-NAMES = ("statistics", "gradient", "softmax", "log_softmax", "softmax_vjp", "log_softmax_vjp")
+NAMES = ("statistics", "moments", "gradient", "softmax", "log_softmax", "softmax_vjp", "log_softmax_vjp")
 LEAST = 1 << 13  # elements below which a call costs more than it saves
 
 DTYPES = (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
@@ -95,6 +95,11 @@ def _of_statistics(axes: Axes, logits: Type, label: Type | None, spread: Type | 
     return number, number, *(None if array is None else number for array in (label, spread, spread))
 
 
+def _of_moments(axes: Axes, logits: Type) -> Types:
+    number = _position(logits, axes)
+    return number, number, number, number, jax.ShapeDtypeStruct(number.shape, jnp.int32)
+
+
 def _like_first(axes: Axes, first: Type, *others: Type | None) -> Types:
     return (first,)
 
@@ -132,6 +137,7 @@ def _program(name: str, roles: str, results: Callable[..., Types], *, in_place: 
 
 
 statistics = _program("statistics", "label spread", _of_statistics)
+moments = _program("moments", "", _of_moments)
 OF_GRADIENT = "position position mask label position position spread"
 gradient = _program("gradient", OF_GRADIENT, _like_first)
 gradient_in_place = _program("gradient", OF_GRADIENT, _like_first, in_place=True)

@@ -9,23 +9,16 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoft._checks import as_axis, as_floating, as_mask, as_option, check_values
 from jaxsoft._dtypes import compute_dtype
-from jaxsoft._losses import losses
 from jaxsoft._meshes import lay_like
+from jaxsoft._readings import Values, read
 from jaxsoft._shards import AxisName, all_classes, as_axis_name
-from jaxsoft._targets import (
-    REDUCTIONS,
-    Options,
-    Reduction,
-    as_targets,
-    read_options,
-    read_targets,
-    reduce_losses,
-)
+from jaxsoft._sparse_targets import SparseTargets, as_any_targets, read_any_targets
+from jaxsoft._targets import REDUCTIONS, Options, Reduction, read_options, reduce_losses
 
 
 def cross_entropy(
     logits: Float[ArrayLike, "..."],
-    targets: Int[ArrayLike, "..."] | Float[ArrayLike, "..."] | Bool[ArrayLike, "..."],
+    targets: Int[ArrayLike, "..."] | Float[ArrayLike, "..."] | Bool[ArrayLike, "..."] | SparseTargets,
     axis: int = -1,
     *,
     ignore_index: int | None = None,
@@ -109,12 +102,14 @@ def cross_entropy(
     if logits.shape[axis] == 0:
         raise ValueError(f"logits: expected at least one class along axis {axis}, got shape {logits.shape}")
     axis_name = as_axis_name(axis_name, "logits", logits)
-    labels, ignore_index = as_targets(targets, all_classes(logits.shape[axis], axis_name), ignore_index)
+    classes = all_classes(logits.shape[axis], axis_name)
     mask = None if where is None else lay_like(as_mask("where", where, logits.shape), logits)
+    options = read_options(weights, class_weights, mask, label_smoothing, z_loss, compute_dtype(logits.dtype))
+    labels, ignore_index = as_any_targets(targets, classes, options, ignore_index)
     return _cross_entropy(
         logits,
         labels,
-        read_options(weights, class_weights, mask, label_smoothing, z_loss, compute_dtype(logits.dtype)),
+        options,
         axis=axis,
         ignore_index=ignore_index,
         reduction=as_option("reduction", reduction, REDUCTIONS),
@@ -125,7 +120,7 @@ def cross_entropy(
 @functools.partial(jax.jit, static_argnames=("axis", "ignore_index", "reduction", "axis_name"))
 def _cross_entropy(
     logits: Array,
-    targets: Array,
+    targets: Array | SparseTargets,
     options: Options,
     *,
     axis: int,
@@ -133,7 +128,7 @@ def _cross_entropy(
     reduction: Reduction,
     axis_name: AxisName,
 ) -> Array:
-    read, count = read_targets(
+    reading, operands, count = read_any_targets(
         targets,
         logits,
         axis,
@@ -144,5 +139,6 @@ def _cross_entropy(
     )
     if options.where is not None:
         logits = jnp.where(options.where, logits, -jnp.inf)
-    check_values("logits", logits, ~jnp.isnan(logits) | (read.share == 0), "a number")
-    return reduce_losses(cast(Array, losses(logits, read, axis, axis_name)), reduction, count, axis)
+    check_values("logits", logits, ~jnp.isnan(logits) | (operands.share == 0), "a number")
+    (losses,), _ = cast(Values, read(reading, logits, operands, axis, axis_name))
+    return reduce_losses(losses, reduction, count, axis)

@@ -6,44 +6,30 @@
 for logits z, target weights q_j (see `Targets`), τ = Σ_j q_j, p = softmax(z), lse = log Σ_j exp(z_j) and a z-loss of ζ.
 """
 
-import functools
-from typing import cast
+from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
 from jaxsoft._dtypes import widen
-from jaxsoft._meshes import broadcast_like
 from jaxsoft._platform import Axes
+from jaxsoft._readings import Reading, Values, taking_part
 from jaxsoft._shards import AxisName
 from jaxsoft._statistics import Statistics, block_statistics, scaled_exponentials
 from jaxsoft._targets import Targets
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def losses(logits: Array, targets: Targets, axis: int, axis_name: AxisName) -> Array:
-    """The loss of each position; every reduction is an ordinary function of them."""
-    return position_losses(targets, block_statistics(logits, (axis,), targets, axis_name))
+def _statistics(logits: Array, axes: Axes, targets: Targets, axis_name: AxisName) -> Statistics:
+    return block_statistics(logits, axes, targets, axis_name)
 
 
-def _losses_fwd(logits: Array, targets: Targets, axis: int, axis_name: AxisName):
-    moving, of_moving = taking_part(logits, targets)
-    statistics = block_statistics(moving, (axis,), of_moving, axis_name)
-    return position_losses(targets, statistics), (logits, targets, statistics)
+def _values(targets: Targets, statistics: Statistics, axes: Axes) -> Values:
+    return (position_losses(targets, statistics),), ()
 
 
-def _losses_bwd(
-    axis: int, axis_name: AxisName, residuals: tuple[Array, Targets, Statistics], cotangent: Array
-) -> tuple[Array, Targets]:
-    logits, targets, statistics = residuals
-    to_logits, to_spread = block_gradients(logits, targets, statistics, (axis,), cotangent)
-    # None is JAX's word for a zero cotangent: labels, weights and smoothing are no variables.
-    return to_logits, Targets(spread=to_spread)
-
-
-losses.defvjp(_losses_fwd, _losses_bwd)
+def _blank(positions: int, dtype: Any) -> Values:
+    return (jnp.zeros((positions, 1), dtype),), ()
 
 
 def position_losses(targets: Targets, statistics: Statistics) -> Array:
@@ -63,7 +49,13 @@ def position_losses(targets: Targets, statistics: Statistics) -> Array:
 
 
 def block_gradients(
-    logits: Array, targets: Targets, statistics: Statistics, axes: Axes, cotangent: Array, *, in_place: bool = False
+    logits: Array,
+    targets: Targets,
+    statistics: Statistics,
+    axes: Axes,
+    cotangents: tuple[Array],
+    *,
+    in_place: bool = False,
 ) -> tuple[Array, Array | None]:
     """The gradients of Σ cotangent·loss to the logits of a block, and to the weights of a distribution: −log p_j.
 
@@ -72,7 +64,7 @@ def block_gradients(
     logits are not read again.
     """
     idle, (logits, targets) = targets.idle, taking_part(logits, targets)
-    cotangent = jnp.where(idle, 0, cotangent)
+    cotangent = jnp.where(idle, 0, cotangents[0])
     mass = jnp.zeros_like(statistics.tail)  # τ + 2ζ·lse but for the label's own weight
     if targets.square is not None:
         mass += cotangent * 2 * targets.square * statistics.finite_logsumexp
@@ -103,22 +95,10 @@ def block_gradients(
     return to_logits, scale_gradient(to_weights, cotangent * targets.share, targets.share == 0)
 
 
-def taking_part(logits: Array, targets: Targets) -> tuple[Array, Targets]:
-    """The same logits and targets, of which those of idle positions do not move.
-
-    A derivative would take them to be constants only times a weight of 0, and padding may be NaN.
-    """
-
-    # Not by a rule of its own: inside a scan JAX forgets a `custom_jvp` once it has differentiated in reverse. XLA
-    # drops this select, both of whose cases are one value, but not one inside `jnp.where`.
-    def held(array: Array) -> Array:
-        return lax.select(broadcast_like(targets.idle, array), lax.stop_gradient(array), array)
-
-    is_distribution = targets.label is None
-    return held(logits), targets._replace(spread=held(cast(Array, targets.spread))) if is_distribution else targets
-
-
 def scale_gradient(gradient: Array, cotangent: Array, idle: Array | bool = False) -> Array:
     """Their product, but 0 for what takes no part, and where the cotangent is 0 and the gradient infinite."""
     infinite = jnp.abs(gradient) > jnp.finfo(gradient.dtype).max  # `isinf` itself makes what `debug_infs` stops at
     return jnp.where(idle | ((cotangent == 0) & infinite), 0, cotangent * gradient)
+
+
+LOSSES = Reading(_statistics, _values, block_gradients, _blank)

@@ -113,7 +113,7 @@ def _log1p(arrays: tuple[Array], axes: Axes) -> tuple[Array]:
 def _block_sums(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array, ...]:
     """m, the tail, and where the targets have such the logit of the label, Σ_j spread_j and Σ_j spread_j (m − z_j)."""
     logits, label, spread = arrays
-    largest = _largest(logits, axes)
+    largest = largest_logit(logits, axes)
     z = widen(logits)
     exponentials = jnp.exp(z - largest)
     if label is not None:
@@ -136,7 +136,7 @@ def _block_sums(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array, ...]:
     return tuple(sums)
 
 
-def _largest(logits: Array, axes: Axes) -> Array:
+def largest_logit(logits: Array, axes: Axes) -> Array:
     """The largest logit or, where none is left, the lowest finite number, from which exp(−inf) is still 0."""
     lowest = jnp.finfo(logits.dtype).min
     largest = jnp.max(lax.stop_gradient(logits), axes, keepdims=True, initial=lowest)

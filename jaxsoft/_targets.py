@@ -39,6 +39,15 @@ class Targets(NamedTuple):
         weights = (self.square, None if self.label is None else self.hot, None if self.spread is None else self.share)
         return functools.reduce(operator.and_, (weight == 0 for weight in weights if weight is not None))
 
+    @property
+    def spread_moves(self) -> bool:
+        """Whether the weights are a distribution, not those of smoothing."""
+        return self.label is None
+
+    @property
+    def is_wide(self) -> bool:
+        return self.label is None
+
 
 class Options(NamedTuple):
     """What a loss makes of its targets; None leaves a step out. Arrays, so that a schedule compiles once."""
@@ -88,10 +97,7 @@ def read_targets(
     block, positions = shape[axis], shape[:axis] + shape[axis + 1 :]
     classes, first = all_classes(block, axis_name), first_class(block, axis_name)
     along_classes = tuple(block if n == axis else 1 for n in range(len(shape)))
-    counted = jnp.ones(positions, dtype)
-    if options.weights is not None:
-        counted = broadcast("weights", _weights("weights", options.weights, dtype, masks=True), positions)
-    counted = lay_like(counted, logits, axis)
+    counted = position_weights(options.weights, logits, axis)
     by_class = None
     if options.class_weights is not None:
         by_class = _weights("class_weights", options.class_weights, dtype)
@@ -151,12 +157,29 @@ def read_targets(
         counted = jnp.expand_dims(counted, axis)
         read, weighted = Targets(spread=spread, share=counted, variable=variable), counted
 
+    count, square = count_positions(weighted, counted, options, reduction, examples, batch)
+    return read._replace(square=square), count
+
+
+def position_weights(weights: ArrayLike | None, logits: Array | jax.ShapeDtypeStruct, axis: int) -> Array:
+    """The weight of each position, laid as the logits."""
+    positions, dtype = logits.shape[:axis] + logits.shape[axis + 1 :], compute_dtype(logits.dtype)
+    counted = jnp.ones(positions, dtype)
+    if weights is not None:
+        counted = broadcast("weights", _weights("weights", weights, dtype, masks=True), positions)
+    return lay_like(counted, logits, axis)
+
+
+def count_positions(
+    weighted: Array, counted: Array, options: Options, reduction: Reduction, examples: int, batch: Names
+) -> tuple[Array | None, Array | None]:
+    """What a sum of losses is to be divided by, or None, and what lse² is to be multiplied by."""
     count = or_one(sum_positions(weighted, examples, batch)) if reduction == "mean" else None
-    if options.z_loss is not None:
-        # The averages of the two terms have denominators of their own, so that class weights leave the z-loss alone.
-        ratio = 1 if count is None else count / or_one(sum_positions(counted, examples, batch))
-        read = read._replace(square=options.z_loss * counted * ratio)
-    return read, count
+    if options.z_loss is None:
+        return count, None
+    # The averages of the two terms have denominators of their own, so that class weights leave the z-loss alone.
+    ratio = 1 if count is None else count / or_one(sum_positions(counted, examples, batch))
+    return count, options.z_loss * counted * ratio
 
 
 def reduce_losses(

@@ -1,4 +1,4 @@
-"""The loops over tiles of a linear layer's positions: losses, and their gradients, with one tile's logits alive."""
+"""The loops over tiles of a linear layer's positions, with one tile's logits alive: what is read, and its gradients."""
 
 import functools
 from collections.abc import Callable
@@ -10,12 +10,11 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoft._dtypes import compute_dtype
-from jaxsoft._losses import block_gradients, losses, position_losses
 from jaxsoft._plan import Platform, Tile, plan_tile
 from jaxsoft._platform import by_platform
+from jaxsoft._primitive import Results
+from jaxsoft._readings import Reading, Values, read
 from jaxsoft._shards import AxisName, unsharded, vary, varying
-from jaxsoft._statistics import block_statistics
-from jaxsoft._targets import Targets
 
 
 class Layer(NamedTuple):
@@ -31,6 +30,7 @@ class Layer(NamedTuple):
 class Tiling(NamedTuple):
     """What the program depends on beside its arrays."""
 
+    reading: Reading
     memory_budget: int | None
     class_axis: int  # of the kernel
     axis_name: AxisName
@@ -46,57 +46,54 @@ class Variables(NamedTuple):
     spread: Any = None
 
 
-# Each loop is fast and cannot be differentiated, hence a rule: that of the same sum as a scan.
+# Each loop is fast and cannot be differentiated, hence a rule: that of the same sum as a scan. A layer among the
+# operands stands for its logits, which a tile has in its place.
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def tiled_losses(tiling: Tiling, layer: Layer, targets: Targets) -> Array:
-    """The loss of every position, of shape (N, 1)."""
-    return _fold_losses((layer, targets), tiling)[0]
+def tiled_values(tiling: Tiling, layer: Layer, operands: Any) -> Values:
+    """The values of every position, each of shape (N, …)."""
+    return _as_values(tiling, _fold_values((layer, operands), tiling))
 
 
 @by_platform
-def _fold_losses(platform: Platform, arrays: tuple[Layer, Targets], tiling: Tiling) -> tuple[Array]:
-    layer, targets = arrays
+def _fold_values(platform: Platform, arrays: tuple[Layer, Any], tiling: Tiling) -> Results:
+    layer, operands = arrays
 
-    def step(rows: Array, first: Any, losses: Array) -> Array:
-        x, t = _take(rows, (layer.features, targets))
+    def step(rows: Array, first: Any, values: Results) -> Results:
+        x, t = _take(tiling, rows, (layer.features, operands))
         logits = _to_logits(_products(tiling, x, layer), layer)
-        statistics = block_statistics(logits, (1,), t, tiling.axis_name)
-        return losses.at[rows].set(position_losses(t, statistics), mode="drop")
+        return _put(rows, values, tiling.reading(logits, t, 1, tiling.axis_name))
 
-    rows = _tile(platform, tiling, layer, targets).loss_rows
-    nothing = jnp.zeros((layer.features.shape[0], 1), compute_dtype(layer.features.dtype))
-    start = vary(nothing, unsharded(varying(layer), tiling.axis_name))
-    return (_over_tiles(platform, tiling, rows, targets, step, start),)
+    rows = _tile(platform, tiling, layer, operands).loss_rows
+    return _over_tiles(platform, tiling, rows, operands, step, _blank(tiling, layer, operands))
 
 
-@tiled_losses.defjvp
-def _tiled_losses_jvp(tiling: Tiling, primals, tangents):
-    def without_rule(logits: Array, targets: Targets, axis: int, axis_name: AxisName) -> Array:
-        return position_losses(targets, block_statistics(logits, (axis,), targets, axis_name))
-
-    # A custom_vjp, as `losses` is, cannot be differentiated in forward mode.
-    return jax.jvp(functools.partial(_scanned_losses, tiling, without_rule), primals, tangents)
+@tiled_values.defjvp
+def _tiled_values_jvp(tiling: Tiling, primals, tangents):
+    # A custom_vjp, as `read` is, cannot be differentiated in forward mode.
+    return jax.jvp(functools.partial(_scanned_values, tiling, tiling.reading), primals, tangents)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def tiled_gradients(
-    tiling: Tiling, wanted: Variables, layer: Layer, targets: Targets, cotangent: Array
-) -> tuple[Array, Variables]:
-    """The sum of cotangent·loss over all positions, and the gradients of it that are wanted."""
-    total, *found = _fold_gradients((layer, targets, cotangent), (tiling, wanted))
-    found = iter(found)
-    return total, Variables(*(next(found) if w else None for w in wanted))
+    tiling: Tiling, wanted: Variables, layer: Layer, operands: Any, cotangents: Results
+) -> tuple[Values, Variables]:
+    """The values of every position, and those gradients of the sum of cotangents·values that are wanted."""
+    results = _fold_gradients((layer, operands, cotangents), (tiling, wanted))
+    count = len(jax.tree.leaves(_blank_values(tiling, layer)))
+    found = iter(results[count:])
+    gradients = Variables(*(next(found) if w else None for w in wanted))
+    return _as_values(tiling, results[:count]), gradients
 
 
 @by_platform
 def _fold_gradients(
-    platform: Platform, arrays: tuple[Layer, Targets, Array], static: tuple[Tiling, Variables]
-) -> tuple[Array, ...]:
-    """The sum, and those gradients that are wanted."""
-    (layer, targets, cotangent), (tiling, wanted) = arrays, static
-    tile = _tile(platform, tiling, layer, targets, kernel_moves=wanted.kernel)
+    platform: Platform, arrays: tuple[Layer, Any, Results], static: tuple[Tiling, Variables]
+) -> Results:
+    """The values, and those gradients that are wanted."""
+    (layer, operands, cotangents), (tiling, wanted) = arrays, static
+    reading, tile = tiling.reading, _tile(platform, tiling, layer, operands, kernel_moves=wanted.kernel)
     x_dtype, dtype = layer.features.dtype, compute_dtype(layer.features.dtype)
     product = functools.partial(lax.dot_general, preferred_element_type=dtype)
     # Sums over shards are taken in the dtype to compute in, and so are what they add up.
@@ -111,13 +108,13 @@ def _fold_gradients(
         return product(first, second, (((0,), (0,)), ((), ())))
 
     def step(rows: Array, first: Any, carry: Any) -> Any:
-        total, (to_features, to_kernel, to_bias, to_spread), kept = carry
-        x, t, c = _take(rows, (layer.features, targets, cotangent))
+        values, (to_features, to_kernel, to_bias, to_spread), kept = carry
+        x, t, c = _take(tiling, rows, (layer.features, operands, cotangents))
         x = jnp.where(t.idle, 0, x)  # by a class weight of 0 too, and then its features may be NaN
         logits, to_products = jax.vjp(lambda products: _to_logits(products, layer), _products(tiling, x, layer))
-        statistics = block_statistics(logits, (1,), t, tiling.axis_name)
-        total += jnp.sum(c * position_losses(t, statistics))
-        to_logits, to_targets = block_gradients(logits, t, statistics, (1,), c, in_place=not wanted.spread)
+        statistics = reading.statistics(logits, (1,), t, tiling.axis_name)
+        values = _put(rows, values, reading.values(t, statistics, (1,)))
+        to_logits, of_spread = reading.gradients(logits, t, statistics, (1,), c, in_place=not wanted.spread)
         (gradient,) = to_products(to_logits)
         narrow = gradient.astype(x_dtype)  # or the products would be taken in float32
         if kept is not None:
@@ -129,84 +126,104 @@ def _fold_gradients(
         if wanted.bias:
             to_bias += jnp.sum(gradient, 0)
         if wanted.spread:
-            to_spread = to_spread.at[rows].set(to_targets, mode="drop")
-        return total, Variables(to_features, to_kernel, to_bias, to_spread), kept
+            to_spread = to_spread.at[rows].set(of_spread, mode="drop")
+        return values, Variables(to_features, to_kernel, to_bias, to_spread), kept
 
     def zeros(array: Array, wanted: bool, dtype: jnp.dtype) -> Array | None:
         return vary(jnp.zeros(array.shape, dtype), varying(layer)) if wanted else None
 
     dtypes = Variables(features_dtype, dtype, dtype, dtype)
-    inputs = _variables(layer, targets)
+    inputs = _variables(layer, operands)
     now = wanted._replace(features=False, kernel=False) if tile.deferred else wanted
     none_yet = Variables(*map(zeros, inputs, now, dtypes))
-    nothing = vary(jnp.zeros((), dtype), unsharded(varying(layer), tiling.axis_name))
     kept = None
     if tile.deferred:
         shape = -(-layer.features.shape[0] // tile.rows) * tile.rows, layer.kernel.shape[tiling.class_axis]
         kept = vary(jnp.zeros(shape, x_dtype), varying(layer))
-    total, found, kept = _over_tiles(platform, tiling, tile.rows, targets, step, (nothing, none_yet, kept))
+    start = _blank(tiling, layer, operands), none_yet, kept
+    values, found, kept = _over_tiles(platform, tiling, tile.rows, operands, step, start)
     if kept is not None:
-        rows, _ = _in_turn(tiling, targets)
+        rows, _ = _in_turn(tiling, operands)
         rows = jnp.pad(rows, (0, kept.shape[0] - rows.shape[0]), constant_values=rows.shape[0])
         if wanted.features:
             nowhere = cast(Array, zeros(layer.features, True, features_dtype))
             found = found._replace(features=nowhere.at[rows].set(of_features(kept), mode="drop"))
-        x, t = _take(rows, (layer.features, targets))
-        found = found._replace(kernel=of_kernel(jnp.where(t.idle, 0, x), kept))
-    return total, *(gradient for gradient in found if gradient is not None)
+        x, idle = _take(tiling, rows, (layer.features, operands.idle))
+        found = found._replace(kernel=of_kernel(jnp.where(idle, 0, x), kept))
+    return *values, *(gradient for gradient in found if gradient is not None)
 
 
 @tiled_gradients.defjvp
 def _tiled_gradients_jvp(tiling: Tiling, wanted: Variables, primals, tangents):
-    def total_and_gradients(layer: Layer, targets: Targets, cotangent: Array) -> tuple[Array, Variables]:
+    def values_and_gradients(layer: Layer, operands: Any, cotangents: Results) -> tuple[Values, Variables]:
         # Of the kernel in the dtype to compute in: the gradients of all tiles are summed in that of the variable.
-        every = _variables(layer._replace(kernel=layer.kernel.astype(cotangent.dtype)), targets)
+        wide = compute_dtype(layer.features.dtype)
+        every = _variables(layer._replace(kernel=layer.kernel.astype(wide)), operands)
 
-        def total(chosen: Variables) -> tuple[Array, Array]:
+        def of_chosen(chosen: Variables) -> Values:
             x, w, b, spread = (old if new is None else new for new, old in zip(chosen, every, strict=True))
             changed = layer._replace(features=x, kernel=w, bias=b)
-            each = _scanned_losses(tiling, losses, changed, targets._replace(spread=spread))
-            # As a value, times what does not move: times an infinite loss a tangent of 0 would be NaN.
-            return jnp.sum(cotangent * each), jnp.sum(lax.stop_gradient(cotangent) * each)
+            reading = functools.partial(read, tiling.reading)
+            return _scanned_values(tiling, reading, changed, operands._replace(spread=spread))
 
-        gradients, total_now = jax.grad(total, has_aux=True)(
-            Variables(*(v if w else None for v, w in zip(every, wanted, strict=True)))
-        )
+        chosen = Variables(*(v if w else None for v, w in zip(every, wanted, strict=True)))
+        moving, pullback, constant = jax.vjp(of_chosen, chosen, has_aux=True)
+        (gradients,) = pullback(cotangents)
         if gradients.features is not None and tiling.axis_name is not None:  # in the dtype of the loop's
-            gradients = gradients._replace(features=gradients.features.astype(cotangent.dtype))
-        return total_now, gradients
+            gradients = gradients._replace(features=gradients.features.astype(wide))
+        return (moving, constant), gradients
 
-    return jax.jvp(total_and_gradients, primals, tangents)
-
-
-def _variables(layer: Layer, targets: Targets) -> Variables:
-    return Variables(layer.features, layer.kernel, layer.bias, targets.spread)
+    return jax.jvp(values_and_gradients, primals, tangents)
 
 
-def _scanned_losses(tiling: Tiling, losses: Callable[..., Any], layer: Layer, targets: Targets) -> Array:
-    """`tiled_losses` as a scan over all tiles, which JAX can differentiate."""
+def _variables(layer: Layer, operands: Any) -> Variables:
+    return Variables(layer.features, layer.kernel, layer.bias, operands.spread)
+
+
+def _scanned_values(tiling: Tiling, reading: Callable[..., Values], layer: Layer, operands: Any) -> Values:
+    """`tiled_values` as a scan over all tiles, which JAX can differentiate."""
 
     @jax.checkpoint
-    def tile(rows: Array) -> Array:
-        x, t = _take(rows, (layer.features, targets))
+    def tile(rows: Array) -> Values:
+        x, t = _take(tiling, rows, (layer.features, operands))
         x = jnp.where(t.idle, 0, x)  # the loops leave most of these rows out
         products = _products(tiling, x, layer._replace(kernel=layer.kernel.astype(x.dtype)))
-        return losses(_to_logits(products, layer), t, 1, tiling.axis_name)
+        return reading(_to_logits(products, layer), t, 1, tiling.axis_name)
 
-    positions, size = layer.features.shape[0], _tile("cpu", tiling, layer, targets).rows
+    positions, size = layer.features.shape[0], _tile("cpu", tiling, layer, operands).rows
     tiles = -(-positions // size)
     rows = jnp.arange(tiles * size).reshape(tiles, size)
-    return lax.map(tile, rows).reshape(-1, 1)[:positions]
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:positions], lax.map(tile, rows))
 
 
-def _tile(platform: Platform, tiling: Tiling, layer: Layer, targets: Targets, *, kernel_moves: bool = True) -> Tile:
+def _blank_values(tiling: Tiling, layer: Layer) -> Values:
+    return tiling.reading.blank(layer.features.shape[0], compute_dtype(layer.features.dtype))
+
+
+def _blank(tiling: Tiling, layer: Layer, operands: Any) -> Results:
+    """The values of positions that take no part, typed as what the devices read."""
+    axes = unsharded(varying((layer, operands)), tiling.axis_name)
+    return vary(tuple(jax.tree.leaves(_blank_values(tiling, layer))), axes)
+
+
+def _as_values(tiling: Tiling, results: Results) -> Values:
+    moving, _ = tiling.reading.blank(1, jnp.float32)
+    return results[: len(moving)], results[len(moving) :]
+
+
+def _put(rows: Array, results: Results, values: Values) -> Results:
+    new = jax.tree.leaves(values)
+    return tuple(old.at[rows].set(of_tile, mode="drop") for old, of_tile in zip(results, new, strict=True))
+
+
+def _tile(platform: Platform, tiling: Tiling, layer: Layer, operands: Any, *, kernel_moves: bool = True) -> Tile:
     (positions, width), classes = layer.features.shape, layer.kernel.shape[tiling.class_axis]
-    dtype, distributions = layer.features.dtype, targets.label is None
-    return plan_tile(platform, positions, width, classes, dtype, distributions, tiling.memory_budget, kernel_moves)
+    dtype = layer.features.dtype
+    return plan_tile(platform, positions, width, classes, dtype, operands.is_wide, tiling.memory_budget, kernel_moves)
 
 
 def _over_tiles(
-    platform: Platform, tiling: Tiling, size: int, targets: Targets, step: Callable[[Array, Any, Any], Any], start: Any
+    platform: Platform, tiling: Tiling, size: int, operands: Any, step: Callable[[Array, Any, Any], Any], start: Any
 ) -> Any:
     """Fold `step(rows, first, carry)` over tiles of the positions that take part, `first` of them gone before."""
 
@@ -217,7 +234,7 @@ def _over_tiles(
 
         return lax.fori_loop(0, (end - first + size - 1) // size, body, carry)
 
-    rows, count = _in_turn(tiling, targets)
+    rows, count = _in_turn(tiling, operands)
     padded = jnp.pad(rows, (0, size), constant_values=rows.shape[0])
     if platform != "cpu" or not tiling.skips or tiling.axis_name is not None:
         return fold(0, count, size, start)
@@ -227,10 +244,9 @@ def _over_tiles(
     return fold(whole, count, -(-size // 8), fold(0, whole, size, start))
 
 
-def _in_turn(tiling: Tiling, targets: Targets) -> tuple[Array, Array | int]:
+def _in_turn(tiling: Tiling, operands: Any) -> tuple[Array, Array | int]:
     """The rows of the positions that take part, how many, and behind them an index out of range."""
-    share = targets.share
-    assert share is not None
+    share = operands.share
     positions = share.shape[0]
     if not tiling.skips:
         return jnp.arange(positions), positions
@@ -239,14 +255,16 @@ def _in_turn(tiling: Tiling, targets: Targets) -> tuple[Array, Array | int]:
     return jnp.where(jnp.arange(positions) < count, jnp.argsort(idle, stable=True), positions), count
 
 
-def _take(rows: Array, arrays: Any) -> Any:
-    """A tile's rows of every array, zero where the index is out of range."""
+def _take(tiling: Tiling, rows: Array, arrays: Any) -> Any:
+    """A tile's rows of every array, zero where the index is out of range, and logits in the place of a layer."""
 
-    def take(array: Array) -> Array:
+    def take(array: Any) -> Array:
+        if isinstance(array, Layer):
+            return _to_logits(_products(tiling, take(array.features), array), array)
         shared = array.shape[0] == 1  # by all positions, or there is but one
         return array if shared else jnp.take(array, rows, axis=0, mode="fill", fill_value=0)
 
-    return jax.tree.map(take, arrays)
+    return jax.tree.map(take, arrays, is_leaf=lambda array: isinstance(array, Layer))
 
 
 def _products(tiling: Tiling, features: Array, layer: Layer) -> Array:

@@ -165,7 +165,7 @@ ffi::Error run(ffi::ThreadPool& pool, const Call& call) {
   if (!reduced_in_parts) {
     stage(Stage::kAll, tiles * plan.chunks);
   } else {
-    if (call.op == Op::kStatistics || call.op == Op::kSoftmax || call.op == Op::kLogSoftmax) {
+    if (call.op != Op::kSoftmaxVjp && call.op != Op::kLogSoftmaxVjp) {
       stage(Stage::kMax, tiles * plan.chunks);
       stage(Stage::kMergeMax, tiles);
     }
@@ -218,6 +218,17 @@ ffi::Error statistics(ffi::ThreadPool pool, int64_t first, int64_t last, Array l
   call.label_out = data(*label_logit);
   call.spread_out = data(*spread_sum);
   call.gap_out = data(*gap);
+  return run(pool, call);
+}
+
+ffi::Error moments(ffi::ThreadPool pool, int64_t first, int64_t last, Array logits, Result max, Result tail,
+                   Result lead_logit, Result gap, Result lead) {
+  Call call = call_on(Op::kMoments, logits, first, last);
+  call.max_out = data(*max);
+  call.sum_out = data(*tail);
+  call.label_out = data(*lead_logit);
+  call.gap_out = data(*gap);
+  call.lead_out = data<int32_t>(*lead);
   return run(pool, call);
 }
 
@@ -283,6 +294,7 @@ auto binding() {
 
 #pragma GCC visibility push(default)
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_statistics, jaxsoft::statistics, (jaxsoft::binding<3, 5>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_moments, jaxsoft::moments, (jaxsoft::binding<1, 5>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_gradient, jaxsoft::gradient, (jaxsoft::binding<8, 1>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_softmax, jaxsoft::softmax, (jaxsoft::binding<1, 1>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_log_softmax, jaxsoft::log_softmax, (jaxsoft::binding<1, 3>()));

@@ -158,7 +158,8 @@ class Tile {
         if (maximises()) load_logits(), restore(max_, 0);
         load_summands(), find_sums();
         save(sum_, 1);
-        if (call_.spread) save(spread_, 2), save(gap_, 3);
+        if (call_.spread || leads()) save(spread_, 2), save(gap_, 3);
+        if (leads()) save(label_, 4);
         break;
       case Stage::kWrite:
         restore(max_, 0), restore(sum_, 1);
@@ -168,9 +169,12 @@ class Tile {
         merge(0, [](C x, C y) __attribute__((always_inline)) { return largest(x, y); });
         break;
       case Stage::kMergeSum:
-        for (int i = 1; i < (call_.spread ? kPartials : 2); ++i) merge(i, [](C x, C y) __attribute__((always_inline)) { return x + y; });
+        for (int i = 1; i < (call_.spread || leads() ? 4 : 2); ++i)
+          merge(i, [](C x, C y) __attribute__((always_inline)) { return x + y; });
+        if (leads()) merge(4, [](C x, C y) __attribute__((always_inline)) { return x < y ? x : y; });
         restore(max_, 0), restore(sum_, 1);
-        if (call_.spread) restore(spread_, 2), restore(gap_, 3);
+        if (call_.spread || leads()) restore(spread_, 2), restore(gap_, 3);
+        if (leads()) restore(label_, 4);
         report();
         break;
     }
@@ -178,8 +182,9 @@ class Tile {
 
  private:
   bool maximises() const {
-    return call_.op == Op::kStatistics || call_.op == Op::kSoftmax || call_.op == Op::kLogSoftmax;
+    return call_.op == Op::kStatistics || leads() || call_.op == Op::kSoftmax || call_.op == Op::kLogSoftmax;
   }
+  bool leads() const { return call_.op == Op::kMoments; }
   bool sums() const { return call_.op != Op::kGradient; }
 
   static C largest(C x, C y) { return (y <= x) | (x != x) ? x : y; }  // NaN where either is
@@ -401,9 +406,38 @@ class Tile {
       case Op::kLogSoftmaxVjp:
         sum(sum_, [=](int64_t e, int64_t) __attribute__((always_inline)) { return b[e]; });
         break;
+      case Op::kMoments:  // the classes of the largest logit are counted, not added up: that sum is exact
+        find_leads();
+        sum(sum_, [=](int64_t e, int64_t l) __attribute__((always_inline)) {
+          const C below = max[l] - a[e], x = a[e] == max[l] ? 0 : exponential(-below);
+          b[e] = x == 0 ? 0 : x * below;
+          return x;
+        });
+        sum(gap_, [=](int64_t e, int64_t) __attribute__((always_inline)) { return b[e]; });
+        break;
       case Op::kGradient:
         break;
     }
+  }
+
+  // How many classes have the largest logit, and the first of them.
+  void find_leads() {
+    C *const a = a_, *const max = max_, *const ties = spread_, *const lead = label_, *const first = taken_;
+    for (int64_t l = 0; l < lanes_; ++l) {
+      ties[l] = 0, lead[l] = C(call_.shape.classes);
+      first[l] = C(class_ + l % group_ / width_);
+    }
+    C c = 0;
+    for (int64_t start = 0; start < size_; start += lanes_, c += C(plan_.fold)) {
+#pragma omp simd
+      for (int64_t l = 0; l < lanes_; ++l) {
+        const bool leads = a[start + l] == max[l];
+        ties[l] += leads ? 1 : 0;
+        lead[l] = leads && first[l] + c < lead[l] ? first[l] + c : lead[l];
+      }
+    }
+    unfold(ties, [](C x, C y) __attribute__((always_inline)) { return x + y; });
+    unfold(lead, [](C x, C y) __attribute__((always_inline)) { return x < y ? x : y; });
   }
 
   // With few classes, one to a line of lanes, labels are compared with each; else what is at a label is looked up.
@@ -477,6 +511,16 @@ class Tile {
 
   void report() {  // what there is one number a position of
     put(max_, call_.max_out);
+    if (leads()) {
+      each_position([this](int64_t position, int64_t lane) {
+        const bool any = spread_[lane] > 0;
+        static_cast<C*>(call_.sum_out)[position] = sum_[lane] + (any ? spread_[lane] - 1 : 0);
+        static_cast<C*>(call_.label_out)[position] = any ? max_[lane] : C(-INFINITY);
+        static_cast<C*>(call_.gap_out)[position] = gap_[lane];
+        call_.lead_out[position] = static_cast<int32_t>(label_[lane]);
+      });
+      return;
+    }
     put(sum_, call_.sum_out, call_.op == Op::kLogSoftmax ? kEpsilon / 8 : 0);
     put(spread_, call_.spread_out);
     put(gap_, call_.gap_out);
@@ -495,6 +539,7 @@ class Tile {
     C *const idle = idle_, *const at_label = taken_;
     switch (call_.op) {
       case Op::kStatistics:
+      case Op::kMoments:
         break;
       case Op::kSoftmax:
         for (int64_t l = 0; l < lanes_; ++l) scale[l] = 1 / (sum[l] + kEpsilon / 8);

@@ -13,7 +13,7 @@ struct Shape {
 
 enum class Dtype { kFloat32, kFloat64, kBfloat16, kFloat16 };
 
-enum class Op { kStatistics, kGradient, kSoftmax, kLogSoftmax, kSoftmaxVjp, kLogSoftmaxVjp };
+enum class Op { kStatistics, kMoments, kGradient, kSoftmax, kLogSoftmax, kSoftmaxVjp, kLogSoftmaxVjp };
 
 // One call of a handler. Half precision is computed in float; what has one number a position (max, factor, ...) and
 // the spread are of that compute dtype. Absent arrays are null.
@@ -30,6 +30,7 @@ struct Call {
   const void *max = nullptr, *total = nullptr, *factor = nullptr, *at_label = nullptr, *share = nullptr;
   void* result = nullptr;
   void *max_out = nullptr, *sum_out = nullptr, *label_out = nullptr, *spread_out = nullptr, *gap_out = nullptr;
+  int32_t* lead_out = nullptr;
 };
 
 // How an array is cut into tiles, from its shape alone. A tile is brought into a cache and widened, and each of its
@@ -54,10 +55,10 @@ enum class Stage {
 };
 
 // Runs a stage over pieces [begin, end): tiles, or positions where stages merge. `scratch` is the thread's own,
-// `partials` holds 4 numbers for each tile's positions and is shared. Both are allocated by the caller.
+// `partials` holds 5 numbers for each tile's positions and is shared. Both are allocated by the caller.
 using Kernel = void (*)(const Call&, const Plan&, Stage, int64_t begin, int64_t end, void* scratch, void* partials);
 
-inline constexpr int kPartials = 4;  // max, sum, spread, gap
+inline constexpr int kPartials = 5;  // max, sum, spread or ties, gap, lead
 inline int64_t scratch_size(const Plan& plan) { return 2 * plan.size + 10 * plan.lanes; }
 
 // The same source, compiled for each instruction set.
