@@ -29,7 +29,7 @@ from jaxsoft._meshes import (
 from jaxsoft._plan import check_budget
 from jaxsoft._primitive import Results, as_primitive
 from jaxsoft._readings import Positions, Reading, Values, to_operands
-from jaxsoft._shards import AxisName, all_classes, as_axis_name, vary, varying
+from jaxsoft._shards import AxisName, all_classes, as_axis_name, is_whole, unsharded, vary, varying
 from jaxsoft._sparse_targets import SparseTargets, read_any_targets
 from jaxsoft._targets import Options, Reduction, count_positions, position_weights, reduce_losses, sum_positions
 from jaxsoft._tiles import Layer, Tiling, Variables, tiled_gradients, tiled_values
@@ -250,6 +250,8 @@ def _on_device(inputs: Inputs, static: Static) -> Results:
     skips = static.ignore_index is not None or options.weights is not None
     axes = varying((layer, flat))
     summed = Variables(*(axes - varying(v) for v in (layer.features, layer.kernel, layer.bias, flat.spread)))
+    if is_whole(flat.spread, static.axis_name):  # and so is its gradient
+        summed = summed._replace(spread=unsharded(summed.spread, static.axis_name))
     tiling = Tiling(static.reading, static.memory_budget, static.class_axis, static.axis_name, skips)
     program = Program(tiling, axes, summed, static.gathered, type(flat))
     if is_checking():

@@ -13,7 +13,7 @@ from jaxsoft._meshes import BatchAxes
 from jaxsoft._moments import Moments, block_moments
 from jaxsoft._platform import Axes
 from jaxsoft._readings import Reading, Values, taking_part
-from jaxsoft._shards import AxisName, first_class
+from jaxsoft._shards import AxisName, first_class, sum_shards
 from jaxsoft._sparse_targets import take
 from jaxsoft._statistics import Statistics, scaled_exponentials
 from jaxsoft._targets import Targets, as_targets
@@ -111,8 +111,10 @@ def _around(logits: Array, targets: Targets, axis: int, axis_name: AxisName) -> 
     """Moments, and from these the statistics of the label."""
     assert targets.label is not None
     moments = block_moments(logits, axis, axis_name)
-    of_all = targets.label + first_class(logits.shape[axis], axis_name)
-    return moments, moments.around(of_all, take(logits, targets.label, axis, axis_name))
+    # On the shard that has it: what is known of an index beside another shard's would differ between devices.
+    of_block = targets.label == moments.lead - first_class(logits.shape[axis], axis_name)
+    leads = sum_shards(of_block.astype(jnp.int32), axis_name) > 0
+    return moments, moments.around(leads, take(logits, targets.label, axis, axis_name))
 
 
 @functools.cache

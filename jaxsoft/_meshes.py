@@ -35,6 +35,16 @@ def lay_like(array: Array, like: Array | jax.ShapeDtypeStruct, *absent: int) -> 
     return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
+def lay_beside(array: Array, like: Array | jax.ShapeDtypeStruct, axis: int) -> Array:
+    """`array` laid as `like` is, but whole along one axis, in which it may have another length."""
+    sharding = stated_sharding(like)
+    if sharding is None:
+        return array
+    names = stated_names(like)
+    spec = PartitionSpec(*names[:axis], None, *names[axis + 1 :])
+    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec))
+
+
 def broadcast_like(array: Array, like: Array) -> Array:
     """`array` broadcast to the shape of `like`, and laid as it is: of the cases of a choice JAX asks for both."""
     return jnp.broadcast_to(array, like.shape, out_sharding=stated_sharding(like))

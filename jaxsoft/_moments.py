@@ -31,13 +31,13 @@ class Moments(NamedTuple):
         """−Σ_j p_j log p_j as two terms of at least 0: lse − Σ_j p_j z_j is what two large ones leave."""
         return self.statistics.log_total + self.mean_gap
 
-    def around(self, label: Array, label_logit: Array) -> Statistics:
-        """The statistics with another class as the label, whose logit is at most m: no sum is taken again."""
+    def around(self, leads: Array, label_logit: Array) -> Statistics:
+        """The statistics with another class as the label, unless that is what `leads`: no sum is taken again."""
         statistics = self.statistics
         below = label_logit - statistics.largest
         # What leads has 1 in the sum, and takes it along; under any other the tail is at least that 1.
         others = statistics.tail + (jnp.exp(statistics.label) - jnp.exp(below))
-        return statistics._replace(tail=jnp.where(label == self.lead, statistics.tail, others), label=below)
+        return statistics._replace(tail=jnp.where(leads, statistics.tail, others), label=below)
 
 
 def block_moments(logits: Array, axis: int, axis_name: AxisName = None) -> Moments:

@@ -66,6 +66,11 @@ def unsharded(axes: frozenset, axis_name: AxisName) -> frozenset:
     return axes - frozenset(axis_name if isinstance(axis_name, tuple) else ())
 
 
+def is_whole(array: Array, axis_name: AxisName) -> bool:
+    """Whether an array of each position's own is the same on all shards, not one block of something on each."""
+    return isinstance(axis_name, tuple) and not varying(array) & frozenset(axis_name)
+
+
 def vary(tree: Tree, axes: frozenset) -> Tree:
     """`tree` with every array typed as differing over `axes`; in reverse mode the gradients are summed over them."""
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from jaxsoft._checks import as_option, check_values
 from jaxsoft._dtypes import compute_dtype, widen
 from jaxsoft._losses import LOSSES, scale_gradient
-from jaxsoft._meshes import Names
+from jaxsoft._meshes import Names, lay_beside, stated_names, stated_sharding
 from jaxsoft._platform import Axes
 from jaxsoft._readings import Reading, Values, taking_part
 from jaxsoft._shards import AxisName, all_classes, first_class, sum_shards
@@ -106,7 +106,7 @@ def as_any_targets(
     ):
         if option is not None:
             hint = "; use weights" if name == "ignore_index" else ""
-            raise ValueError(f"{name}: expected none with SparseTargets, got {option!r}{hint}")
+            raise ValueError(f"{name}: expected none with SparseTargets{hint}")
     indices, _ = as_targets(targets.indices, classes, None)
     probs = jnp.asarray(targets.probs)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
@@ -150,11 +150,12 @@ def read_sparse_targets(
         total = jnp.sum(q, axis, keepdims=True)
         q = q / jnp.where(total == 0, 1, total)
     counted = jnp.expand_dims(position_weights(options.weights, logits, axis), axis)
-    wrong = jnp.any(~inside & (probs != 0), axis, keepdims=True) & (counted != 0)
-    share = counted / jnp.where(wrong, 0, 1).astype(dtype)  # NaN, for there is no other way to object
+    wrong = lay_beside(jnp.any(~inside & (probs != 0), axis, keepdims=True), logits, axis) & (counted != 0)
+    share = jnp.where(wrong, 0, counted) / jnp.where(wrong, 0, 1).astype(dtype)  # 0/0: a loss can object in no other way
     count, square = count_positions(counted, counted, options, reduction, examples, batch)
     none = jnp.iinfo(jnp.int32).min  # before the first block
     ids = jnp.where(is_first, indices.astype(jnp.int32) - first_class(shape[axis], axis_name), none)
+    ids, q = lay_beside(ids, logits, axis), lay_beside(q, logits, axis)
     return Chosen(ids, q, share, square), count
 
 
@@ -191,21 +192,34 @@ class Sparse(NamedTuple):
 
 def put(array: Array, classes: Array, values: Array, axis: int) -> Array:
     """`array` with other values at some classes of each position; of classes outside of the block nothing is put."""
-    inside = jnp.where((classes >= 0) & (classes < array.shape[axis]), classes, array.shape[axis])
     values = jnp.broadcast_to(values, classes.shape).astype(array.dtype)
+    if any(stated_names(array)):
+        is_class = _is_class(array, classes, axis)
+        new = jnp.sum(jnp.where(is_class, jnp.expand_dims(values, axis + 1), 0), axis, dtype=array.dtype)
+        return jnp.where(jnp.any(is_class, axis), new, array)
+    inside = jnp.where((classes >= 0) & (classes < array.shape[axis]), classes, array.shape[axis])
     return jnp.put_along_axis(array, inside, values, axis, mode="drop", inplace=False)
 
 
 def take(logits: Array, classes: Array, axis: int, axis_name: AxisName) -> Array:
     """The logits at some classes of each position, −inf where there is none, on any shard."""
-    size = logits.shape[axis]
+    size, z = logits.shape[axis], widen(logits)
     inside = (classes >= 0) & (classes < size)
-    at = jnp.take_along_axis(widen(logits), jnp.clip(classes, 0, size - 1), axis, mode="promise_in_bounds")
+    if any(stated_names(logits)):
+        at = jnp.sum(jnp.where(_is_class(z, classes, axis), jnp.expand_dims(z, axis), 0), axis + 1)
+    else:
+        at = jnp.take_along_axis(z, jnp.clip(classes, 0, size - 1), axis, mode="promise_in_bounds")
     if axis_name is not None:
         sums = jnp.concatenate([jnp.where(inside, at, 0), inside.astype(at.dtype)], axis)
         at, found = jnp.split(sum_shards(sums, axis_name), 2, axis)
         inside = found > 0
     return jnp.where(inside, at, -jnp.inf)
+
+
+def _is_class(array: Array, classes: Array, axis: int) -> Array:
+    """(…, K, classes, …): no gather and no scatter looks on several devices, but a comparison is on each."""
+    index = lax.broadcasted_iota(classes.dtype, array.shape, axis, out_sharding=stated_sharding(array))
+    return jnp.expand_dims(classes, axis + 1) == jnp.expand_dims(index, axis)
 
 
 def _without(logits: Array, chosen: Chosen, leads: Array, axis: int) -> Array:
@@ -238,7 +252,7 @@ def sparse_losses(outside: Outside) -> Reading:
             largest = jnp.maximum(lax.stop_gradient(of_lead), jnp.finfo(at.dtype).min)
             return Sparse(rest, *around(largest, 0.0, of_lead - largest), leads, None)
         left = None
-        if outside == "tail" and chosen.classes.shape[axis] < logits.shape[axis]:
+        if outside == "tail" and chosen.classes.shape[axis] < all_classes(logits.shape[axis], axis_name):
             left = 1 - jnp.sum(chosen.spread, axis, keepdims=True)
             left = jnp.where(left > 8 * jnp.finfo(left.dtype).eps, left, 0)
         return Sparse(rest, *around(rest.largest, rest.tail, rest.label), leads, left)
@@ -310,7 +324,7 @@ def sparse_losses(outside: Outside) -> Reading:
             elsewhere,
             axes,
             idle,
-            jnp.sum(jnp.where(sparse.leads, chosen.classes, 0), axis, keepdims=True),
+            jnp.sum(jnp.where(sparse.leads, chosen.classes, 0), axis, keepdims=True, dtype=jnp.int32),
             at_lead,
             in_place=in_place or chosen.classes.shape[axis] > 1,
         )

@@ -14,7 +14,7 @@ from jaxsoft._plan import Platform, Tile, plan_tile
 from jaxsoft._platform import by_platform
 from jaxsoft._primitive import Results
 from jaxsoft._readings import Reading, Values, read
-from jaxsoft._shards import AxisName, unsharded, vary, varying
+from jaxsoft._shards import AxisName, is_whole, unsharded, vary, varying
 
 
 class Layer(NamedTuple):
@@ -130,7 +130,11 @@ def _fold_gradients(
         return values, Variables(to_features, to_kernel, to_bias, to_spread), kept
 
     def zeros(array: Array, wanted: bool, dtype: jnp.dtype) -> Array | None:
-        return vary(jnp.zeros(array.shape, dtype), varying(layer)) if wanted else None
+        if not wanted:
+            return None
+        whole = array is operands.spread and is_whole(array, tiling.axis_name)
+        axes = unsharded(varying(layer), tiling.axis_name) if whole else varying(layer)
+        return vary(jnp.zeros(array.shape, dtype), axes)
 
     dtypes = Variables(features_dtype, dtype, dtype, dtype)
     inputs = _variables(layer, operands)
