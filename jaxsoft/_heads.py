@@ -181,7 +181,7 @@ def _over_mesh(layout: Layout, inputs: Inputs, static: Static) -> Results:
         targets = jax.tree.map(lambda _: own, inputs.targets)
     elif inputs.targets is not None:
         targets = own if inputs.targets.ndim < inputs.layer.features.ndim else P(*positions, *blocks)
-    of_teacher = [(), ()]  # a constant, and gathered beforehand
+    of_teacher: list[Names] = [(), ()]  # a constant, and gathered beforehand
     of_teacher[static.class_axis] = layout.classes
     specs: Any = Inputs(
         Layer(*cast(Any, (own, P(*kernel), blocks, none, none))),
@@ -370,7 +370,7 @@ _each.defvjp(_each_fwd, _each_bwd, symbolic_zeros=True)
 
 def _instantiate(cotangent: Any) -> Array:
     is_zero = isinstance(cotangent, SymbolicZero)
-    return jnp.zeros(cotangent.shape, cotangent.dtype) if is_zero else cotangent
+    return jnp.zeros(cotangent.shape, cast(Any, cotangent.dtype)) if is_zero else cotangent
 
 
 def _wanted(*primals) -> tuple[Variables, tuple[Layer, Any]]:

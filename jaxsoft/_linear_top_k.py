@@ -107,8 +107,8 @@ class Largest(NamedTuple):
 def _largest(k: int) -> Reading:
     def statistics(logits: Array, axes: Axes, positions: Positions, axis_name: AxisName) -> Largest:
         (axis,) = axes
-        # Or XLA merges the slices below with its own of a sort, no longer knows that for a top-k, and sorts all classes.
-        top, classes = map(lax.optimization_barrier, lax.top_k(logits, k))  # one by one: it fails on a barrier of both
+        # Or XLA merges slices of the results with its own, takes them no longer for a top-k, and sorts all classes.
+        top, classes = map(lax.optimization_barrier, lax.top_k(logits, k))  # one by one: a barrier of both ends it
         first = first_class(logits.shape[axis], axis_name)
         classes = classes.astype(jnp.int32) + first
         if axis_name is not None:  # the blocks' candidates side by side, in the order of the classes

@@ -151,7 +151,7 @@ def read_sparse_targets(
         q = q / jnp.where(total == 0, 1, total)
     counted = jnp.expand_dims(position_weights(options.weights, logits, axis), axis)
     wrong = lay_beside(jnp.any(~inside & (probs != 0), axis, keepdims=True), logits, axis) & (counted != 0)
-    share = jnp.where(wrong, 0, counted) / jnp.where(wrong, 0, 1).astype(dtype)  # 0/0: a loss can object in no other way
+    share = jnp.where(wrong, 0, counted) / jnp.where(wrong, 0, 1).astype(dtype)  # 0/0: there is no other way to object
     count, square = count_positions(counted, counted, options, reduction, examples, batch)
     none = jnp.iinfo(jnp.int32).min  # before the first block
     ids = jnp.where(is_first, indices.astype(jnp.int32) - first_class(shape[axis], axis_name), none)

@@ -312,9 +312,7 @@ def test_what_lies_outside_of_sparse_targets_has_its_digits():
     q = jnp.array([[0.9, 0.05]], jnp.float32)
     p = np.exp(np.float64(z[0]) - 25)
     total = p.sum()
-    expected = -(0.9 * np.log(1 / total) + 0.05 * np.log(p[1] / total)) - (1 - 0.95) * np.log(
-        p[2:].sum() / total
-    )
+    expected = -(0.9 * np.log(1 / total) + 0.05 * np.log(p[1] / total)) - (1 - 0.95) * np.log(p[2:].sum() / total)
     got = cross_entropy(z, SparseTargets(jnp.array([[0, 1]]), q))
     assert 1 - jax.nn.softmax(z)[0, :2].sum() <= 1.2e-7
     np.testing.assert_allclose(got, expected, rtol=1e-5)
