@@ -5,6 +5,7 @@ Every loss and normaliser in this package comes from `block_statistics`, every g
 one, so they broadcast against the logits.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -87,7 +88,7 @@ def block_statistics(logits: Array, axes: Axes, targets: Targets = Targets(), ax
         return block
     largest = max_shards(block.largest, axis_name)
     below = block.largest - largest
-    sums = [tail * jnp.exp(below)]
+    sums = [_shifted_tail(logits, targets.label, tail, below, largest, axes)]
     if targets.label is not None:  # of one shard; a label in none has no weight, or NaN
         inside = (targets.label >= 0) & (targets.label < logits.shape[axes[0]])
         sums.append(jnp.where(inside, block.label + below, 0))
@@ -97,6 +98,24 @@ def block_statistics(logits: Array, axes: Axes, targets: Targets = Targets(), ax
     packed = sum_shards(jnp.concatenate(sums, axes[-1]), axis_name)  # one all-reduce for them all
     tail, *rest = jnp.split(packed, len(sums), axes[-1])
     return Statistics(largest, tail, None if label is None else rest.pop(0), *rest)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
+def _shifted_tail(logits: Array, label: Array | None, tail: Array, below: Array, largest: Array, axes: Axes) -> Array:
+    """A block's tail relative to the largest logit of all shards, from that relative to its own."""
+    return tail * jnp.exp(below)
+
+
+@_shifted_tail.defjvp
+def _shifted_tail_jvp(axes: Axes, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    # Each exp(z_j − m) as `scaled_exponentials` has it. By way of the block's own m it would be rounded otherwise, by
+    # z_j − m units, and of second derivatives there would remain so much of what two of their terms have in common.
+    # Inside a scan JAX may forget this rule (see `taking_part`): so the tail moves as well, for which it stands.
+    logits, label, _, _, largest = primals
+    moved = jnp.exp(widen(logits) - largest) * widen(tangents[0])
+    if label is not None:
+        moved = jnp.where(is_label(logits, label, axes), 0, moved)
+    return _shifted_tail(*primals, axes), jnp.sum(moved, axes, keepdims=True)
 
 
 @on(cpu=_cpu.log1p)

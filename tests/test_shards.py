@@ -150,6 +150,36 @@ def test_second_order(mesh):
     close(fn(LOGITS, labels), jax.jit(jax.grad(slope))(LOGITS, labels))
 
 
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp", "cross_entropy"])
+def test_second_order_far_below_the_leading_class(mesh, name):
+    """Right to roundings of s, however small, also where the terms of a class cancel: along what is the same for all.
+
+    They would not if one of them had exp(z_j − m) by way of the largest logit of its shard.
+    """
+    row, spec = rows(mesh), PartitionSpec(rows(mesh), "classes")
+    arguments = (jnp.argmax(LOGITS, 1),) if name == "cross_entropy" else ()
+    options = {"reduction": "none"} if arguments else {}
+    cotangent = COTANGENT if "softmax" in name else COTANGENT[:, 0]
+    of_positions = PartitionSpec(row)
+
+    def bend(z, g, v, *arguments, **more):
+        def gradient(z):
+            return jax.vjp(lambda z: getattr(jaxsoft, name)(z, *arguments, **options, **more), z)[1](g)[0]
+
+        return jax.vjp(gradient, z)[1](v)[0]
+
+    logits = 30 * LOGITS
+    in_specs = spec, spec if "softmax" in name else of_positions, spec, *(of_positions for _ in arguments)
+    sharded = over_shards(mesh, lambda *a: bend(*a, axis_name="classes"), in_specs, spec)
+    probs = np.asarray(jaxsoft.softmax(logits.astype(float)))
+    largest = np.abs(cotangent.sum(1) if name == "log_softmax" else cotangent).max()
+    for along in (jnp.ones_like(logits), jnp.cos(logits)):
+        arrays = logits, cotangent, along
+        expected = np.asarray(bend(*(a.astype(float) for a in arrays), *arguments))
+        bound = 2**-20 * probs * largest + 2e-5 * np.abs(expected) + 1e-37
+        assert (np.abs(np.asarray(sharded(*arrays, *arguments)) - expected) <= bound).all()
+
+
 def test_a_label_beyond_the_last_shard_is_nan(mesh):
     spec = PartitionSpec(rows(mesh), "classes")
     labels = jnp.maximum(LABELS, 0).at[jnp.array([4, 9])].set(jnp.array([40, -1], LABELS.dtype))
