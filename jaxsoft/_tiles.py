@@ -164,18 +164,18 @@ def _tiled_gradients_jvp(tiling: Tiling, wanted: Variables, primals, tangents):
         wide = compute_dtype(layer.features.dtype)
         every = _variables(layer._replace(kernel=layer.kernel.astype(wide)), operands)
 
-        def of_chosen(chosen: Variables) -> Values:
+        def total(chosen: Variables) -> tuple[Array, Values]:
             x, w, b, spread = (old if new is None else new for new, old in zip(chosen, every, strict=True))
             changed = layer._replace(features=x, kernel=w, bias=b)
             reading = functools.partial(read, tiling.reading)
-            return _scanned_values(tiling, reading, changed, operands._replace(spread=spread))
+            values = _scanned_values(tiling, reading, changed, operands._replace(spread=spread))
+            return sum(jnp.sum(c * value) for c, value in zip(cotangents, values[0], strict=True)), values
 
         chosen = Variables(*(v if w else None for v, w in zip(every, wanted, strict=True)))
-        moving, pullback, constant = jax.vjp(of_chosen, chosen, has_aux=True)
-        (gradients,) = pullback(cotangents)
+        gradients, values = jax.grad(total, has_aux=True)(chosen)
         if gradients.features is not None and tiling.axis_name is not None:  # in the dtype of the loop's
             gradients = gradients._replace(features=gradients.features.astype(wide))
-        return (moving, constant), gradients
+        return values, gradients
 
     return jax.jvp(values_and_gradients, primals, tangents)
 

@@ -13,7 +13,13 @@ import jaxsoft
 FUNCTIONS = {name: fn for name in jaxsoft.__all__ if inspect.isfunction(fn := getattr(jaxsoft, name))}
 # What may be passed by position after the first argument: arrays, and the axis and mask of jax.nn's names.
 POSITIONAL = {
+    "k",
     "kernel",
+    "labels",
+    "teacher_bias",
+    "teacher_features",
+    "teacher_kernel",
+    "teacher_logits",
     "targets",
     "bias",
     "classes",
@@ -30,6 +36,11 @@ CALLS = {
     "apply_mlp": lambda z: jaxsoft.apply_mlp(jaxsoft.init_mlp(jax.random.key(0), (6, 2)), z),
     "cross_entropy": lambda z: jaxsoft.cross_entropy(z, jnp.array(1)),
     "linear_cross_entropy": lambda z: jaxsoft.linear_cross_entropy(z, jnp.eye(6)[:, :4], jnp.array(1)),
+    "entropy": jaxsoft.entropy,
+    "kl_divergence": lambda z: jaxsoft.kl_divergence(z, jnp.arange(6.0)),
+    "linear_kl_divergence": lambda z: jaxsoft.linear_kl_divergence(z, jnp.eye(6)[:, :4], z[:3], jnp.eye(3, 4)),
+    "linear_log_probs": lambda z: jaxsoft.linear_log_probs(z, jnp.eye(6)[:, :4], jnp.array(1)).label,
+    "linear_top_k": lambda z: jaxsoft.linear_top_k(z, jnp.eye(6)[:, :4], 2).log_probs,
     "log_softmax": jaxsoft.log_softmax,
     "logsumexp": jaxsoft.logsumexp,
     "softmax": jaxsoft.softmax,

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxsoft
 import reference
-from jaxsoft import _cpu, _softmax, _statistics
+from jaxsoft import _cpu, _moments, _softmax, _statistics
 
 pytestmark = [
     pytest.mark.optimized,
@@ -22,6 +22,7 @@ pytestmark = [
 
 SEAMS = {
     "statistics": _statistics._block_sums,
+    "moments": _moments._block_moments,
     "gradient": _statistics._in_new_place,
     "gradient_in_place": _statistics._in_place,
     "softmax": _softmax._probs,
@@ -114,7 +115,7 @@ def test_kernels_equal_the_plain_functions(shape, dtype, rng):
         wide_rest = [a if a is None or a.dtype in (jnp.int32, jnp.bool_) else wide(a) for a in rest]
         right = plain(name, (shifted, *(jnp.zeros(one) for _ in of_logits), *wide_rest), axes)
         edges = plain(name, (z, *of_logits, *rest), axes)
-        right = [jnp.where(jnp.isfinite(largest), r, wide(e)) for r, e in zip(right, edges, strict=True)]
+        right = [jnp.where(jnp.isfinite(largest), wide(r), wide(e)) for r, e in zip(right, edges, strict=True)]
         return found, right
 
     label = jnp.asarray(rng.integers(-2, classes + 2, one), jnp.int32)
@@ -137,6 +138,18 @@ def test_kernels_equal_the_plain_functions(shape, dtype, rng):
                 of_label, of_spread = None if y is None else at_label, None if spread is None else share
                 (found,), (right,) = both(name, (largest,), factor, whole, y, of_label, of_spread, spread)
                 assert_close(found, right, 6, 0.0 if spread is None else jnp.abs(right) + wide(jnp.abs(share * spread)))
+
+    found, right = both("moments", ())
+    left = jnp.isfinite(largest) & jnp.any(z > -jnp.inf, 1, keepdims=True)
+    assert_close(found[1][left], right[1][left], 16)
+    # An exponential that is 0 below the smallest normal number stands here times up to 709.
+    assert_close(found[3][left] / 1024, right[3][left] / 1024, 16)
+    np.testing.assert_array_equal(found[4][left], jnp.argmax(z, 1, keepdims=True)[left])
+    # Elsewhere what is made of them: NaN, −inf, 0, no class.
+    compiled, edges = jax.jit(_moments.block_moments, static_argnums=1)(z, 1), _moments.block_moments(z, 1)
+    np.testing.assert_array_equal(compiled.statistics.logsumexp[~left], edges.statistics.logsumexp[~left])
+    np.testing.assert_array_equal(compiled.entropy[~left], edges.entropy[~left])
+    np.testing.assert_array_equal(compiled.lead, edges.lead)
 
     (probs,), (right,) = both("softmax", ())
     assert_close(probs, right, 16)
@@ -162,6 +175,7 @@ def everything(z, g):
         s,
         log_s,
         *kernel("statistics", (z, y, g.astype(total.dtype)), axes),
+        *kernel("moments", (z,), axes),
         *kernel("gradient", (z, largest, 1 / total, None, y, total, None, None), axes),
         *kernel("softmax_vjp", (s, g), axes),
         *kernel("log_softmax_vjp", (z, largest, total, g), axes),
