@@ -4,8 +4,9 @@ python -m experiments.exactness
 
 The label's logit is the largest of the others plus a margin. Losses, and their derivatives to the label's logit, of
 this library and of its peers in float32 are held against the same float32 logits in float64, where the loss is log1p of
-the sum over the other classes. The difference of two logits is rounded before it is exponentiated, which alone costs up to
-the margin times half the machine epsilon. A relative error of 1 means that nothing is left: a loss of 0, no gradient to learn from.
+the sum over the other classes. The difference of two logits is rounded before it is exponentiated, which alone costs
+up to the margin times half the machine epsilon. A relative error of 1 means that nothing is left: a loss of 0, no
+gradient to learn from.
 """
 
 from collections.abc import Callable

@@ -1,14 +1,15 @@
 # %% [markdown]
 # # Debug my softmax gradient
 #
-# A classifier in NumPy, with a gradient written by hand. It trains, its accuracy is fine, and its gradient is wrong. How
-# does one find out, and what is wrong with it?
+# A classifier in NumPy, with a gradient written by hand. It trains, its accuracy is fine, and its gradient is wrong.
+# How does one find out, and what is wrong with it?
 
 # %%
+import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from jaxsoft import diagnose_gradient
+from jaxsoft import cross_entropy, diagnose_gradient
 
 # %% [markdown]
 # Three clouds of points in the plane, and a linear layer with softmax.
@@ -27,8 +28,8 @@ def softmax(z):
 
 
 # %% [markdown]
-# Three versions of the error at the output. The first is what most of us write first: the textbook says to multiply by the
-# derivative of the activation, and o(1 − o) is the derivative of a softmax output to its own input. The second
+# Three versions of the error at the output. The first is what most of us write first: the textbook says to multiply by
+# the derivative of the activation, and o(1 − o) is the derivative of a softmax output to its own input. The second
 # multiplies by the whole Jacobian, since every output depends on every input. The third multiplies by nothing.
 
 
@@ -121,7 +122,4 @@ print(f"{lost.verdict}\n\n{lost}")
 # `jaxsoft.cross_entropy` takes that entry from the other classes, and keeps it:
 
 # %%
-import jax  # noqa: E402
-from jaxsoft import cross_entropy  # noqa: E402
-
 print(jax.grad(cross_entropy)(sure, np.array([0])))

@@ -52,8 +52,8 @@ for name, a, b in zip(("features", "kernel"), gradients, fused_gradients, strict
 # %% [markdown]
 # ## What it takes
 #
-# Temporaries of loss and gradients, as the compiler says, for vocabularies up to 262,144 words. Nothing is allocated here:
-# shapes are enough to compile.
+# Temporaries of loss and gradients, as the compiler says, for vocabularies up to 262,144 words. Nothing is allocated
+# here: shapes are enough to compile.
 
 
 # %%
@@ -82,8 +82,8 @@ for name, numbers in measured.items():
     print(f"{name:36}" + "".join(f"{number:10,.0f}" for number in numbers), "MiB")
 
 # %% [markdown]
-# What is left in the small budget is the tile and the gradient of the kernel, in float32, which grows with the vocabulary
-# whatever one does.
+# What is left in the small budget is the tile and the gradient of the kernel, in float32, which grows with the
+# vocabulary whatever one does.
 
 # %% [markdown]
 # ## The plan says so before

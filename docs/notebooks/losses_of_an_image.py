@@ -103,7 +103,9 @@ print(f"softmax and its product: {program.memory_analysis().temp_size_in_bytes /
 @jax.jit
 def losses_of(scores):
     """Losses of class 0 where the two classes' scores differ so."""
-    return cross_entropy(jnp.stack([scores, jnp.zeros_like(scores)], 1), jnp.zeros(scores.shape, int), 1, reduction="none")
+    return cross_entropy(
+        jnp.stack([scores, jnp.zeros_like(scores)], 1), jnp.zeros(scores.shape, int), 1, reduction="none"
+    )
 
 
 for deviation in (0, 1, 2, 5, 10):
