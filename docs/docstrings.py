@@ -38,7 +38,8 @@ def _parts(docstring: str) -> Iterator[str]:
         elif heading and heading[2] and all(name in PARAGRAPHS for name in heading[1].split(", ")):
             yield f"**{heading[1]}**: {heading[2]}"
         elif number == 1 and FORMULA.match(first):
-            yield f"```text\n{block.replace('`', '')}\n```"
+            # What stands apart on a line has one of its own: a page is narrower than a screen of code.
+            yield "```text\n" + re.sub(r" {3,}|;  ", "\n", block.replace("`", "")) + "\n```"
         else:
             yield block
 
