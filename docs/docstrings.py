@@ -16,7 +16,6 @@ PARAGRAPHS = ("Returns", "Edges", "Differentiation", "Exactness", "Source")
 HEADING = re.compile(r"([A-Z][\w ,]*):(?: (.*))?", re.DOTALL)
 # A sum, a product or an arrow between symbols, before any sentence begins.
 FORMULA = re.compile(r"(?!The )[^.`]*[^\s.`] +[=←~] ")
-COMMENT = re.compile(r"[^\"'#]*  # (.*)")
 
 
 def as_markdown(docstring: str) -> str:
@@ -52,14 +51,20 @@ def _items(text: str) -> Iterator[str]:
 
 
 class Docstrings(griffe.Extension):
-    """Replace every docstring of the package as it is read; a field's comment is its docstring."""
+    """Replace every docstring of the package as it is read, and list the fields of its tuples with their comments."""
 
     def on_instance(self, *, obj: griffe.Object, **_: object) -> None:
         if obj.docstring is not None:
             obj.docstring.value = as_markdown(obj.docstring.value)
 
-    def on_attribute_instance(self, *, attr: griffe.Attribute, **_: object) -> None:
-        if attr.docstring is None and attr.parent is not None and attr.parent.is_class and attr.lineno is not None:
-            comment = COMMENT.match(attr.lines_collection[attr.filepath][attr.lineno - 1])
-            if comment is not None:
-                attr.docstring = griffe.Docstring(f"{comment[1][0].upper()}{comment[1][1:]}.", parent=attr)
+    def on_class_members(self, *, cls: griffe.Class, **_: object) -> None:
+        fields = [member for member in cls.members.values() if member.is_attribute and member.lineno]
+        if cls.docstring is not None and fields:
+            lines = cls.filepath.read_text().splitlines()
+            items = (_field(member, lines[member.lineno - 1]) for member in fields)
+            cls.docstring.value += "\n**Fields**\n\n" + "\n".join(items) + "\n"
+
+
+def _field(member: griffe.Attribute, line: str) -> str:
+    comment = line.partition("  # ")[2]
+    return f"- `{member.name}` (`{member.annotation}`)" + (f": {comment}" if comment else "")
