@@ -7,9 +7,9 @@ import io
 import platform
 import sys
 from collections import Counter
+from importlib.metadata import version
 
 import jax
-import jaxlib
 
 import jaxsoft
 
@@ -19,7 +19,7 @@ def installation() -> str:
     versions = {
         "jaxsoft": jaxsoft.__version__,
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": version("jaxlib"),
         "python": platform.python_version(),
     }
     devices = Counter(f"{device.platform} ({device.device_kind})" for device in jax.devices())
