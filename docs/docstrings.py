@@ -38,7 +38,7 @@ def _parts(docstring: str) -> Iterator[str]:
             yield f"**{heading[1]}**: {heading[2]}"
         elif number == 1 and FORMULA.match(first):
             # What stands apart on a line has one of its own: a page is narrower than a screen of code.
-            yield "```text\n" + re.sub(r" {3,}|;  ", "\n", block.replace("`", "")) + "\n```"
+            yield "```text\n" + re.sub(r"(?<=[^:\s]) {3,}|;  ", "\n", block.replace("`", "")) + "\n```"
         else:
             yield block
 
