@@ -1,0 +1,49 @@
+"""Say which versions, devices and kernels an installation has, for a bug report or a first look.
+
+python -m jaxsoft
+"""
+
+import io
+import platform
+import sys
+from collections import Counter
+from importlib.metadata import version
+
+import jax
+
+import jaxsoft
+
+
+def installation() -> str:
+    """Versions, the devices that JAX runs on by default, and the CPU's kernels, a line each."""
+    versions = {
+        "jaxsoft": jaxsoft.__version__,
+        "jax": jax.__version__,
+        "jaxlib": version("jaxlib"),
+        "python": platform.python_version(),
+    }
+    devices = Counter(f"{device.platform} ({device.device_kind})" for device in jax.devices())
+    return "\n".join(
+        [
+            *(f"{name} {version}" for name, version in versions.items()),
+            f"devices: {', '.join(f'{count} × {kind}' for kind, count in devices.items())}",
+            str(jaxsoft.native_kernels()),
+        ]
+    )
+
+
+def main() -> int:
+    """Print it; 1 where JAX has no devices to run on."""
+    try:
+        text = installation()
+    except RuntimeError as error:  # JAX's, of a platform that was asked for and is not there
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without × shows ? for it
+        sys.stdout.reconfigure(errors="replace")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
