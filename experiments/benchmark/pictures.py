@@ -1,86 +1,142 @@
 """Two pictures: how much faster or slower the peers are, and how close everyone comes to the machine's ceilings."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
+from experiments._style import BLACK, BLUE, GREEN, GREY, ORANGE, PALE, PINK, RED, SKY, WIDE, plt, save, tint
 from experiments.benchmark.measure import Ceilings
 from experiments.benchmark.report import timed_peers
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+
+class Mark(NamedTuple):
+    """How an implementation is drawn: ten need more than colours."""
+
+    color: str
+    shape: str
+
 
 # By the beginning of an implementation's name.
-COLORS = {
-    "jaxsoft": "tab:blue", "jax.nn": "tab:orange", "optax": "gold", "formula": "tab:pink", "PyTorch": "tab:red",
-    "NumPy": "tab:gray", "jax-cce": "tab:green", "tokamax": "tab:olive", "Liger": "tab:purple", "QuACK": "tab:brown",
-}  # fmt: skip
-MARKERS = {
-    "softmax": "o", "softmax + VJP": "s", "log_softmax": "^", "log_softmax + VJP": "<", "logsumexp": ">",
-    "logsumexp + VJP": "p", "cross-entropy": "v", "cross-entropy + gradient": "D",
-    "linear cross-entropy": "P", "linear cross-entropy + gradient": "*",
+MARKS = {
+    "jaxsoft": Mark(BLUE, "o"), "jax.nn": Mark(ORANGE, "s"), "optax": Mark(GREEN, "D"), "formula": Mark(PINK, "v"),
+    "PyTorch": Mark(RED, "^"), "NumPy": Mark(GREY, "X"), "jax-cce": Mark(SKY, "P"), "tokamax": Mark(BLACK, "*"),
+    "Liger": Mark(GREY, "<"), "QuACK": Mark(BLACK, ">"),
 }  # fmt: skip
 SMALL = 1.0
 """Megabytes below which a call's fixed cost, not the machine's ceilings, is most of its time."""
+LINEAR = "linear"
+"""What the tasks with a matrix product begin with, which do a thousand times the operations a byte."""
 
 
-def color(implementation: str) -> str:
-    return next(color for name, color in COLORS.items() if implementation.startswith(name))
+def mark(implementation: str) -> Mark:
+    return next(mark for name, mark in MARKS.items() if implementation.startswith(name))
 
 
 def handles(table: pd.DataFrame) -> list[Line2D]:
-    names = [name for name in COLORS if any(x.startswith(name) for x in table["implementation"])]
-    return [Line2D([], [], marker="o", linestyle="", color=COLORS[name], label=name) for name in names]
+    names = [name for name in MARKS if any(x.startswith(name) for x in table["implementation"])]
+    return [Line2D([], [], color=MARKS[n].color, marker=MARKS[n].shape, linestyle="", label=n) for n in names]
+
+
+def name_rows(axis: Axes, names: Sequence[tuple[str, str]]) -> list[int]:
+    """Name rows by the second part of each name, below the first in bold where it changes; tell their heights."""
+    heights, row = [], 0
+    for n, (case, _) in enumerate(names):
+        if not n or case != names[n - 1][0]:
+            box = {"color": "white", "pad": 1}
+            axis.text(
+                0, row, case, transform=axis.get_yaxis_transform(), va="center", weight="bold", bbox=box, zorder=4
+            )
+            row += 1
+        heights.append(row)
+        row += 1
+    axis.set_yticks(heights, [name for _, name in names])
+    axis.set_ylim(row - 0.5, -0.7)
+    axis.tick_params(axis="y", length=0)
+    axis.figure.set_size_inches(WIDE, 1.2 + 0.2 * row)
+    return heights
 
 
 def plot_ratios(table: pd.DataFrame, path: Path) -> None:
-    """For each case a bar to the fastest peer, with the middle half of the rounds, and a mark for every other one."""
+    """For each case a bar to the fastest peer, with the middle half of the rounds, and a mark for every one."""
     peers = timed_peers(table)
-    names = peers["case"] + " " + peers["shape"] + " " + peers["dtype"].replace("float32", "")
-    groups = list(peers.groupby(names, sort=False))
-    figure, axis = plt.subplots(figsize=(11, 1.5 + 0.26 * len(groups)), layout="constrained")
-    for row, (_, group) in enumerate(groups):
+    groups = list(peers.groupby(["case", "shape", "dtype"], sort=False))
+    figure, axis = plt.subplots()
+    rows = name_rows(axis, [(case, f"{shape} {dtype}") for (case, shape, dtype), _ in groups])  # pyright: ignore
+    for row, (_, group) in zip(rows, groups, strict=True):
         best = group.loc[group["ratio"].idxmin()].to_dict()
-        axis.barh(row, best["ratio"] - 1, left=1, color=color(best["implementation"]), alpha=0.7)
+        axis.barh(row, best["ratio"] - 1, left=1, color=tint(mark(best["implementation"]).color, 0.5))
         axis.plot([best["ratio low"], best["ratio high"]], [row, row], color="black", linewidth=1)
-        axis.scatter(group["ratio"], [row] * len(group), s=12, c=[color(x) for x in group["implementation"]], zorder=3)
-        text = f"{best['implementation']} {best['ratio']:.2f}"
-        axis.annotate(text, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=7)
+        for ratio, name in zip(group["ratio"], group["implementation"], strict=True):
+            axis.scatter(ratio, row, 22, color=mark(name).color, marker=mark(name).shape, zorder=3)
+        axis.annotate(f"{best['ratio']:.2f}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     axis.axvline(1, color="black", linewidth=1)
-    axis.set(title="time of the peers over ours: right of 1 ours is faster", xlabel="ratio, a bar for the fastest peer")
-    axis.set(xscale="log", ylim=(len(groups) - 0.5, -0.5))
+    axis.set(
+        title="time of the peers over ours: right of 1 ours is faster", xlabel="ratio; written, the fastest peer's"
+    )
+    axis.set(xscale="log")
     axis.xaxis.set_major_locator(LogLocator(base=2, numticks=20))
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_yticks(range(len(groups)), [str(name) for name, _ in groups], fontsize=7)
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.grid(axis="x", which="both", alpha=0.3)
-    figure.legend(handles=handles(peers), loc="outside lower center", ncols=len(COLORS), fontsize=7)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    axis.grid(axis="x")
+    figure.legend(handles=handles(peers), loc="outside lower center", ncols=6)
+    save(figure, path)
 
 
 def plot_roofline(table: pd.DataFrame, ceilings: Ceilings, path: Path) -> None:
     """Operations a second over operations a byte, under the ceilings that were measured."""
-    timed = table.loc[table["ratio"].notna() & (table["MB"] > SMALL)]
-    figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
-    for row in timed.to_dict("records"):
-        ours, own = row["implementation"] == "jaxsoft", color(row["implementation"])
-        # Ours a little to the left, so that neither hides the other.
-        x, marker = 1e3 * row["GFLOP"] / row["MB"] * (0.97 if ours else 1.03), MARKERS[row["case"].split(",")[0]]
-        axis.scatter(x, row["TFLOP/s"], marker=marker, facecolors=own if ours else "none", edgecolors=own)
-    intensity = np.geomspace(0.3, max([100, *(2e3 * timed["GFLOP"] / timed["MB"])]), 200)
-    for (dtype, speed), style in zip(ceilings.gemm.items(), ("-", "--"), strict=False):
-        roof = np.minimum(ceilings.copy * intensity, speed) / 1e12
-        axis.plot(intensity, roof, color="black", linestyle=style, label=f"copy, and matrix product in {dtype}")
-    tasks = [task for task in MARKERS if task in {case.split(",")[0] for case in timed["case"]}]
-    marks = [Line2D([], [], marker=MARKERS[task], linestyle="", color="gray", label=task) for task in tasks]
-    axis.legend(handles=[*axis.get_lines(), *marks, *handles(timed)], fontsize=7, loc="lower right")
-    axis.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="TFLOP/s")
-    axis.set(title=f"roofline of the cases that move more than {SMALL:g} MB: ours filled, peers open")
-    axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    everyone = pd.concat([table.loc[table["implementation"] == "jaxsoft"], timed_peers(table)])
+    timed = everyone.loc[everyone["ratio"].notna() & (everyone["MB"] > SMALL)]
+    timed = timed.assign(intensity=1e3 * timed["GFLOP"] / timed["MB"])
+    figure, panels = draw_panels(timed, "TFLOP/s")
+    for axis, intensity in panels:
+        for (dtype, speed), style in zip(ceilings.gemm.items(), ("-", "--"), strict=False):
+            roof = np.minimum(ceilings.copy * intensity, speed) / 1e12
+            axis.plot(intensity, roof, color="black", linestyle=style, label=f"matrix product, {dtype}")
+        if panels[0][0] is not axis or len(panels) == 1:
+            axis.legend(loc="lower right")
+    panels[0][0].set(ylabel="TFLOP/s")
+    figure.suptitle(f"cases that move more than {SMALL:g} MB, below what copying and a matrix product reach")
+    figure.legend(handles=handles(timed), loc="outside lower center", ncols=6)
+    save(figure, path)
+
+
+def draw_panels(table: pd.DataFrame, rate: str) -> tuple[plt.Figure, list[tuple[Axes, np.ndarray]]]:
+    """Marks at (intensity, rate) with the tasks named above them; the panels, each with intensities for a roof.
+
+    Dense functions and linear heads are three powers of ten apart, and have a panel each.
+    """
+    linear = table["case"].str.startswith(LINEAR)
+    parts = [part for part in (table.loc[~linear], table.loc[linear]) if len(part)]
+    widths = [1 if part is parts[-1] and len(parts) > 1 else 2.2 for part in parts]
+    figure, axes = plt.subplots(1, len(parts), figsize=(WIDE, 6), width_ratios=widths, squeeze=False)
+    panels = []
+    for axis, part in zip(axes[0], parts, strict=True):
+        shown = [name for name in MARKS if any(x.startswith(name) for x in part["implementation"])]
+        span = 1.15 * part["intensity"].max() / (0.87 * part["intensity"].min())
+        for row in part.to_dict("records"):
+            # Each implementation a little to one side, so that none hides another.
+            aside = next(n for n, name in enumerate(shown) if row["implementation"].startswith(name))
+            x = row["intensity"] * span ** (0.012 * (aside - (len(shown) - 1) / 2))
+            axis.scatter(x, row[rate], 26, color=mark(row["implementation"]).color,
+                         marker=mark(row["implementation"]).shape, linewidths=0, zorder=3)  # fmt: skip
+        tasks: dict[str, dict[str, None]] = {}
+        for case, intensity in zip(part["case"], part["intensity"], strict=True):
+            tasks.setdefault(f"{intensity:.2g}", {})[case.split(",")[0].removeprefix(f"{LINEAR} ")] = None
+        top = axis.secondary_xaxis("top")
+        top.xaxis.set_major_locator(FixedLocator([float(intensity) for intensity in tasks]))
+        top.set_xticklabels([", ".join(names) for names in tasks.values()], rotation=40, ha="left", fontsize=9)
+        axis.set(xscale="log", yscale="log", xlabel="operations a byte", title="")
+        for scale in (axis.xaxis, top.xaxis):
+            scale.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_formatter("{x:g}")
+        axis.grid(color=PALE)
+        panels.append((axis, np.geomspace(0.87 * part["intensity"].min(), 1.15 * part["intensity"].max(), 100)))
+    return figure, panels

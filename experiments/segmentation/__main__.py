@@ -18,10 +18,17 @@ import pandas as pd
 from experiments._door import InputError, enter, make_folder, write_json
 from experiments._runs import check_options, train
 from experiments.segmentation.network import init_network
-from experiments.segmentation.pictures import ROWS, plot_examples, plot_loss
+from experiments.segmentation.pictures import (
+    ROWS,
+    digits_palette,
+    plot_classes,
+    plot_examples,
+    plot_loss,
+    voc_palette,
+)
 from experiments.segmentation.scenes import NAMES, digit_scenes
 from experiments.segmentation.training import Source, batches, confusion, evaluate, predict_whole, score, train_step
-from experiments.segmentation.voc import voc_folder
+from experiments.segmentation.voc import class_names, voc_folder
 
 COLUMNS = ("step", "loss", "pixel_accuracy", "mean_iou")
 HELD_OUT = 256
@@ -72,7 +79,7 @@ def read_data(config: Config) -> tuple[Source, Source, tuple[str, ...]]:
     if config.data == "digits":
         return *digit_scenes(config.seed, config.crop, HELD_OUT), NAMES
     train, test, classes = voc_folder(Path(config.data), config.classes)
-    return train, test, tuple(str(label) for label in range(classes))
+    return train, test, class_names(Path(config.data), classes)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -100,7 +107,10 @@ def run(config: Config) -> dict[str, Any]:
     held_out = evaluate(params, test, classes, config.crop)
     summary = {**held_out, "steps": config.steps, "seconds": round(seconds, 3)}
     pairs = [test[n] for n in range(min(ROWS, len(test)))]
-    plot_examples(pairs, [predict_whole(params, pair, config.crop) for pair in pairs], names, out / "examples.png")
+    predictions = [predict_whole(params, pair, config.crop) for pair in pairs]
+    colors = digits_palette() if config.data == "digits" else voc_palette()
+    plot_examples(pairs, predictions, names, colors, out / "examples.png")
+    plot_classes(held_out["per_class_iou"], names, held_out["mean_iou"], out / "classes.png")
     plot_loss(pd.read_csv(out / "metrics.csv"), held_out, out / "loss.png")
     write_json(out / "summary.json", summary)
     print(
