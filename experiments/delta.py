@@ -198,7 +198,7 @@ def plot_jacobians(stack: Float[Array, "3 3 100"], y: Float[Array, "3 100"], pat
         left.text(column, row, f"{value:.2f}".replace("-", "−"), ha="center", va="center", color=ink, fontsize=12)
     left.set_xticks(range(3), [f"z{n}" for n in (1, 2, 3)])
     left.set_yticks(range(3), [f"o{n}" for n in (1, 2, 3)])
-    left.set(title="diag(o) − o oᵀ at o = (.1, .2, .7)", xlabel="by logit", ylabel="derivative of output")
+    left.set(title="diag(o) − o oᵀ\nat o = (.1, .2, .7)", xlabel="by logit", ylabel="derivative of output")
     image = right.imshow(stack.reshape(9, -1), aspect="auto", interpolation="nearest", **colors)
     right.set_yticks(range(9), [f"∂o{i}/∂z{j}" for i in (1, 2, 3) for j in (1, 2, 3)])
     for border in np.flatnonzero(np.diff(np.argmax(y, axis=0))):

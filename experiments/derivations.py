@@ -254,7 +254,7 @@ def plot_toy(path: Path) -> None:
             )
         for label, (x, y) in nodes.items():
             axes.scatter(x, y, 1250, color="white", edgecolor="black", zorder=3)
-            axes.text(x, y, label, ha="center", va="center", fontsize=8.5, zorder=4)
+            axes.text(x, y, label.replace("-", "−"), ha="center", va="center", fontsize=8.5, zorder=4)
         # On the edge that is differentiated to, the one of both colours.
         axes.text(0.68, 1.21, "w₂₁", ha="center", va="center", zorder=4, bbox={"color": "white", "pad": 1})
         sign = "−" if by_second < 0 else "+"

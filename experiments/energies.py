@@ -270,7 +270,7 @@ def plot_levels(path: Path) -> None:
         right.axhline(n, color=COLORS[n], ls="--", lw=1, label=f"E − min E = {n}")
     left.set(title="Gibbs distribution", xlabel="inverse temperature β", ylabel="probability")
     right.set(title="(1/β)·NLL tends to E − min E", xlabel="inverse temperature β", ylabel="(1/β)·NLL", ylim=(1e-6, 60))
-    left.legend(loc="upper left")
+    left.legend(loc="center right")
     right.legend(loc="lower left")
     save(figure, path)
 

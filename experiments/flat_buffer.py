@@ -196,7 +196,7 @@ def plot_layout(path: Path) -> None:
         finish(axes[name], title, (-0.6, inner - 0.4), (classes - 0.4, -0.6))
         axes[name].set_xticks(range(inner))
         axes[name].set_yticks(range(classes))
-        axes[name].set(xlabel="pixel j (red: the dot of another pixel)", ylabel="class c")
+        axes[name].set(xlabel="pixel j (shaded: the dot of another pixel)", ylabel="class c")
     save(figure, path)
 
 
