@@ -353,7 +353,7 @@ def plot_prior(
             chosen = points[labels == label]
             axes.scatter(*chosen.T, 26, color=color, marker=marker, edgecolor="black", lw=0.4, label=f"class {label}")
         axes.set(title=title, xlabel="x", ylabel="y", aspect="equal")
-    maps[0].legend(loc="upper left")
+    maps[0].legend(loc="lower left")
     right.loglog(precisions[1:], test[1:], "o-", ms=4, color=RED, label="held out, prior")
     right.loglog(precisions[1:], train[1:], "o-", ms=4, color=BLUE, label="training, prior")
     right.axhline(test[0], color=RED, ls="--", lw=1, label="held out, maximum likelihood")
@@ -363,9 +363,9 @@ def plot_prior(
         title="cross-entropy by prior",
         xlabel="precision of the prior",
         ylabel="cross-entropy (nats)",
-        ylim=(train[0] / 2, None),
+        ylim=(train[0] / 1.3, None),
     )
-    right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    right.legend(loc="center right", bbox_to_anchor=(1, 0.32))
     save(figure, path)
 
 

@@ -154,7 +154,7 @@ def plot(
     right.set(
         title=f"softmax against logistic, |x| to {x[-1]:g}", xlabel="largest error", xscale="log", xlim=(1e-18, 1e-11)
     )
-    right.legend(loc="lower right")
+    right.legend(loc="lower center")
     save(figure, path)
 
 

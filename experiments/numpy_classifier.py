@@ -372,7 +372,7 @@ def plot_memory(memory: dict[str, dict[str, History]], path: Path) -> None:
             lower.semilogx(steps, history.accuracy[1:], style, label=label, linewidth=2)
         upper.set(title=title)
         lower.set(xlabel="step", ylim=(0, 1.04))
-        upper.legend(loc="lower left")
+    panels[0, 0].legend(loc="lower left")
     panels[0, 0].set(ylabel="mean cross-entropy (nats)")
     panels[1, 0].set(ylabel="accuracy on the same flowers")
     save(figure, path)

@@ -7,6 +7,7 @@ Trains on scenes of overlapping handwritten digits with a void border, or on any
 --resume ends in the same metrics and parameters, bit for bit, as the run that was left alone.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pandas as pd
 
 from experiments._door import InputError, enter, make_folder, write_json
 from experiments._runs import check_options, train
-from experiments.segmentation.network import init_network
+from experiments.segmentation.network import DEEPER, WIDTHS, init_network
 from experiments.segmentation.pictures import (
     ROWS,
     digits_palette,
@@ -27,11 +28,24 @@ from experiments.segmentation.pictures import (
     voc_palette,
 )
 from experiments.segmentation.scenes import NAMES, digit_scenes
-from experiments.segmentation.training import Source, batches, confusion, evaluate, predict_whole, score, train_step
+from experiments.segmentation.training import (
+    EVEN,
+    Source,
+    batches,
+    confusion,
+    evaluate,
+    predict_whole,
+    recipe_of,
+    score,
+    train_step,
+)
 from experiments.segmentation.voc import class_names, voc_folder
 
-COLUMNS = ("step", "loss", "pixel_accuracy", "mean_iou")
+COLUMNS = ("step", "loss", "pixel_accuracy", "mean_iou", "held_out_pixel_accuracy", "held_out_mean_iou")
 HELD_OUT = 256
+TIMES, FIRST = 20, 32
+"""How often the first so many held-out images are scored on the way."""
+CROPS = {"digits": 64, "photographs": 128}
 LARGEST_CROP = 2048
 """Pixels along each side; with more, one scene alone takes gigabytes."""
 
@@ -50,8 +64,9 @@ class Config:
     """Images in a batch."""
     learning_rate: float = 0.003
     """Largest step size of AdamW, reached after a tenth of the steps and then falling to 0 as a cosine."""
-    crop: int = 64
-    """Height and width in pixels of a scene, or of the window of a photograph, that is trained on."""
+    crop: int | None = None
+    """Height and width in pixels of a scene, or of the window of a photograph, that is trained on: 64 of digits and 128
+    of photographs where not given."""
     seed: int = 0
     """Draws the held-out digits, the scenes, their order and the initial weights."""
     checkpoint_every: int = 200
@@ -61,12 +76,13 @@ class Config:
     overwrite: bool = False
     """Replace the run in the folder of results."""
     out: Path = Path("out/segmentation")
-    """Folder for metrics.csv (each training batch, before its step), summary.json, the pictures and the checkpoints."""
+    """Folder for metrics.csv (each training batch, before its step, and now and then held-out images after it),
+    summary.json, the pictures and the checkpoints."""
 
 
 def check(config: Config) -> None:
     check_options(config)
-    if not 32 <= config.crop <= LARGEST_CROP:
+    if config.crop is not None and not 32 <= config.crop <= LARGEST_CROP:
         raise InputError(f"--crop: expected 32 to {LARGEST_CROP} pixels, got {config.crop}")
     if config.classes is not None and not 2 <= config.classes <= 255:
         raise InputError(f"--classes: expected an integer from 2 to 255, got {config.classes}")
@@ -74,10 +90,10 @@ def check(config: Config) -> None:
         raise InputError(f"--classes: the digits have {len(NAMES)} with their background, got {config.classes}")
 
 
-def read_data(config: Config) -> tuple[Source, Source, tuple[str, ...]]:
+def read_data(config: Config, crop: int) -> tuple[Source, Source, tuple[str, ...]]:
     """What to train on, what to test on and the names of the classes."""
     if config.data == "digits":
-        return *digit_scenes(config.seed, config.crop, HELD_OUT), NAMES
+        return *digit_scenes(config.seed, crop, HELD_OUT), NAMES
     train, test, classes = voc_folder(Path(config.data), config.classes)
     return train, test, class_names(Path(config.data), classes)
 
@@ -85,30 +101,39 @@ def read_data(config: Config) -> tuple[Source, Source, tuple[str, ...]]:
 def run(config: Config) -> dict[str, Any]:
     """Train, write the results to `config.out` and return the summary."""
     check(config)
-    train_on, test, names = read_data(config)
+    digits = config.data == "digits"
+    crop = config.crop or CROPS["digits" if digits else "photographs"]
+    train_on, test, names = read_data(config, crop)
     out = make_folder(config.out)
     classes = len(names)
+    recipe = EVEN if digits else recipe_of(train_on, classes)
     schedule = optax.warmup_cosine_decay_schedule(0, config.learning_rate, config.steps // 10, config.steps)
     optimizer = optax.adamw(schedule)
-    params = jax.jit(init_network, static_argnums=1)(jax.random.key(config.seed), classes)
-    loader = batches(train_on, config.batch_size, config.crop, config.seed)
+    widths = WIDTHS if digits else DEEPER
+    params = jax.jit(init_network, static_argnums=(1, 2))(jax.random.key(config.seed), classes, widths)
+    loader = batches(train_on, config.batch_size, crop, config.seed, augmented=not digits)
 
     def advance(state, step: int):
         batch = next(loader)
-        state, loss, predicted = train_step(state, batch, optimizer)
-        scores = score(confusion(batch.labels, jax.device_get(predicted), classes))
-        return state, (float(loss), scores["pixel_accuracy"], scores["mean_iou"])
+        state, loss, predicted = train_step(state, batch, recipe, optimizer)
+        scores = [score(confusion(batch.labels, jax.device_get(predicted), classes))]
+        if step % max(1, config.steps // TIMES) == 0:
+            scores.append(evaluate(state[0], test, recipe, classes, crop, FIRST))
+        else:
+            scores.append({"pixel_accuracy": math.nan, "mean_iou": math.nan})
+        return state, (float(loss), *(part[name] for part in scores for name in ("pixel_accuracy", "mean_iou")))
 
     apart = ("out", "resume", "overwrite", "checkpoint_every")
-    options = {name: value for name, value in asdict(config).items() if name not in apart} | {"classes": classes}
+    options = {name: value for name, value in asdict(config).items() if name not in apart}
+    options |= {"classes": classes, "crop": crop}
     begun = params, jax.jit(optimizer.init)(params)
     state, seconds = train(config, COLUMNS, options, begun, advance, "image", loader)
     params, _ = state
-    held_out = evaluate(params, test, classes, config.crop)
+    held_out = evaluate(params, test, recipe, classes, crop)
     summary = {**held_out, "steps": config.steps, "seconds": round(seconds, 3)}
     pairs = [test[n] for n in range(min(ROWS, len(test)))]
-    predictions = [predict_whole(params, pair, config.crop) for pair in pairs]
-    colors = digits_palette() if config.data == "digits" else voc_palette()
+    predictions = [predict_whole(params, pair, recipe, crop) for pair in pairs]
+    colors = digits_palette() if digits else voc_palette()
     plot_examples(pairs, predictions, names, colors, out / "examples.png")
     plot_classes(held_out["per_class_iou"], names, held_out["mean_iou"], out / "classes.png")
     plot_loss(pd.read_csv(out / "metrics.csv"), held_out, out / "loss.png")

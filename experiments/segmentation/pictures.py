@@ -67,7 +67,7 @@ def plot_examples(
 def plot_loss(table: pd.DataFrame, held_out: dict[str, float], path: Path) -> None:
     """The curves of training, batch by batch and smoothed, beside the held-out scores on the way."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 3.9))
-    smooth = table.rolling(max(1, len(table) // 50), min_periods=1).mean()
+    smooth = table[["loss", "pixel_accuracy", "mean_iou"]].rolling(max(1, len(table) // 50), min_periods=1).mean()
     left.semilogy(table["step"], table["loss"], color=PALE, lw=1, label="each batch")
     left.semilogy(table["step"], smooth["loss"], color=BLUE, label="running mean")
     left.set(title="training loss", xlabel="step", ylabel="cross-entropy per pixel (nats)")
@@ -75,7 +75,9 @@ def plot_loss(table: pd.DataFrame, held_out: dict[str, float], path: Path) -> No
     for name, color in (("pixel_accuracy", GREEN), ("mean_iou", ORANGE)):
         words = "pixel accuracy" if name == "pixel_accuracy" else "mean IoU"
         right.plot(table["step"], smooth[name], color=color, lw=1, label=f"{words}, training batches")
-        right.axhline(held_out[name], color=color, linestyle="--", label=f"{words}, held out at the end")
+        on_the_way = table.dropna(subset=f"held_out_{name}")
+        right.plot(on_the_way["step"], on_the_way[f"held_out_{name}"], "o--", ms=3, color=color,
+                   label=f"{words}, held out ({held_out[name]:.3f} at the end)")  # fmt: skip
     right.set(title="scores", xlabel="step", ylabel="fraction", ylim=(0, 1.02))
     right.legend(loc="lower right")
     save(figure, path)

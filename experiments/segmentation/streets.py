@@ -2,9 +2,9 @@
 
 python -m experiments.segmentation.streets --out out/streets
 
-Draws a folder in PASCAL VOC layout: streets in perspective, of eleven classes, with shades, shadows, haze and noise, whose
-surfaces are cut from the two photographs that scikit-learn ships. They are no photographs: scores on them tell one
-recipe from another, not how well either would do in a street.
+Draws a folder in PASCAL VOC layout: streets in perspective, of eleven classes, in shadow, haze and noise, with surfaces
+cut from the two photographs that scikit-learn ships. They are no photographs: scores on them tell one recipe from
+another, not how well either would do in a street.
 """
 
 from dataclasses import dataclass
@@ -143,7 +143,7 @@ def draw_street(rng: np.random.Generator, photographs: list[np.ndarray], width: 
 
 
 def photograph(rng: np.random.Generator, painter: Painter) -> Pair:
-    """Shadows, haze, light, blur and noise."""
+    """In shadows, some light, haze and noise, and a little out of focus."""
     height, width = painter.labels.shape
     image = painter.image
     for _ in range(rng.integers(0, 4)):
