@@ -6,10 +6,12 @@ A picture is at most `WIDE` inches wide, of which 800 pixels show 100 each: its 
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+from cycler import cycler
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 WIDE = 8.0
@@ -35,7 +37,7 @@ plt.rcParams.update(
         "legend.title_fontsize": 9,
         "legend.frameon": False,
         "lines.linewidth": 1.6,
-        "axes.prop_cycle": plt.cycler(color=COLORS),
+        "axes.prop_cycle": cycler(color=COLORS),
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.axisbelow": True,
@@ -45,17 +47,21 @@ plt.rcParams.update(
 )
 
 
-def tint(color: str, share: float = 0.3) -> tuple[float, float, float]:
-    """The colour thinned with white, for areas behind black letters or marks."""
-    red, green, blue = (1 - share * (1 - part) for part in to_rgb(color))
-    return red, green, blue
+def mix(color: str, ground: str, share: float) -> str:
+    """So much of a colour on the ground of another."""
+    red, green, blue = share * np.array(to_rgb(color)) + (1 - share) * np.array(to_rgb(ground))
+    return to_hex((red, green, blue))
 
 
-def many_colors(count: int) -> list[tuple[float, float, float]]:
+def tint(color: str, share: float = 0.3) -> str:
+    """For areas behind black letters or marks."""
+    return mix(color, "white", share)
+
+
+def many_colors(count: int) -> list[str]:
     """So many colours for areas: every hue, then all lighter, then all darker, and from the start again."""
     hues = BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW
-    darker = [tuple(0.5 * part for part in to_rgb(hue)) for hue in hues]
-    shades = [*map(to_rgb, hues), *(tint(hue, 0.45) for hue in hues), *darker]
+    shades = [*hues, *(mix(hue, "white", 0.45) for hue in hues), *(mix(hue, "black", 0.5) for hue in hues)]
     return [shades[n % len(shades)] for n in range(count)]
 
 

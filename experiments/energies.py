@@ -351,7 +351,16 @@ def plot_prior(
         axes.contourf(grid[..., 0], grid[..., 1], predicted, levels=[-0.5, 0.5, 1.5, 2.5], colors=[*map(tint, COLORS)])
         for label, (color, marker) in enumerate(zip(COLORS, "os^", strict=True)):
             chosen = points[labels == label]
-            axes.scatter(*chosen.T, 26, color=color, marker=marker, edgecolor="black", lw=0.4, label=f"class {label}")
+            axes.scatter(
+                chosen[:, 0],
+                chosen[:, 1],
+                26,
+                color=color,
+                marker=marker,
+                edgecolor="black",
+                lw=0.4,
+                label=f"class {label}",
+            )
         axes.set(title=title, xlabel="x", ylabel="y", aspect="equal")
     maps[0].legend(loc="lower left")
     right.loglog(precisions[1:], test[1:], "o-", ms=4, color=RED, label="held out, prior")

@@ -1,11 +1,11 @@
 """Two pictures: how much faster or slower the peers are, and how close everyone comes to the machine's ceilings."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
@@ -40,39 +40,36 @@ def handles(table: pd.DataFrame) -> list[Line2D]:
     return [Line2D([], [], color=MARKS[n].color, marker=MARKS[n].shape, linestyle="", label=n) for n in names]
 
 
-def name_rows(axis: Axes, names: Sequence[tuple[str, str]], height: float = 0.2) -> list[int]:
-    """Name rows by the second part of each name, below the first in bold where it changes; tell where they are."""
-    heights, row = [], 0
-    for n, (case, _) in enumerate(names):
-        if not n or case != names[n - 1][0]:
-            box = {"color": "white", "pad": 1}
-            axis.text(
-                0, row, case, transform=axis.get_yaxis_transform(), va="center", weight="bold", bbox=box, zorder=4
-            )
-            row += 1
-        heights.append(row)
-        row += 1
-    axis.set_yticks(heights, [name for _, name in names])
-    axis.set_ylim(row - 0.5, -0.7)
+def rows_of(
+    table: pd.DataFrame, columns: list[str], height: float = 0.2
+) -> tuple[Figure, Axes, list[tuple[int, pd.DataFrame]]]:
+    """A figure with a line, so many inches high, for each case and what the columns say; and what belongs on which.
+
+    Those of a case are together, below its name in bold.
+    """
+    figure, axis = plt.subplots()
+    bold = {"transform": axis.get_yaxis_transform(), "va": "center", "weight": "bold", "zorder": 4}
+    rows, names, place = [], [], 0
+    for case, of_case in table.groupby("case", sort=False):
+        axis.text(0, place, str(case), bbox={"color": "white", "pad": 1}, **bold)
+        for name, group in of_case.groupby(columns, sort=False):
+            place += 1
+            rows.append((place, group))
+            names.append(" ".join(map(str, name)).strip())  # pyright: ignore[reportArgumentType]
+        place += 1
+    axis.set_yticks([row for row, _ in rows], names)
+    axis.set_ylim(place - 0.5, -0.7)
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)
-    axis.figure.set_size_inches(WIDE, 1.2 + height * row)
-    return heights
-
-
-def by_case(table: pd.DataFrame, columns: list[str]) -> list[tuple[tuple[str, ...], pd.DataFrame]]:
-    """The rows of each case and the further columns, all of a case together."""
-    order = list(table["case"].unique())
-    return sorted(table.groupby(["case", *columns], sort=False), key=lambda group: order.index(group[0][0]))  # pyright: ignore
+    figure.set_size_inches(WIDE, 1.2 + height * place)
+    return figure, axis, rows
 
 
 def plot_ratios(table: pd.DataFrame, path: Path) -> None:
     """For each case a bar to the fastest peer, with the middle half of the rounds, and a mark for every one."""
     peers = timed_peers(table)
-    groups = by_case(peers, ["shape", "dtype"])
-    figure, axis = plt.subplots()
-    rows = name_rows(axis, [(case, f"{shape} {dtype}") for (case, shape, dtype), _ in groups])
-    for row, (_, group) in zip(rows, groups, strict=True):
+    figure, axis, rows = rows_of(peers, ["shape", "dtype"])
+    for row, group in rows:
         best = group.loc[group["ratio"].idxmin()].to_dict()
         axis.barh(row, best["ratio"] - 1, left=1, color=tint(mark(best["implementation"]).color, 0.5))
         axis.plot([best["ratio low"], best["ratio high"]], [row, row], color="black", linewidth=1)
@@ -101,11 +98,9 @@ def plot_roofline(table: pd.DataFrame, ceilings: Ceilings, path: Path) -> None:
     everyone = pd.concat([table.loc[table["implementation"] == "jaxsoft"], timed_peers(table)])
     timed = everyone.loc[everyone["ratio"].notna() & (everyone["MB"] > SMALL)]
     timed = timed.assign(case=timed["case"].str.split(",").str[0])
-    groups = by_case(timed, ["dtype"])
     shown = handles(timed)
-    figure, axis = plt.subplots()
-    rows = name_rows(axis, [names for names, _ in groups], height=0.35)
-    for row, (_, group) in zip(rows, groups, strict=True):
+    figure, axis, rows = rows_of(timed, ["dtype"], height=0.35)
+    for row, group in rows:
         for share, name in zip(group["of ceiling"], group["implementation"], strict=True):
             # Each implementation at a height of its own, so that none hides another.
             place = next(n for n, handle in enumerate(shown) if name.startswith(str(handle.get_label())))

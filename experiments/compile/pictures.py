@@ -5,23 +5,21 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.ticker import NullLocator
 
-from experiments._style import PALE, plt, save
-from experiments.benchmark.pictures import by_case, handles, mark, name_rows
+from experiments._style import PALE, save
+from experiments.benchmark.pictures import handles, mark, rows_of
 from experiments.compile.targets import Target
 
 
 def plot_excess(table: pd.DataFrame, target: Target, path: Path) -> None:
     """For each case the roofline time of each implementation, over the least time that the case can take."""
     known = table.loc[table["over least"].notna()]
-    groups = by_case(known, ["shape", "dtype", "mesh"])
-    figure, axis = plt.subplots()
-    heights = name_rows(axis, [(case, " ".join(rest).strip()) for (case, *rest), _ in groups])
-    for height, (_, group) in zip(heights, groups, strict=True):
-        axis.axhline(height, color=PALE, linewidth=0.6)
+    figure, axis, rows = rows_of(known, ["shape", "dtype", "mesh"])
+    for row, group in rows:
+        axis.axhline(row, color=PALE, linewidth=0.6)
         for over, name in zip(group["over least"], group["implementation"], strict=True):
             ours = name.startswith("jaxsoft")  # on top, and smaller than a peer beneath it
             axis.scatter(
-                over, height, 16 if ours else 40, color=mark(name).color, marker=mark(name).shape, zorder=3 + ours
+                over, row, 16 if ours else 40, color=mark(name).color, marker=mark(name).shape, zorder=3 + ours
             )
     axis.axvline(1, color="black", linewidth=1)
     axis.set(title=f"{target.kind}, compiled for and not run on")

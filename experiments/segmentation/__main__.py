@@ -45,7 +45,7 @@ COLUMNS = ("step", "loss", "pixel_accuracy", "mean_iou", "held_out_pixel_accurac
 HELD_OUT = 256
 TIMES, FIRST = 20, 32
 """How often the first so many held-out images are scored on the way."""
-CROPS = {"digits": 64, "photographs": 128}
+CROPS = {"digits": 64, "photographs": 96}
 LARGEST_CROP = 2048
 """Pixels along each side; with more, one scene alone takes gigabytes."""
 
@@ -65,7 +65,7 @@ class Config:
     learning_rate: float = 0.003
     """Largest step size of AdamW, reached after a tenth of the steps and then falling to 0 as a cosine."""
     crop: int | None = None
-    """Height and width in pixels of a scene, or of the window of a photograph, that is trained on: 64 of digits and 128
+    """Height and width in pixels of a scene, or of the window of a photograph, that is trained on: 64 of digits and 96
     of photographs where not given."""
     seed: int = 0
     """Draws the held-out digits, the scenes, their order and the initial weights."""

@@ -21,14 +21,13 @@ Palette = UInt8[np.ndarray, "256 3"]
 
 def digits_palette() -> Palette:
     """Black for the background, white for void, and colours far apart between them."""
-    return (255 * np.array([(0, 0, 0), *many_colors(254), (1, 1, 1)])).astype(np.uint8)
+    return (255 * np.array([*map(to_rgb, ("black", *many_colors(254), "white"))])).astype(np.uint8)
 
 
 def voc_palette() -> Palette:
     """That of PASCAL VOC, which the bits of a label make: cream for void."""
-    labels = np.arange(256)[:, None]
-    channels = np.arange(3)
-    return sum(((labels >> (3 * bit + channels) & 1) << (7 - bit)) for bit in range(8)).astype(np.uint8)
+    bits = np.arange(256)[:, None, None] >> np.arange(24).reshape(8, 3) & 1  # label, place, channel
+    return (bits << np.arange(7, -1, -1)[:, None]).sum(1).astype(np.uint8)
 
 
 def plot_examples(
