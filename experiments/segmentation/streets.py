@@ -23,10 +23,10 @@ NAMES = "sky building pole road pavement tree sign fence car pedestrian cyclist"
 SKY, BUILDING, POLE, ROAD, PAVEMENT, TREE, SIGN, FENCE, CAR, PEDESTRIAN, CYCLIST = range(11)
 # Mean and deviation of each class's colour, and how much of a photograph's contrast its surface has.
 COLORS = {
-    SKY: ((185, 200, 215), 30, 0.08), BUILDING: ((130, 115, 105), 40, 0.6), POLE: ((110, 110, 110), 40, 0.1),
-    ROAD: ((105, 105, 108), 20, 0.2), PAVEMENT: ((130, 125, 120), 22, 0.3), TREE: ((75, 90, 60), 25, 0.9),
-    SIGN: ((140, 110, 90), 70, 0.3), FENCE: ((115, 105, 95), 35, 0.9), CAR: ((115, 115, 120), 60, 0.4),
-    PEDESTRIAN: ((95, 85, 85), 45, 0.6), CYCLIST: ((100, 90, 85), 45, 0.6),
+    SKY: ((190, 205, 220), 15, 0.08), BUILDING: ((130, 115, 105), 25, 0.5), POLE: ((110, 110, 110), 25, 0.1),
+    ROAD: ((105, 105, 108), 12, 0.15), PAVEMENT: ((135, 125, 115), 14, 0.25), TREE: ((75, 95, 60), 15, 0.7),
+    SIGN: ((150, 110, 90), 50, 0.3), FENCE: ((115, 105, 95), 22, 0.8), CAR: ((115, 115, 120), 45, 0.3),
+    PEDESTRIAN: ((95, 85, 85), 35, 0.5), CYCLIST: ((100, 90, 85), 35, 0.5),
 }  # fmt: skip
 
 
