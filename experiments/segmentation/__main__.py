@@ -48,7 +48,6 @@ COLUMNS = ("step", "loss", "pixel_accuracy", "mean_iou", "held_out_pixel_accurac
 HELD_OUT = 256
 TIMES, FIRST = 20, 32
 """How often the first so many held-out images are scored on the way."""
-CROPS = {"digits": 64, "photographs": 96}
 LARGEST_CROP = 2048
 """Pixels along each side; with more, one scene alone takes gigabytes."""
 
@@ -63,12 +62,12 @@ class Config:
     """Classes of the folder's masks; the largest label + 1 where not given."""
     steps: int = 4000
     """Gradient steps, each on one batch."""
-    batch_size: int = 16
-    """Images in a batch."""
+    batch_size: int | None = None
+    """Images in a batch; 16 of digits and 4 photographs where not given."""
     learning_rate: float = 0.003
     """Largest step size of AdamW, reached after a tenth of the steps and then falling to 0 as a cosine."""
     crop: int | None = None
-    """Height and width in pixels of a scene, or of the window of a photograph, that is trained on: 64 of digits and 96
+    """Pixels along each side of a scene, or of the window of a photograph, that is trained on; 64 of digits and 192
     of photographs where not given."""
     seed: int = 0
     """Draws the held-out digits, the scenes, their order and the initial weights."""
@@ -83,9 +82,24 @@ class Config:
     summary.json, the pictures and the checkpoints."""
 
 
-def check(config: Config) -> None:
+@dataclass(frozen=True)
+class Chosen(Config):
+    """With what the data decide."""
+
+    batch_size: int = 16
+    crop: int = 64
+
+
+def choose(config: Config) -> Chosen:
+    # Of a photograph as much as will be seen at the end: what is learnt near borders alone fails far from them.
+    batch_size, crop = (16, 64) if config.data == "digits" else (4, 192)
+    given = {name: value for name, value in asdict(config).items() if value is not None}
+    return Chosen(**{"batch_size": batch_size, "crop": crop} | given)
+
+
+def check(config: Chosen) -> None:
     check_options(config)
-    if config.crop is not None and not 32 <= config.crop <= LARGEST_CROP:
+    if not 32 <= config.crop <= LARGEST_CROP:
         raise InputError(f"--crop: expected 32 to {LARGEST_CROP} pixels, got {config.crop}")
     if config.classes is not None and not 2 <= config.classes <= 255:
         raise InputError(f"--classes: expected an integer from 2 to 255, got {config.classes}")
@@ -93,20 +107,20 @@ def check(config: Config) -> None:
         raise InputError(f"--classes: the digits have {len(NAMES)} with their background, got {config.classes}")
 
 
-def read_data(config: Config, crop: int) -> tuple[Source, Source, tuple[str, ...]]:
+def read_data(config: Chosen) -> tuple[Source, Source, tuple[str, ...]]:
     """What to train on, what to test on and the names of the classes."""
     if config.data == "digits":
-        return *digit_scenes(config.seed, crop, HELD_OUT), NAMES
+        return *digit_scenes(config.seed, config.crop, HELD_OUT), NAMES
     train, test, classes = voc_folder(Path(config.data), config.classes)
     return train, test, class_names(Path(config.data), classes)
 
 
 def run(config: Config) -> dict[str, Any]:
     """Train, write the results to `config.out` and return the summary."""
+    config = choose(config)
     check(config)
-    digits = config.data == "digits"
-    crop = config.crop or CROPS["digits" if digits else "photographs"]
-    train_on, test, names = read_data(config, crop)
+    digits, crop = config.data == "digits", config.crop
+    train_on, test, names = read_data(config)
     out = make_folder(config.out)
     classes = len(names)
     recipe = EVEN if digits else recipe_of(train_on, classes)
@@ -128,7 +142,7 @@ def run(config: Config) -> dict[str, Any]:
 
     apart = ("out", "resume", "overwrite", "checkpoint_every")
     options = {name: value for name, value in asdict(config).items() if name not in apart}
-    options |= {"classes": classes, "crop": crop}
+    options["classes"] = classes
     begun = params, jax.jit(optimizer.init)(params)
     state, seconds = train(config, COLUMNS, options, begun, advance, "image", loader)
     params, _ = state

@@ -76,7 +76,7 @@ def random_crop(pair: Pair, rng: np.random.Generator, size: int) -> Pair:
 
 def random_view(pair: Pair, rng: np.random.Generator, size: int) -> Pair:
     """A window as from nearer or farther, perhaps mirrored, in another light."""
-    scale = 2 ** rng.uniform(-0.75, 0.75)
+    scale = 2 ** rng.uniform(-0.5, 0.75)
     window = random_crop(pair, rng, round(size / scale))
     image = Image.fromarray(window.image).resize((size, size), Image.Resampling.BILINEAR)
     labels = Image.fromarray(window.labels).resize((size, size), Image.Resampling.NEAREST)
