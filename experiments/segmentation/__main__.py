@@ -92,9 +92,11 @@ class Chosen(Config):
 
 def choose(config: Config) -> Chosen:
     # Of a photograph as much as will be seen at the end: what is learnt near borders alone fails far from them.
-    batch_size, crop = (16, 64) if config.data == "digits" else (4, 192)
-    given = {name: value for name, value in asdict(config).items() if value is not None}
-    return Chosen(**{"batch_size": batch_size, "crop": crop} | given)
+    chosen: dict[str, Any] = (
+        {"batch_size": 16, "crop": 64} if config.data == "digits" else {"batch_size": 4, "crop": 192}
+    )
+    chosen |= {name: value for name, value in asdict(config).items() if value is not None}
+    return Chosen(**chosen)
 
 
 def check(config: Chosen) -> None:
