@@ -65,7 +65,7 @@ def plot_examples(
 
 def plot_loss(table: pd.DataFrame, held_out: dict[str, float], path: Path) -> None:
     """The curves of training, batch by batch and smoothed, beside the held-out scores on the way."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 3.9))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 4.2))
     smooth = table[["loss", "pixel_accuracy", "mean_iou"]].rolling(max(1, len(table) // 50), min_periods=1).mean()
     left.semilogy(table["step"], table["loss"], color=PALE, lw=1, label="each batch")
     left.semilogy(table["step"], smooth["loss"], color=BLUE, label="running mean")
@@ -78,7 +78,7 @@ def plot_loss(table: pd.DataFrame, held_out: dict[str, float], path: Path) -> No
         right.plot(on_the_way["step"], on_the_way[f"held_out_{name}"], "o--", ms=3, color=color,
                    label=f"{words}, held out ({held_out[name]:.3f} at the end)")  # fmt: skip
     right.set(title="scores", xlabel="step", ylabel="fraction", ylim=(0, 1.02))
-    right.legend(loc="lower right")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=2)
     save(figure, path)
 
 
@@ -88,7 +88,7 @@ def plot_classes(shares: Sequence[float | None], names: Sequence[str], mean: flo
     figure, axes = plt.subplots(figsize=(6.4, 1.2 + 0.24 * len(met)))
     bars = axes.barh([name for _, name in met], [share for share, _ in met], color=BLUE)
     axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=9)
-    axes.axvline(mean, color=GREY, linestyle="--", label=f"mean: {mean:.2f}")
+    axes.axvline(mean, color=GREY, linestyle="--", zorder=0, label=f"mean: {mean:.2f}")
     axes.set(title="held-out images, by class", xlabel="intersection over union", xlim=(0, 1.08))
     axes.tick_params(axis="y", length=0)
     axes.legend(loc="lower right")
