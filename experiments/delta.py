@@ -16,17 +16,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from jaxtyping import Array, Float
 
 from experiments import numpy_classifier
 from experiments._door import enter, make_folder
 from experiments._numbers import Number, report
+from experiments._style import WIDE, plt, save
 from jaxsoft import cross_entropy, softmax, softmax_jacobian, softmax_vjp
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 OUTPUT = (0.1, 0.2, 0.7)
 TARGET = (0.0, 1.0, 0.0)
@@ -193,22 +190,22 @@ def breakdown_numbers() -> list[Number]:
 def plot_jacobians(stack: Float[Array, "3 3 100"], y: Float[Array, "3 100"], path: Path) -> None:
     """One Jacobian with its numbers, and a hundred: each column of the right picture is one flattened."""
     one = np.asarray(softmax_jacobian(jnp.array(OUTPUT)))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3.9), layout="constrained", width_ratios=(1, 2.2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 3.5), width_ratios=(1, 1.8))
     colors = {"cmap": "RdBu_r", "vmin": -0.25, "vmax": 0.25}  # no entry of any Jacobian is larger
     left.imshow(one, **colors)
     for (row, column), value in np.ndenumerate(one):
-        left.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=13)
+        ink = "white" if abs(value) > 0.15 else "black"
+        left.text(column, row, f"{value:.2f}".replace("-", "−"), ha="center", va="center", color=ink, fontsize=12)
     left.set_xticks(range(3), [f"z{n}" for n in (1, 2, 3)])
     left.set_yticks(range(3), [f"o{n}" for n in (1, 2, 3)])
-    left.set(title="J = diag(o) − o oᵀ at o = (.1, .2, .7)", xlabel="by logit", ylabel="derivative of output")
+    left.set(title="diag(o) − o oᵀ\nat o = (.1, .2, .7)", xlabel="by logit", ylabel="derivative of output")
     image = right.imshow(stack.reshape(9, -1), aspect="auto", interpolation="nearest", **colors)
     right.set_yticks(range(9), [f"∂o{i}/∂z{j}" for i in (1, 2, 3) for j in (1, 2, 3)])
     for border in np.flatnonzero(np.diff(np.argmax(y, axis=0))):
         right.axvline(border + 0.5, color="black", linewidth=1)
-    right.set(title="one Jacobian for each of 100 flowers: 50 setosa, 50 virginica", xlabel="flower")
+    right.set(title="one Jacobian a column: 50 setosa, then 50 virginica", xlabel="flower")
     figure.colorbar(image, ax=right, label="derivative")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 
 from experiments._door import enter, make_folder
 from experiments._numbers import Number, each, report
+from experiments._style import BLUE, GREY, ORANGE, PALE, WIDE, plt, save
 from jaxsoft import cross_entropy, log_softmax, softmax, softmax_jacobian, softmax_vjp
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 # Three inputs y, weights w_ij from input i to output j, biases b.
 INPUTS = np.array([0.5, -1.0, 2.0])
@@ -236,49 +233,56 @@ def plot_toy(path: Path) -> None:
     """The network, with what each path from the loss to w21 contributes for the two one-hot targets."""
     z = HIDDEN @ TO_OUTPUTS
     o = np.asarray(softmax(z))
-    figure, panels = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(WIDE, 3.7))
     for axes, target in zip(panels, ((1.0, 0.0), (0.0, 1.0)), strict=True):
         loss, by_first, by_second = toy_paths(target)
-        nodes = {f"h{n + 1}\n{h:g}": (0.0, 2.0 - n) for n, h in enumerate(HIDDEN)}
-        nodes |= {f"y{n + 1}\n{value:.3g}": (1.6, 1.5 - n) for n, value in enumerate(z)}
-        nodes |= {f"o{n + 1}\n{value:.4f}": (3.2, 1.5 - n) for n, value in enumerate(o)}
+        nodes = {f"h{'₁₂₃'[n]}\n{h:g}": (0.0, 2.0 - n) for n, h in enumerate(HIDDEN)}
+        nodes |= {f"y{'₁₂'[n]}\n{value:.3g}": (1.6, 1.5 - n) for n, value in enumerate(z)}
+        nodes |= {f"o{'₁₂'[n]}\n{value:.4f}": (3.2, 1.5 - n) for n, value in enumerate(o)}
         nodes[f"L\n{loss:.4f}"] = (4.8, 1.0)
         places = list(nodes.values())
         edges = [(i, 3 + j) for i in range(3) for j in range(2)] + [(3 + i, 5 + j) for i in range(2) for j in range(2)]
         for start, end in [*edges, (5, 7), (6, 7)]:
-            axes.plot(*zip(places[start], places[end], strict=True), color="0.8", linewidth=1, zorder=1)
-        for color, output, value, height in (("tab:blue", 5, by_first, 2.3), ("tab:orange", 6, by_second, -0.35)):
+            axes.plot(*zip(places[start], places[end], strict=True), color=PALE, zorder=1)
+        for color, output, value, height in ((BLUE, 5, by_first, 2.2), (ORANGE, 6, by_second, -0.3)):
             for start, end in ((1, 3), (3, output), (output, 7)):
                 offset = 0.03 if output == 5 else -0.03
                 x, y = zip(places[start], places[end], strict=True)
-                axes.plot(x, np.array(y) + offset, color=color, linewidth=2.2, zorder=2)
-            axes.text(3.2, height, f"path by o{output - 4}: {value:+.6f}", color=color, ha="center", fontsize=11)
+                axes.plot(x, np.array(y) + offset, color=color, linewidth=2.4, zorder=2)
+            axes.text(
+                3.2, height, f"through o{'₁₂'[output - 5]}: {signed(value)}", color=color, ha="center", weight="bold"
+            )
         for label, (x, y) in nodes.items():
-            axes.scatter(x, y, 1900, color="white", edgecolor="black", zorder=3)
-            axes.text(x, y, label, ha="center", va="center", fontsize=9, zorder=4)
-        axes.text(0.75, 1.36, "w21", fontsize=10)
-        axes.set_title(f"target {target}: dL/dw21 = {by_first:+.6f} {by_second:+.6f} = {by_first + by_second:+.6f}")
-        axes.set(xlim=(-0.5, 5.3), ylim=(-0.6, 2.6))
+            axes.scatter(x, y, 1250, color="white", edgecolor="black", zorder=3)
+            axes.text(x, y, label.replace("-", "−"), ha="center", va="center", fontsize=8.5, zorder=4)
+        # On the edge that is differentiated to, the one of both colours.
+        axes.text(0.68, 1.21, "w₂₁", ha="center", va="center", zorder=4, bbox={"color": "white", "pad": 1})
+        sign = "−" if by_second < 0 else "+"
+        total = f"{signed(by_first)} {sign} {abs(by_second):.6g} = {signed(by_first + by_second)}"
+        axes.set(title=f"target {target}\n∂L/∂w₂₁ = {total}", xlim=(-0.5, 5.3), ylim=(-0.5, 2.5))
         axes.axis("off")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
+
+
+def signed(value: float) -> str:
+    """Six digits, with the minus sign of print."""
+    return f"{value:.6g}".replace("-", "−")
 
 
 def plot_cases(printed: np.ndarray, truth: np.ndarray, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 4))
     classes = np.arange(3)
-    for offset, values, label in (
-        (-0.2, printed, "as printed"),
-        (0.2, truth, "corrected: p − 1 at the label, p elsewhere"),
+    for offset, values, color, label in (
+        (-0.2, printed, GREY, "as printed"),
+        (0.2, truth, BLUE, "corrected: p − 1 at the label, p elsewhere"),
     ):
-        bars = axes.bar(classes + offset, values, 0.38, label=label)
-        axes.bar_label(bars, fmt="%.4f", fontsize=8, padding=2)
+        bars = axes.bar(classes + offset, values, 0.38, color=color, label=label)
+        axes.bar_label(bars, fmt="%.4f", fontsize=9, padding=2)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(classes, ["class 0", "class 1", "class 2, the label"])
     axes.set(title="gradient of the loss at X = (1, 2, 3)", ylabel="dL/dX", ylim=(-0.5, 0.95))
-    axes.legend(loc="upper left", fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    axes.legend(loc="upper left")
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,17 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
 from experiments._door import check_counts, check_seed, enter, make_folder
 from experiments._numbers import Number, report
+from experiments._style import BLACK, BLUE, GREEN, GREY, ORANGE, RED, SKY, WIDE, plt, save, tint
 from jaxsoft import cross_entropy, energy
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-COLORS = ("tab:blue", "tab:orange", "tab:green")
+COLORS = BLUE, ORANGE, GREEN
+TABULATED = "in the table of numbers"  # those of `summary.json`, which a run compares with these curves
 # Probability of a unit of 0 and 1 at field 1, by temperature.
 UNIT = {0.1: 0.9999546, 0.5: 0.8807971, 1.0: 0.7310586, 2.0: 0.6224593, 10.0: 0.5249792}
 # Energies (1, 2, 3): probabilities and (1/β)·NLL of the first, by inverse temperature.
@@ -121,14 +119,14 @@ def hopfield(seed: int, path: Path) -> list[Number]:
 
 
 def plot_hopfield(energies: np.ndarray, damaged: int, orbits: dict[str, np.ndarray], path: Path) -> None:
-    figure = plt.figure(figsize=(11, 4.2), layout="constrained")
-    grid = figure.add_gridspec(len(orbits), 2, width_ratios=(1.3, 1))
+    figure = plt.figure(figsize=(WIDE, 3.8))
+    grid = figure.add_gridspec(len(orbits), 2, width_ratios=(1, 1))
     left = figure.add_subplot(grid[:, 0])
     for n, line in enumerate(energies):
         of_pattern = n < damaged
         name = {0: "from a damaged pattern", damaged: "from a random state"}.get(n)
-        left.plot(line, color=COLORS[0 if of_pattern else 1], alpha=0.8, label=name, lw=1.8 if of_pattern else 1)
-    left.set(title="asynchronous visits never raise the energy", xlabel="visit", ylabel="energy E(s)")
+        left.plot(line, color=BLUE if of_pattern else ORANGE, label=name, lw=1.8 if of_pattern else 1)
+    left.set(title="visits one by one never raise the energy", xlabel="visit", ylabel="energy E(s)")
     left.legend()
     for row, (name, states) in enumerate(orbits.items()):
         axes = figure.add_subplot(grid[row, 1])
@@ -136,12 +134,11 @@ def plot_hopfield(energies: np.ndarray, damaged: int, orbits: dict[str, np.ndarr
         for (step, unit), value in np.ndenumerate(states):
             axes.text(step, unit, f"{value:+.0f}", ha="center", va="center", color="white" if value < 0 else "black")
         length = cycle_length(states)
-        axes.set_title(f"{name}: " + ("settles" if length == 1 else f"cycle of {length}"), fontsize=10)
+        axes.set_title(f"{name}: " + ("settles" if length == 1 else f"cycle of {length}"))
         axes.set_xticks(range(len(states)))
         axes.set_xlabel("step" if row == len(orbits) - 1 else "")
         axes.set_yticks([0, 1], ["unit 1", "unit 2"])
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
 
 
 # One Boltzmann unit
@@ -150,16 +147,16 @@ def plot_hopfield(energies: np.ndarray, damaged: int, orbits: dict[str, np.ndarr
 def temperature(path: Path) -> list[Number]:
     """Heat a unit from almost certain to a fair coin."""
     fields = np.linspace(-5, 5, 401)
-    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    for n, t in enumerate(UNIT):
+    figure, axes = plt.subplots(figsize=(6.4, 4.4))
+    for t, color in zip(UNIT, (BLACK, BLUE, GREEN, ORANGE, RED), strict=True):
         probability = energy.boltzmann_probability(fields, temperature=t)
-        axes.plot(fields, probability, color=plt.get_cmap("plasma")(n / len(UNIT)), label=f"0/1 unit, T = {t:g}")
-    axes.plot(fields, energy.boltzmann_probability(fields, low=-1), "--", color="lime", label="±1 unit, T = 1")
-    axes.plot(np.ones(len(UNIT)), list(UNIT.values()), "k.", label="stated, field 1")
+        axes.plot(fields, probability, color=color, label=f"0/1 unit, T = {t:g}")
+    # It lies on the line of T = 0.5.
+    axes.plot(fields, energy.boltzmann_probability(fields, low=-1), ":", color=SKY, lw=3.5, label="±1 unit, T = 1")
+    axes.plot(np.ones(len(UNIT)), list(UNIT.values()), "ko", ms=4, label=TABULATED)
     axes.set(title="a unit by temperature", xlabel="field h", ylabel="probability of 1")
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    axes.legend()
+    save(figure, path)
     unit = energy.boltzmann_probability
     return [
         *(
@@ -197,7 +194,9 @@ def restricted_boltzmann(config: Config, path: Path) -> list[Number]:
     seen = frequency.reshape(-1, 8, 4)
     apart = np.abs(seen - np.asarray(joint)).sum((1, 2)) / 2
     apart_visible = np.abs(seen.sum(2) - np.asarray(marginal)).sum(1) / 2
-    plot_samples(np.asarray(marginal), seen[-1].sum(1), apart, apart_visible, path)
+    # What as many independent draws leave: the mean deviation of each frequency, normal by the central limit theorem.
+    chance = np.sqrt(joint * (1 - joint) / (2 * np.pi * config.chains)).sum()
+    plot_samples(np.asarray(marginal), seen[-1].sum(1), apart, apart_visible, float(chance), path)
     return [
         Number("RBM: Z over 32 states", "68.62559544", jnp.exp(energy.log_partition(energies, None))),
         Number("RBM: Z from free energies", "68.62559544", jnp.exp(energy.log_partition(free))),
@@ -208,23 +207,24 @@ def restricted_boltzmann(config: Config, path: Path) -> list[Number]:
     ]
 
 
-def plot_samples(exact: np.ndarray, seen: np.ndarray, apart: np.ndarray, apart_visible: np.ndarray, path: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+def plot_samples(
+    exact: np.ndarray, seen: np.ndarray, apart: np.ndarray, apart_visible: np.ndarray, chance: float, path: Path
+) -> None:
+    figure, (left, right) = plt.subplots(1, 2)
     states = np.arange(len(exact))
     left.bar(states - 0.2, exact, 0.4, label="exact: softmax(−F)")
     left.bar(states + 0.2, seen, 0.4, label="Gibbs chains, last step")
     left.set_xticks(states, [f"{n:03b}" for n in states])
-    left.set(title="visible states", xlabel="state v", ylabel="probability", ylim=(0, 1.3 * exact.max()))
+    left.set(title="visible states", xlabel="state v", ylabel="probability", ylim=(0, 1.35 * exact.max()))
     left.legend()
     steps = np.arange(1, len(apart) + 1)
     right.xaxis.get_major_locator().set_params(integer=True)
     right.semilogy(steps, apart, ".-", label="32 joint states")
     right.semilogy(steps, apart_visible, ".-", label="8 visible states")
-    right.axhline(0.02, color="gray", ls="--", lw=1, label="0.02")
-    right.set(title="chains started at zero", xlabel="Gibbs step", ylabel="total variation from the exact distribution")
+    right.axhline(chance, color=GREY, ls="--", lw=1, label="32 joint states, independent draws")
+    right.set(title="chains started at zero", xlabel="Gibbs step", ylabel="total variation from the exact")
     right.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
 
 
 # Inverse temperature
@@ -258,22 +258,21 @@ def inverse_temperature(path: Path) -> list[Number]:
 def plot_levels(path: Path) -> None:
     betas = jnp.asarray(np.geomspace(0.05, 20, 200))
     probabilities = jax.vmap(lambda beta: energy.gibbs_distribution(LEVELS, beta=beta))(betas)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 3.9))
     for n, color in enumerate(COLORS):
         losses = jax.vmap(lambda beta, n=n: label_loss(jnp.asarray(LEVELS), n, beta))(betas)
         left.semilogx(betas, probabilities[:, n], color=color, label=f"state {n}, E = {LEVELS[n]:g}")
         right.loglog(betas, losses, color=color, label=f"state {n}, E = {LEVELS[n]:g}")
     for beta, stated in SWEEP.items():
-        left.plot([beta] * 3, stated[:3], "k.", label="stated" if beta == 1 else None)
-        right.plot(beta, stated[3], "k.", label="stated" if beta == 1 else None)
+        left.plot([beta] * 3, stated[:3], "ko", ms=4, label=TABULATED if beta == 1 else None)
+        right.plot(beta, stated[3], "ko", ms=4, label=TABULATED if beta == 1 else None)
     for n in (1, 2):
         right.axhline(n, color=COLORS[n], ls="--", lw=1, label=f"E − min E = {n}")
     left.set(title="Gibbs distribution", xlabel="inverse temperature β", ylabel="probability")
-    right.set(title="(1/β)·NLL tends to E − min E", xlabel="inverse temperature β", ylabel="(1/β)·NLL", ylim=(1e-4, 60))
-    left.legend(fontsize=8)
-    right.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    right.set(title="(1/β)·NLL tends to E − min E", xlabel="inverse temperature β", ylabel="(1/β)·NLL", ylim=(1e-6, 60))
+    left.legend(loc="center right")
+    right.legend(loc="lower left")
+    save(figure, path)
 
 
 # Maximum likelihood against a prior
@@ -343,31 +342,40 @@ def plot_prior(
     points: np.ndarray, labels: np.ndarray, weights: Array, precisions: np.ndarray, train: np.ndarray, test: np.ndarray,
     best: float, path: Path,
 ) -> None:  # fmt: skip
-    figure, (*maps, right) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
+    figure, axes = plt.subplot_mosaic([["likelihood", "prior"], ["losses", "losses"]], figsize=(WIDE, 7.6))
+    *maps, right = axes.values()
     grid = np.stack(np.meshgrid(np.linspace(-3.5, 3.5, 250), np.linspace(-3.5, 3.5, 250)), axis=-1)
     titles = "maximum likelihood", "Gaussian prior of precision 1"
     for axes, fitted, title in zip(maps, weights, titles, strict=True):
         predicted = np.argmax(polynomials(grid) @ fitted, axis=-1)
-        axes.contourf(grid[..., 0], grid[..., 1], predicted, levels=[-0.5, 0.5, 1.5, 2.5], colors=COLORS, alpha=0.25)
-        for label, color in enumerate(COLORS):
+        axes.contourf(grid[..., 0], grid[..., 1], predicted, levels=[-0.5, 0.5, 1.5, 2.5], colors=[*map(tint, COLORS)])
+        for label, (color, marker) in enumerate(zip(COLORS, "os^", strict=True)):
             chosen = points[labels == label]
-            axes.scatter(*chosen.T, 22, color=color, edgecolor="black", linewidth=0.4, label=f"class {label}")
+            axes.scatter(
+                chosen[:, 0],
+                chosen[:, 1],
+                26,
+                color=color,
+                marker=marker,
+                edgecolor="black",
+                lw=0.4,
+                label=f"class {label}",
+            )
         axes.set(title=title, xlabel="x", ylabel="y", aspect="equal")
-        axes.legend(fontsize=8, loc="upper left")
-    right.loglog(precisions[1:], test[1:], ".-", color="tab:red", label="held out, prior")
-    right.loglog(precisions[1:], train[1:], ".-", color="tab:blue", label="training, prior")
-    right.axhline(test[0], color="tab:red", ls="--", lw=1, label="held out, maximum likelihood")
-    right.axhline(train[0], color="tab:blue", ls="--", lw=1, label="training, maximum likelihood")
-    right.axhline(best, color="black", ls=":", lw=1, label="held out, true classes")
+    maps[0].legend(loc="lower left")
+    right.loglog(precisions[1:], test[1:], "o-", ms=4, color=RED, label="held out, prior")
+    right.loglog(precisions[1:], train[1:], "o-", ms=4, color=BLUE, label="training, prior")
+    right.axhline(test[0], color=RED, ls="--", lw=1, label="held out, maximum likelihood")
+    right.axhline(train[0], color=BLUE, ls="--", lw=1, label="training, maximum likelihood")
+    right.axhline(best, color="black", ls=":", lw=1.4, label="held out, true classes")
     right.set(
         title="cross-entropy by prior",
         xlabel="precision of the prior",
         ylabel="cross-entropy (nats)",
-        ylim=(train[0] / 8, None),
+        ylim=(train[0] / 1.3, None),
     )
-    right.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    right.legend(loc="center right", bbox_to_anchor=(1, 0.32))
+    save(figure, path)
 
 
 def run(config: Config) -> dict[str, float]:

@@ -17,22 +17,19 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from jaxtyping import Float, Int
-
-from experiments._door import check_seed, enter, make_folder
-from experiments._numbers import Number, report
-from jaxsoft import softmax, softmax_vjp
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
+from experiments._door import check_seed, enter, make_folder
+from experiments._numbers import Number, report
+from experiments._style import BLUE, GREEN, GREY, ORANGE, RED, WIDE, plt, save, tint
+from jaxsoft import softmax, softmax_vjp
+
 SHAPE = (2, 3, 2, 2)  # of the picture
 PIXEL = (1, 3)
-COLORS = ("tab:blue", "tab:orange", "tab:green")
+COLORS = tuple(tint(color, 0.45) for color in (BLUE, ORANGE, GREEN))
 # Largest error of the gradient after each slip, by axis, for seed 0.
 STRIDE, LAYOUT = "dot at stride 1", "broadcast as [inner, classes]"
 SLIPS = {
@@ -166,9 +163,8 @@ def plot_layout(path: Path) -> None:
     marked = class_indices(*PIXEL, classes, inner)
     figure, axes = plt.subplot_mosaic(
         [["array"] * 2, ["memory"] * 2, ["right", "wrong"]],
-        figsize=(12, 8.6),
-        layout="constrained",
-        height_ratios=(2.2, 0.9, 2.2),
+        figsize=(WIDE, 6.6),
+        height_ratios=(2.2, 1.1, 2.2),
     )
     for index in range(outer * classes * inner):
         i, c, j = map(int, np.unravel_index(index, (outer, classes, inner)))
@@ -183,7 +179,7 @@ def plot_layout(path: Path) -> None:
         for k in range(classes * inner):
             dot = at(k)
             mistaken = dot != k % inner
-            draw_cell(axes[name], k % inner, k // inner, f"dot {dot}", "mistyrose" if mistaken else "honeydew")
+            draw_cell(axes[name], k % inner, k // inner, f"dot {dot}", tint(RED, 0.45) if mistaken else "white")
     finish(axes["array"], f"{SHAPE}, axis 1: classes of pixel {PIXEL}", (-0.6, 2 * inner + 0.6), (classes - 0.4, -0.6))
     axes["array"].set_xticks(
         [i * (inner + 1) + j for i in range(outer) for j in range(inner)],
@@ -200,14 +196,13 @@ def plot_layout(path: Path) -> None:
         finish(axes[name], title, (-0.6, inner - 0.4), (classes - 0.4, -0.6))
         axes[name].set_xticks(range(inner))
         axes[name].set_yticks(range(classes))
-        axes[name].set(xlabel="pixel j (red: the dot of another pixel)", ylabel="class c")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        axes[name].set(xlabel="pixel j (shaded: the dot of another pixel)", ylabel="class c")
+    save(figure, path)
 
 
 def draw_cell(axes: Axes, x: int, y: int, text: str, fill: str) -> None:
-    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=fill, edgecolor="gray"))
-    axes.text(x, y, text, ha="center", va="center", fontsize=11)
+    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=fill, edgecolor=GREY))
+    axes.text(x, y, text, ha="center", va="center", fontsize=9)
 
 
 def finish(axes: Axes, title: str, xlim: tuple[float, float], ylim: tuple[float, float]) -> None:

@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 import pandas as pd
@@ -21,14 +20,12 @@ from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 from experiments._door import InputError, check_training, enter, make_folder, say_growth, write_json
+from experiments._style import BLUE, GREEN, ORANGE, RED, plt, save, tint
 from jaxsoft import apply_mlp, cross_entropy, init_mlp
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 FEATURES = ("SepalLength", "SepalWidth", "PetalLength", "PetalWidth")
 SPECIES = ("setosa", "versicolor", "virginica")
-COLORS = ("tab:blue", "tab:orange", "tab:green")
+COLORS = BLUE, ORANGE, GREEN
 LONGEST_PIECE = 10_000
 OPTIMIZERS = {
     "adam": optax.adam,
@@ -125,6 +122,7 @@ def accuracy(params, features: Float[Array, "flowers 4"], labels: Int[Array, " f
 def measure(params, split: Split) -> dict[str, Array]:
     return {
         "loss": cross_entropy(logits_of(params, split.train_x), split.train_y),
+        "test_loss": cross_entropy(logits_of(params, split.test_x), split.test_y),
         "train_accuracy": accuracy(params, split.train_x, split.train_y),
         "test_accuracy": accuracy(params, split.test_x, split.test_y),
     }
@@ -180,9 +178,10 @@ def run(config: Config) -> dict[str, float]:
     final = measure(params, split)
     table = pd.concat([*history, table_of(final, config.steps, config.learning_rate)], ignore_index=True)
     table.index.name = "step"
-    table.to_csv(out / "metrics.csv", columns=["loss", "train_accuracy", "test_accuracy"])
+    table.to_csv(out / "metrics.csv", columns=["loss", "test_loss", "train_accuracy", "test_accuracy"])
     summary = {
         "train_loss": float(final["loss"]),
+        "test_loss": float(final["test_loss"]),
         "train_accuracy": float(final["train_accuracy"]),
         "test_accuracy": float(final["test_accuracy"]),
         "steps": config.steps,
@@ -202,22 +201,23 @@ def run(config: Config) -> dict[str, float]:
 
 
 def plot_loss(table: pd.DataFrame, path: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.semilogy(table.index, table["loss"])
-    left.set(title="training loss", xlabel="step", ylabel="cross-entropy (nats)")
-    right.plot(table.index, table["train_accuracy"], label="training")
-    right.plot(table.index, table["test_accuracy"], label="held out")
+    figure, (left, right) = plt.subplots(1, 2)
+    for suffix, color, label in (("train", BLUE, "training"), ("test", RED, "held out")):
+        loss = table["loss" if suffix == "train" else "test_loss"]
+        left.semilogy(table.index, loss, color=color, label=label)
+        right.plot(table.index, table[f"{suffix}_accuracy"], color=color, label=label)
+    left.set(title="loss", xlabel="step", ylabel="cross-entropy (nats)")
+    left.legend(loc="lower left")
     right.set(title="accuracy", xlabel="step", ylabel="fraction correct", ylim=(0, 1.02))
     right.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
 
 
 def plot_confusion(params, split: Split, path: Path) -> None:
     predicted = np.argmax(logits_of(params, split.test_x), axis=-1)
     counts = np.zeros((len(SPECIES), len(SPECIES)), int)
     np.add.at(counts, (np.asarray(split.test_y), predicted), 1)
-    figure, axes = plt.subplots(figsize=(5, 4.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5, 4.4))
     axes.imshow(counts, cmap="Blues")
     for (row, column), count in np.ndenumerate(counts):
         axes.text(
@@ -226,8 +226,7 @@ def plot_confusion(params, split: Split, path: Path) -> None:
     axes.set_xticks(range(len(SPECIES)), SPECIES)
     axes.set_yticks(range(len(SPECIES)), SPECIES)
     axes.set(title="held-out flowers", xlabel="predicted", ylabel="true")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
 
 
 def plot_regions(params, split: Split, path: Path) -> None:
@@ -238,8 +237,8 @@ def plot_regions(params, split: Split, path: Path) -> None:
     grid[..., length], grid[..., width] = x, y
     standardised = jnp.asarray((grid - split.mean) / split.scale, jnp.float32)
     predicted = np.argmax(jax.vmap(logits_of, in_axes=(None, 0))(params, standardised), axis=-1)
-    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
-    axes.contourf(x, y, predicted, levels=[-0.5, 0.5, 1.5, 2.5], colors=COLORS, alpha=0.25)
+    figure, axes = plt.subplots(figsize=(6.4, 4.8))
+    axes.contourf(x, y, predicted, levels=[-0.5, 0.5, 1.5, 2.5], colors=[*map(tint, COLORS)])
     for features, labels, marker, name in (
         (split.train_x, split.train_y, "o", "training"),
         (split.test_x, split.test_y, "^", "held out"),
@@ -248,13 +247,18 @@ def plot_regions(params, split: Split, path: Path) -> None:
         for label, (species, color) in enumerate(zip(SPECIES, COLORS, strict=True)):
             chosen = centimetres[np.asarray(labels) == label]
             axes.scatter(
-                chosen[:, length], chosen[:, width], 22, color=color, marker=marker, edgecolor="black", linewidth=0.4,
+                chosen[:, length], chosen[:, width], 26, color=color, marker=marker, edgecolor="black", linewidth=0.4,
                 label=f"{species}, {name}",
             )  # fmt: skip
-    axes.set(title="predicted species at the mean sepal", xlabel="petal length (cm)", ylabel="petal width (cm)")
-    axes.legend(fontsize=8, loc="upper left")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    wrong = np.argmax(logits_of(params, split.test_x), axis=-1) != split.test_y
+    missed = (np.asarray(split.test_x) * split.scale + split.mean)[wrong]
+    axes.scatter(
+        missed[:, length], missed[:, width], 140, facecolor="none", edgecolor="black", linewidth=1.6,
+        label=f"held out and predicted wrongly: {len(missed)}",
+    )  # fmt: skip
+    axes.set(title="areas: predicted species at the mean sepal", xlabel="petal length (cm)", ylabel="petal width (cm)")
+    axes.legend(loc="upper left")
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from jaxtyping import Array, Float
 
 from experiments._door import InputError, enter, make_folder
 from experiments._numbers import Number, report
+from experiments._style import WIDE, plt, save
 from jaxsoft import cross_entropy, softmax
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 # Stated at x = 0.7: the sigmoid, and the losses of the labels 1 and 0.
 X, SIGMOID, LOSSES = 0.7, "0.66818777", {1: "0.40318605", 0: "1.10318605"}
@@ -131,7 +128,7 @@ def run(config: Config) -> dict[str, float]:
 def plot(
     x: np.ndarray, expected: Curves, computed: Curves, errors: dict[str, np.ndarray], written: np.ndarray, path: Path
 ) -> None:
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(3, 1, figsize=(WIDE, 9.6), height_ratios=(1, 1, 0.9))
     near = np.abs(x) <= 8
     for name, label in (("probability", "P(1)"), ("loss_1", "loss of label 1"), ("loss_0", "loss of label 0")):
         (line,) = left.plot(
@@ -141,7 +138,7 @@ def plot(
             x[near], getattr(expected, name)[near], "--", lw=1.2, color=line.get_color(), label=f"{label}, logistic"
         )
     left.set(title="the same curves", xlabel="input x", ylabel="probability, loss (nats)")
-    left.legend(fontsize=8)
+    left.legend(loc="upper center")
     positive = (x > 0) & (x <= 60)
     middle.semilogy(x[positive], expected.loss_1[positive], label="label 1: log(1 + exp(−x))")
     middle.semilogy(x[positive], computed.loss_1[positive], "--", label="label 1: cross-entropy of (0, x)")
@@ -149,7 +146,7 @@ def plot(
     finite = positive & np.isfinite(written)
     middle.semilogy(x[finite], written[finite], "k:", lw=2, label="label 0: −log(1 − σ), infinite from 36.7 on")
     middle.set(title="the losses far out", xlabel="input x", ylabel="loss (nats)")
-    middle.legend(fontsize=8)
+    middle.legend(loc="lower left")
     largest = [max(error.max(), 1e-18) for error in errors.values()]
     right.barh([name.replace(", ", "\n") for name in errors], largest, left=1e-18)
     right.axvline(1e-12, color="black", ls="--", lw=1, label="bound 1e-12")
@@ -157,9 +154,8 @@ def plot(
     right.set(
         title=f"softmax against logistic, |x| to {x[-1]:g}", xlabel="largest error", xscale="log", xlim=(1e-18, 1e-11)
     )
-    right.legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    right.legend(loc="lower center")
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -22,19 +22,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
+from matplotlib.axes import Axes
 
 from experiments._door import enter, make_folder
 from experiments._numbers import Number, report
+from experiments._style import COLORS, GREY, WIDE, plt, save
 from experiments.iris import FEATURES, read_split
 from experiments.iris import Config as Iris
 from jaxsoft import apply_mlp, cross_entropy
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 Matrix = Float[np.ndarray, "rows columns"]  # columns are flowers
 Triple = tuple[Matrix, Matrix, Matrix]
@@ -341,23 +339,31 @@ def held_out_numbers() -> list[Number]:
 
 
 def plot_runs(histories: dict[str, History], path: Path) -> None:
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
-    titles = ("misspelt class: 100 flowers of two species", "spelling mended: 150 flowers of three species")
+    figure, panels = plt.subplots(1, 2, figsize=(WIDE, 4.6), sharey=True)
+    titles = ("misspelt class: 100 flowers, two species", "spelling mended: 150 flowers, three species")
     for axes, title, typo, classes in zip(panels, titles, (True, False), (2, 3), strict=True):
-        for name, setup in SETUPS.items():
-            if setup.typo == typo:
-                loss = histories[name].loss
-                axes.loglog(np.arange(1, loss.size), loss[1:], label=setup.label, linewidth=1.2)
-        axes.axhline(np.log(classes), color="black", linestyle=":", linewidth=1, label=f"ln {classes}: guessing")
-        axes.set(title=title, xlabel="step")
-        axes.legend(fontsize=8, loc="lower left")
+        shown = [name for name, setup in SETUPS.items() if setup.typo == typo]
+        for name, color in zip(shown, COLORS, strict=False):
+            draw_envelope(axes, histories[name].loss[1:], color, SETUPS[name].label)
+        axes.axhline(np.log(classes), color=GREY, linestyle=":", label=f"ln {classes}: guessing")
+        axes.set(title=title, xlabel="step", xscale="log", yscale="log")
+        axes.legend(loc="lower left")
     panels[0].set(ylabel="mean cross-entropy (nats)")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
+
+
+def draw_envelope(axes: Axes, loss: Float[np.ndarray, " steps"], color: str, label: str) -> None:
+    """From the lowest to the highest loss about each step: one line where it is smooth, a band where it is not."""
+    edges = np.unique(np.geomspace(1, loss.size, 150).astype(int)) - 1
+    low, high = np.minimum.reduceat(loss, edges), np.maximum.reduceat(loss, edges)
+    # The lines above all bands, which else would hide them.
+    axes.fill_between(edges + 1, low, high, color=color, alpha=0.3, linewidth=0, zorder=1)
+    axes.plot(edges + 1, high, color=color, zorder=2, label=label)
+    axes.plot(edges + 1, low, color=color, zorder=2)
 
 
 def plot_memory(memory: dict[str, dict[str, History]], path: Path) -> None:
-    figure, panels = plt.subplots(2, 2, figsize=(10, 6.6), layout="constrained", sharex=True, sharey="row")
+    figure, panels = plt.subplots(2, 2, figsize=(WIDE, 6), sharex=True, sharey="row")
     titles = ("a bias for every flower: it memorises", "a bias for every unit: it learns")
     for (upper, lower), title, runs in zip(panels.T, titles, memory.values(), strict=True):
         for (label, history), style in zip(runs.items(), ("-", "--", ":"), strict=True):
@@ -366,11 +372,10 @@ def plot_memory(memory: dict[str, dict[str, History]], path: Path) -> None:
             lower.semilogx(steps, history.accuracy[1:], style, label=label, linewidth=2)
         upper.set(title=title)
         lower.set(xlabel="step", ylim=(0, 1.04))
-        upper.legend(loc="lower left")
+    panels[0, 0].legend(loc="lower left")
     panels[0, 0].set(ylabel="mean cross-entropy (nats)")
     panels[1, 0].set(ylabel="accuracy on the same flowers")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
 
 
 if __name__ == "__main__":

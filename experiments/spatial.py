@@ -17,17 +17,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
+from matplotlib.colors import ListedColormap
 
 from experiments._door import InputError, check_seed, enter, make_folder
 from experiments._numbers import Number, report
+from experiments._style import GREY, SKY, WIDE, many_colors, plt, save
 from jaxsoft import caffe, cross_entropy
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 HEIGHT, WIDTH, CLASSES, FEATURES = 300, 500, 21, 16
 PIXELS = HEIGHT * WIDTH
@@ -155,20 +153,26 @@ def plot_scene(
     losses: Float[np.ndarray, "h w"],
     path: Path,
 ) -> None:
+    """The losses large, below what they compare; the ignored pixels in a colour that no loss has."""
     void = labels == VOID
-    figure, axes = plt.subplots(1, 3, figsize=(15, 3.9), layout="constrained")
-    colors = {"cmap": "tab20b", "vmin": 0, "vmax": CLASSES - 1, "interpolation": "nearest"}
-    axes[0].imshow(np.ma.array(labels, mask=void), **colors)
-    axes[0].set_title("labels (white: ignored)")
-    axes[1].imshow(scores.argmax(0), **colors)
-    axes[1].set_title("largest score")
-    image = axes[2].imshow(np.ma.array(losses, mask=void), cmap="magma", interpolation="nearest", vmax=8)
-    figure.colorbar(image, ax=axes[2], label="loss (nats)", extend="max")
-    axes[2].set_title(f"{np.sum(~void):,} losses of {PIXELS:,} pixels, mean {losses[~void].mean():.2f}")
-    for ax in axes:
-        ax.set(xlabel="column (pixels)", ylabel="row (pixels)")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figure, axes = plt.subplot_mosaic(
+        [["labels", "scores"], ["losses", "losses"]], figsize=(WIDE, 7.2), height_ratios=(1, 1.9)
+    )
+    colors = {"cmap": ListedColormap(many_colors(CLASSES)), "vmin": 0, "vmax": CLASSES - 1, "interpolation": "nearest"}
+    axes["labels"].imshow(np.ma.array(labels, mask=void), **colors)
+    axes["labels"].set(title="labels, of 21 classes (white: ignored)", ylabel="row (pixels)")
+    axes["scores"].imshow(scores.argmax(0), **colors)
+    axes["scores"].set(title="class of the largest score")
+    losses_or_void = np.ma.array(losses, mask=void)
+    image = axes["losses"].imshow(losses_or_void, cmap="inferno", interpolation="nearest", vmin=0, vmax=8)
+    figure.colorbar(image, ax=axes["losses"], label="loss (nats)", extend="max", shrink=0.8)
+    axes["losses"].set(
+        title=f"{np.sum(~void):,} losses, mean {losses[~void].mean():.2f} (blue: the other pixels, ignored)",
+        xlabel="column (pixels)",
+        ylabel="row (pixels)",
+        facecolor=SKY,
+    )
+    save(figure, path)
 
 
 # Effective independent pixels
@@ -250,22 +254,21 @@ def independent(rng: np.random.Generator, scenes: int, path: Path) -> list[Numbe
 
 def plot_effective(simulated: dict[int, float], error: float, path: Path) -> None:
     sigmas = np.geomspace(0.7, 40, 25)
-    figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 4.2))
     axes.loglog(sigmas, [effective_pixels(sigma) for sigma in sigmas], label="N² / Σ corr(loss, loss)")
     drawn = [sigma for sigma in simulated if sigma]
     values = [simulated[sigma] for sigma in drawn]
     axes.errorbar(
         drawn, values, [2 * error * v for v in values], fmt="o", capsize=4, label="random images, ± 2 standard errors"
     )
-    axes.axhline(PIXELS, color="gray", linestyle="--", label=f"independent pixels: {PIXELS:,}")
+    axes.axhline(PIXELS, color=GREY, linestyle="--", label=f"independent pixels: {PIXELS:,}")
     axes.set(
         title="How many independent pixels is an image of 300 × 500?",
         xlabel="blur σ of scores and labels (pixels)",
         ylabel="effective pixels",
     )
     axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
 
 
 # Sum against mean

@@ -291,7 +291,7 @@ def test_the_table_is_written(here, tmp_path, capsys):
     assert text.startswith("# NVIDIA H100 80GB HBM3, compiled for and not run on\n")
     assert text.count("\n| ") == len(table) + 1
     assert text in capsys.readouterr().out
-    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("roofline", "excess"))
+    assert (tmp_path / "excess.png").stat().st_size > 10_000
 
 
 def test_cases_are_chosen_by_part_of_their_name(here, tmp_path):

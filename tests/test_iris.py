@@ -30,11 +30,13 @@ def test_learns_iris_over_five_seeds(tmp_path, monkeypatch):
         out = tmp_path / str(seed)
         summary = run(Config(seed=seed, out=out))
         metrics = pd.read_csv(out / "metrics.csv")
-        assert list(metrics) == ["step", "loss", "train_accuracy", "test_accuracy"]
+        assert list(metrics) == ["step", "loss", "test_loss", "train_accuracy", "test_accuracy"]
         assert metrics["step"].tolist() == list(range(Config().steps + 1))
         assert metrics["loss"].iloc[-1] < 0.3 * metrics["loss"].iloc[0]
         assert json.loads((out / "summary.json").read_text()) == summary
-        assert set(summary) == {"train_loss", "train_accuracy", "test_accuracy", "steps", "seconds", "seed"}
+        assert set(summary) == {
+            "train_loss", "test_loss", "train_accuracy", "test_accuracy", "steps", "seconds", "seed"
+        }  # fmt: skip
         assert summary["train_loss"] == pytest.approx(metrics["loss"].iloc[-1])
         accuracies.append(summary["test_accuracy"])
         if seed == 42:  # one set of pictures will do

@@ -22,11 +22,23 @@ from sklearn.datasets import load_digits
 from experiments import _checkpoints, _runs
 from experiments._checkpoints import Checkpoint, latest_whole, read_record, read_state, save
 from experiments._door import InputError, enter
+from experiments.segmentation import streets
 from experiments.segmentation.__main__ import Config, run
 from experiments.segmentation.network import apply_network, init_network
+from experiments.segmentation.pictures import voc_palette
 from experiments.segmentation.scenes import VOID, Pair, digit_scenes, read_digits
-from experiments.segmentation.training import batches, confusion, logits_of, loss_of, pad, random_crop, score
-from experiments.segmentation.voc import read_mask, voc_folder
+from experiments.segmentation.training import (
+    batches,
+    confusion,
+    logits_of,
+    loss_of,
+    pad,
+    random_crop,
+    random_view,
+    recipe_of,
+    score,
+)  # fmt: skip
+from experiments.segmentation.voc import class_names, read_mask, voc_folder
 from jaxsoft import cross_entropy
 
 pytestmark = [pytest.mark.scripts, pytest.mark.x32, pytest.mark.optimized, pytest.mark.xdist_group("segmentation")]
@@ -145,6 +157,34 @@ def test_crops_are_windows_and_small_images_are_padded_with_void():
     assert pad(pair, 10, 10).image.shape == image.shape
 
 
+def test_views_keep_image_and_labels_together_mirrored_and_scaled():
+    """A ramp from left to right, as labels and as grey levels, which its light moves all alike."""
+    ramp = np.tile(np.arange(200, dtype=np.uint8), (200, 1))
+    pair, directions, widths = Pair(np.stack([ramp] * 3, -1), ramp), set(), set()
+    for seed in range(20):
+        image, labels = random_view(pair, np.random.default_rng(seed), 64)
+        assert image.shape == (64, 64, 3)
+        levels = labels[0].astype(int)
+        directions.add(np.sign(levels[-1] - levels[0]))
+        widths.add(abs(levels[-1] - levels[0]))
+        bright, dark = (image[:, levels == level].mean() for level in (levels.max(), levels.min()))
+        assert bright > dark
+    assert directions == {-1, 1}
+    assert min(widths) < 50
+    assert max(widths) > 80
+
+
+def test_classes_count_by_the_root_of_their_rarity_and_colours_by_their_moments():
+    labels = np.repeat(np.uint8([0, 1, VOID]), [90, 10, 20]).reshape(12, 10)
+    image = RNG.integers(0, 256, (12, 10, 3), np.uint8)
+    mean, deviation, weights = recipe_of([Pair(image, labels)], 3)
+    np.testing.assert_allclose(mean, image.mean((0, 1)), rtol=1e-6)
+    np.testing.assert_allclose(deviation, image.std((0, 1)), rtol=1e-5)
+    assert weights[1] / weights[0] == pytest.approx(3)
+    assert 0.9 * weights[0] + 0.1 * weights[1] == pytest.approx(1)
+    assert np.isfinite(weights[2])  # the class that is absent
+
+
 # Network and scores.
 
 
@@ -205,7 +245,9 @@ def test_scores_of_a_counted_example():
 def test_learns_a_folder_of_differing_sizes(whole):
     summary, out = whole
     metrics = pd.read_csv(out / "metrics.csv")
-    assert list(metrics) == ["step", "loss", "pixel_accuracy", "mean_iou"]
+    scores = ["pixel_accuracy", "mean_iou"]
+    assert list(metrics) == ["step", "loss", *scores, *(f"held_out_{name}" for name in scores)]
+    assert metrics[["held_out_pixel_accuracy", "held_out_mean_iou"]].iloc[-1].tolist() == [summary[s] for s in scores]
     assert metrics["step"].tolist() == list(range(1, STEPS + 1))
     assert metrics["loss"].iloc[0] == pytest.approx(np.log(3), abs=0.05)
     assert metrics["loss"].iloc[-1] < metrics["loss"].iloc[0]
@@ -213,7 +255,9 @@ def test_learns_a_folder_of_differing_sizes(whole):
     assert set(summary) == {"pixel_accuracy", "mean_iou", "per_class_iou", "valid_pixels", "steps", "seconds"}
     assert summary["valid_pixels"] == 18 * 20 + 39 * 70
     assert len(summary["per_class_iou"]) == 3
-    assert {path.name for path in out.glob("*.*")} == {"metrics.csv", "summary.json", "examples.png", "loss.png"}
+    assert {path.name for path in out.glob("*.*")} == {
+        "metrics.csv", "summary.json", "examples.png", "classes.png", "loss.png"
+    }  # fmt: skip
 
 
 def test_an_interrupted_run_resumes_bit_for_bit(voc, whole, tmp_path):
@@ -497,6 +541,33 @@ def test_masks_of_void_alone_are_refused(broken):
         Image.fromarray(np.full_like(read_mask(path), VOID)).save(path)
     with pytest.raises(InputError, match=r"val.txt: expected a labelled pixel in its masks, got 255 everywhere"):
         voc_folder(broken, None)
+
+
+def test_names_are_those_of_the_folder_or_of_voc(broken):
+    assert class_names(broken, 3) == ("0", "1", "2")
+    assert class_names(broken, 21)[15] == "person"
+    (broken / "classes.txt").write_text("sky\nroad\ntree\n")
+    assert class_names(broken, 3) == ("sky", "road", "tree")
+    with pytest.raises(InputError, match=r"classes.txt: expected the names of 4 classes, a line each, got 3"):
+        class_names(broken, 4)
+    (broken / "classes.txt").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"classes.txt: expected text, a name a line"):
+        class_names(broken, 3)
+
+
+def test_the_palette_is_vocs():
+    colors = voc_palette()
+    assert colors[[0, 1, 2, 15, VOID]].tolist() == [
+        [0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [224, 224, 192]
+    ]  # fmt: skip
+
+
+def test_streets_are_a_folder_of_eleven_named_classes(tmp_path):
+    streets.run(streets.Config(train=6, val=2, out=tmp_path))
+    train, test, classes = voc_folder(tmp_path, None)
+    assert (len(train), len(test), classes) == (6, 2, 11)
+    assert class_names(tmp_path, classes) == tuple(streets.NAMES)
+    assert train[0].image.shape == (180, 240, 3)
 
 
 def test_classes_are_found_or_given(voc):

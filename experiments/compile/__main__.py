@@ -21,7 +21,7 @@ from experiments._door import InputError, enter, make_folder
 from experiments.benchmark.peers import missing as missing_peers
 from experiments.compile.cases import PEERS, SUITES
 from experiments.compile.measure import COLUMNS, measure
-from experiments.compile.pictures import plot_excess, plot_roofline
+from experiments.compile.pictures import plot_excess
 from experiments.compile.report import markdown
 from experiments.compile.targets import TARGETS, devices_of, with_peak
 
@@ -68,7 +68,6 @@ def run(config: Config) -> pd.DataFrame:
     )
     text = markdown(table, target, command, {name: why for name, why in missing_peers().items() if name in PEERS})
     (out / "results.md").write_text(text)
-    plot_roofline(table, target, out / "roofline.png")
     plot_excess(table, target, out / "excess.png")
     print(text)
     return table

@@ -5,8 +5,12 @@ python -m experiments.segmentation --seed 0
 Trains on scenes of overlapping handwritten digits with a void border, or on any folder in PASCAL VOC layout
 (--data DIR), through the cross-entropy of every pixel that is not void. After a kill, the same command with
 --resume ends in the same metrics and parameters, bit for bit, as the run that was left alone.
+
+Photographs are mirrored, scaled and lit at random, their colours normalised, rare classes counted for more, and the
+network for them is deeper. `python -m experiments.segmentation.streets` draws a folder to try that on.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +21,33 @@ import pandas as pd
 
 from experiments._door import InputError, enter, make_folder, write_json
 from experiments._runs import check_options, train
-from experiments.segmentation.network import init_network
-from experiments.segmentation.pictures import ROWS, plot_examples, plot_loss
+from experiments.segmentation.network import DEEPER, WIDTHS, init_network
+from experiments.segmentation.pictures import (
+    ROWS,
+    digits_palette,
+    plot_classes,
+    plot_examples,
+    plot_loss,
+    voc_palette,
+)
 from experiments.segmentation.scenes import NAMES, digit_scenes
-from experiments.segmentation.training import Source, batches, confusion, evaluate, predict_whole, score, train_step
-from experiments.segmentation.voc import voc_folder
+from experiments.segmentation.training import (
+    EVEN,
+    Source,
+    batches,
+    confusion,
+    evaluate,
+    predict_whole,
+    recipe_of,
+    score,
+    train_step,
+)
+from experiments.segmentation.voc import class_names, voc_folder
 
-COLUMNS = ("step", "loss", "pixel_accuracy", "mean_iou")
+COLUMNS = ("step", "loss", "pixel_accuracy", "mean_iou", "held_out_pixel_accuracy", "held_out_mean_iou")
 HELD_OUT = 256
+TIMES, FIRST = 20, 32
+"""How often the first so many held-out images are scored on the way."""
 LARGEST_CROP = 2048
 """Pixels along each side; with more, one scene alone takes gigabytes."""
 
@@ -39,12 +62,13 @@ class Config:
     """Classes of the folder's masks; the largest label + 1 where not given."""
     steps: int = 4000
     """Gradient steps, each on one batch."""
-    batch_size: int = 16
-    """Images in a batch."""
+    batch_size: int | None = None
+    """Images in a batch; 16 of digits and 4 photographs where not given."""
     learning_rate: float = 0.003
     """Largest step size of AdamW, reached after a tenth of the steps and then falling to 0 as a cosine."""
-    crop: int = 64
-    """Height and width in pixels of a scene, or of the window of a photograph, that is trained on."""
+    crop: int | None = None
+    """Pixels along each side of a scene, or of the window of a photograph, that is trained on; 64 of digits and 192
+    of photographs where not given."""
     seed: int = 0
     """Draws the held-out digits, the scenes, their order and the initial weights."""
     checkpoint_every: int = 200
@@ -54,10 +78,28 @@ class Config:
     overwrite: bool = False
     """Replace the run in the folder of results."""
     out: Path = Path("out/segmentation")
-    """Folder for metrics.csv (each training batch, before its step), summary.json, the pictures and the checkpoints."""
+    """Folder for metrics.csv (each training batch, before its step, and now and then held-out images after it),
+    summary.json, the pictures and the checkpoints."""
 
 
-def check(config: Config) -> None:
+@dataclass(frozen=True)
+class Chosen(Config):
+    """With what the data decide."""
+
+    batch_size: int = 16
+    crop: int = 64
+
+
+def choose(config: Config) -> Chosen:
+    # Of a photograph as much as will be seen at the end: what is learnt near borders alone fails far from them.
+    chosen: dict[str, Any] = (
+        {"batch_size": 16, "crop": 64} if config.data == "digits" else {"batch_size": 4, "crop": 192}
+    )
+    chosen |= {name: value for name, value in asdict(config).items() if value is not None}
+    return Chosen(**chosen)
+
+
+def check(config: Chosen) -> None:
     check_options(config)
     if not 32 <= config.crop <= LARGEST_CROP:
         raise InputError(f"--crop: expected 32 to {LARGEST_CROP} pixels, got {config.crop}")
@@ -67,40 +109,52 @@ def check(config: Config) -> None:
         raise InputError(f"--classes: the digits have {len(NAMES)} with their background, got {config.classes}")
 
 
-def read_data(config: Config) -> tuple[Source, Source, tuple[str, ...]]:
+def read_data(config: Chosen) -> tuple[Source, Source, tuple[str, ...]]:
     """What to train on, what to test on and the names of the classes."""
     if config.data == "digits":
         return *digit_scenes(config.seed, config.crop, HELD_OUT), NAMES
     train, test, classes = voc_folder(Path(config.data), config.classes)
-    return train, test, tuple(str(label) for label in range(classes))
+    return train, test, class_names(Path(config.data), classes)
 
 
 def run(config: Config) -> dict[str, Any]:
     """Train, write the results to `config.out` and return the summary."""
+    config = choose(config)
     check(config)
+    digits, crop = config.data == "digits", config.crop
     train_on, test, names = read_data(config)
     out = make_folder(config.out)
     classes = len(names)
+    recipe = EVEN if digits else recipe_of(train_on, classes)
     schedule = optax.warmup_cosine_decay_schedule(0, config.learning_rate, config.steps // 10, config.steps)
     optimizer = optax.adamw(schedule)
-    params = jax.jit(init_network, static_argnums=1)(jax.random.key(config.seed), classes)
-    loader = batches(train_on, config.batch_size, config.crop, config.seed)
+    widths = WIDTHS if digits else DEEPER
+    params = jax.jit(init_network, static_argnums=(1, 2))(jax.random.key(config.seed), classes, widths)
+    loader = batches(train_on, config.batch_size, crop, config.seed, augmented=not digits)
 
     def advance(state, step: int):
         batch = next(loader)
-        state, loss, predicted = train_step(state, batch, optimizer)
-        scores = score(confusion(batch.labels, jax.device_get(predicted), classes))
-        return state, (float(loss), scores["pixel_accuracy"], scores["mean_iou"])
+        state, loss, predicted = train_step(state, batch, recipe, optimizer)
+        scores = [score(confusion(batch.labels, jax.device_get(predicted), classes))]
+        if step % max(1, config.steps // TIMES) == 0:
+            scores.append(evaluate(state[0], test, recipe, classes, crop, FIRST))
+        else:
+            scores.append({"pixel_accuracy": math.nan, "mean_iou": math.nan})
+        return state, (float(loss), *(part[name] for part in scores for name in ("pixel_accuracy", "mean_iou")))
 
     apart = ("out", "resume", "overwrite", "checkpoint_every")
-    options = {name: value for name, value in asdict(config).items() if name not in apart} | {"classes": classes}
+    options = {name: value for name, value in asdict(config).items() if name not in apart}
+    options["classes"] = classes
     begun = params, jax.jit(optimizer.init)(params)
     state, seconds = train(config, COLUMNS, options, begun, advance, "image", loader)
     params, _ = state
-    held_out = evaluate(params, test, classes, config.crop)
+    held_out = evaluate(params, test, recipe, classes, crop)
     summary = {**held_out, "steps": config.steps, "seconds": round(seconds, 3)}
     pairs = [test[n] for n in range(min(ROWS, len(test)))]
-    plot_examples(pairs, [predict_whole(params, pair, config.crop) for pair in pairs], names, out / "examples.png")
+    predictions = [predict_whole(params, pair, recipe, crop) for pair in pairs]
+    colors = digits_palette() if digits else voc_palette()
+    plot_examples(pairs, predictions, names, colors, out / "examples.png")
+    plot_classes(held_out["per_class_iou"], names, held_out["mean_iou"], out / "classes.png")
     plot_loss(pd.read_csv(out / "metrics.csv"), held_out, out / "loss.png")
     write_json(out / "summary.json", summary)
     print(

@@ -1,7 +1,7 @@
-"""A fully convolutional network as pure functions: strided convolutions, 1×1 scores, bilinear upsampling.
+"""A fully convolutional network as pure functions: down to coarse scales by strided convolutions, and back up.
 
-The scores of every scale are summed from the coarsest to the finest, as in the FCN-8s of E. Shelhamer,
-J. Long and T. Darrell, "Fully convolutional networks for semantic segmentation" (2017). Channels come last.
+What is found at each scale is added on the way up, as in O. Ronneberger, P. Fischer and T. Brox, "U-Net" (2015).
+Channels come last.
 """
 
 import jax
@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 
 WIDTHS = (24, 48, 96)
 """Channels at strides 2, 4 and 8."""
+DEEPER = (32, 48, 64, 96, 128)
+"""For photographs, of which one window has to be seen whole: at strides 2 to 32."""
 
 
 def init_convolution(key: Array, size: int, channels: int, features: int, gain: float = 2.0):
@@ -26,28 +28,41 @@ def convolve(layer, x: Float[Array, "n h w c"], stride: int = 1) -> Float[Array,
 
 
 def init_network(key: Array, classes: int, widths: tuple[int, ...] = WIDTHS):
-    """For each scale: a convolution onto it, one on it, and the 1×1 convolution to its scores."""
-    scales = []
-    for channels, features in zip((3, *widths), widths, strict=False):
-        key, onto, on, score = jax.random.split(key, 4)
-        scales.append(
-            {
-                "onto": init_convolution(onto, 3, channels, features),
-                "on": init_convolution(on, 3, features, features),
-                "score": init_convolution(score, 1, features, classes, gain=0.01),
-            }
-        )
-    return scales
+    """For each scale, the finest first, a convolution onto it and one on it; the same back up; and the scores."""
+    keys = iter(jax.random.split(key, 4 * len(widths)))
+
+    def stage(size: int, channels: int, features: int, gain: float):
+        return {
+            "onto": init_convolution(next(keys), size, channels, features, gain),
+            "on": init_convolution(next(keys), 3, features, features),
+        }
+
+    return {
+        "down": [stage(3, channels, features, 2.0) for channels, features in zip((3, *widths), widths, strict=False)],
+        "up": [stage(1, channels, features, 1.0) for channels, features in zip(widths[1:], widths, strict=False)],
+        "score": init_convolution(next(keys), 1, widths[0], classes, gain=0.01),
+    }
+
+
+def normalise(x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+    """Over the channels of each pixel, so that nothing depends on what lies far away or is padded."""
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-5)
+
+
+def refine(layer, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+    """With a residual convolution (K. He et al., 2016)."""
+    return x + jax.nn.relu(convolve(layer, normalise(x)))
 
 
 def apply_network(params, images: Float[Array, "n h w 3"]) -> Float[Array, "n h w classes"]:
     """A logit for every class at every pixel of images of any size."""
-    x, scores = images, []
-    for scale in params:
-        x = jax.nn.relu(convolve(scale["onto"], x, stride=2))
-        x = jax.nn.relu(convolve(scale["on"], x))
-        scores.append(convolve(scale["score"], x))
-    *skips, total = scores
-    for skip in reversed(skips):
-        total = skip + jax.image.resize(total, skip.shape, "bilinear")
-    return jax.image.resize(total, (*images.shape[:-1], total.shape[-1]), "bilinear")
+    x, found = images, []
+    for stage in params["down"]:
+        x = refine(stage["on"], jax.nn.relu(convolve(stage["onto"], x, stride=2)))
+        found.append(x)
+    for stage, finer in zip(reversed(params["up"]), reversed(found[:-1]), strict=True):
+        x = finer + jax.image.resize(convolve(stage["onto"], x), finer.shape, "bilinear")
+        x = refine(stage["on"], x)
+    scores = convolve(params["score"], normalise(x))
+    return jax.image.resize(scores, (*images.shape[:-1], scores.shape[-1]), "bilinear")

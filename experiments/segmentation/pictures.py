@@ -3,75 +3,93 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from jaxtyping import UInt8
+from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 
+from experiments._style import BLUE, GREEN, GREY, ORANGE, PALE, WIDE, many_colors, plt, save
 from experiments.segmentation.scenes import VOID, Pair
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 ROWS = 6
 """Images shown."""
-RED, GREY = np.array([215, 40, 40], np.uint8), np.array([225, 225, 225], np.uint8)
+WRONG, RIGHT = ((255 * np.array(to_rgb(color))).astype(np.uint8) for color in (BLUE, PALE))
+
+Palette = UInt8[np.ndarray, "256 3"]
 
 
-def palette() -> UInt8[np.ndarray, "256 3"]:
-    """Black for class 0, white for void, and between them twenty colours in turn."""
-    colors = matplotlib.colormaps["tab20"](np.r_[0:20:2, 1:20:2])[:, :3]
-    return (255 * np.concatenate([np.zeros((1, 3)), np.resize(colors, (254, 3)), np.ones((1, 3))])).astype(np.uint8)
+def digits_palette() -> Palette:
+    """Black for the background, white for void, and colours far apart between them."""
+    return (255 * np.array([*map(to_rgb, ("black", *many_colors(254), "white"))])).astype(np.uint8)
+
+
+def voc_palette() -> Palette:
+    """That of PASCAL VOC, which the bits of a label make: cream for void."""
+    bits = np.arange(256)[:, None, None] >> np.arange(24).reshape(8, 3) & 1  # label, place, channel
+    return (bits << np.arange(7, -1, -1)[:, None]).sum(1).astype(np.uint8)
 
 
 def plot_examples(
-    pairs: Sequence[Pair], predictions: Sequence[UInt8[np.ndarray, "h w"]], names: Sequence[str], path: Path
+    pairs: Sequence[Pair],
+    predictions: Sequence[UInt8[np.ndarray, "h w"]],
+    names: Sequence[str],
+    colors: Palette,
+    path: Path,
 ) -> None:
     """Image, truth, prediction and errors, a row an image."""
-    colors = palette()
+    heights = [pair.labels.shape[0] / pair.labels.shape[1] for pair in pairs]
     figure, axes = plt.subplots(
-        len(pairs), 4, figsize=(8, 2 * len(pairs) + 1), layout="constrained", squeeze=False,
+        len(pairs), 4, figsize=(WIDE, 2 * sum(heights) + 1.3), height_ratios=heights, squeeze=False,
         subplot_kw={"xticks": [], "yticks": []},
     )  # fmt: skip
-    for n, (pair, predicted) in enumerate(zip(pairs, predictions, strict=True)):
+    for row, pair, predicted in zip(axes, pairs, predictions, strict=True):
         valid = pair.labels != VOID
-        wrong = np.where((predicted != pair.labels)[..., None], RED, GREY)
-        wrong[~valid] = 255
+        errors = np.where((predicted != pair.labels)[..., None], WRONG, RIGHT)
+        errors[~valid] = 255
         share = np.mean(predicted[valid] == pair.labels[valid]) if valid.any() else np.nan
-        pictures = {
-            "image": pair.image,
-            "truth": colors[pair.labels],
-            "prediction": colors[predicted],
-            f"errors ({1 - share:.1%})": wrong,
-        }
-        for axis, (title, picture) in zip(axes[n], pictures.items(), strict=True):
+        for axis, picture in zip(row, (pair.image, colors[pair.labels], colors[predicted], errors), strict=True):
             axis.imshow(picture, interpolation="nearest")
-            axis.set_title(title, fontsize=9)
+            axis.spines[:].set_visible(False)
+        row[-1].set_xlabel(f"{1 - share:.1%}")
+    for axis, title in zip(axes[0], ("held-out image", "truth", "prediction", "errors in blue"), strict=True):
+        axis.set_title(title)
     shown = np.unique(np.concatenate([x.ravel() for x in (*predictions, *(pair.labels for pair in pairs))]))
     entries = [
-        Patch(facecolor=tuple(colors[label] / 255), edgecolor="grey", label="void" if label == VOID else names[label])
+        Patch(facecolor=tuple(colors[label] / 255), edgecolor=GREY, label="void" if label == VOID else names[label])
         for label in shown
     ]
-    figure.suptitle("held-out images; errors in red, void in white")
-    figure.legend(handles=entries, loc="outside lower center", ncols=6, fontsize=8, title="class")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figure.legend(handles=entries, loc="outside lower center", ncols=6)
+    save(figure, path)
 
 
 def plot_loss(table: pd.DataFrame, held_out: dict[str, float], path: Path) -> None:
-    """The curves of training, batch by batch and smoothed, beside the held-out scores at the end."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    smooth = table.rolling(max(1, len(table) // 50), min_periods=1).mean()
-    left.semilogy(table["step"], table["loss"], color="tab:blue", alpha=0.3, label="each batch")
-    left.semilogy(table["step"], smooth["loss"], color="tab:blue", label="running mean")
+    """The curves of training, batch by batch and smoothed, beside the held-out scores on the way."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 4.2))
+    smooth = table[["loss", "pixel_accuracy", "mean_iou"]].rolling(max(1, len(table) // 50), min_periods=1).mean()
+    left.semilogy(table["step"], table["loss"], color=PALE, lw=1, label="each batch")
+    left.semilogy(table["step"], smooth["loss"], color=BLUE, label="running mean")
     left.set(title="training loss", xlabel="step", ylabel="cross-entropy per pixel (nats)")
     left.legend()
-    for name, color in (("pixel_accuracy", "tab:green"), ("mean_iou", "tab:orange")):
+    for name, color in (("pixel_accuracy", GREEN), ("mean_iou", ORANGE)):
         words = "pixel accuracy" if name == "pixel_accuracy" else "mean IoU"
-        right.plot(table["step"], smooth[name], color=color, label=f"{words}, training batches")
-        right.axhline(held_out[name], color=color, linestyle="--", label=f"{words}, held out at the end")
+        right.plot(table["step"], smooth[name], color=color, lw=1, label=f"{words}, training batches")
+        on_the_way = table.dropna(subset=f"held_out_{name}")
+        right.plot(on_the_way["step"], on_the_way[f"held_out_{name}"], "o--", ms=3, color=color,
+                   label=f"{words}, held out ({held_out[name]:.3f} at the end)")  # fmt: skip
     right.set(title="scores", xlabel="step", ylabel="fraction", ylim=(0, 1.02))
-    right.legend(loc="lower right", fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=2)
+    save(figure, path)
+
+
+def plot_classes(shares: Sequence[float | None], names: Sequence[str], mean: float, path: Path) -> None:
+    """Intersection over union of each class that is met, the best first."""
+    met = sorted((share, name) for share, name in zip(shares, names, strict=True) if share is not None)
+    figure, axes = plt.subplots(figsize=(6.4, 1.2 + 0.24 * len(met)))
+    bars = axes.barh([name for _, name in met], [share for share, _ in met], color=BLUE)
+    axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=9)
+    axes.axvline(mean, color=GREY, linestyle="--", zorder=0, label=f"mean: {mean:.2f}")
+    axes.set(title="held-out images, by class", xlabel="intersection over union", xlim=(0, 1.08))
+    axes.tick_params(axis="y", length=0)
+    axes.legend(loc="lower right")
+    save(figure, path)

@@ -1,7 +1,7 @@
 """Batches, steps and scores."""
 
 import functools
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import jax
@@ -9,10 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, UInt8
+from PIL import Image
 
 from experiments.segmentation.network import apply_network
 from experiments.segmentation.scenes import VOID, Pair
 from jaxsoft import cross_entropy
+
+LEAST_SHARE = 1e-3
+"""Of all pixels: classes that are rarer, or absent, count no more than one that has so many."""
 
 
 class Source(Protocol):
@@ -22,10 +26,43 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Pair: ...
 
 
-def batches(source: Source, batch_size: int, crop: int, seed: int) -> grain.DatasetIterator[Pair]:
+class Recipe(NamedTuple):
+    """What the pixels of all images are taken to be, and how much each class counts."""
+
+    mean: Float[np.ndarray, " 3"]
+    deviation: Float[np.ndarray, " 3"]
+    class_weights: Float[np.ndarray, " classes"] | None
+
+
+EVEN = Recipe(np.full(3, 127.5, np.float32), np.full(3, 127.5, np.float32), None)
+"""For scenes of all colours, whose classes are alike."""
+
+
+def recipe_of(source: Source, classes: int) -> Recipe:
+    """Colours by their mean and deviation over all images, classes by the root of how rare they are.
+
+    Classes weighted by all of their rarity would be found where they are not.
+    """
+    sums, pixels, counts = np.zeros((2, 3)), 0, np.zeros(classes)
+    for n in range(len(source)):
+        image, labels = source[n]
+        colors = image.reshape(-1, 3).astype(float)
+        sums += colors.sum(0), (colors**2).sum(0)
+        pixels += len(colors)
+        counts += np.bincount(labels[labels != VOID], minlength=classes)
+    mean, square = sums / pixels
+    share = counts / counts.sum()
+    weights = np.maximum(share, LEAST_SHARE) ** -0.5
+    deviation = np.sqrt(np.maximum(square - mean**2, 1))
+    return Recipe(*(part.astype(np.float32) for part in (mean, deviation, weights / (share @ weights))))
+
+
+def batches(
+    source: Source, batch_size: int, crop: int, seed: int, augmented: bool = False
+) -> grain.DatasetIterator[Pair]:
     """Endless batches in an order drawn from the seed; `get_state` and `set_state` tell and move the position."""
     pairs = grain.MapDataset.source(source).seed(seed).shuffle().repeat()  # pyright: ignore[reportArgumentType]
-    crops = pairs.random_map(functools.partial(random_crop, size=crop))
+    crops = pairs.random_map(functools.partial(random_view if augmented else random_crop, size=crop))
     return iter(crops.batch(batch_size).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
@@ -37,6 +74,18 @@ def random_crop(pair: Pair, rng: np.random.Generator, size: int) -> Pair:
     return Pair(image[window], labels[window])
 
 
+def random_view(pair: Pair, rng: np.random.Generator, size: int) -> Pair:
+    """A window as from nearer or farther, perhaps mirrored, in another light."""
+    scale = 2 ** rng.uniform(-0.5, 0.75)
+    window = random_crop(pair, rng, round(size / scale))
+    image = Image.fromarray(window.image).resize((size, size), Image.Resampling.BILINEAR)
+    labels = Image.fromarray(window.labels).resize((size, size), Image.Resampling.NEAREST)
+    light = rng.uniform(0.7, 1.4) * rng.normal(1, 0.07, 3)
+    lit = (np.asarray(image) * light + rng.normal(0, 15)).clip(0, 255).astype(np.uint8)
+    mirrored = np.s_[:, :: rng.choice([-1, 1])]
+    return Pair(lit[mirrored], np.asarray(labels)[mirrored])
+
+
 def pad(pair: Pair, height: int, width: int) -> Pair:
     """Void below and to the right, up to at least height × width."""
     rows, columns = (max(0, want - have) for want, have in zip((height, width), pair.labels.shape, strict=True))
@@ -44,36 +93,36 @@ def pad(pair: Pair, height: int, width: int) -> Pair:
     return Pair(np.pad(pair.image, (*space, (0, 0))), np.pad(pair.labels, space, constant_values=VOID))
 
 
-def logits_of(params, images: UInt8[Array, "n h w 3"]) -> Float[Array, "n h w classes"]:
-    return apply_network(params, images.astype(jnp.float32) / 127.5 - 1)
+def logits_of(params, images: UInt8[Array, "n h w 3"], recipe: Recipe = EVEN) -> Float[Array, "n h w classes"]:
+    return apply_network(params, (images.astype(jnp.float32) - recipe.mean) / recipe.deviation)
 
 
-def loss_of(params, batch: Pair) -> tuple[Float[Array, ""], UInt8[Array, "n h w"]]:
+def loss_of(params, batch: Pair, recipe: Recipe = EVEN) -> tuple[Float[Array, ""], UInt8[Array, "n h w"]]:
     """Mean cross-entropy over the pixels that are not void, and the predicted class of every pixel."""
-    logits = logits_of(params, jnp.asarray(batch.image))
-    loss = cross_entropy(logits, batch.labels, axis=-1, ignore_index=VOID)
+    logits = logits_of(params, jnp.asarray(batch.image), recipe)
+    loss = cross_entropy(logits, batch.labels, axis=-1, ignore_index=VOID, class_weights=recipe.class_weights)
     return loss, jnp.argmax(logits, axis=-1).astype(jnp.uint8)
 
 
 @functools.partial(jax.jit, static_argnames="optimizer")
-def train_step(state, batch: Pair, optimizer: optax.GradientTransformation):
+def train_step(state, batch: Pair, recipe: Recipe, optimizer: optax.GradientTransformation):
     """One step; reports loss and prediction as they were before it."""
     params, moments = state
-    (loss, predicted), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, batch)
+    (loss, predicted), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, batch, recipe)
     updates, moments = optimizer.update(gradient, moments, params)
     return (optax.apply_updates(params, updates), moments), loss, predicted
 
 
 @jax.jit
-def predict(params, images: UInt8[Array, "n h w 3"]) -> UInt8[Array, "n h w"]:
-    return jnp.argmax(logits_of(params, images), axis=-1).astype(jnp.uint8)
+def predict(params, images: UInt8[Array, "n h w 3"], recipe: Recipe) -> UInt8[Array, "n h w"]:
+    return jnp.argmax(logits_of(params, images, recipe), axis=-1).astype(jnp.uint8)
 
 
-def predict_whole(params, pair: Pair, multiple: int) -> UInt8[np.ndarray, "h w"]:
+def predict_whole(params, pair: Pair, recipe: Recipe, multiple: int) -> UInt8[np.ndarray, "h w"]:
     """The classes of one image, padded to multiples so that images of many sizes share few compilations."""
     height, width = pair.labels.shape
     image, _ = pad(pair, -height % multiple + height, -width % multiple + width)
-    return np.asarray(predict(params, image[None]))[0, :height, :width]
+    return np.asarray(predict(params, image[None], recipe))[0, :height, :width]
 
 
 def confusion(
@@ -100,10 +149,12 @@ def score(counts: Int[np.ndarray, "classes classes"]) -> dict[str, Any]:
     }
 
 
-def evaluate(params, source: Source, classes: int, multiple: int) -> dict[str, Any]:
-    """Scores over whole images."""
+def evaluate(
+    params, source: Source, recipe: Recipe, classes: int, multiple: int, most: int | None = None
+) -> dict[str, Any]:
+    """Scores over whole images, all of them or the first."""
     total = np.zeros((classes, classes), int)
-    for n in range(len(source)):
+    for n in range(min(len(source), most or len(source))):
         pair = source[n]
-        total += confusion(pair.labels, predict_whole(params, pair, multiple), classes)
+        total += confusion(pair.labels, predict_whole(params, pair, recipe, multiple), classes)
     return score(total)

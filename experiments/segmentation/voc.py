@@ -3,6 +3,7 @@
     JPEGImages/NAME.jpg or .png
     SegmentationClass/NAME.png      palette or 8-bit greyscale: the class of each pixel, 255 = void
     ImageSets/Segmentation/train.txt and val.txt, a NAME a line
+    classes.txt                     where there is one: what label 0, 1, ... is called, a line each
 
 after M. Everingham et al., "The PASCAL visual object classes challenge: a retrospective" (2015).
 """
@@ -18,6 +19,12 @@ from tqdm import tqdm
 
 from experiments._door import InputError
 from experiments.segmentation.scenes import VOID, Pair
+
+NAMES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "table", "dog",
+    "horse", "motorbike", "person", "plant", "sheep", "sofa", "train", "monitor",
+)  # fmt: skip
+"""What VOC calls its classes."""
 
 
 class Files(NamedTuple):
@@ -53,6 +60,20 @@ def voc_folder(folder: Path, classes: int | None) -> tuple[Photographs, Photogra
     if found < 2:
         raise InputError(f"{folder / 'SegmentationClass'}: expected masks of at least two classes, got one")
     return Photographs(train), Photographs(test), found
+
+
+def class_names(folder: Path, classes: int) -> tuple[str, ...]:
+    """From classes.txt; without one VOC's own, where there are as many, and else the labels."""
+    path = folder / "classes.txt"
+    if not path.is_file():
+        return NAMES if classes == len(NAMES) else tuple(map(str, range(classes)))
+    try:
+        names = tuple(path.read_text().strip().splitlines())
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: expected text, a name a line") from None
+    if len(names) != classes:
+        raise InputError(f"{path}: expected the names of {classes} classes, a line each, got {len(names)}")
+    return names
 
 
 def list_of(folder: Path, part: str) -> Path:

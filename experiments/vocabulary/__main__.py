@@ -27,7 +27,7 @@ from experiments.vocabulary.training import Training, check, fit, plan_of
 class Config(Training):
     """Options of the experiment."""
 
-    compare_sizes: tuple[int, ...] = (8192, 32768, 131072)
+    compare_sizes: tuple[int, ...] = (2048, 8192, 32768, 131072)
     """Vocabularies over which the fused head is measured beside an unfused one; none to leave this out."""
 
 
