@@ -15,17 +15,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from jaxtyping import Array, Float
 
 from experiments._door import InputError, check_counts, check_seed, enter, make_folder
 from experiments._numbers import Number, report
+from experiments._style import BLUE, GREY, ORANGE
 from jaxsoft import cross_entropy
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 MARGINS = np.arange(-20, 80.5, 0.5)
 MAX_CLASSES = 10_000
@@ -121,7 +120,7 @@ def plot(losses: Curves, gradients: Curves, path: Path) -> None:
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
         panels = {"loss": losses, "derivative to the label's logit": gradients}
         for ax, (title, curves) in zip(axes, panels.items(), strict=True):
-            for (name, errors), color in zip(curves.items(), ("tab:gray", "tab:orange", "tab:blue"), strict=True):
+            for (name, errors), color in zip(curves.items(), (GREY, ORANGE, BLUE), strict=True):
                 ax.semilogy(MARGINS, np.maximum(errors, FLOOR), color=color, label=name)
             ax.axhline(np.finfo(np.float32).eps, color="black", linewidth=0.8, linestyle=":")
             ax.set(title=title, xlabel="label leads by", ylim=(FLOOR, 3))
