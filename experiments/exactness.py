@@ -25,7 +25,6 @@ from experiments._numbers import Number, report
 from experiments._style import BLUE, GREY, ORANGE
 from jaxsoft import cross_entropy
 
-
 MARGINS = np.arange(-20, 80.5, 0.5)
 MAX_CLASSES = 10_000
 FLOOR = 1e-9  # errors below are drawn here
