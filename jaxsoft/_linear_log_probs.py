@@ -88,8 +88,11 @@ def linear_log_probs(
         >>> from jaxsoft import linear_log_probs
         >>> x, w = jnp.linspace(-1, 1, 6).reshape(3, 2), jnp.linspace(-2, 1, 8).reshape(2, 4)
         >>> found = linear_log_probs(x, w, jnp.array([0, 3, 1]), entropy=True)
-        >>> print(found.label.round(4), found.argmax, found.entropy.round(4))
-        [-0.9 ...]
+        >>> for label, best, entropy in zip(found.label, found.argmax, found.entropy):
+        ...     print(f"{label:.4f} {best} {entropy:.4f}")
+        -0.6341 0 1.1414
+        -1.3863 2 1.3863
+        -2.0055 3 1.1414
 
     Source: R. J. Williams, "Simple statistical gradient-following algorithms for connectionist reinforcement
     learning" (1992) for what they are differentiated for.

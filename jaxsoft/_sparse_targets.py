@@ -60,7 +60,7 @@ class SparseTargets:
         >>> logits = jnp.log(jnp.array([0.5, 0.3, 0.1, 0.1]))
         >>> for outside in ("tail", "renormalise", "nothing"):
         ...     targets = SparseTargets(jnp.array([0, 1]), jnp.array([0.5, 0.3]), outside)
-        ...     print(outside, cross_entropy(logits, targets).round(4))
+        ...     print(outside, f"{cross_entropy(logits, targets):.4f}")
         tail 1.0297
         renormalise 0.6616
         nothing 0.7078

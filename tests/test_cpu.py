@@ -141,8 +141,8 @@ def test_kernels_equal_the_plain_functions(shape, dtype, rng):
 
     found, right = both("moments", ())
     left = jnp.isfinite(largest) & jnp.any(z > -jnp.inf, 1, keepdims=True)
-    assert_close(found[1][left], right[1][left], 16)
-    # Each exponential that is 0 below the smallest normal number stands here times up to 709.
+    # Without what leads every other exponential may be 0 below the smallest normal number, in the gap times up to 709.
+    assert_close(found[1][left], right[1][left], 16, lost=8 + classes)
     assert_close(found[3][left], right[3][left], 16, lost=709 * classes)
     np.testing.assert_array_equal(found[4][left], jnp.argmax(z, 1, keepdims=True)[left])
     # Elsewhere what is made of them: NaN, −inf, 0, no class.
