@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxsoft
 from jaxsoft import _accelerator, _statistics, _tiles
 from jaxsoft._dtypes import compute_dtype
+from jaxsoft._losses import LOSSES
 from jaxsoft._platform import on
 from jaxsoft._targets import Targets
 
@@ -257,9 +258,9 @@ def test_a_label_and_its_block_may_vary_over_different_axes():
 
 
 def loops(platform, wanted, tiling, *arrays):
-    """The sum of all losses, their gradients, and each loss, by the loops that are compiled for a platform."""
-    of = {name: getattr(_tiles, name).__wrapped__.__wrapped__ for name in ("_fold_gradients", "_fold_losses")}
-    return *of["_fold_gradients"](platform, arrays, (tiling, wanted)), *of["_fold_losses"](platform, arrays[:2], tiling)
+    """Each loss, their gradients, and each loss alone, by the loops that are compiled for a platform."""
+    of = {name: getattr(_tiles, name).__wrapped__.__wrapped__ for name in ("_fold_gradients", "_fold_values")}
+    return *of["_fold_gradients"](platform, arrays, (tiling, wanted)), *of["_fold_values"](platform, arrays[:2], tiling)
 
 
 @pytest.mark.parametrize("class_axis", [0, 1])
@@ -286,8 +287,8 @@ def test_the_loops_of_an_accelerator_are_those_of_a_cpu(dtype, width, deferred, 
     kernel = (w if class_axis else w.T).astype(dtype)
     layer = _tiles.Layer(x, kernel, b, None, None)
     targets = Targets(label, hot, None, share)
-    tiling = _tiles.Tiling(None, class_axis, None, skips)
-    arrays = layer, targets, jnp.asarray(rng.normal(size=(positions, 1)), jnp.float32)
+    tiling = _tiles.Tiling(LOSSES, None, class_axis, None, skips)
+    arrays = layer, targets, (jnp.asarray(rng.normal(size=(positions, 1)), jnp.float32),)
     assert _tiles._tile("gpu", tiling, layer, targets).deferred == deferred
     for platform in ("gpu", "tpu"):
         found = jax.jit(functools.partial(loops, platform, wanted, tiling))(*arrays)

@@ -85,7 +85,9 @@ def assert_close(found, truth, roundings, scale=0.0, lost=8):
     finite = np.isfinite(truth)
     np.testing.assert_array_equal(found[~finite], truth[~finite])
     # Below the smallest normal number results may be 0, and products of two such are.
-    allowed = roundings * float(info.eps) / 2 * np.maximum(np.abs(truth), np.nan_to_num(scale)) + lost * float(info.tiny)
+    allowed = roundings * float(info.eps) / 2 * np.maximum(np.abs(truth), np.nan_to_num(scale)) + lost * float(
+        info.tiny
+    )
     excess = np.abs(found[finite] - truth[finite]) / np.broadcast_to(allowed, truth.shape)[finite]
     assert not excess.size or excess.max() <= 1, (
         excess.max(),

@@ -44,6 +44,7 @@ P = RNG.dirichlet(np.ones(5), 2).astype(np.float32)
 P4 = RNG.dirichlet(np.ones(5), 4).astype(np.float32)
 Y, IGNORED = np.array([1, 4], np.int32), np.array([1, 255], np.int32)
 Y4, IGNORED4 = np.array([1, 4, 0, 2], np.int32), np.array([255, 4, 0, 255], np.int32)
+SPARSE = np.array([[1, 4, 0], [2, 2, 3], [4, 0, 1], [3, 1, 2]], np.int32)
 PIXELS = np.array([[[0, 1], [255, 2]], [[255, 255], [1, 0]]], np.int32)
 WEIGHTS, CLASS_WEIGHTS = np.array([0.5, 0.0], np.float32), np.array([1, 0, 2, 0.5, 3], np.float32)
 MASK = np.array([[True, True, False, True, True], [False, True, True, True, True]])
@@ -74,6 +75,40 @@ DIFFERENTIABLE = {  # name: a function, its arguments. The first argument, and e
     "logsumexp": (jaxsoft.logsumexp, Z),
     "logsumexp of all": (lambda z: jaxsoft.logsumexp(z, None, keepdims=True), Z),
     "softmax_vjp": (jaxsoft.softmax_vjp, P, Z),
+    "entropy": (jaxsoft.entropy, Z),
+    "entropy, masked, of half precision": (lambda z: jaxsoft.entropy(z.astype(jnp.bfloat16), where=MASK), Z),
+    "kl_divergence": (lambda z: jaxsoft.kl_divergence(z, Z[::-1], weights=WEIGHTS), Z),
+    "kl_divergence, reverse": (lambda z: jaxsoft.kl_divergence(z, Z[::-1], kind="reverse", where=MASK), Z),
+    "kl_divergence, jensen-shannon": (lambda z: jaxsoft.kl_divergence(z, Z[::-1], kind="jensen-shannon"), Z),
+    "kl_divergence, second derivative": (lambda z: hessian_product(lambda z: jaxsoft.kl_divergence(z, Z[::-1]), z), Z),
+    "linear_log_probs": (lambda x, w: tuple(jaxsoft.linear_log_probs(x, w, Y4, B, entropy=True)), X, W),
+    "linear_log_probs, ignored": (
+        lambda x, w: tuple(jaxsoft.linear_log_probs(x, w, IGNORED4, ignore_index=255, memory_budget=TINY)[:3]),
+        X,
+        W,
+    ),
+    "linear_top_k": (lambda x, w: tuple(jaxsoft.linear_top_k(x, w, 3, B, temperature=2.0)), X, W),
+    "linear_kl_divergence": (
+        lambda x, w: jaxsoft.linear_kl_divergence(x, w, W[:, :4].T, W * 2, B, memory_budget=2 * TINY),
+        X,
+        W,
+    ),
+    "cross_entropy, sparse targets": (
+        lambda z, q: jaxsoft.cross_entropy(z, jaxsoft.SparseTargets(SPARSE[:2], q[:, :3]), weights=WEIGHTS, z_loss=0.1),
+        Z,
+        P,
+    ),
+    "linear_cross_entropy, sparse targets": (
+        lambda x, w, q: jaxsoft.linear_cross_entropy(x, w, jaxsoft.SparseTargets(SPARSE, q[:, :3], "renormalise")),
+        X,
+        W,
+        P4,
+    ),
+    "linear_cross_entropy, statistics": (
+        lambda x, w: jaxsoft.linear_cross_entropy(x, w, Y4, with_statistics=True)[1].entropy,
+        X,
+        W,
+    ),
     "softmax_jacobian": (jaxsoft.softmax_jacobian, P),
     "cross_entropy": (jaxsoft.cross_entropy, Z, Y),
     "cross_entropy of a vector": (jaxsoft.cross_entropy, Z[0], Y[0]),
