@@ -11,21 +11,15 @@ After a kill, the same command with --resume ends in the same table, bit for bit
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from experiments._door import enter, make_folder, write_json
 from experiments.distillation.pictures import plot_students
-from experiments.distillation.training import TEACHER, Training, bytes_a_word, check, fit, score
+from experiments.distillation.training import TEACHER, Config, bytes_a_word, check, fit, score
 from experiments.vocabulary.corpus import read_text
 from experiments.vocabulary.training import held_out_batches
-
-
-@dataclass(frozen=True)
-class Config(Training):
-    """Options of the experiment."""
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:

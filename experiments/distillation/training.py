@@ -36,7 +36,7 @@ STORED = "teacher/stored"
 
 
 @dataclass(frozen=True)
-class Training(vocabulary.Training):
+class Config(vocabulary.Training):
     """Options of the trainings: those of the teacher's, and what is different of a student's."""
 
     steps: int = 800
@@ -53,7 +53,7 @@ class Training(vocabulary.Training):
     """Folder for students.csv, summary.json, the picture, what is stored of the teacher, and for each network a folder
     with its metrics.csv (each training batch, before its step) and checkpoints."""
 
-    def of(self, network: str) -> "Training":
+    def of(self, network: str) -> "Config":
         """The options of a network's training, in its own folder."""
         mine = replace(self, out=self.out / network)
         if network == TEACHER:
@@ -76,7 +76,7 @@ class Lesson(NamedTuple):
     taught: Any = ()
 
 
-def check(config: Training) -> None:
+def check(config: Config) -> None:
     """Refuse options out of range."""
     vocabulary.check(config)
     check_counts(config, "student_steps", "student_features")
@@ -114,9 +114,7 @@ def loss_of(kind: str, memory_budget: int) -> Loss:
     return loss
 
 
-def learn(
-    config: Training, options: dict[str, Any], loss: Loss, lesson_of: Callable[[int], Lesson]
-) -> tuple[Any, float]:
+def learn(config: Config, options: dict[str, Any], loss: Loss, lesson_of: Callable[[int], Lesson]) -> tuple[Any, float]:
     """Train a network in `config.out`; returns its parameters and the seconds its steps took."""
     schedule = optax.warmup_cosine_decay_schedule(0, config.learning_rate, config.steps // 10, config.steps)
     optimizer = optax.adamw(schedule)
@@ -136,7 +134,7 @@ def learn(
     return params, seconds
 
 
-def fit(config: Training, text: Text) -> tuple[dict[str, Any], dict[str, float], Stored]:
+def fit(config: Config, text: Text) -> tuple[dict[str, Any], dict[str, float], Stored]:
     """Train the teacher, store what it knows, and train the students from this.
 
     Returns:
@@ -176,7 +174,7 @@ def fit(config: Training, text: Text) -> tuple[dict[str, Any], dict[str, float],
     return params, seconds, stored
 
 
-def store(config: Training, text: Text, teacher: Any) -> Stored:
+def store(config: Config, text: Text, teacher: Any) -> Stored:
     """What the teacher knows of the students' batches, in files of `config.out`, which are whole or absent."""
     folder, unfinished = config.out / STORED, config.out / f"{STORED}.unfinished"
     paths = [f"{name}.npy" for name in Stored._fields]
@@ -201,7 +199,7 @@ def knowledge(k: int, memory_budget: int, teacher: Any, contexts: Int[Array, "wo
     return top.indices, top.log_probs, features
 
 
-def write(config: Training, text: Text, read: Callable[..., tuple[Array, ...]], paths: Sequence[Path]) -> None:
+def write(config: Config, text: Text, read: Callable[..., tuple[Array, ...]], paths: Sequence[Path]) -> None:
     """Batch after batch to NumPy's files, so that no more than one is in memory."""
     files = [path.open("wb") for path in paths]
     with tqdm(total=config.student_steps * config.batch_size, unit="word", unit_scale=True, desc="storing") as bar:
