@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,10 @@ from jaxsoft import (
 )
 
 TEACHER = "teacher"
-STUDENTS = ("labels", "tail", "renormalise", "nothing", "head")
-"""What each learns from: labels; the stored top-k, by what is meant outside of it; the features before the teacher's
-head, and this head."""
+Kind = Literal["labels", "tail", "renormalise", "nothing", "head"]
+"""What a student learns from: labels; the stored top-k, by what is meant outside of it; the features before the
+teacher's head, and this head."""
+STUDENTS: tuple[Kind, ...] = get_args(Kind)
 STORED = "teacher/stored"
 
 
@@ -90,7 +91,7 @@ def check(config: Config) -> None:
         raise InputError(f"--memory-budget: {str(error).removeprefix('memory_budget: ')}") from None
 
 
-def loss_of(kind: str, memory_budget: int) -> Loss:
+def loss_of(kind: Kind, memory_budget: int) -> Loss:
     """The losses' sum over the known words, and how many these are, of a network that learns from targets of a kind."""
 
     def loss(params, lesson: Lesson):
@@ -107,7 +108,7 @@ def loss_of(kind: str, memory_budget: int) -> Loss:
             targets: Any = labels
             if kind != "labels":
                 indices, log_probs = lesson.taught
-                targets = SparseTargets(indices, jnp.exp(log_probs), kind)  # pyright: ignore[reportArgumentType]
+                targets = SparseTargets(indices, jnp.exp(log_probs), kind)
             total = linear_cross_entropy(features, head["kernel"], targets, head["bias"], **options)
         return total, jnp.sum(labels != UNKNOWN)
 
@@ -148,10 +149,9 @@ def fit(config: Config, text: Text) -> tuple[dict[str, Any], dict[str, float], S
                 delete(checkpoints, step)
     own = {"student_steps": config.student_steps, "student_features": config.student_features, "k": config.k}
     options = vocabulary.all_it_depends_on(config, text) | own  # of every network, since the teacher's show in all
-    budget = config.memory_budget * 2**20
     params, seconds = {}, {}
 
-    def teach(name: str, kind: str, taught: Callable[[int], Any]) -> None:
+    def teach(name: str, kind: Kind, taught: Callable[[int], Any] = lambda n: ()) -> None:
         mine = config.of(name)
         mine.out.mkdir(exist_ok=True)
         print(f"{name}: {mine.features} features, {mine.steps} steps")
@@ -159,18 +159,18 @@ def fit(config: Config, text: Text) -> tuple[dict[str, Any], dict[str, float], S
         def lesson_of(n: int) -> Lesson:
             return Lesson(training_batch(text, config, n), taught(n))
 
-        params[name], seconds[name] = learn(mine, options, loss_of(kind, budget), lesson_of)
+        loss = loss_of(kind, config.memory_budget * 2**20)
+        params[name], seconds[name] = learn(mine, options, loss, lesson_of)
 
-    teach(TEACHER, "labels", lambda n: ())
+    teach(TEACHER, "labels")
     stored = store(config, text, params[TEACHER])
-    head = params[TEACHER]["head"]
-    for name in STUDENTS:
-        if name == "labels":
-            teach(name, name, lambda n: ())
-        elif name == "head":
-            teach(name, name, lambda n: (stored.features[n - 1], head))
+    for kind in STUDENTS:
+        if kind == "labels":
+            teach(kind, kind)
+        elif kind == "head":
+            teach(kind, kind, lambda n: (stored.features[n - 1], params[TEACHER]["head"]))
         else:
-            teach(name, name, lambda n: (stored.indices[n - 1], stored.log_probs[n - 1]))
+            teach(kind, kind, lambda n: (stored.indices[n - 1], stored.log_probs[n - 1]))
     return params, seconds, stored
 
 
