@@ -6,13 +6,16 @@ python -m experiments.distillation --seed 0
 A teacher is trained on the words of `experiments.vocabulary`, and what it knows of the students' batches is stored: its
 top-k, and the features before its head. Students of the same size and first weights then learn from labels; from the
 top-k, with what lies outside of it as one class of its own ("tail"), left out of both ("renormalise") or meant to have
-no probability ("nothing"); and from the teacher's head. A network knows how well it does where its entropy is its loss.
+no probability ("nothing"); from the first of these and labels by halves; and from the teacher's head. A network knows
+how well it does where its entropy is its loss. What no top-k can tell is which of the words outside of it are likely:
+as long as much of the probability lies there, labels have to.
 After a kill, the same command with --resume ends in the same table, bit for bit on a CPU, as the run left alone.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from experiments._door import enter, make_folder, write_json
@@ -57,10 +60,12 @@ def run(config: Config) -> dict[str, Any]:
         "networks": rows,
         "words": config.student_steps * config.batch_size,
         "bytes_a_word_of_all_logits": 4 * config.vocabulary,
+        "stored_probability": float(np.exp(stored.log_probs).sum(-1).mean()),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
     write_json(out / "summary.json", summary)
     print(markdown(rows))
+    print(f"of the teacher's probability {100 * summary['stored_probability']:.1f} % is stored; see {out}")
     return summary
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLORS = ("tab:blue", "tab:green", "tab:orange", "tab:red", "tab:purple")
+COLORS = ("tab:blue", "tab:green", "tab:orange", "tab:red", "tab:olive", "tab:purple")
 
 
 def plot_students(table: pd.DataFrame, path: Path) -> None:
@@ -30,7 +30,7 @@ def plot_students(table: pd.DataFrame, path: Path) -> None:
     for offset, name in ((-0.2, "loss"), (0.2, "entropy")):
         bars = right.bar([n + offset for n in range(len(table))], table[name], 0.38, label=name)
         right.bar_label(bars, fmt="%.2f", fontsize=7)
-    right.set_xticks(range(len(table)), list(table["network"]))
+    right.set_xticks(range(len(table)), [str(name).replace("-", "\n") for name in table["network"]], fontsize=8)
     right.set(title="loss, and the entropy each network expects it to be", ylabel="nats per known held-out word")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=120)

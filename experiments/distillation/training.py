@@ -29,9 +29,10 @@ from jaxsoft import (
 )
 
 TEACHER = "teacher"
-Kind = Literal["labels", "tail", "renormalise", "nothing", "head"]
-"""What a student learns from: labels; the stored top-k, by what is meant outside of it; the features before the
-teacher's head, and this head."""
+Outside = Literal["tail", "renormalise", "nothing"]
+Kind = Literal["labels", Outside, "tail-and-labels", "head"]
+"""What a student learns from: labels; the stored top-k, by what is meant outside of it; the first of these and labels
+by halves; the features before the teacher's head, and this head."""
 STUDENTS: tuple[Kind, ...] = get_args(Kind)
 STORED = "teacher/stored"
 
@@ -99,17 +100,25 @@ def loss_of(kind: Kind, memory_budget: int) -> Loss:
         features = features_of(params, jnp.asarray(lesson.batch.contexts))
         # An unknown word is no label, and to compare the kinds nothing is taught in its place.
         options: dict[str, Any] = {"reduction": "sum", "memory_budget": memory_budget, "weights": labels != UNKNOWN}
-        if kind == "head":
+
+        def of(targets):
+            return linear_cross_entropy(features, head["kernel"], targets, head["bias"], **options)
+
+        def of_top_k(outside: Outside):
+            indices, log_probs = lesson.taught
+            return of(SparseTargets(indices, jnp.exp(log_probs), outside))
+
+        if kind == "labels":
+            total = of(labels)
+        elif kind == "head":
             of_teacher, teacher = lesson.taught
             total = linear_kl_divergence(
                 features, head["kernel"], of_teacher, teacher["kernel"], head["bias"], teacher["bias"], **options
             )
+        elif kind == "tail-and-labels":
+            total = (of_top_k("tail") + of(labels)) / 2
         else:
-            targets: Any = labels
-            if kind != "labels":
-                indices, log_probs = lesson.taught
-                targets = SparseTargets(indices, jnp.exp(log_probs), kind)
-            total = linear_cross_entropy(features, head["kernel"], targets, head["bias"], **options)
+            total = of_top_k(kind)
         return total, jnp.sum(labels != UNKNOWN)
 
     return loss
@@ -219,13 +228,11 @@ def write(config: Config, text: Text, read: Callable[..., tuple[Array, ...]], pa
 def bytes_a_word(name: str, stored: Stored, head: Any) -> float | None:
     """What was stored for a student, divided by the words that it was trained on; None of the teacher."""
     steps, words, _ = stored.indices.shape
-    if name == TEACHER:
-        return None
-    if name == "labels":
-        return float(np.dtype(np.int32).itemsize)
-    if name == "head":
-        return (stored.features.nbytes + sum(leaf.nbytes for leaf in jax.tree.leaves(head))) / (steps * words)
-    return (stored.indices.nbytes + stored.log_probs.nbytes) / (steps * words)
+    of_label = np.dtype(np.int32).itemsize
+    of_top_k = (stored.indices.nbytes + stored.log_probs.nbytes) / (steps * words)
+    of_head = (stored.features.nbytes + sum(leaf.nbytes for leaf in jax.tree.leaves(head))) / (steps * words)
+    special = {TEACHER: None, "labels": of_label, "tail-and-labels": of_top_k + of_label, "head": of_head}
+    return special.get(name, of_top_k)
 
 
 def score(params: Any, held_out: Sequence[Batch], memory_budget: int) -> dict[str, float]:
