@@ -18,12 +18,13 @@ from experiments.iris import Config as Iris
 pytestmark = pytest.mark.x32
 
 SCRIPTS = [name for name, *_ in listing.scripts()]
-TRAININGS = ["iris", "segmentation", "vocabulary", "distributed"]
+TRAININGS = ["iris", "segmentation", "vocabulary", "distributed", "distillation"]
 RESUMED = [*TRAININGS[1:], "benchmark"]
 # What a script needs to be told before it looks at its folder of results.
 NEEDED = {
     "vocabulary": ["--corpus={corpus}", "--vocabulary=3", "--compare-sizes"],
     "distributed": ["--corpus={corpus}", "--vocabulary=3", "--processes=1"],
+    "distillation": ["--corpus={corpus}", "--vocabulary=3", "--k=1"],
 }
 
 

@@ -1,0 +1,73 @@
+"""What does a small language model learn from a few stored probabilities of a larger one, and does it matter what is
+said of the rest?
+
+python -m experiments.distillation --seed 0
+
+A teacher is trained on the words of `experiments.vocabulary`, and what it knows of the students' batches is stored: its
+top-k, and the features before its head. Students of the same size and first weights then learn from labels; from the
+top-k, with what lies outside of it as one class of its own ("tail"), left out of both ("renormalise") or meant to have
+no probability ("nothing"); from the first of these and labels by halves; and from the teacher's head. A network knows
+how well it does where its entropy is its loss. What no top-k can tell is which of the words outside of it are likely:
+as long as much of the probability lies there, labels have to.
+After a kill, the same command with --resume ends in the same table, bit for bit on a CPU, as the run left alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experiments._door import enter, make_folder, write_json
+from experiments.distillation.pictures import plot_students
+from experiments.distillation.training import TEACHER, Config, bytes_a_word, check, fit, score
+from experiments.vocabulary.corpus import read_text
+from experiments.vocabulary.training import held_out_batches
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table as printed."""
+    lines = [
+        "| learnt from | bytes a word | perplexity | loss | entropy | accuracy |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        stored = "" if row["bytes_a_word"] is None else f"{row['bytes_a_word']:,.0f}"
+        lines.append(
+            f"| {row['network']} | {stored} | {row['perplexity']:,.1f} | {row['loss']:.3f} | {row['entropy']:.3f} "
+            f"| {100 * row['accuracy']:.1f} % |"
+        )
+    return "\n".join(lines)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train all networks, write the results to `config.out` and return the summary."""
+    check(config)
+    text = read_text(config.corpus, config.vocabulary, config.context, config.seed)
+    out = make_folder(config.out)
+    params, seconds, stored = fit(config, text)
+    held_out = held_out_batches(text, config)
+    budget = config.memory_budget * 2**20
+    head = params[TEACHER]["head"]
+    rows = [
+        {"network": name, "bytes_a_word": bytes_a_word(name, stored, head), **score(network, held_out, budget)}
+        for name, network in params.items()
+    ]
+    table = pd.DataFrame(rows)
+    table.to_csv(out / "students.csv", index=False)
+    plot_students(table, out / "distillation.png")
+    summary = {
+        "networks": rows,
+        "words": config.student_steps * config.batch_size,
+        "bytes_a_word_of_all_logits": 4 * config.vocabulary,
+        "stored_probability": float(np.exp(stored.log_probs).sum(-1).mean()),
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+    }
+    write_json(out / "summary.json", summary)
+    print(markdown(rows))
+    print(f"of the teacher's probability {100 * summary['stored_probability']:.1f} % is stored; see {out}")
+    return summary
+
+
+if __name__ == "__main__":
+    enter(Config, run, __doc__)
