@@ -12,7 +12,7 @@ from jaxsoft._dtypes import compute_dtype
 from jaxsoft._meshes import lay_like
 from jaxsoft._readings import Values, read
 from jaxsoft._shards import AxisName, all_classes, as_axis_name
-from jaxsoft._sparse_targets import SparseTargets, as_any_targets, read_any_targets
+from jaxsoft._sparse_targets import SparseTargets, as_any_targets, losses_of, read_any_targets
 from jaxsoft._targets import REDUCTIONS, Options, Reduction, read_options, reduce_losses
 
 
@@ -128,7 +128,7 @@ def _cross_entropy(
     reduction: Reduction,
     axis_name: AxisName,
 ) -> Array:
-    reading, operands, count = read_any_targets(
+    operands, count = read_any_targets(
         targets,
         logits,
         axis,
@@ -140,5 +140,5 @@ def _cross_entropy(
     if options.where is not None:
         logits = jnp.where(options.where, logits, -jnp.inf)
     check_values("logits", logits, ~jnp.isnan(logits) | (operands.share == 0), "a number")
-    (losses,), _ = cast(Values, read(reading, logits, operands, axis, axis_name))
+    (losses,), _ = cast(Values, read(losses_of(targets), logits, operands, axis, axis_name))
     return reduce_losses(losses, reduction, count, axis)

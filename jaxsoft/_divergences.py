@@ -3,12 +3,14 @@
 import functools
 from typing import Any, Literal, NamedTuple, cast, get_args
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from jaxsoft._checks import as_axis, as_floating, as_mask, as_number, as_option, broadcast, check_values
-from jaxsoft._dtypes import widen
+from jaxsoft._checks import as_axis, as_floating, as_mask, as_option, broadcast, check_values
+from jaxsoft._dtypes import is_removed, widen
 from jaxsoft._heads import Inputs, as_head, read_positions
 from jaxsoft._meshes import BatchAxes, broadcast_like, lay_like
 from jaxsoft._platform import Axes
@@ -62,8 +64,8 @@ def kl_divergence(
     Returns:
         The divergence in float32, or float64 for float64 logits: a scalar, or with "none" an array without `axis`.
 
-    Edges: 0 for equal logits, whatever constant is added to either. Infinite where the first of the two has a class
-    which the second has not.
+    Edges: 0 for equal logits, whatever constant is added to either, and where one of both has no class left. Infinite
+    where the first of the two has a class which the second has not; there the reverse has no gradient but NaN.
 
     Differentiation: to logits, in reverse mode to any order and forward over reverse.
 
@@ -85,6 +87,8 @@ def kl_divergence(
     axis = as_axis(axis, z.ndim)
     if z.shape != of_teacher.shape:
         raise ValueError(f"teacher_logits: expected the logits' shape {z.shape}, got {of_teacher.shape}")
+    if z.shape[axis] == 0:
+        raise ValueError(f"logits: expected at least one class along axis {axis}, got shape {z.shape}")
     if where is not None:
         mask = lay_like(as_mask("where", where, z.shape), z)
         z, of_teacher = jnp.where(mask, z, -jnp.inf), jnp.where(mask, of_teacher, -jnp.inf)
@@ -92,10 +96,17 @@ def kl_divergence(
     reduction = as_option("reduction", reduction, REDUCTIONS)
     share = jnp.expand_dims(position_weights(weights, z, axis), axis)
     check_values("logits", z, ~jnp.isnan(z) | (share == 0), "a number")
-    count, _ = count_positions(share, share, Options(), reduction, 0, ())
+    check_values("teacher_logits", of_teacher, ~jnp.isnan(of_teacher) | (share == 0), "a number")
     positions = Positions(share, lax.stop_gradient(lay_like(of_teacher, z)))
-    reading = divergences(as_option("kind", kind, get_args(Kind)), _as_beta(beta))
-    (losses,), _ = cast(Values, read(reading, z, positions, axis, axis_name))
+    return _kl_divergence(z, positions, _as_reading(kind, beta), axis, reduction, axis_name)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _kl_divergence(
+    logits: Array, positions: Positions, reading: Reading, axis: int, reduction: Reduction, axis_name: AxisName
+) -> Array:
+    count, _ = count_positions(positions.share, positions.share, Options(), reduction, 0, ())
+    (losses,), _ = cast(Values, read(reading, logits, positions, axis, axis_name))
     return reduce_losses(losses, reduction, count, axis)
 
 
@@ -177,7 +188,7 @@ def linear_kl_divergence(
     if weights is not None:
         weights = broadcast("weights", jnp.asarray(weights), positions)
     static = head.static._replace(
-        reading=divergences(as_option("kind", kind, get_args(Kind)), _as_beta(beta)),
+        reading=_as_reading(kind, beta),
         reduction=as_option("reduction", reduction, REDUCTIONS),
     )
     teacher = lax.stop_gradient(of_teacher.layer)
@@ -185,11 +196,14 @@ def linear_kl_divergence(
     return loss[..., 0] if reduction == "none" else loss
 
 
-def _as_beta(beta: float) -> float:
-    number = as_number("beta", beta, 0, 1, above=True)
-    if not isinstance(number, float) or number == 1:
-        raise ValueError(f"beta: expected a number between 0 and 1, known when the function is traced, got {beta}")
-    return number
+def _as_reading(kind: Kind, beta: float) -> Reading:
+    if as_option("kind", kind, get_args(Kind)) != "jensen-shannon":
+        return divergences(kind, 0.5)
+    if isinstance(beta, Tracer):
+        raise TypeError("beta: expected a number known when the function is traced, got a traced value")
+    if not 0 < float(beta) < 1:
+        raise ValueError(f"beta: expected a number between 0 and 1, got {beta}")
+    return divergences(kind, float(beta))
 
 
 class Divergence(NamedTuple):
@@ -200,28 +214,32 @@ class Divergence(NamedTuple):
     total: Array
     of_student: Array  # the divergence from the student alone to the other, as its gradient has it
 
+    @property
+    def none_left(self) -> Array:
+        """Where one of both has no class left."""
+        return (self.student.exp_sum == 0) | (self.teacher.exp_sum == 0)
+
 
 @functools.cache
 def divergences(kind: Kind, beta: float) -> Reading:
     """The divergences of a kind from the logits that stand beside those that are read."""
 
+    def as_wide(positions: Positions, logits: Array) -> Array:
+        return cast(Array, positions.beside).astype(widen(logits).dtype)
+
     def ratios(logits: Array, beside: Array, student: Statistics, teacher: Statistics) -> tuple[Array, Array, Array]:
         """s, t and log s/t; 0 for a class that is removed from both."""
-        z, z_t = widen(logits), beside.astype(widen(logits).dtype)
+        z, z_t = widen(logits), beside
         s = jnp.exp(z - student.largest) / student.total
         t = jnp.exp(z_t - teacher.largest) / teacher.total
         shift = (student.largest - teacher.largest) + (jnp.log(student.total) - jnp.log(teacher.total))
-        removed = (z == -jnp.inf) & (z_t == -jnp.inf)
+        removed = is_removed(z) & is_removed(z_t)
         return s, t, jnp.where(removed, 0, jnp.where(removed, 0, z) - jnp.where(removed, 0, z_t) - shift)
 
-    def mixed(r: Array) -> Array:
-        """log m/t for m = βt + (1 − β)s and r = log s/t."""
-        low, high = jnp.minimum(r, 0), jnp.maximum(r, 0)
-        return jnp.where(r > 0, high + jnp.log1p(beta * jnp.expm1(-high)), jnp.log1p((1 - beta) * jnp.expm1(low)))
-
     def statistics(logits: Array, axes: Axes, positions: Positions, axis_name: AxisName) -> Divergence:
-        student, teacher = (block_statistics(z, axes, axis_name=axis_name) for z in (logits, positions.beside))
-        s, t, r = ratios(logits, positions.beside, student, teacher)
+        beside = as_wide(positions, logits)
+        student, teacher = (block_statistics(z, axes, axis_name=axis_name) for z in (logits, beside))
+        s, t, r = ratios(logits, beside, student, teacher)
 
         def summed(terms: Array) -> Array:
             return sum_shards(jnp.sum(terms, axes, keepdims=True), axis_name)
@@ -232,13 +250,13 @@ def divergences(kind: Kind, beta: float) -> Reading:
         if kind == "reverse":
             total = summed(_terms(s, t, -r))
             return Divergence(student, teacher, total, total)
-        m, of_teacher = beta * t + (1 - beta) * s, mixed(r)
-        one, other = summed(_terms(t, m, of_teacher)), summed(_terms(s, m, _less(of_teacher, r)))
+        m = beta * t + (1 - beta) * s
+        one, other = summed(_terms(t, m, _mixed(r, beta))), summed(_terms(s, m, _mixed(-r, 1 - beta)))
         return Divergence(student, teacher, beta * one + (1 - beta) * other, other)
 
     def values(positions: Positions, found: Divergence, axes: Axes) -> Values:
         share = lax.stop_gradient(positions.share)
-        return (jnp.where(share == 0, 0, share * found.total),), ()
+        return (jnp.where((share == 0) | found.none_left, 0, share * found.total),), ()
 
     def gradients(
         logits: Array,
@@ -249,16 +267,16 @@ def divergences(kind: Kind, beta: float) -> Reading:
         *,
         in_place: bool = False,
     ) -> tuple[Array, None]:
-        idle, (logits, positions) = positions.idle, taking_part(logits, positions)
+        idle, (logits, positions) = positions.idle | found.none_left, taking_part(logits, positions)
         share = jnp.where(idle, 0, cotangents[0]) * positions.share
-        s, t, r = ratios(logits, cast(Array, positions.beside), found.student, found.teacher)
+        s, t, r = ratios(logits, as_wide(positions, logits), found.student, found.teacher)
         if kind == "forward":
             near = jnp.abs(r) < 0.5
             gradient = jnp.where(near, t * jnp.expm1(jnp.where(near, r, 0)), s - t)
         elif kind == "reverse":
             gradient = jnp.where(s == 0, 0, s * (jnp.where(s == 0, 0, r) - found.of_student))
         else:
-            x = _less(mixed(r), r)
+            x = _mixed(-r, 1 - beta)
             gradient = (1 - beta) * jnp.where(s == 0, 0, s * (jnp.where(s == 0, 0, -x) - found.of_student))
         gradient = jnp.where(broadcast_like(idle, gradient), 0, share * gradient)
         return gradient.astype(logits.dtype), None
@@ -269,10 +287,10 @@ def divergences(kind: Kind, beta: float) -> Reading:
     return Reading(statistics, values, gradients, blank)
 
 
-def _less(x: Array, r: Array) -> Array:
-    """x − r, that is log m/s from log m/t and log s/t."""
-    infinite = jnp.abs(r) == jnp.inf
-    return jnp.where(infinite, jnp.where(r > 0, 0, jnp.inf), x - jnp.where(infinite, 0, r))
+def _mixed(r: Array, beta: float) -> Array:
+    """log m/t for m = βt + (1 − β)s and r = log s/t."""
+    low, high = jnp.minimum(r, 0), jnp.maximum(r, 0)
+    return jnp.where(r > 0, high + jnp.log1p(beta * jnp.expm1(-high)), jnp.log1p((1 - beta) * jnp.expm1(low)))
 
 
 def _terms(p: Array, q: Array, x: Array) -> Array:

@@ -11,3 +11,8 @@ def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
 def widen(array: Array) -> Array:
     return array.astype(compute_dtype(array.dtype))
+
+
+def is_removed(logits: Array) -> Array:
+    """Where they are −inf, without an infinity to compare with, which JAX's `debug_infs` would stop at."""
+    return logits < jnp.finfo(logits.dtype).min

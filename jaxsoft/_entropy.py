@@ -1,7 +1,9 @@
 """The entropy of softmax, exact where one class is nearly certain."""
 
+import functools
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
@@ -56,12 +58,19 @@ def entropy(
     """
     array = as_floating("logits", logits)
     axis = as_axis(axis, array.ndim)
+    if array.shape[axis] == 0:
+        raise ValueError(f"logits: expected at least one class along axis {axis}, got shape {array.shape}")
     if where is not None:
         array = jnp.where(lay_like(as_mask("where", where, array.shape), array), array, -jnp.inf)
     check_values("logits", array, ~jnp.isnan(array), "a number")
     axis_name = as_axis_name(axis_name, "logits", array)
-    everywhere = Positions(jnp.expand_dims(position_weights(None, array, axis), axis))
-    (found,), _ = cast(Values, read(ENTROPIES, array, everywhere, axis, axis_name))
+    return _entropy(array, axis, axis_name)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _entropy(logits: Array, axis: int, axis_name: AxisName) -> Array:
+    everywhere = Positions(jnp.expand_dims(position_weights(None, logits, axis), axis))
+    (found,), _ = cast(Values, read(ENTROPIES, logits, everywhere, axis, axis_name))
     return jnp.squeeze(found, axis)
 
 

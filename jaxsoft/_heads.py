@@ -57,6 +57,7 @@ def as_head(
     batch_axes: BatchAxes,
     prefix: str = "",
 ) -> Head:
+    """The arguments that all heads have, checked; a prefix of their names for those of a second layer."""
     x, w = as_floating(f"{prefix}features", features), as_floating(f"{prefix}kernel", kernel)
     class_axis = as_axis(kernel_axis, 2, "kernel_axis")
     if x.ndim == 0:
@@ -227,6 +228,7 @@ def _on_device(inputs: Inputs, static: Static) -> Results:
     if bias is not None:
         left = jnp.isfinite(bias) | (bias > 0)
         options = options._replace(where=jnp.expand_dims(left, tuple(range(len(leading)))))
+    operands, count = _operands(inputs, options, jax.ShapeDtypeStruct((*leading, classes), features.dtype), static)
     positions = math.prod(leading)
     if positions == 0:
         blank = static.reading.blank(0, dtype)
@@ -234,7 +236,6 @@ def _on_device(inputs: Inputs, static: Static) -> Results:
         if static.reduction != "none":
             nothing[0] = jnp.zeros(leading[: static.examples], dtype)
         return tuple(nothing)
-    operands, count = _operands(inputs, options, jax.ShapeDtypeStruct((*leading, classes), features.dtype), static)
 
     def flatten(array: Any) -> Any:
         if isinstance(array, Layer):
@@ -245,8 +246,13 @@ def _on_device(inputs: Inputs, static: Static) -> Results:
     layer = inputs.layer._replace(features=features.reshape(positions, width))
     check_values("features", layer.features, ~(jnp.isnan(layer.features) & (flat.share != 0)), "a number")
     check_values("kernel", kernel, ~jnp.isnan(kernel), "a number")
+    if isinstance(teacher := getattr(flat, "beside", None), Layer):
+        check_values(
+            "teacher_features", teacher.features, ~(jnp.isnan(teacher.features) & (flat.share != 0)), "a number"
+        )
+        check_values("teacher_kernel", teacher.kernel, ~jnp.isnan(teacher.kernel), "a number")
 
-    check_budget(classes, features.dtype, flat.is_wide, static.memory_budget)
+    check_budget(classes, features.dtype, flat.is_wide or static.reading.copies, static.memory_budget)
     skips = static.ignore_index is not None or options.weights is not None
     axes = varying((layer, flat))
     summed = Variables(*(axes - varying(v) for v in (layer.features, layer.kernel, layer.bias, flat.spread)))
@@ -281,7 +287,7 @@ def _operands(
     """What is read beside the logits, and what the sum of losses is to be divided by."""
     axis = logits.ndim - 1
     if inputs.targets is not None:
-        _, operands, count = read_any_targets(
+        return read_any_targets(
             inputs.targets,
             logits,
             axis,
@@ -292,7 +298,6 @@ def _operands(
             examples=static.examples,
             batch=static.batch,
         )
-        return operands, count
     share = jnp.expand_dims(position_weights(options.weights, logits, axis), axis)
     count, _ = count_positions(share, share, options, static.reduction, static.examples, static.batch)
     return Positions(share, inputs.teacher), count

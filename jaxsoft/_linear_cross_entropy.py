@@ -9,10 +9,9 @@ from jaxsoft._checks import as_option, broadcast
 from jaxsoft._dtypes import compute_dtype
 from jaxsoft._heads import Inputs, as_head, read_positions
 from jaxsoft._linear_log_probs import LogProbs, with_log_probs
-from jaxsoft._losses import LOSSES
 from jaxsoft._meshes import BatchAxes
 from jaxsoft._shards import AxisName
-from jaxsoft._sparse_targets import SparseTargets, as_any_targets, sparse_losses
+from jaxsoft._sparse_targets import SparseTargets, as_any_targets, losses_of
 from jaxsoft._targets import REDUCTIONS, Reduction, read_options
 
 
@@ -141,7 +140,7 @@ def linear_cross_entropy(
     read, ignore_index = as_any_targets(targets, head.classes, options, ignore_index)
     is_sparse = isinstance(read, SparseTargets)
     labelled = not is_sparse and read.ndim < layer.features.ndim
-    reading = sparse_losses(read.outside) if is_sparse else LOSSES
+    reading = losses_of(read)
     static = head.static._replace(
         reading=with_log_probs(reading, labelled) if with_statistics else reading,
         reduction=as_option("reduction", reduction, REDUCTIONS),

@@ -14,13 +14,16 @@ from jaxsoft._moments import Moments, block_moments
 from jaxsoft._platform import Axes
 from jaxsoft._readings import Reading, Values, taking_part
 from jaxsoft._shards import AxisName, first_class, sum_shards
-from jaxsoft._sparse_targets import take
+from jaxsoft._sparse_targets import SparseTargets, take
 from jaxsoft._statistics import Statistics, scaled_exponentials
 from jaxsoft._targets import Targets, as_targets
 
 
 class LogProbs(NamedTuple):
-    """What is known of softmax(logits) at each position; 0, and of the argmax −1, where a position is ignored."""
+    """What is known of softmax(logits) at each position; 0, and of the argmax −1, at one that takes no part.
+
+    Such are ignored, or of weight 0; beside a loss also those whose label is of a class of weight 0.
+    """
 
     label: Float[Array, "*positions"] | None
     """log p of the label; None where there are no labels."""
@@ -100,6 +103,8 @@ def linear_log_probs(
     head = as_head(
         features, kernel, bias, where, soft_cap, temperature, kernel_axis, memory_budget, axis_name, batch_axes
     )
+    if isinstance(labels, SparseTargets):
+        raise TypeError("labels: expected integers, got SparseTargets: cross-entropies take these")
     y, ignore_index = as_targets(labels, head.classes, ignore_index)
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise TypeError(f"labels: expected integers, got dtype {y.dtype}")
@@ -117,7 +122,8 @@ def _around(logits: Array, targets: Targets, axis: int, axis_name: AxisName) -> 
     # On the shard that has it: what is known of an index beside another shard's would differ between devices.
     of_block = targets.label == moments.lead - first_class(logits.shape[axis], axis_name)
     leads = sum_shards(of_block.astype(jnp.int32), axis_name) > 0
-    return moments, moments.around(leads, take(logits, targets.label, axis, axis_name))
+    of_label, _ = take(logits, targets.label, axis, axis_name)
+    return moments, moments.around(leads, of_label)
 
 
 @functools.cache
@@ -176,13 +182,13 @@ def with_log_probs(losses: Reading, labelled: bool) -> Reading:
 
     def statistics(logits: Array, axes: Axes, targets: Any, axis_name: AxisName) -> Any:
         (axis,) = axes
-        if not labelled:
-            moments = block_moments(logits, axis, axis_name)
-            return losses.statistics(logits, axes, targets, axis_name), moments, None
-        moments, of_label = _around(logits, targets, axis, axis_name)
-        if targets.spread is None:  # no sum is taken again
-            return of_label, moments, of_label
-        return losses.statistics(logits, axes, targets, axis_name), moments, of_label
+        if labelled:
+            moments, of_label = _around(logits, targets, axis, axis_name)
+        else:
+            moments, of_label = block_moments(logits, axis, axis_name), None
+        again = not labelled or targets.spread is not None  # or no sum is taken again
+        of_losses = losses.statistics(logits, axes, targets, axis_name) if again else of_label
+        return of_losses, moments, of_label
 
     def values(targets: Any, found: Any, axes: Axes) -> Values:
         of_losses, moments, of_label = found

@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoft._checks import as_integer
+from jaxsoft._dtypes import is_removed
 from jaxsoft._heads import Inputs, as_head, read_positions
 from jaxsoft._meshes import BatchAxes
 from jaxsoft._platform import Axes
@@ -71,8 +72,7 @@ def linear_top_k(
     Differentiation: log-probabilities and logsumexp, as `linear_log_probs`; indices are constants.
 
     Raises:
-        TypeError, ValueError: as `linear_cross_entropy`; a k that is not from 1 to the number of classes (of one block
-            where these are sharded).
+        TypeError, ValueError: as `linear_cross_entropy`; a k that is not from 1 to the number of classes.
 
     Example:
         >>> import jax.numpy as jnp
@@ -87,9 +87,8 @@ def linear_top_k(
     head = as_head(
         features, kernel, bias, where, soft_cap, temperature, kernel_axis, memory_budget, axis_name, batch_axes
     )
-    block = head.layer.kernel.shape[head.static.class_axis]
-    if not 1 <= as_integer("k", k) <= block:
-        raise ValueError(f"k: expected an integer from 1 to the {block} classes, got {k}")
+    if not 1 <= as_integer("k", k) <= head.classes:
+        raise ValueError(f"k: expected an integer from 1 to the {head.classes} classes, got {k}")
     log_probs, lse, indices = read_positions(Inputs(head.layer), head.static._replace(reading=_largest(int(k))))
     return TopK(log_probs, indices, lse[..., 0])
 
@@ -108,12 +107,13 @@ def _largest(k: int) -> Reading:
     def statistics(logits: Array, axes: Axes, positions: Positions, axis_name: AxisName) -> Largest:
         (axis,) = axes
         # Or XLA merges slices of the results with its own, takes them no longer for a top-k, and sorts all classes.
-        top, classes = map(lax.optimization_barrier, lax.top_k(logits, k))  # one by one: a barrier of both ends it
+        count = min(k, logits.shape[axis])
+        top, classes = map(lax.optimization_barrier, lax.top_k(logits, count))  # one by one: a barrier of both ends it
         first = first_class(logits.shape[axis], axis_name)
         classes = classes.astype(jnp.int32) + first
         if axis_name is not None:  # the blocks' candidates side by side, in the order of the classes
             shards = lax.axis_size(axis_name)
-            mine = lax.broadcasted_iota(jnp.int32, (1, shards * k), 1) // k == lax.axis_index(axis_name)
+            mine = lax.broadcasted_iota(jnp.int32, (1, shards * count), 1) // count == lax.axis_index(axis_name)
 
             def gather(array: Array) -> Array:  # as a sum, which is the same on every device
                 return sum_shards(jnp.where(mine, jnp.tile(array, (1, shards)), 0), axis_name)
@@ -140,7 +140,8 @@ def _largest(k: int) -> Reading:
         (axis,), s = axes, found.statistics
         idle, (logits, _) = positions.idle, taking_part(logits, positions)
         g, to_lse = cotangents
-        g = jnp.where(found.at == -jnp.inf, 0, g)
+        removed = is_removed(found.at)
+        g = jnp.where(removed, 0, g)
         first, others = g[:, :1], g[:, 1:]
         mass = to_lse - jnp.sum(others, axis, keepdims=True)
         factor = (mass - first) / s.total
@@ -149,11 +150,12 @@ def _largest(k: int) -> Reading:
         to_logits = scaled_exponentials(logits, s.largest, factor, axes, idle, block[:, :1], at_lead, in_place=in_place)
         if k > 1:
             at_others = factor * jnp.exp(found.at[:, 1:]) + others
-            to_logits = put(to_logits, jnp.where(found.at[:, 1:] == -jnp.inf, -1, block[:, 1:]), at_others, axis)
+            to_logits = put(to_logits, jnp.where(removed[:, 1:], -1, block[:, 1:]), at_others, axis)
         return to_logits, None
 
     def blank(positions: int, dtype: Any) -> Values:
-        moving = jnp.full((positions, k), 0, dtype), jnp.zeros((positions, 1), dtype)
+        moving = jnp.zeros((positions, k), dtype), jnp.zeros((positions, 1), dtype)
         return moving, (jnp.full((positions, k), -1, jnp.int32),)
 
-    return Reading(statistics, values, gradients, blank)
+    # XLA adds a bias to the products once for the search, and once more where the gradient is put.
+    return Reading(statistics, values, gradients, blank, copies=True)

@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoft import _cpu
-from jaxsoft._dtypes import widen
+from jaxsoft._dtypes import is_removed, widen
 from jaxsoft._platform import Axes, from_end, on
 from jaxsoft._shards import AxisName, first_class, max_shards, sum_shards
 from jaxsoft._statistics import Statistics, largest_logit
@@ -55,13 +55,14 @@ def block_moments(logits: Array, axis: int, axis_name: AxisName = None) -> Momen
         its = lax.pmin(jnp.where((below == 0) & jnp.isfinite(led), lead, most), axis_name)
         leads = lead == its
         scale = jnp.exp(below)
+        below = jnp.where(scale == 0, 0, below)  # of a block without weight, which may be as low as a number can be
         gap = (gap - below * (tail + jnp.exp(led))) * scale
         tail = (tail + jnp.where(leads, 0, jnp.exp(led))) * scale
         led = jnp.where(leads, led, 0)
         tail, gap, led = jnp.split(sum_shards(jnp.concatenate([tail, gap, led], axis), axis_name), 3, axis)
         lead, led = its, jnp.where(its == most, -jnp.inf, led)
     statistics = Statistics(largest, tail, led)
-    return Moments(statistics, gap, jnp.where(lax.stop_gradient(led) > -jnp.inf, lead, -1))
+    return Moments(statistics, gap, jnp.where(jnp.isnan(led) | is_removed(led), -1, lead))
 
 
 @on(cpu=_cpu.moments)

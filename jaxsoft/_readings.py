@@ -30,6 +30,7 @@ class Reading(NamedTuple):
     # and to the spread, or None. In place the logits are not read again.
     gradients: Callable[..., tuple[Array, Array | None]]
     blank: Callable[[int, Any], Values]  # (positions, dtype): of so many that take no part
+    copies: bool = False  # whether it takes a copy of the logits, for which tiles are to have room
 
     def __call__(self, logits: Array, operands: Any, axis: int, axis_name: AxisName) -> Values:
         """The values as the formula has them, without a rule."""

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from jaxsoft._checks import as_option, check_values
-from jaxsoft._dtypes import compute_dtype, widen
+from jaxsoft._dtypes import compute_dtype, is_removed, widen
 from jaxsoft._losses import LOSSES, scale_gradient
 from jaxsoft._meshes import Names, lay_beside, stated_names, stated_sharding
 from jaxsoft._platform import Axes
@@ -23,7 +23,7 @@ Outside = Literal["tail", "renormalise", "nothing"]
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SparseTargets:
     """Probabilities q of K classes a position, as targets of `cross_entropy` and `linear_cross_entropy`.
 
@@ -45,7 +45,7 @@ class SparseTargets:
     Edges: the same class twice counts with both probabilities. A class that is no class gives NaN, but with a
     probability of 0 it is left out, so −1 can pad. Mass that is not left, to rounding, is 0. With "nothing"
     probabilities need not sum to one. K = 1 with q = 1 is the label, bit for bit, but with "renormalise", where
-    nothing is left to learn; K = classes is the distribution.
+    nothing is left to learn; K = classes is the distribution. Mass that is left where no class is costs +inf.
 
     Differentiation: to logits and to probs.
 
@@ -135,11 +135,18 @@ def read_sparse_targets(
     expected = (*shape[:axis], "K", *shape[axis + 1 :])
     if indices.ndim != len(shape) or any(n != e for n, e in zip(indices.shape, expected, strict=True) if e != "K"):
         raise ValueError(f"targets.indices: expected shape ({', '.join(map(str, expected))}), got {indices.shape}")
-    classes = all_classes(shape[axis], axis_name)
-    check_values("targets.probs", probs, (probs >= 0) & jnp.isfinite(probs), "a finite probability of at least 0")
+    if indices.shape[axis] == 0:
+        raise ValueError(f"targets.indices: expected at least one class a position, got shape {indices.shape}")
+    if indices.dtype.itemsize < 4:  # int8 cannot hold the number of classes to compare with
+        indices = indices.astype(jnp.int32)
+    counted = jnp.expand_dims(position_weights(options.weights, logits, axis), axis)
+    indices, probs = lay_beside(indices, logits, axis), lay_beside(probs, logits, axis)
+    classes, idle = all_classes(shape[axis], axis_name), counted == 0
+    valid = (probs >= 0) & jnp.isfinite(probs)
+    check_values("targets.probs", probs, valid | idle, "a finite probability of at least 0")
     inside = (indices >= 0) & (indices < classes)
-    check_values("targets.indices", indices, inside | (probs == 0), f"a class in [0, {classes})")
-    q = jnp.where(inside, probs, 0).astype(dtype)
+    check_values("targets.indices", indices, inside | (probs == 0) | idle, f"a class in [0, {classes})")
+    q = jnp.where(inside & ~idle, probs, 0).astype(dtype)
     # The same class twice is its first with both weights: K² comparisons, few beside the classes.
     same = jnp.expand_dims(indices, axis) == jnp.expand_dims(indices, axis + 1)  # (…, k, l, …)
     q = jnp.sum(jnp.where(same, jnp.expand_dims(q, axis), 0), axis + 1)
@@ -149,13 +156,11 @@ def read_sparse_targets(
     if targets.outside == "renormalise":
         total = jnp.sum(q, axis, keepdims=True)
         q = q / jnp.where(total == 0, 1, total)
-    counted = jnp.expand_dims(position_weights(options.weights, logits, axis), axis)
-    wrong = lay_beside(jnp.any(~inside & (probs != 0), axis, keepdims=True), logits, axis) & (counted != 0)
+    wrong = jnp.any(~inside & (probs != 0), axis, keepdims=True) & ~idle
     share = jnp.where(wrong, 0, counted) / jnp.where(wrong, 0, 1).astype(dtype)  # 0/0: there is no other way to object
     count, square = count_positions(counted, counted, options, reduction, examples, batch)
     none = jnp.iinfo(jnp.int32).min  # before the first block
     ids = jnp.where(is_first, indices.astype(jnp.int32) - first_class(shape[axis], axis_name), none)
-    ids, q = lay_beside(ids, logits, axis), lay_beside(q, logits, axis)
     return Chosen(ids, q, share, square), count
 
 
@@ -170,14 +175,19 @@ def read_any_targets(
     axis_name: AxisName = None,
     examples: int = 0,
     batch: Names = (),
-) -> tuple[Reading, Any, Array | None]:
-    """What reads the losses, its operands, and what the sum of them is to be divided by."""
+) -> tuple[Any, Array | None]:
+    """The operands of what reads the losses, and what the sum of these is to be divided by."""
     of_positions = {"reduction": reduction, "axis_name": axis_name, "examples": examples, "batch": batch}
     if isinstance(targets, SparseTargets):
-        read, count = read_sparse_targets(targets, logits, axis, options, **of_positions)
-        return sparse_losses(targets.outside), read, count
-    read, count = read_targets(targets, logits, axis, options, ignore_index=ignore_index, **of_positions)
-    return LOSSES, read, count
+        return read_sparse_targets(targets, logits, axis, options, **of_positions)
+    return read_targets(targets, logits, axis, options, ignore_index=ignore_index, **of_positions)
+
+
+def losses_of(targets: Array | SparseTargets) -> Reading:
+    """What reads the losses of targets of any form."""
+    if isinstance(targets, SparseTargets):
+        return sparse_losses(targets.outside, float(jnp.finfo(jnp.asarray(targets.probs).dtype).eps))
+    return LOSSES
 
 
 class Sparse(NamedTuple):
@@ -201,8 +211,8 @@ def put(array: Array, classes: Array, values: Array, axis: int) -> Array:
     return jnp.put_along_axis(array, inside, values, axis, mode="drop", inplace=False)
 
 
-def take(logits: Array, classes: Array, axis: int, axis_name: AxisName) -> Array:
-    """The logits at some classes of each position, −inf where there is none, on any shard."""
+def take(logits: Array, classes: Array, axis: int, axis_name: AxisName) -> tuple[Array, Array]:
+    """The logits at some classes of each position, and whether there is such a class, on any shard."""
     size, z = logits.shape[axis], widen(logits)
     inside = (classes >= 0) & (classes < size)
     if any(stated_names(logits)):
@@ -213,7 +223,7 @@ def take(logits: Array, classes: Array, axis: int, axis_name: AxisName) -> Array
         sums = jnp.concatenate([jnp.where(inside, at, 0), inside.astype(at.dtype)], axis)
         at, found = jnp.split(sum_shards(sums, axis_name), 2, axis)
         inside = found > 0
-    return jnp.where(inside, at, -jnp.inf)
+    return at, inside
 
 
 def _is_class(array: Array, classes: Array, axis: int) -> Array:
@@ -230,18 +240,22 @@ def _without(logits: Array, chosen: Chosen, leads: Array, axis: int) -> Array:
 
 
 @functools.cache
-def sparse_losses(outside: Outside) -> Reading:
-    """The losses of `SparseTargets`, in the terms of those of labels: the tail of one class widened to that of K."""
+def sparse_losses(outside: Outside, rounding: float) -> Reading:
+    """The losses of `SparseTargets`, in the terms of those of labels: the tail of one class widened to that of K.
+
+    Probabilities are right to a rounding, and what they leave is no mass if it is no more.
+    """
 
     def statistics(logits: Array, axes: Axes, chosen: Chosen, axis_name: AxisName) -> Sparse:
         (axis,) = axes
-        at = take(logits, chosen.classes, axis, axis_name)
+        at, is_there = take(logits, chosen.classes, axis, axis_name)
+        at = jnp.where(is_there, at, -jnp.inf)
         lead = jnp.argmax(lax.stop_gradient(at), axis, keepdims=True)
         leads = lax.broadcasted_iota(lead.dtype, at.shape, axis % at.ndim) == lead
         label = jnp.take_along_axis(chosen.classes, lead, axis)
         rest = block_statistics(_without(logits, chosen, leads, axis), axes, Targets(label=label), axis_name)
         of_lead = jnp.sum(jnp.where(leads, at, 0), axis, keepdims=True)
-        rest = rest._replace(label=jnp.where(lax.stop_gradient(of_lead) == -jnp.inf, -jnp.inf, rest.label))
+        rest = rest._replace(label=jnp.where(is_removed(of_lead), -jnp.inf, rest.label))
 
         def around(largest: Array, tail: Array | float, label: Array) -> tuple[Statistics, Array]:
             below = at - largest
@@ -254,7 +268,7 @@ def sparse_losses(outside: Outside) -> Reading:
         left = None
         if outside == "tail" and chosen.classes.shape[axis] < all_classes(logits.shape[axis], axis_name):
             left = 1 - jnp.sum(chosen.spread, axis, keepdims=True)
-            left = jnp.where(left > 8 * jnp.finfo(left.dtype).eps, left, 0)
+            left = jnp.where(left > max(rounding, 8 * float(jnp.finfo(left.dtype).eps)), left, 0)
         return Sparse(rest, *around(rest.largest, rest.tail, rest.label), leads, left)
 
     def surprises(sparse: Sparse) -> tuple[Array, Array]:
@@ -266,9 +280,9 @@ def sparse_losses(outside: Outside) -> Reading:
     def values(chosen: Chosen, sparse: Sparse, axes: Axes) -> Values:
         each, of_rest = surprises(sparse)
         q = chosen.spread
-        losses = jnp.sum(jnp.where(q == 0, 0, q * each), axes, keepdims=True)
+        losses = jnp.sum(q * jnp.where(q == 0, 0, each), axes, keepdims=True)
         if sparse.rest is not None:
-            losses += jnp.where(sparse.rest == 0, 0, sparse.rest * of_rest)
+            losses += sparse.rest * jnp.where(sparse.rest == 0, 0, of_rest)
         share = lax.stop_gradient(chosen.share)
         losses = jnp.where(share == 0, 0, share * losses)
         if chosen.square is not None:
@@ -334,7 +348,7 @@ def sparse_losses(outside: Outside) -> Reading:
         each, of_rest = surprises(sparse)
         if sparse.rest is not None:
             each -= jnp.where(sparse.rest == 0, 0, of_rest)
-        each = jnp.where(lax.stop_gradient(sparse.at) == -jnp.inf, 0, each)
+        each = jnp.where(is_removed(sparse.at), 0, each)
         return to_logits, scale_gradient(each, share, chosen.share == 0)
 
     def blank(positions: int, dtype: Any) -> Values:

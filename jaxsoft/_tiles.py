@@ -1,6 +1,7 @@
 """The loops over tiles of a linear layer's positions, with one tile's logits alive: what is read, and its gradients."""
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -169,7 +170,8 @@ def _tiled_gradients_jvp(tiling: Tiling, wanted: Variables, primals, tangents):
             changed = layer._replace(features=x, kernel=w, bias=b)
             reading = functools.partial(read, tiling.reading)
             values = _scanned_values(tiling, reading, changed, operands._replace(spread=spread))
-            return sum(jnp.sum(c * value) for c, value in zip(cotangents, values[0], strict=True)), values
+            weighed = (jnp.sum(c * value) for c, value in zip(cotangents, values[0], strict=True))
+            return functools.reduce(operator.add, weighed), values
 
         chosen = Variables(*(v if w else None for v, w in zip(every, wanted, strict=True)))
         gradients, values = jax.grad(total, has_aux=True)(chosen)
@@ -223,7 +225,16 @@ def _put(rows: Array, results: Results, values: Values) -> Results:
 def _tile(platform: Platform, tiling: Tiling, layer: Layer, operands: Any, *, kernel_moves: bool = True) -> Tile:
     (positions, width), classes = layer.features.shape, layer.kernel.shape[tiling.class_axis]
     dtype = layer.features.dtype
-    return plan_tile(platform, positions, width, classes, dtype, operands.is_wide, tiling.memory_budget, kernel_moves)
+    return plan_tile(
+        platform,
+        positions,
+        width,
+        classes,
+        dtype,
+        operands.is_wide or tiling.reading.copies,
+        tiling.memory_budget,
+        kernel_moves,
+    )
 
 
 def _over_tiles(
