@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike
 
 from jaxsoft._checks import as_axis, as_floating, as_integer, as_mask, as_number, check_values, is_checking
 from jaxsoft._dtypes import compute_dtype
-from jaxsoft._losses import LOSSES, scale_gradient
+from jaxsoft._losses import LOSSES
 from jaxsoft._meshes import (
     BatchAxes,
     Layout,
@@ -28,7 +28,7 @@ from jaxsoft._meshes import (
 )
 from jaxsoft._plan import check_budget
 from jaxsoft._primitive import Results, as_primitive
-from jaxsoft._readings import Positions, Reading, Values, to_operands
+from jaxsoft._readings import Positions, Reading, Values, scale_gradient, to_operands
 from jaxsoft._shards import AxisName, all_classes, as_axis_name, is_whole, unsharded, vary, varying
 from jaxsoft._sparse_targets import SparseTargets, read_any_targets
 from jaxsoft._targets import Options, Reduction, count_positions, position_weights, reduce_losses, sum_positions

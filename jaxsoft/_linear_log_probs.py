@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from jaxsoft._classes import take
 from jaxsoft._entropy import entropy_gradients
 from jaxsoft._heads import Inputs, as_head, read_positions
 from jaxsoft._meshes import BatchAxes
@@ -14,7 +15,7 @@ from jaxsoft._moments import Moments, block_moments
 from jaxsoft._platform import Axes
 from jaxsoft._readings import Reading, Values, taking_part
 from jaxsoft._shards import AxisName, first_class, sum_shards
-from jaxsoft._sparse_targets import SparseTargets, take
+from jaxsoft._sparse_targets import SparseTargets
 from jaxsoft._statistics import Statistics, scaled_exponentials
 from jaxsoft._targets import Targets, as_targets
 

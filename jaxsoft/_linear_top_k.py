@@ -8,13 +8,13 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoft._checks import as_integer
+from jaxsoft._classes import put
 from jaxsoft._dtypes import is_removed
 from jaxsoft._heads import Inputs, as_head, read_positions
 from jaxsoft._meshes import BatchAxes
 from jaxsoft._platform import Axes
 from jaxsoft._readings import Positions, Reading, Values, taking_part
 from jaxsoft._shards import AxisName, first_class, sum_shards
-from jaxsoft._sparse_targets import put
 from jaxsoft._statistics import Statistics, block_statistics, scaled_exponentials
 from jaxsoft._targets import Targets
 

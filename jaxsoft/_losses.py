@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from jaxsoft._dtypes import widen
 from jaxsoft._platform import Axes
-from jaxsoft._readings import Reading, Values, taking_part
+from jaxsoft._readings import Reading, Values, scale_gradient, taking_part
 from jaxsoft._shards import AxisName
 from jaxsoft._statistics import Statistics, block_statistics, scaled_exponentials
 from jaxsoft._targets import Targets
@@ -93,12 +93,6 @@ def block_gradients(
     to_weights = statistics.log_total + (statistics.largest - widen(logits))
     to_weights = jnp.where(cast(Array, targets.variable), to_weights, 0)  # which a class at −inf makes infinite
     return to_logits, scale_gradient(to_weights, cotangent * targets.share, targets.share == 0)
-
-
-def scale_gradient(gradient: Array, cotangent: Array, idle: Array | bool = False) -> Array:
-    """Their product, but 0 for what takes no part, and where the cotangent is 0 and the gradient infinite."""
-    infinite = jnp.abs(gradient) > jnp.finfo(gradient.dtype).max  # `isinf` itself makes what `debug_infs` stops at
-    return jnp.where(idle | ((cotangent == 0) & infinite), 0, cotangent * gradient)
 
 
 LOSSES = Reading(_statistics, _values, block_gradients, _blank)

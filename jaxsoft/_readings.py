@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
@@ -78,6 +79,12 @@ def taking_part(logits: Array, operands: Any) -> tuple[Array, Any]:
         return lax.select(broadcast_like(operands.idle, array), lax.stop_gradient(array), array)
 
     return held(logits), operands._replace(spread=held(operands.spread)) if operands.spread_moves else operands
+
+
+def scale_gradient(gradient: Array, cotangent: Array, idle: Array | bool = False) -> Array:
+    """Their product, but 0 for what takes no part, and where the cotangent is 0 and the gradient infinite."""
+    infinite = jnp.abs(gradient) > jnp.finfo(gradient.dtype).max  # `isinf` itself makes what `debug_infs` stops at
+    return jnp.where(idle | ((cotangent == 0) & infinite), 0, cotangent * gradient)
 
 
 class Positions(NamedTuple):
