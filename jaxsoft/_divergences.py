@@ -1,7 +1,7 @@
 """Divergences between two softmaxes, tile by tile or of dense logits: a student's from a teacher's."""
 
 import functools
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -280,10 +280,7 @@ def divergences(kind: Kind, beta: float) -> Reading:
         gradient = jnp.where(broadcast_like(idle, gradient), 0, share * gradient)
         return gradient.astype(logits.dtype), None
 
-    def blank(positions: int, dtype: Any) -> Values:
-        return (jnp.zeros((positions, 1), dtype),), ()
-
-    return Reading(statistics, values, gradients, blank)
+    return Reading(statistics, values, gradients)
 
 
 def _mixed(r: Array, beta: float) -> Array:

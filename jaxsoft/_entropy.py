@@ -1,7 +1,7 @@
 """The entropy of softmax, exact where one class is nearly certain."""
 
 import functools
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -120,8 +120,4 @@ def _gradients(
     return entropy_gradients(logits, moments, axes, 0.0, jnp.where(idle, 0, cotangents[0]), idle), None
 
 
-def _blank(positions: int, dtype: Any) -> Values:
-    return (jnp.zeros((positions, 1), dtype),), ()
-
-
-ENTROPIES = Reading(_statistics, _values, _gradients, _blank)
+ENTROPIES = Reading(_statistics, _values, _gradients)

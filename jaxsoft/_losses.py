@@ -6,7 +6,7 @@
 for logits z, target weights q_j (see `Targets`), τ = Σ_j q_j, p = softmax(z), lse = log Σ_j exp(z_j) and a z-loss of ζ.
 """
 
-from typing import Any, cast
+from typing import cast
 
 import jax.numpy as jnp
 from jax import lax
@@ -26,10 +26,6 @@ def _statistics(logits: Array, axes: Axes, targets: Targets, axis_name: AxisName
 
 def _values(targets: Targets, statistics: Statistics, axes: Axes) -> Values:
     return (position_losses(targets, statistics),), ()
-
-
-def _blank(positions: int, dtype: Any) -> Values:
-    return (jnp.zeros((positions, 1), dtype),), ()
 
 
 def position_losses(targets: Targets, statistics: Statistics) -> Array:
@@ -95,4 +91,4 @@ def block_gradients(
     return to_logits, scale_gradient(to_weights, cotangent * targets.share, targets.share == 0)
 
 
-LOSSES = Reading(_statistics, _values, block_gradients, _blank)
+LOSSES = Reading(_statistics, _values, block_gradients)

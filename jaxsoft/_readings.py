@@ -17,6 +17,11 @@ from jaxsoft._shards import AxisName
 Values = tuple[Results, Results]  # with the classes' axis of length one or so: what is differentiated, what is not
 
 
+def one_number(positions: int, dtype: Any) -> Values:
+    """0 for each of so many positions, of which one number is read."""
+    return (jnp.zeros((positions, 1), dtype),), ()
+
+
 class Reading(NamedTuple):
     """Something that is read from logits beside operands, such as a loss beside targets.
 
@@ -30,7 +35,7 @@ class Reading(NamedTuple):
     # (logits, operands, statistics, axes, cotangents, in_place=False): the gradients of Σ cotangent·value to the logits
     # and to the spread, or None. In place the logits are not read again.
     gradients: Callable[..., tuple[Array, Array | None]]
-    blank: Callable[[int, Any], Values]  # (positions, dtype): of so many that take no part
+    blank: Callable[[int, Any], Values] = one_number  # (positions, dtype): of so many that take no part
     copies: bool = False  # whether it takes a copy of the logits, for which tiles are to have room
 
     def __call__(self, logits: Array, operands: Any, axis: int, axis_name: AxisName) -> Values:

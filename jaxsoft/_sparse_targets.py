@@ -172,13 +172,9 @@ def read_any_targets(
     options: Options,
     *,
     ignore_index: int | None,
-    reduction: Reduction,
-    axis_name: AxisName = None,
-    examples: int = 0,
-    batch: Names = (),
+    **of_positions: Any,
 ) -> tuple[Any, Array | None]:
-    """The operands of what reads the losses, and what the sum of these is to be divided by."""
-    of_positions = {"reduction": reduction, "axis_name": axis_name, "examples": examples, "batch": batch}
+    """As `read_targets`, of targets of any form."""
     if isinstance(targets, SparseTargets):
         return read_sparse_targets(targets, logits, axis, options, **of_positions)
     return read_targets(targets, logits, axis, options, ignore_index=ignore_index, **of_positions)
@@ -320,7 +316,4 @@ def sparse_losses(outside: Outside, rounding: float) -> Reading:
         each = jnp.where(is_removed(sparse.at), 0, each)
         return to_logits, scale_gradient(each, share, chosen.share == 0)
 
-    def blank(positions: int, dtype: Any) -> Values:
-        return (jnp.zeros((positions, 1), dtype),), ()
-
-    return Reading(statistics, values, gradients, blank)
+    return Reading(statistics, values, gradients)
