@@ -59,8 +59,11 @@ def tint(color: str, share: float = 0.3) -> str:
 
 
 def many_colors(count: int) -> list[str]:
-    """So many colours for areas: every hue, then all lighter, then all darker, and from the start again."""
-    hues = BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW
+    """So many colours for areas: every hue, then all lighter, then all darker, and from the start again.
+
+    The first ten can be told apart beside black and white.
+    """
+    hues = BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW, "#999999", "#882255", mix(GREEN, "white", 0.35)
     shades = [*hues, *(mix(hue, "white", 0.45) for hue in hues), *(mix(hue, "black", 0.5) for hue in hues)]
     return [shades[n % len(shades)] for n in range(count)]
 

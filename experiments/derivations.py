@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments._door import enter, make_folder
 from experiments._numbers import Number, each, report
-from experiments._style import BLUE, GREY, ORANGE, PALE, WIDE, plt, save
+from experiments._style import BLUE, GREY, PALE, RED, WIDE, plt, save
 from jaxsoft import cross_entropy, log_softmax, softmax, softmax_jacobian, softmax_vjp
 
 # Three inputs y, weights w_ij from input i to output j, biases b.
@@ -237,14 +237,14 @@ def plot_toy(path: Path) -> None:
     for axes, target in zip(panels, ((1.0, 0.0), (0.0, 1.0)), strict=True):
         loss, by_first, by_second = toy_paths(target)
         nodes = {f"h{'₁₂₃'[n]}\n{h:g}": (0.0, 2.0 - n) for n, h in enumerate(HIDDEN)}
-        nodes |= {f"y{'₁₂'[n]}\n{value:.3g}": (1.6, 1.5 - n) for n, value in enumerate(z)}
+        nodes |= {f"z{'₁₂'[n]}\n{value:.3g}": (1.6, 1.5 - n) for n, value in enumerate(z)}
         nodes |= {f"o{'₁₂'[n]}\n{value:.4f}": (3.2, 1.5 - n) for n, value in enumerate(o)}
-        nodes[f"L\n{loss:.4f}"] = (4.8, 1.0)
+        nodes[f"E\n{loss:.4f}"] = (4.8, 1.0)
         places = list(nodes.values())
         edges = [(i, 3 + j) for i in range(3) for j in range(2)] + [(3 + i, 5 + j) for i in range(2) for j in range(2)]
         for start, end in [*edges, (5, 7), (6, 7)]:
             axes.plot(*zip(places[start], places[end], strict=True), color=PALE, zorder=1)
-        for color, output, value, height in ((BLUE, 5, by_first, 2.2), (ORANGE, 6, by_second, -0.3)):
+        for color, output, value, height in ((BLUE, 5, by_first, 2.2), (RED, 6, by_second, -0.3)):
             for start, end in ((1, 3), (3, output), (output, 7)):
                 offset = 0.03 if output == 5 else -0.03
                 x, y = zip(places[start], places[end], strict=True)
@@ -255,11 +255,11 @@ def plot_toy(path: Path) -> None:
         for label, (x, y) in nodes.items():
             axes.scatter(x, y, 1250, color="white", edgecolor="black", zorder=3)
             axes.text(x, y, label.replace("-", "−"), ha="center", va="center", fontsize=8.5, zorder=4)
-        # On the edge that is differentiated to, the one of both colours.
+        # On its edge, the one of both colours.
         axes.text(0.68, 1.21, "w₂₁", ha="center", va="center", zorder=4, bbox={"color": "white", "pad": 1})
         sign = "−" if by_second < 0 else "+"
         total = f"{signed(by_first)} {sign} {abs(by_second):.6g} = {signed(by_first + by_second)}"
-        axes.set(title=f"target {target}\n∂L/∂w₂₁ = {total}", xlim=(-0.5, 5.3), ylim=(-0.5, 2.5))
+        axes.set(title=f"target {target}\n∂E/∂w₂₁ = {total}", xlim=(-0.5, 5.3), ylim=(-0.5, 2.5))
         axes.axis("off")
     save(figure, path)
 

@@ -2,11 +2,11 @@
 
 python -m experiments.exactness
 
-The label's logit is the largest of the others plus a margin. Losses, and their derivatives to the label's logit, of
-this library and of its peers in float32 are held against the same float32 logits in float64, where the loss is log1p of
-the sum over the other classes. The difference of two logits is rounded before it is exponentiated, which alone costs
-up to the margin times half the machine epsilon. A relative error of 1 means that nothing is left: a loss of 0, no
-gradient to learn from.
+The label's logit is the largest of the others plus a margin. Losses, and their derivatives with respect to that
+logit, of this library and of its peers in float32 are held against the same float32 logits in float64, where the loss
+is log1p of the sum over the other classes. The difference of two logits is rounded before it is exponentiated, which
+alone costs up to the margin times half the machine epsilon. A relative error of 1 means that nothing is left: a loss of
+0, no gradient to learn from.
 """
 
 from collections.abc import Callable
@@ -28,6 +28,7 @@ from jaxsoft import cross_entropy
 MARGINS = np.arange(-20, 80.5, 0.5)
 MAX_CLASSES = 10_000
 FLOOR = 1e-9  # errors below are drawn here
+LINES = (GREY, "-"), (ORANGE, "--"), (BLUE, "-")  # where two are one, both are seen
 
 Logits = Float[np.ndarray, "margins draws classes"]
 Curves = dict[str, Float[np.ndarray, " margins"]]
@@ -117,12 +118,12 @@ def plot(losses: Curves, gradients: Curves, path: Path) -> None:
     """Relative error over margin, of the loss and of its derivative to the label's logit."""
     with plt.rc_context({"svg.hashsalt": "exactness"}):  # the same file from the same numbers
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
-        panels = {"loss": losses, "derivative to the label's logit": gradients}
+        panels = {"loss": losses, "derivative with respect to the label's logit": gradients}
         for ax, (title, curves) in zip(axes, panels.items(), strict=True):
-            for (name, errors), color in zip(curves.items(), (GREY, ORANGE, BLUE), strict=True):
-                ax.semilogy(MARGINS, np.maximum(errors, FLOOR), color=color, label=name)
+            for (name, errors), (color, line) in zip(curves.items(), LINES, strict=True):
+                ax.semilogy(MARGINS, np.maximum(errors, FLOOR), line, color=color, label=name)
             ax.axhline(np.finfo(np.float32).eps, color="black", linewidth=0.8, linestyle=":")
-            ax.set(title=title, xlabel="label leads by", ylim=(FLOOR, 3))
+            ax.set(title=title, xlabel="label's logit less the largest other", ylim=(FLOOR, 3))
         axes[0].text(79, np.finfo(np.float32).eps * 1.4, "float32 rounding", ha="right", fontsize=8)
         axes[0].set_ylabel("relative error")
         axes[0].legend(loc="center right", frameon=False)

@@ -20,7 +20,7 @@ from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 from experiments._door import InputError, check_training, enter, make_folder, say_growth, write_json
-from experiments._style import BLUE, GREEN, ORANGE, RED, plt, save, tint
+from experiments._style import BLUE, GREEN, ORANGE, RED, WIDE, plt, save, tint
 from jaxsoft import apply_mlp, cross_entropy, init_mlp
 
 FEATURES = ("SepalLength", "SepalWidth", "PetalLength", "PetalWidth")
@@ -237,7 +237,7 @@ def plot_regions(params, split: Split, path: Path) -> None:
     grid[..., length], grid[..., width] = x, y
     standardised = jnp.asarray((grid - split.mean) / split.scale, jnp.float32)
     predicted = np.argmax(jax.vmap(logits_of, in_axes=(None, 0))(params, standardised), axis=-1)
-    figure, axes = plt.subplots(figsize=(6.4, 4.8))
+    figure, axes = plt.subplots(figsize=(WIDE, 4.4))
     axes.contourf(x, y, predicted, levels=[-0.5, 0.5, 1.5, 2.5], colors=[*map(tint, COLORS)])
     for features, labels, marker, name in (
         (split.train_x, split.train_y, "o", "training"),
@@ -254,10 +254,14 @@ def plot_regions(params, split: Split, path: Path) -> None:
     missed = (np.asarray(split.test_x) * split.scale + split.mean)[wrong]
     axes.scatter(
         missed[:, length], missed[:, width], 140, facecolor="none", edgecolor="black", linewidth=1.6,
-        label=f"held out and predicted wrongly: {len(missed)}",
+        label=f"held out and wrong: {len(missed)}",
     )  # fmt: skip
-    axes.set(title="areas: predicted species at the mean sepal", xlabel="petal length (cm)", ylabel="petal width (cm)")
-    axes.legend(loc="upper left")
+    axes.set(
+        title="areas: the species predicted for a sepal of mean size",
+        xlabel="petal length (cm)",
+        ylabel="petal width (cm)",
+    )
+    figure.legend(loc="outside right center")
     save(figure, path)
 
 

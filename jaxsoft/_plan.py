@@ -93,7 +93,7 @@ def plan_linear_cross_entropy(
 
     Raises:
         TypeError, ValueError: an argument that is not a positive integer, a platform that is none of these, a budget
-            below one position's logits.
+            below one position's logits and gradient.
 
     Example:
         >>> from jaxsoft import plan_linear_cross_entropy
@@ -139,7 +139,7 @@ def check_budget(classes: int, dtype: jnp.dtype, distributions: bool, memory_bud
     least = bytes_of_row(classes, dtype, distributions)
     if as_integer("memory_budget", memory_budget) < least:
         raise ValueError(
-            f"memory_budget: expected at least {least} bytes, what one position's logits take, got {memory_budget}"
+            f"memory_budget: expected at least {least} bytes, one position's logits and gradient, got {memory_budget}"
         )
 
 

@@ -48,9 +48,9 @@ def softmax(
     class is left (all removed, or every logit −inf) all probabilities and gradients are 0. A NaN or
     +inf logit that is not removed makes its own vector NaN.
 
-    Exactness: s and its derivative are right to rounding of s. Once a class leads by about 17 in float32 its s
-    rounds to 1 and its own derivative, s (1 − s), to 0; those of the other classes keep their digits. For the loss
-    of a label take `cross_entropy`, which is exact at any margin.
+    Exactness: s and its derivative are right to rounding of s. Once a class leads all others together by about 17
+    in float32 its s rounds to 1 and its own derivative, s (1 − s), to 0; those of the other classes keep their
+    digits. For the loss of a label take `cross_entropy`, which keeps its own.
 
     Differentiation: reverse mode to any order, and forward over reverse (`jax.hessian` of a scalar
     loss). A `custom_vjp` cannot be differentiated in forward mode directly; since the Jacobian is
@@ -125,7 +125,8 @@ def softmax_vjp(
         axis_name: the mesh axis over which the classes are sharded, as given to `softmax`.
 
     Returns:
-        The gradient to the logits, of the shape and dtype of `probs`; reduced in float32 for half precision.
+        The gradient with respect to the logits, of the shape and dtype of `probs`; reduced in float32 for half
+        precision.
         The Jacobian is symmetric, so the same call maps a tangent of the logits to a tangent of s.
 
     Edges: a class of probability 0 has gradient 0. A cotangent that is constant over the classes
@@ -230,9 +231,9 @@ def log_softmax(
     Edges: a removed class has −inf and gradient 0, and a cotangent given to it is dropped. Where no
     class is left everything is −inf.
 
-    Exactness: right to rounding, but a class that leads by about 17 in float32 has a logarithm, and to its own
-    logit a derivative, of 0: both have rounded away beside 1. For the loss of a label take `cross_entropy`, which is
-    exact at any margin.
+    Exactness: right to rounding, but a class that leads all others together by about 17 in float32 has a
+    logarithm, and to its own logit a derivative, of 0: both have rounded away beside 1. For the loss of a label
+    take `cross_entropy`, which keeps its digits.
 
     Differentiation: as `softmax`; the logits and two numbers a vector are kept.
 

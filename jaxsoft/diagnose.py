@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--ignore-index",
         type=int,
-        help="label of the positions that take no part (default: the usual ones, -1, -100, 255)",
+        help="label of the positions that take no part (default: -1, -100, 255, 65535 and -2**31, where no class)",
     )
     options = parser.parse_args(arguments)
     try:

@@ -251,7 +251,7 @@ def test_a_replaced_run_keeps_nothing_of_the_one_before(corpus, whole, tmp_path)
         ({"memory_budget": 0}, "--memory-budget: expected at least 1 MiB for 32 classes, got 0"),
         (
             {"memory_budget": 1, "vocabulary": 2**17},
-            "--memory-budget: expected at least 2097152 bytes, what one position's logits take, got 1048576",
+            "--memory-budget: expected at least 2097152 bytes, one position's logits and gradient, got 1048576",
         ),
         (
             {"resume": True, "overwrite": True},

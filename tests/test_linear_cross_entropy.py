@@ -513,7 +513,7 @@ def test_lowers_for_accelerators(platform):
         (lambda x, w, b, y: linear_cross_entropy(x, w, y, temperature=0), ValueError, r"temperature: expected a finite number above 0, got 0"),
         (lambda x, w, b, y: linear_cross_entropy(x, w, y, where=np.ones(4, bool)), ValueError, r"where: expected a shape that broadcasts to (13,), got (4,)"),
         (lambda x, w, b, y: linear_cross_entropy(x, w.astype(jnp.float8_e4m3fn), y), TypeError, r"kernel: expected at least 16 bits, got dtype float8_e4m3fn: convert to bfloat16 first"),
-        (lambda x, w, b, y: linear_cross_entropy(x, w, y, memory_budget=100), ValueError, r"memory_budget: expected at least 208 bytes, what one position's logits take, got 100"),
+        (lambda x, w, b, y: linear_cross_entropy(x, w, y, memory_budget=100), ValueError, r"memory_budget: expected at least 208 bytes, one position's logits and gradient, got 100"),
         (lambda x, w, b, y: linear_cross_entropy(x, w, y, memory_budget=1e9), TypeError, r"memory_budget: expected an integer, got 1000000000.0"),
         (lambda x, w, b, y: linear_cross_entropy(x, w, y, reduction="average"), ValueError, r"reduction: expected 'none', 'sum' or 'mean', got 'average'"),
         (lambda x, w, b, y: linear_cross_entropy(x, w, y, axis_name="v"), ValueError, r"axis_name: expected a mesh axis of an enclosing jax.shard_map with check_vma=True, its default (linear_cross_entropy takes that of a mesh set by jax.set_mesh too), got 'v'"),

@@ -64,9 +64,9 @@ def train(error, steps=200, rate=0.5):
 
 
 figure, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
-for name, error in ATTEMPTS.items():
+for (name, error), line in zip(ATTEMPTS.items(), ("-", "--", ":"), strict=True):
     losses, accuracy = train(error)
-    ax.plot(losses, label=f"{name}: {accuracy:.0%} of the points")
+    ax.plot(losses, line, label=f"{name}: {accuracy:.0%} of the points")
 ax.set(xlabel="step", ylabel="cross-entropy")
 ax.legend()
 plt.show()
@@ -109,8 +109,8 @@ print(diagnose_gradient(logits, padded, (o - targets) / 100).verdict)
 # %% [markdown]
 # ## When the formula is right, and digits are lost
 #
-# In float32 the label's entry p − 1 has nothing left once the label leads by 17. The formula is right, and the
-# gradient is 0:
+# In float32 the label's entry p − 1 has nothing left once the label leads all others by 17. The formula is right, and
+# the label's entry is 0:
 
 # %%
 sure = np.array([[20.0, 0.0, 0.0]], np.float32)

@@ -47,7 +47,7 @@ results = [jax.jit(jax.value_and_grad(loss, (0, 1)))(*inputs) for loss in (unfus
 (loss, gradients), (fused_loss, fused_gradients) = results
 print(f"losses {loss:.6f} and {fused_loss:.6f}")
 for name, a, b in zip(("features", "kernel"), gradients, fused_gradients, strict=True):
-    print(f"gradient to the {name}: {jnp.abs(a - b).max() / jnp.abs(a).max():.0e} apart")
+    print(f"gradient with respect to the {name}: {jnp.abs(a - b).max() / jnp.abs(a).max():.0e} apart")
 
 # %% [markdown]
 # ## What it takes

@@ -43,7 +43,7 @@ def blur(fields, deviation):
 
 noise = blur(rng.normal(size=(CLASSES, HEIGHT, WIDTH)), 4)
 hot = np.arange(CLASSES)[:, None, None] == labels
-logits = jnp.asarray((1.5 * noise + 4 * hot)[None], jnp.float32)
+logits = jnp.asarray((1.2 * noise + 4 * hot)[None], jnp.float32)
 labels = jnp.asarray(labels[None])
 print(logits.shape, labels.shape)
 
@@ -55,8 +55,9 @@ print(logits.shape, labels.shape)
 # %%
 losses = jax.jit(lambda z: cross_entropy(z, labels, 1, ignore_index=VOID, reduction="none"))(logits)
 figure, axes = plt.subplots(1, 3, figsize=(10, 2.4), layout="constrained")
-axes[0].imshow(np.where(labels[0] == VOID, np.nan, labels[0]), cmap="tab20")
-axes[1].imshow(softmax(logits, 1)[0].argmax(0), cmap="tab20")
+classes = {"cmap": "cividis", "vmin": 0, "vmax": CLASSES - 1, "interpolation": "nearest"}
+axes[0].imshow(np.where(labels[0] == VOID, np.nan, labels[0]), **classes)
+axes[1].imshow(softmax(logits, 1)[0].argmax(0), **classes)
 image = axes[2].imshow(losses[0], cmap="magma")
 for ax, title in zip(axes, ("labels, void white", "likeliest class", "loss in nats"), strict=True):
     ax.set(title=title, xticks=[], yticks=[])

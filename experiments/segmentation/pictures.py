@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from experiments._style import BLUE, GREEN, GREY, ORANGE, PALE, WIDE, many_colors, plt, save
 from experiments.segmentation.scenes import VOID, Pair
 
-ROWS = 6
+ROWS = 4
 """Images shown."""
 WRONG, RIGHT = ((255 * np.array(to_rgb(color))).astype(np.uint8) for color in (BLUE, PALE))
 
@@ -51,7 +51,7 @@ def plot_examples(
         for axis, picture in zip(row, (pair.image, colors[pair.labels], colors[predicted], errors), strict=True):
             axis.imshow(picture, interpolation="nearest")
             axis.spines[:].set_visible(False)
-        row[-1].set_xlabel(f"{1 - share:.1%}")
+        row[-1].set_xlabel(f"{1 - share:.1%} wrong")
     for axis, title in zip(axes[0], ("held-out image", "truth", "prediction", "errors in blue"), strict=True):
         axis.set_title(title)
     shown = np.unique(np.concatenate([x.ravel() for x in (*predictions, *(pair.labels for pair in pairs))]))

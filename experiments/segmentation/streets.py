@@ -21,13 +21,21 @@ from experiments.segmentation.scenes import VOID, Pair
 
 NAMES = "sky building pole road pavement tree sign fence car pedestrian cyclist".split()  # noqa: SIM905
 SKY, BUILDING, POLE, ROAD, PAVEMENT, TREE, SIGN, FENCE, CAR, PEDESTRIAN, CYCLIST = range(11)
-# Mean and deviation of each class's colour, and how much of a photograph's contrast its surface has.
-COLORS = {
-    SKY: ((190, 205, 220), 15, 0.08), BUILDING: ((130, 115, 105), 25, 0.5), POLE: ((110, 110, 110), 25, 0.1),
-    ROAD: ((105, 105, 108), 12, 0.15), PAVEMENT: ((135, 125, 115), 14, 0.25), TREE: ((75, 95, 60), 15, 0.7),
-    SIGN: ((150, 110, 90), 50, 0.3), FENCE: ((115, 105, 95), 22, 0.8), CAR: ((115, 115, 120), 45, 0.3),
-    PEDESTRIAN: ((95, 85, 85), 35, 0.5), CYCLIST: ((100, 90, 85), 35, 0.5),
-}  # fmt: skip
+# Mean and deviation of each class's colour, how much of a photograph's contrast its surface has, and which of the
+# photographs, the temple or the dahlia, and where in it: left, top, right and bottom.
+SURFACES = {
+    SKY: ((190, 205, 220), 10, 0.3, 0, (340, 0, 640, 190)),
+    BUILDING: ((130, 115, 105), 18, 0.5, 0, (80, 110, 350, 340)),
+    POLE: ((110, 110, 110), 18, 0.1, 1, (0, 0, 160, 427)),
+    ROAD: ((95, 95, 98), 8, 0.4, 0, (390, 220, 560, 290)),
+    PAVEMENT: ((145, 132, 118), 9, 0.25, 1, (180, 90, 440, 350)),
+    TREE: ((75, 95, 60), 10, 0.7, 0, (330, 290, 640, 427)),
+    SIGN: ((150, 110, 90), 45, 0.1, 1, (180, 90, 440, 350)),
+    FENCE: ((115, 105, 95), 15, 0.8, 0, (80, 110, 350, 340)),
+    CAR: ((115, 115, 120), 40, 0.3, 1, (450, 0, 640, 427)),
+    PEDESTRIAN: ((95, 85, 85), 30, 0.5, 1, (180, 90, 440, 350)),
+    CYCLIST: ((100, 90, 85), 30, 0.5, 1, (180, 90, 440, 350)),
+}
 
 
 @dataclass(frozen=True)
@@ -53,14 +61,13 @@ class Painter:
         self.labels = np.full((height, width), VOID, np.uint8)
 
     def surface(self, label: int) -> Float[np.ndarray, "h w 3"]:
-        """A piece of a photograph at a random scale, with its colours drawn towards the class's."""
-        photograph = self.photographs[self.rng.integers(len(self.photographs))]
-        scale = self.rng.uniform(0.4, 1)
-        size = int(self.height * scale), int(self.width * scale)
-        top, left = (self.rng.integers(0, have - want) for have, want in zip(photograph.shape[:2], size, strict=True))
-        piece = Image.fromarray(photograph[top : top + size[0], left : left + size[1]])
-        texture = np.asarray(piece.resize((self.width, self.height)), float)
-        mean, deviation, contrast = COLORS[label]
+        """A piece of what looks like the class at a random scale, with its colours drawn towards the class's."""
+        mean, deviation, contrast, which, (left, top, right, bottom) = SURFACES[label]
+        width, height = (self.rng.uniform(0.4, 1) * length for length in (right - left, bottom - top))
+        left, top = self.rng.uniform(left, right - width), self.rng.uniform(top, bottom - height)
+        piece = (left, top, left + width, top + height)
+        resized = Image.fromarray(self.photographs[which]).resize((self.width, self.height), box=piece)
+        texture = np.asarray(resized, float)
         color = np.array(mean) + self.rng.normal(0, deviation) + self.rng.normal(0, deviation / 3, 3)
         return color + contrast * (texture - texture.mean((0, 1)))
 
@@ -109,13 +116,13 @@ def draw_street(rng: np.random.Generator, photographs: list[np.ndarray], width: 
                 for _ in range(8):
                     dx, dy = rng.normal(0, high / 5, 2)
                     fill(TREE, box(x + dx, horizon - high / 3 + dy, high / 2.5, high / 2.5, "ellipse"))
-    depths = np.sort(rng.beta(1, 2, rng.integers(8, 18)))  # what is near hides what is far
+    depths = np.sort(rng.beta(1, 3, rng.integers(6, 13)))  # what is near hides what is far
     for near in depths:
         y = horizon + 3 + near * (height - horizon) * 0.9
         size = 4 + near * height * 0.9  # of two metres
         first, last = ground(y)
         beside = rng.choice([first - size * rng.uniform(0.1, 1), last + size * rng.uniform(0.1, 1)])
-        kind = rng.choice([CAR, CAR, PEDESTRIAN, CYCLIST, POLE, POLE, SIGN])
+        kind = rng.choice([CAR, CAR, CAR, PEDESTRIAN, CYCLIST, POLE, POLE, SIGN])
         if kind == CAR:
             x, w = rng.uniform(first, last), size * rng.uniform(0.8, 1.6)
             fill(CAR, box(x, y, w, size * 0.45) | box(x, y - size * 0.4, w * 0.7, size * 0.3))
@@ -128,17 +135,17 @@ def draw_street(rng: np.random.Generator, photographs: list[np.ndarray], width: 
             fill(PEDESTRIAN, box(beside, y - size * 0.7, size * 0.16, size * 0.2, "ellipse"))
         elif kind == CYCLIST:
             x = rng.uniform(first, last)
-            wheels = [box(x + dx * size, y, size * 0.4, size * 0.4, "ellipse") for dx in (-0.25, 0.25)]
+            wheels = [box(x + dx * size, y, size * 0.35, size * 0.35, "ellipse") for dx in (-0.25, 0.25)]
             fill(CYCLIST, wheels[0] | wheels[1] | box(x, y - size * 0.3, size * 0.2, size * 0.5))
             fill(CYCLIST, box(x, y - size * 0.75, size * 0.16, size * 0.2, "ellipse"))
             for wheel in wheels:
                 painter.image[wheel] = painter.image[wheel] * 0.4 + 20
         else:
             tall = size * rng.uniform(1.2, 3)
-            fill(POLE, box(beside, y, 1 + size * 0.03, tall))
+            fill(POLE, box(beside, y, 1 + size * 0.015, tall))
             if kind == SIGN:
                 form = rng.choice(["ellipse", "rectangle"])
-                fill(SIGN, box(beside, y - tall * 0.8, size * rng.uniform(0.2, 0.5), size * 0.3, str(form)))
+                fill(SIGN, box(beside, y - tall * 0.8, size * rng.uniform(0.1, 0.3), size * 0.2, str(form)))
     return photograph(rng, painter)
 
 
@@ -150,7 +157,7 @@ def photograph(rng: np.random.Generator, painter: Painter) -> Pair:
         corners = [(rng.uniform(0, width), rng.uniform(height * 0.4, height)) for _ in range(4)]
         image[painter.shape("polygon", corners)] *= rng.uniform(0.5, 0.8)
     image *= 1 + rng.uniform(-0.25, 0.25) * np.linspace(-1, 1, width)[None, :, None]
-    image = (image * rng.uniform(0.6, 1.2) + rng.uniform(-10, 30)) * rng.normal(1, 0.06, 3)
+    image = (image * rng.uniform(0.75, 1.15) + rng.uniform(-10, 30)) * rng.normal(1, 0.06, 3)
     blurred = Image.fromarray(image.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1)))
     noisy = np.asarray(blurred) + rng.normal(0, rng.uniform(2, 8), image.shape)
     return Pair(noisy.clip(0, 255).astype(np.uint8), painter.labels)
