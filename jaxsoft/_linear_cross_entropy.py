@@ -114,8 +114,8 @@ def linear_cross_entropy(
     Raises:
         TypeError: inputs that are not real numbers of 16 bits or more, targets of a wrong dtype, an option that is
             not a number.
-        ValueError: shapes that do not fit, an option out of range, a budget below one position's logits and gradient, names that
-            are no axes of the mesh, positions that its devices do not divide.
+        ValueError: shapes that do not fit, an option out of range, a budget below one position's logits and
+            gradient, names that are no axes of the mesh, positions that its devices do not divide.
 
     Example:
         >>> import jax, jax.numpy as jnp
