@@ -137,7 +137,7 @@ def run(config: Config) -> dict[str, Any]:
         state, loss, predicted = train_step(state, batch, recipe, optimizer)
         scores = [score(confusion(batch.labels, jax.device_get(predicted), classes))]
         if step % max(1, config.steps // TIMES) == 0:
-            scores.append(evaluate(state[0], test, recipe, classes, crop, FIRST))
+            scores.append(evaluate(state[0], test, recipe, classes, FIRST))
         else:
             scores.append({"pixel_accuracy": math.nan, "mean_iou": math.nan})
         return state, (float(loss), *(part[name] for part in scores for name in ("pixel_accuracy", "mean_iou")))
@@ -148,10 +148,10 @@ def run(config: Config) -> dict[str, Any]:
     begun = params, jax.jit(optimizer.init)(params)
     state, seconds = train(config, COLUMNS, options, begun, advance, "image", loader)
     params, _ = state
-    held_out = evaluate(params, test, recipe, classes, crop)
+    held_out = evaluate(params, test, recipe, classes)
     summary = {**held_out, "steps": config.steps, "seconds": round(seconds, 3)}
     pairs = [test[n] for n in range(min(ROWS, len(test)))]
-    predictions = [predict_whole(params, pair, recipe, crop) for pair in pairs]
+    predictions = [predict_whole(params, pair, recipe) for pair in pairs]
     colors = digits_palette() if digits else voc_palette()
     plot_examples(pairs, predictions, names, colors, out / "examples.png")
     plot_classes(held_out["per_class_iou"], names, held_out["mean_iou"], out / "classes.png")

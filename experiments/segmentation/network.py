@@ -12,6 +12,8 @@ WIDTHS = (24, 48, 96)
 """Channels at strides 2, 4 and 8."""
 DEEPER = (32, 48, 64, 96, 128)
 """For photographs, of which one window has to be seen whole: at strides 2 to 32."""
+GROUPS = 8
+"""Of channels that are normalised together."""
 
 
 def init_convolution(key: Array, size: int, channels: int, features: int, gain: float = 2.0):
@@ -40,29 +42,40 @@ def init_network(key: Array, classes: int, widths: tuple[int, ...] = WIDTHS):
     return {
         "down": [stage(3, channels, features, 2.0) for channels, features in zip((3, *widths), widths, strict=False)],
         "up": [stage(1, channels, features, 1.0) for channels, features in zip(widths[1:], widths, strict=False)],
-        "score": init_convolution(next(keys), 1, widths[0], classes, gain=0.01),
+        "score": init_convolution(next(keys), 1, widths[0], 4 * classes, gain=0.01),  # of the four pixels of a place
     }
 
 
 def normalise(x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-    """Over the channels of each pixel, so that nothing depends on what lies far away or is padded."""
-    centred = x - x.mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-5)
+    """Over the whole of an image, in groups of its channels (Y. Wu and K. He, "Group normalization", 2018)."""
+    groups = x.reshape(len(x), -1, GROUPS, x.shape[-1] // GROUPS)
+    centred = groups - groups.mean((1, 3), keepdims=True)
+    return (centred * jax.lax.rsqrt(jnp.mean(centred**2, (1, 3), keepdims=True) + 1e-5)).reshape(x.shape)
+
+
+def activate(x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+    return jax.nn.relu(normalise(x))
 
 
 def refine(layer, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
     """With a residual convolution (K. He et al., 2016)."""
-    return x + jax.nn.relu(convolve(layer, normalise(x)))
+    return x + activate(convolve(layer, x))
+
+
+def to_pixels(x: Float[Array, "n h w c"], height: int, width: int) -> Float[Array, "n h2 w2 c//4"]:
+    """Each place as the two by two pixels that it stands for (W. Shi et al., 2016)."""
+    n, h, w, c = x.shape
+    blocks = x.reshape(n, h, w, 2, 2, c // 4).swapaxes(2, 3)
+    return blocks.reshape(n, 2 * h, 2 * w, c // 4)[:, :height, :width]
 
 
 def apply_network(params, images: Float[Array, "n h w 3"]) -> Float[Array, "n h w classes"]:
     """A logit for every class at every pixel of images of any size."""
     x, found = images, []
     for stage in params["down"]:
-        x = refine(stage["on"], jax.nn.relu(convolve(stage["onto"], x, stride=2)))
+        x = refine(stage["on"], activate(convolve(stage["onto"], x, stride=2)))
         found.append(x)
     for stage, finer in zip(reversed(params["up"]), reversed(found[:-1]), strict=True):
         x = finer + jax.image.resize(convolve(stage["onto"], x), finer.shape, "bilinear")
         x = refine(stage["on"], x)
-    scores = convolve(params["score"], normalise(x))
-    return jax.image.resize(scores, (*images.shape[:-1], scores.shape[-1]), "bilinear")
+    return to_pixels(convolve(params["score"], normalise(x)), *images.shape[1:3])

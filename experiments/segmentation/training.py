@@ -17,6 +17,8 @@ from jaxsoft import cross_entropy
 
 LEAST_SHARE = 1e-3
 """Of all pixels: classes that are rarer, or absent, count no more than one that has so many."""
+MULTIPLE = 32
+"""Of pixels along each side, the coarsest stride."""
 
 
 class Source(Protocol):
@@ -118,10 +120,10 @@ def predict(params, images: UInt8[Array, "n h w 3"], recipe: Recipe) -> UInt8[Ar
     return jnp.argmax(logits_of(params, images, recipe), axis=-1).astype(jnp.uint8)
 
 
-def predict_whole(params, pair: Pair, recipe: Recipe, multiple: int) -> UInt8[np.ndarray, "h w"]:
-    """The classes of one image, padded to multiples so that images of many sizes share few compilations."""
+def predict_whole(params, pair: Pair, recipe: Recipe) -> UInt8[np.ndarray, "h w"]:
+    """The classes of one image, its edges repeated up to multiples so that images of many sizes share compilations."""
     height, width = pair.labels.shape
-    image, _ = pad(pair, -height % multiple + height, -width % multiple + width)
+    image = np.pad(pair.image, ((0, -height % MULTIPLE), (0, -width % MULTIPLE), (0, 0)), mode="edge")
     return np.asarray(predict(params, image[None], recipe))[0, :height, :width]
 
 
@@ -149,12 +151,10 @@ def score(counts: Int[np.ndarray, "classes classes"]) -> dict[str, Any]:
     }
 
 
-def evaluate(
-    params, source: Source, recipe: Recipe, classes: int, multiple: int, most: int | None = None
-) -> dict[str, Any]:
+def evaluate(params, source: Source, recipe: Recipe, classes: int, most: int | None = None) -> dict[str, Any]:
     """Scores over whole images, all of them or the first."""
     total = np.zeros((classes, classes), int)
     for n in range(min(len(source), most or len(source))):
         pair = source[n]
-        total += confusion(pair.labels, predict_whole(params, pair, recipe, multiple), classes)
+        total += confusion(pair.labels, predict_whole(params, pair, recipe), classes)
     return score(total)
