@@ -1,4 +1,4 @@
-"""Caffe's softmax and loss layers, by their names and to their letter.
+"""Caffe's softmax and loss layers, by their names and to the letter.
 
 A network moved from Caffe keeps its numbers only if the small print moves too: the class axis is 1,
 losses are clamped but their gradients are not, and a batch is averaged in one of four ways. That
