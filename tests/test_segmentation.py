@@ -24,7 +24,7 @@ from experiments._checkpoints import Checkpoint, latest_whole, read_record, read
 from experiments._door import InputError, enter
 from experiments.segmentation import streets
 from experiments.segmentation.__main__ import Config, run
-from experiments.segmentation.network import GROUPS, apply_network, init_network, normalise, to_pixels
+from experiments.segmentation.network import GROUPS, apply_network, init_network, normalise
 from experiments.segmentation.pictures import voc_palette
 from experiments.segmentation.scenes import VOID, Pair, digit_scenes, read_digits
 from experiments.segmentation.training import (
@@ -219,15 +219,6 @@ def test_groups_of_channels_have_mean_0_and_deviation_1_in_each_image():
         groups = image.reshape(35, GROUPS, 3)
         np.testing.assert_allclose(groups.mean((0, 2)), 0, atol=1e-6)
         np.testing.assert_allclose(groups.std((0, 2)), 1, atol=1e-5)
-
-
-def test_each_place_becomes_its_two_by_two_pixels():
-    scores = RNG.normal(size=(2, 3, 4, 20))
-    pixels = to_pixels(jnp.asarray(scores), 5, 8)
-    assert pixels.shape == (2, 5, 8, 5)
-    for row, column in np.ndindex(5, 8):
-        block = scores[:, row // 2, column // 2].reshape(2, 2, 2, 5)
-        np.testing.assert_array_equal(pixels[:, row, column], block[:, row % 2, column % 2].astype(np.float32))
 
 
 def test_void_pixels_have_gradient_exactly_zero(params, scene):

@@ -42,7 +42,7 @@ def init_network(key: Array, classes: int, widths: tuple[int, ...] = WIDTHS):
     return {
         "down": [stage(3, channels, features, 2.0) for channels, features in zip((3, *widths), widths, strict=False)],
         "up": [stage(1, channels, features, 1.0) for channels, features in zip(widths[1:], widths, strict=False)],
-        "score": init_convolution(next(keys), 1, widths[0], 4 * classes, gain=0.01),  # of the four pixels of a place
+        "score": init_convolution(next(keys), 1, widths[0], classes, gain=0.01),
     }
 
 
@@ -62,13 +62,6 @@ def refine(layer, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
     return x + activate(convolve(layer, x))
 
 
-def to_pixels(x: Float[Array, "n h w c"], height: int, width: int) -> Float[Array, "n h2 w2 c//4"]:
-    """Each place as the two by two pixels that it stands for (W. Shi et al., 2016)."""
-    n, h, w, c = x.shape
-    blocks = x.reshape(n, h, w, 2, 2, c // 4).swapaxes(2, 3)
-    return blocks.reshape(n, 2 * h, 2 * w, c // 4)[:, :height, :width]
-
-
 def apply_network(params, images: Float[Array, "n h w 3"]) -> Float[Array, "n h w classes"]:
     """A logit for every class at every pixel of images of any size."""
     x, found = images, []
@@ -78,4 +71,5 @@ def apply_network(params, images: Float[Array, "n h w 3"]) -> Float[Array, "n h 
     for stage, finer in zip(reversed(params["up"]), reversed(found[:-1]), strict=True):
         x = finer + jax.image.resize(convolve(stage["onto"], x), finer.shape, "bilinear")
         x = refine(stage["on"], x)
-    return to_pixels(convolve(params["score"], normalise(x)), *images.shape[1:3])
+    scores = convolve(params["score"], normalise(x))
+    return jax.image.resize(scores, (*images.shape[:-1], scores.shape[-1]), "bilinear")
