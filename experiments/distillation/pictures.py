@@ -15,15 +15,8 @@ def plot_students(table: pd.DataFrame, path: Path) -> None:
     for row, perplexity in zip(rows, table["perplexity"], strict=True):
         left.annotate(f"{perplexity:.4g}", (perplexity, row), (7, 0), textcoords="offset points", va="center")
     left.set(title="perplexity of known held-out words", xscale="log", xlim=(None, 3 * table["perplexity"].max()))
-    left.set_yticks(
-        rows,
-        [
-            str(row["network"])
-            if pd.isna(row["bytes_a_word"])
-            else f"{row['network']}, {row['bytes_a_word']:.0f} bytes"
-            for _, row in table.iterrows()
-        ],
-    )
+    stored = table["bytes_a_word"].map(lambda count: "" if pd.isna(count) else f", {count:.0f} bytes")
+    left.set_yticks(rows, table["network"] + stored)
     left.invert_yaxis()
     right.hlines(rows, table["loss"], table["entropy"], color=PALE, linewidth=3, zorder=0)
     right.scatter(table["loss"], rows, color=BLUE, label="loss")
