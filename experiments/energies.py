@@ -154,7 +154,7 @@ def temperature(path: Path) -> list[Number]:
     # It lies on the line of T = 0.5.
     axes.plot(fields, energy.boltzmann_probability(fields, low=-1), ":", color=SKY, lw=3.5, label="±1 unit, T = 1")
     axes.plot(np.ones(len(UNIT)), list(UNIT.values()), "ko", ms=4, label=TABULATED)
-    axes.set(title="a unit by temperature", xlabel="field h", ylabel="probability of 1")
+    axes.set(title="the probability that a unit is on, by temperature", xlabel="field h", ylabel="probability of 1")
     axes.legend()
     save(figure, path)
     unit = energy.boltzmann_probability
@@ -367,7 +367,7 @@ def plot_prior(
     right.loglog(precisions[1:], train[1:], "o-", ms=4, color=BLUE, label="training, prior")
     right.axhline(test[0], color=RED, ls="--", lw=1, label="held out, maximum likelihood")
     right.axhline(train[0], color=BLUE, ls="--", lw=1, label="training, maximum likelihood")
-    right.axhline(best, color="black", ls=":", lw=1.4, label="held out, true classes")
+    right.axhline(best, color="black", ls=":", lw=1.4, label="held out, true probabilities")
     right.set(
         title="cross-entropy by prior",
         xlabel="precision of the prior",

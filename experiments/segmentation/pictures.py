@@ -73,7 +73,7 @@ def plot_loss(table: pd.DataFrame, held_out: dict[str, float], path: Path) -> No
     left.legend()
     for name, color in (("pixel_accuracy", GREEN), ("mean_iou", ORANGE)):
         words = "pixel accuracy" if name == "pixel_accuracy" else "mean IoU"
-        right.plot(table["step"], smooth[name], color=color, lw=1, label=f"{words}, training batches")
+        right.plot(table["step"], smooth[name], color=color, lw=1, label=f"{words}, mean of training batches")
         on_the_way = table.dropna(subset=f"held_out_{name}")
         right.plot(on_the_way["step"], on_the_way[f"held_out_{name}"], "o--", ms=3, color=color,
                    label=f"{words}, held out ({held_out[name]:.3f} at the end)")  # fmt: skip
@@ -88,7 +88,7 @@ def plot_classes(shares: Sequence[float | None], names: Sequence[str], mean: flo
     figure, axes = plt.subplots(figsize=(6.4, 1.2 + 0.24 * len(met)))
     bars = axes.barh([name for _, name in met], [share for share, _ in met], color=BLUE)
     axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=9)
-    axes.axvline(mean, color=GREY, linestyle="--", zorder=0, label=f"mean: {mean:.2f}")
+    axes.axvline(mean, color=ORANGE, linestyle="--", label=f"mean: {mean:.2f}")
     axes.set(title="held-out images, by class", xlabel="intersection over union", xlim=(0, 1.08))
     axes.tick_params(axis="y", length=0)
     axes.legend(loc="lower right")
