@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from experiments.benchmark.places import HUGE, PURE
-from experiments.benchmark.report import fastest_peers, ratios_of, read_table, timed_peers
+from experiments.benchmark.places import HUGE
+from experiments.benchmark.report import geometric_mean, ratios_by_kind, read_table, timed_peers
 
 RESULTS = Path(__file__).with_name("results")
 VERSIONS = ("0.10.2", "0.12.0.1")
@@ -19,6 +18,7 @@ ROWS = {
     "cross-entropy + gradient, axis 1, 5% ignored": "(1, 21, 300, 500)",
     "linear cross-entropy + gradient": "(1024, 256, 32768)",
 }
+MEANS = "peers over ours", "peers with huge pages over ours", "peers over ours without kernels"
 
 
 def headline() -> str:
@@ -29,7 +29,8 @@ def headline() -> str:
         cells = [" / ".join(fastest(table, case, shape, names) for table in tables) for names in PEERS.values()]
         cells.append(" / ".join(fastest(table, case, shape, sum(PEERS.values(), ()), HUGE) for table in tables))
         lines.append(f"| {case} | {shape} | {' | '.join(cells)} |")
-    plain, huge, pure = (" / ".join(f"{mean(table, place):.2f}" for table in tables) for place in ("", HUGE, PURE))
+    kinds = [ratios_by_kind(table) for table in tables]
+    plain, huge, pure = (" / ".join(f"{geometric_mean(of_table[kind]):.2f}" for of_table in kinds) for kind in MEANS)
     lines.append(f"| **geometric mean of all cases**, bfloat16 too, the fastest peer | | {plain} | | {huge} |")
     lines.append(f"| the same where our kernels were not built | | {pure} | | |")
     return "\n".join(lines)
@@ -39,14 +40,6 @@ def fastest(table: pd.DataFrame, case: str, shape: str, names: tuple[str, ...], 
     peers = timed_peers(table, place)
     of_case = (peers["case"] == case) & (peers["shape"] == shape) & (peers["dtype"] == DTYPE)
     return f"{peers.loc[of_case & peers['implementation'].str.startswith(names), 'ratio'].min():.2f}"
-
-
-def mean(table: pd.DataFrame, place: str) -> float:
-    """Of the fastest peer's time over ours, which at `PURE` is that of ours without kernels."""
-    ratios = fastest_peers(table, HUGE if place == HUGE else "")["ratio"]
-    if place == PURE:
-        ratios = (ratios / ratios_of(table, f"jaxsoft{PURE}")).dropna()
-    return float(np.exp(np.log(ratios.to_numpy(float)).mean()))
 
 
 if __name__ == "__main__":

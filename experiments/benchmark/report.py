@@ -1,7 +1,7 @@
 """What comes out: the table, and its comparison with an older one."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -45,25 +45,16 @@ def cell(value: float | str) -> str:
 
 def summary(table: pd.DataFrame) -> list[str]:
     """The fastest peer's time over ours in all cases, and the cases in which it is less."""
-    plain, huge = fastest_peers(table), fastest_peers(table, HUGE)
-    compiling = timed_peers(table).dropna(subset="compile ratio").groupby(KEY[:3])["compile ratio"].min()
-    kinds = {
-        "peers over ours": plain["ratio"],
-        "peers with huge pages over ours": huge["ratio"],
-        "both with huge pages": huge["ratio"] / ratios_of(table, f"jaxsoft{HUGE}"),
-        "peers over ours without kernels": plain["ratio"] / ratios_of(table, f"jaxsoft{PURE}"),
-        "ours without kernels over ours": ratios_of(table, f"jaxsoft{PURE}"),
-        "compiling, peers over ours": compiling,
-    }
     lines = [
         "| the fastest peer's time over ours | geometric mean | cases | below 1 | below 0.9 | least | where | most |"
     ]
     lines += ["|" + "---|" * 8]
-    for kind, ratios in kinds.items():
-        if len(best := ratios.dropna()):
+    for kind, best in ratios_by_kind(table).items():
+        if len(best):
             counts = f"{len(best)} | {sum(best < 1)} | {sum(best < 0.9)}"
-            mean, where = np.exp(np.log(best.to_numpy(float)).mean()), " ".join(best.idxmin())
+            mean, where = geometric_mean(best), " ".join(cast(tuple[str, ...], best.idxmin()))
             lines.append(f"| {kind} | {mean:.2f} | {counts} | {best.min():.2f} | {where} | {best.max():.2f} |")
+    plain, huge = fastest_peers(table), fastest_peers(table, HUGE)
     both = plain.join(huge.add_suffix(HUGE), how="outer")
     below = both.loc[(both["ratio"] < 1) | (both[f"ratio{HUGE}"] < 1)].sort_values("ratio")
     if len(below):
@@ -78,6 +69,24 @@ def summary(table: pd.DataFrame) -> list[str]:
         cells = [f"{cell(row[f'ratio{end}'])} {cell(row[f'implementation{end}'])}".strip() for end in ("", HUGE)]
         lines.append(f"| {' | '.join([row[name] for name in KEY[:3]] + cells)} |")
     return [*lines, ""]
+
+
+def ratios_by_kind(table: pd.DataFrame) -> dict[str, pd.Series]:
+    """Times over times, by what is over what, for each case that has both."""
+    plain, huge = fastest_peers(table)["ratio"], fastest_peers(table, HUGE)["ratio"]
+    kinds = {
+        "peers over ours": plain,
+        "peers with huge pages over ours": huge,
+        "both with huge pages": huge / ratios_of(table, f"jaxsoft{HUGE}"),
+        "peers over ours without kernels": plain / ratios_of(table, f"jaxsoft{PURE}"),
+        "ours without kernels over ours": ratios_of(table, f"jaxsoft{PURE}"),
+        "compiling, peers over ours": timed_peers(table).groupby(KEY[:3])["compile ratio"].min(),
+    }
+    return {kind: ratios.dropna() for kind, ratios in kinds.items()}
+
+
+def geometric_mean(ratios: pd.Series) -> float:
+    return float(np.exp(np.log(ratios.to_numpy(float)).mean()))
 
 
 def fastest_peers(table: pd.DataFrame, place: str = "") -> pd.DataFrame:
