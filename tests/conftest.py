@@ -1,5 +1,6 @@
 """Every test runs in float64 with strict promotion; those marked `x32` in JAX's default mode."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -11,10 +12,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Compiling is most of the time: share what is compiled between workers and runs.
+# Compiling is most of the time: workers and runs share what they have compiled.
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_configure(config):
+    """XLA's older emitters compile in a third of the time. The exhaustive tests have what users have.
+
+    They were removed after jaxlib 0.10, and the option is then passed over in silence.
+    """
+    if config.getoption("markexpr") == "not exhaustive":
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
 
 
 def pytest_collection_modifyitems(items):
@@ -32,6 +42,13 @@ def pytest_runtest_setup(item):
     if jax.config.read("jax_disable_most_optimizations") != unoptimized:
         jax.config.update("jax_disable_most_optimizations", unoptimized)
         jax.clear_caches()  # whose keys leave it out
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """Each compiled program stays in memory until then: gigabytes after some thousand tests."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
