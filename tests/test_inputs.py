@@ -1,11 +1,12 @@
 """What people pass: masks, one-hot integers, schedules, transposed kernels, padded vocabularies, wide labels."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import reference
 from jaxsoft import caffe, checked, cross_entropy, linear_cross_entropy, log_softmax, logsumexp, softmax
 
 rng = np.random.default_rng(0)
@@ -23,9 +24,14 @@ def linear(x, w, b, targets, **options):
     return linear_cross_entropy(x, w, targets, b, **options)
 
 
-def both(loss, *args, **options):
-    """The loss of (x, w, b) and its gradients."""
-    return jax.value_and_grad(lambda x, w, b: loss(x, w, b, *args, **options), (0, 1, 2))(X, W, B)
+def each(*calls):
+    """The loss of (x, w, b) and its gradients of each (loss, options), from one program."""
+
+    def results(*variables):
+        losses = [functools.partial(loss, **options) for loss, options in calls]
+        return [jax.value_and_grad(loss, (0, 1, 2))(*variables) for loss in losses]
+
+    return jax.jit(results)(X, W, B)
 
 
 def assert_equal(found, expected, **tolerance):
@@ -35,22 +41,24 @@ def assert_equal(found, expected, **tolerance):
 @pytest.mark.parametrize("loss", [dense, linear])
 def test_a_boolean_mask_is_weights_of_0_and_1(loss):
     mask = np.array([True, False, True, True, False, True])
-    assert_equal(both(loss, LABELS, weights=mask), both(loss, LABELS, weights=mask.astype(float)))
+    assert_equal(*each(*[(loss, {"targets": LABELS, "weights": weights}) for weights in (mask, mask.astype(float))]))
 
 
-@pytest.mark.parametrize("dtype", [bool, np.int8, np.int32, np.uint8])
 @pytest.mark.parametrize("loss", [dense, linear])
-def test_a_one_hot_of_integers_is_its_distribution(loss, dtype):
+def test_a_one_hot_of_integers_is_its_distribution(loss):
     onehot = np.eye(5)[LABELS]
-    assert_equal(both(loss, onehot.astype(dtype)), both(loss, onehot))
+    dtypes = (float, bool, np.int8, np.int32, np.uint8)
+    expected, *found = each(*[(loss, {"targets": onehot.astype(dtype)}) for dtype in dtypes])
+    for results in found:
+        assert_equal(results, expected)
 
 
 def test_entries_of_a_one_hot_other_than_0_and_1_are_no_distribution():
     counts = np.eye(5, dtype=np.int32)[LABELS] * 2
-    assert np.isnan(cross_entropy(Z, counts, reduction="none")).all()
+    assert np.isnan(jax.jit(lambda z: cross_entropy(z, counts, reduction="none"))(Z)).all()
     message = r"targets\[0, \d\] is 2: expected 0 or 1, or labels of the logits' shape without the class axis"
     with pytest.raises(ValueError, match=message):
-        checked(cross_entropy)(Z, counts)
+        checked(jax.jit(cross_entropy))(Z, counts)
 
 
 SCHEDULES = {"label_smoothing": 0.1, "z_loss": 0.01, "soft_cap": 3.0, "temperature": 0.7}
@@ -58,21 +66,27 @@ OF = [(dense, "label_smoothing"), (dense, "z_loss"), *((linear, name) for name i
 
 
 @pytest.mark.parametrize(("loss", "name"), OF)
-def test_an_option_may_be_an_array_or_traced(loss, name):
-    expected = both(loss, LABELS, **{name: SCHEDULES[name]})
-    assert_equal(both(loss, LABELS, **{name: jnp.asarray(SCHEDULES[name])}), expected)
-    assert_equal(jax.jit(lambda n: both(loss, LABELS, **{name: n}))(SCHEDULES[name]), expected)
+def test_an_option_may_be_an_array_or_traced_and_is_a_constant(loss, name):
+    value = SCHEDULES[name]
 
+    @jax.jit
+    def results(x, w, b, traced):
+        def of(x, w, b, option):
+            return loss(x, w, b, LABELS, **{name: option})
 
-@pytest.mark.parametrize(("loss", "name"), OF)
-def test_an_option_is_a_constant(loss, name):
-    gradient = jax.grad(lambda n: loss(X, W, B, LABELS, **{name: n}))(jnp.asarray(SCHEDULES[name]))
-    np.testing.assert_array_equal(gradient, 0)
+        array = jnp.asarray(value)  # concrete, inside `jit` too
+        fixed = [jax.value_and_grad(functools.partial(of, option=n), (0, 1, 2))(x, w, b) for n in (value, array)]
+        return *fixed, jax.value_and_grad(of, (0, 1, 2, 3))(x, w, b, traced)
+
+    expected, of_array, (of_traced, (*gradients, to_option)) = results(X, W, B, value)
+    assert_equal(of_array, expected)
+    assert_equal((of_traced, tuple(gradients)), expected)
+    np.testing.assert_array_equal(to_option, 0)
 
 
 @pytest.mark.parametrize(("loss", "name"), OF)
 def test_a_bad_option_is_an_error_when_concrete_and_under_checked_when_traced(loss, name):
-    bad = jnp.asarray(-1.0)
+    bad = np.asarray(-1.0)
     with pytest.raises(ValueError, match=f"{name}: expected"):
         loss(X, W, B, LABELS, **{name: bad})
     with pytest.raises(ValueError, match=f"{name} is -1.*: expected"):
@@ -86,18 +100,17 @@ def test_a_traced_option_of_the_program_names_the_remedy(name):
 
 
 def test_a_kernel_may_have_its_classes_first():
-    expected = both(linear, LABELS)
-    value, (x, w, b) = jax.value_and_grad(
-        lambda x, w, b: linear_cross_entropy(x, w, LABELS, b, kernel_axis=0), (0, 1, 2)
-    )(X, W.T, B)
-    assert_equal((value, (x, w.T, b)), expected)
+    def transposed(x, w, b):
+        return linear_cross_entropy(x, w.T, LABELS, b, kernel_axis=0)
+
+    assert_equal(*each((transposed, {}), (linear, {"targets": LABELS})))
 
 
 def test_a_kernel_with_its_classes_first_is_not_copied():
     def loss(x, w):
         return linear_cross_entropy(x, w, LABELS, kernel_axis=0)
 
-    arguments = jnp.zeros((6, 64), jnp.float32), jnp.zeros((4096, 64), jnp.float32)
+    arguments = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((6, 64), (4096, 64)))
     text = jax.jit(jax.grad(loss, (0, 1))).lower(*arguments).as_text()
     assert "stablehlo.dot_general" in text
     assert not [line for line in text.splitlines() if "stablehlo.transpose" in line and "4096x64" in line]
@@ -117,46 +130,50 @@ def test_a_transposed_kernel_is_said_to_be_one(shape, axis, message):
 
 
 def test_a_temperature_divides_the_capped_logits():
-    expected = jax.value_and_grad(
-        lambda x, w, b: cross_entropy(3 * jnp.tanh((x @ w + b) / 3) / 0.7, LABELS), (0, 1, 2)
-    )(X, W, B)
-    assert_equal(both(linear, LABELS, soft_cap=3.0, temperature=0.7), expected, rtol=1e-10)
+    def plain(x, w, b):
+        return cross_entropy(3 * jnp.tanh((x @ w + b) / 3) / 0.7, LABELS)
+
+    options = {"targets": LABELS, "soft_cap": 3.0, "temperature": 0.7}
+    assert_equal(*each((linear, options), (plain, {})), rtol=1e-10)
 
 
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
 @pytest.mark.parametrize("targets", [LABELS % 4, rng.dirichlet(np.ones(5), 6)], ids=["labels", "distributions"])
-@pytest.mark.parametrize("removed", ["where", "bias"])
-def test_smoothing_shares_among_the_classes_of_a_padded_vocabulary(removed, targets, soft_cap):
+def test_smoothing_shares_among_the_classes_of_a_padded_vocabulary(targets, soft_cap):
     left = np.array([True, True, True, True, False])
     options = {"label_smoothing": 0.1, "z_loss": 0.01}
+    t = targets * left if targets.ndim > 1 else targets
 
     def plain(x, w, b):
         z = x @ w + b
         z = z if soft_cap is None else soft_cap * jnp.tanh(z / soft_cap)
-        return cross_entropy(z, targets * left if targets.ndim > 1 else targets, where=left, **options)
+        return cross_entropy(z, t, where=left, **options)
 
-    def padded(x, w, b):
-        t = targets * left if targets.ndim > 1 else targets
-        if removed == "where":
-            return linear_cross_entropy(x, w, t, b, where=left, soft_cap=soft_cap, **options)
+    def of_bias(x, w, b):
         return linear_cross_entropy(x, w, t, jnp.where(left, b, -jnp.inf), soft_cap=soft_cap, **options)
 
-    found, expected = (jax.value_and_grad(fn, (0, 1, 2))(X, W, B) for fn in (padded, plain))
+    removed = {"targets": t, "where": left, "soft_cap": soft_cap, **options}
+    expected, *found = each((plain, {}), (linear, removed), (of_bias, {}))
     assert np.isfinite(expected[0])
-    assert_equal(found, expected, rtol=1e-10, atol=1e-14)
-    assert not np.any(found[1][1][:, 4])
-    z = np.asarray(X @ W + B)[:, :4]  # and both are the formula over the four classes that are left
+    z = (X @ W + B)[:, :4]  # and all are the formula over the four classes that are left
     z = z if soft_cap is None else soft_cap * np.tanh(z / soft_cap)
-    t = np.eye(4)[targets] if targets.ndim == 1 else targets[:, :4]
-    smoothed = 0.9 * t + 0.1 / 4
-    np.testing.assert_allclose(found[0], np.mean(reference.losses(z, smoothed, 0.01)), rtol=1e-10)
+    smoothed = 0.9 * (np.eye(4)[targets] if targets.ndim == 1 else targets[:, :4]) + 0.1 / 4
+    lse = np.log(np.sum(np.exp(z), 1))
+    formula = np.mean(np.sum(smoothed * (lse[:, None] - z), 1) + 0.01 * lse**2)
+    for value, gradients in found:
+        assert_equal((value, gradients), expected, rtol=1e-10, atol=1e-14)
+        assert not np.any(np.asarray(gradients[1])[:, 4])
+        np.testing.assert_allclose(value, formula, rtol=1e-10)
+
+
+OF_TARGETS = [functools.partial(cross_entropy, Z), lambda t, **options: linear(X, W, B, t, **options)]
 
 
 @pytest.mark.x32
-@pytest.mark.parametrize("loss", [lambda t, **o: cross_entropy(Z, t, **o), lambda t, **o: linear(X, W, B, t, **o)])
+@pytest.mark.parametrize("loss", OF_TARGETS, ids=["dense", "linear"])
 def test_labels_wider_than_32_bits_do_not_wrap(loss):
     wide = np.array([2**32 + 1, 0, 1, 2, 3, 4])
-    each = loss(wide, reduction="none")
+    each = np.asarray(jax.jit(lambda: loss(wide, reduction="none"))())
     assert np.isnan(each[0])
     assert np.isfinite(each[1:]).all()
     with pytest.raises(ValueError, match=r"targets\[0\] is 4294967297: expected a label in \[0, 5\)"):
@@ -164,19 +181,27 @@ def test_labels_wider_than_32_bits_do_not_wrap(loss):
 
 
 @pytest.mark.x32
-@pytest.mark.parametrize("loss", [lambda t, **o: cross_entropy(Z, t, **o), lambda t, **o: linear(X, W, B, t, **o)])
+@pytest.mark.parametrize("loss", OF_TARGETS, ids=["dense", "linear"])
 def test_a_wide_label_can_be_ignored(loss):
     wide, narrow = np.array([2**33, 0, 1, 2, 3, 4]), np.array([-100, 0, 1, 2, 3, 4])
-    np.testing.assert_array_equal(loss(wide, ignore_index=2**33), loss(narrow, ignore_index=-100))
+    both = jax.jit(lambda: (loss(wide, ignore_index=2**33), loss(narrow, ignore_index=-100)))()
+    np.testing.assert_array_equal(*both)
     checked(loss)(wide, ignore_index=2**33)
 
 
 @pytest.mark.x32
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64])
-def test_a_wide_label_can_be_ignored_in_caffe(dtype):
+def test_a_wide_label_can_be_ignored_in_caffe():
     labels = np.array([2**33, 0, 1, 2, 3, 4])
-    loss, _ = caffe.softmax_with_loss(Z, labels.astype(dtype), ignore_label=2**33)
-    np.testing.assert_array_equal(loss, cross_entropy(Z, np.where(labels == 2**33, -100, labels), ignore_index=-100))
+    narrow = np.where(labels == 2**33, -100, labels)
+
+    @jax.jit
+    def losses():
+        dtypes = (np.float32, np.float64, np.int64)
+        found = [caffe.softmax_with_loss(Z, labels.astype(dtype), ignore_label=2**33)[0] for dtype in dtypes]
+        return found, cross_entropy(Z, narrow, ignore_index=-100)
+
+    found, expected = losses()
+    np.testing.assert_array_equal(found, [expected] * 3)
 
 
 FP8 = [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float8_e4m3b11fnuz]
@@ -186,13 +211,13 @@ FP8 = [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float8_e4m3b11fnuz]
 @pytest.mark.parametrize("fn", [softmax, log_softmax, logsumexp, lambda z: cross_entropy(z, LABELS)])
 def test_eight_bits_are_refused(fn, dtype):
     with pytest.raises(TypeError, match=r"logits: expected .*16 bits.*, got dtype float8"):
-        fn(jnp.asarray(Z).astype(dtype))
+        fn(Z.astype(dtype))
 
 
 @pytest.mark.parametrize("dtype", FP8)
 @pytest.mark.parametrize("name", ["features", "kernel"])
 def test_the_argument_of_eight_bits_is_named(name, dtype):
-    arrays = {"features": jnp.asarray(X, jnp.bfloat16), "kernel": jnp.asarray(W, jnp.bfloat16)}
+    arrays = {"features": X.astype(jnp.bfloat16), "kernel": W.astype(jnp.bfloat16)}
     arrays[name] = arrays[name].astype(dtype)
     with pytest.raises(TypeError, match=rf"{name}: expected .*16 bits.*, got dtype float8"):
         linear_cross_entropy(targets=LABELS, **arrays)
@@ -200,15 +225,16 @@ def test_the_argument_of_eight_bits_is_named(name, dtype):
 
 def test_checked_sees_a_bias_that_is_no_number():
     with pytest.raises(ValueError, match=r"bias\[2\] is nan: expected a number"):
-        checked(linear)(X, W, B * np.where(np.arange(5) == 2, np.nan, 1), LABELS)
+        checked(jax.jit(linear))(X, W, B * np.where(np.arange(5) == 2, np.nan, 1), LABELS)
 
 
 def test_checked_sees_a_product_that_is_no_number():
     x = np.array([[np.inf, np.inf]])
     with pytest.raises(ValueError, match=r"logits\[0, 0\] is nan: expected numbers: features @ kernel \+ bias is none"):
-        checked(linear_cross_entropy)(x, np.array([[1.0, 2.0], [-1.0, 1.0]]), np.array([0]))
+        checked(jax.jit(linear_cross_entropy))(x, np.array([[1.0, 2.0], [-1.0, 1.0]]), np.array([0]))
 
 
 @pytest.mark.x32
 def test_wide_unsigned_labels_are_no_class():
-    assert np.isnan(cross_entropy(Z, np.array([2**32 - 1, 0, 1, 2, 3, 4], np.uint32), reduction="none")[0])
+    labels = np.array([2**32 - 1, 0, 1, 2, 3, 4], np.uint32)
+    assert np.isnan(jax.jit(lambda: cross_entropy(Z, labels, reduction="none"))()[0])
