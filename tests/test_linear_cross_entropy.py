@@ -1,5 +1,6 @@
 """linear_cross_entropy: values, gradients, work and memory."""
 
+import functools
 import re
 
 import jax
@@ -27,17 +28,22 @@ def problem(positions, width, classes, seed=0):
     """Features, kernel, strongly negative bias, labels, position and class weights, distributions."""
     rng = np.random.default_rng(seed)
     x, w = rng.normal(size=(positions, width)), rng.normal(size=(width, classes))
-    labels = rng.integers(0, classes, positions)
-    distributions = rng.gamma(0.1, size=(positions, classes))
-    return (
-        x,
-        w,
-        rng.normal(size=classes) - 10,
-        labels,
-        rng.uniform(0.1, 2, positions),
-        rng.uniform(0.1, 2, classes),
-        distributions,
-    )
+    labels, b = rng.integers(0, classes, positions), rng.normal(size=classes) - 10
+    weights, class_weights = rng.uniform(0.1, 2, positions), rng.uniform(0.1, 2, classes)
+    # The last, and a function, because it takes a second for many classes.
+    return x, w, b, labels, weights, class_weights, lambda: rng.gamma(0.1, size=(positions, classes))
+
+
+def compiled(fn):
+    """One program, whose results are NumPy arrays: JAX would compile another for each way of indexing them."""
+    fn = jax.jit(fn)
+    return lambda *arguments: jax.device_get(fn(*arguments))
+
+
+def value_and_pullback(fn, variables, cotangent):
+    """The value and the gradients in one tuple."""
+    value, pullback = jax.vjp(fn, *variables)
+    return value, *pullback(cotangent)
 
 
 def naive(x, w, b, q, weights, denominators, cap=None, z_loss=0.0):
@@ -55,19 +61,24 @@ def relative(actual, expected):
 @pytest.mark.parametrize(
     ("size", "case"),
     [(SIZES[0], case) for case in OPTIONS]
-    + [(size, case) for size in SIZES[1:] for case in (FORMED_ALONG, FORMED_BACKWARD)]
-    + [((130, 16, 2049), "distributions"), ((1, 3, 2), "weighted")],
+    + list(zip(SIZES[1:], (FORMED_ALONG, FORMED_BACKWARD) * 2, strict=True))
+    + [((130, 16, 2049), "distributions"), ((1, 3, 2), "weighted")]
+    + [
+        pytest.param(size, case, marks=pytest.mark.exhaustive)
+        for size, case in zip(SIZES[1:], (FORMED_BACKWARD, FORMED_ALONG) * 2, strict=True)
+    ],
     ids=str,
 )
 def test_equals_the_unfused_computation(size, case):
     x, w, b, labels, weights, class_weights, distributions = problem(*size)
+    distributions = distributions() if case == "distributions" else None
     positions, _, classes = size
     given = OPTIONS[case]
     options = dict(given) if isinstance(given, dict) else {}
     if "weights" in given:
-        options["weights"] = jnp.asarray(weights, jnp.float32)
+        options["weights"] = weights.astype(np.float32)
     if "class_weights" in given:
-        options["class_weights"] = jnp.asarray(class_weights, jnp.float32)
+        options["class_weights"] = class_weights.astype(np.float32)
     if case == "weighted":
         options["z_loss"] = 0.01
     if case == "distributions":
@@ -99,20 +110,30 @@ def test_equals_the_unfused_computation(size, case):
         assert loss.dtype == jnp.float32
         return jnp.sum(cotangent * loss)
 
-    value, gradients = jax.jit(jax.value_and_grad(expected, (0, 1, 2)))(x, w, b, q, counted, cotangent)
-    narrow = [*(jnp.asarray(a, jnp.float32) for a in (x, w, b)), targets, jnp.asarray(cotangent, jnp.float32)]
-    actual, actual_gradients = jax.jit(jax.value_and_grad(ours, (0, 1, 2)))(*narrow)
-    np.testing.assert_allclose(actual, value, rtol=1e-5)
-    np.testing.assert_allclose(jax.jit(ours)(*narrow), value, rtol=1e-5)  # without differentiation
+    @compiled
+    def run(wide, narrow):
+        expectation = jax.value_and_grad(expected, (0, 1, 2))(*wide)
+        return expectation, jax.value_and_grad(ours, (0, 1, 2))(*narrow), ours(*narrow)  # without differentiation too
+
+    narrow = [*(a.astype(np.float32) for a in (x, w, b)), targets, cotangent.astype(np.float32)]
+    (value, gradients), (actual, actual_gradients), alone = run((x, w, b, q, counted, cotangent), narrow)
+    np.testing.assert_allclose([actual, alone], [value, value], rtol=1e-5)
     for got, want in zip(actual_gradients, gradients, strict=True):
-        assert got.dtype == jnp.float32
+        assert got.dtype == np.float32
         assert relative(got, want) < 3e-5
-    assert (np.asarray(actual_gradients[0])[ignored] == 0).all()
+    assert (actual_gradients[0][ignored] == 0).all()
 
 
-def float64_problem(positions=21, width=4, classes=13):
-    x, w, b, labels, *_, distributions = map(jnp.asarray, problem(positions, width, classes))
-    return x, w, b + 10, labels.at[::4].set(-100), distributions
+@functools.cache
+def float64_problem(positions=21):
+    x, w, b, labels, *_, distributions = problem(positions, 4, 13)
+    return x, w, b + 10, np.where(np.arange(positions) % 4 == 0, -100, labels), distributions()
+
+
+def unfused(x, w, targets, b=0.0, *, soft_cap=None, **options):
+    """From all logits, by `cross_entropy`."""
+    z = jnp.dot(x, w) + b
+    return cross_entropy(z if soft_cap is None else soft_cap * jnp.tanh(z / soft_cap), targets, **options)
 
 
 TWICE = {
@@ -124,59 +145,57 @@ TWICE = {
 @pytest.mark.parametrize("case", [*TWICE, "distributions"])
 def test_derivatives_of_second_order(case):
     x, w, b, labels, distributions = float64_problem()
-    variables, options, targets = (x, w, b), TWICE.get(case, {}), labels
+    variables, options = (x, w, b), TWICE.get(case, {})
     if case == "distributions":
         variables = (x, w, b, distributions)
-    cotangent = jnp.asarray(np.random.default_rng(2).normal(size=21))
-
-    def ours(x, w, b, targets=targets):
-        loss = linear_cross_entropy(x, w, targets, b, memory_budget=8 * 16 * 13, **options)
-        return jnp.sum(cotangent * loss)
-
-    def unfused(x, w, b, targets=targets):
-        kept = dict(options)
-        cap = kept.pop("soft_cap", None)
-        z = x @ w + b
-        return jnp.sum(cotangent * cross_entropy(z if cap is None else cap * jnp.tanh(z / cap), targets, **kept))
-
+    cotangent = np.random.default_rng(2).normal(size=21)
     every = tuple(range(len(variables)))
-    directions = [jnp.asarray(np.random.default_rng(n).normal(size=v.shape)) for n, v in enumerate(variables)]
+    directions = tuple(np.random.default_rng(n).normal(size=v.shape) for n, v in enumerate(variables))
 
-    def twice(fn):
+    def twice(loss, **more):
+        def fn(x, w, b, targets=labels):
+            return jnp.sum(cotangent * loss(x, w, targets, b, **options, **more))
+
         def slope(*variables):
             return sum(jnp.vdot(d, g) for d, g in zip(directions, jax.grad(fn, every)(*variables), strict=True))
 
-        forward = lambda *variables: jax.jvp(jax.value_and_grad(fn, every), variables, tuple(directions))[1]  # noqa: E731
-        return jax.jit(lambda *variables: jax.tree.leaves((jax.grad(slope, every)(*variables), forward(*variables))))
+        forward = lambda *variables: jax.jvp(jax.value_and_grad(fn, every), variables, directions)[1]  # noqa: E731
+        return lambda *variables: jax.tree.leaves((jax.grad(slope, every)(*variables), forward(*variables)))
 
-    for got, want in zip(twice(ours)(*variables), twice(unfused)(*variables), strict=True):
+    both = twice(linear_cross_entropy, memory_budget=8 * 16 * 13), twice(unfused)
+    for got, want in zip(*compiled(lambda *variables: [fn(*variables) for fn in both])(*variables), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11)
 
 
 def test_gradient_to_distributions():
     x, w, b, _, distributions = float64_problem()
-    got = jax.jit(jax.grad(lambda t: linear_cross_entropy(x, w, t, b, memory_budget=32 * 16 * 13)))(distributions)
-    want = jax.jit(jax.grad(lambda t: reference.losses(x @ w + b, t).mean()))(distributions)
+    losses = lambda t: linear_cross_entropy(x, w, t, b, memory_budget=32 * 16 * 13)  # noqa: E731
+    naive = lambda t: reference.losses(x @ w + b, t).mean()  # noqa: E731
+    got, want = compiled(lambda t: (jax.grad(losses)(t), jax.grad(naive)(t)))(distributions)
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
 def test_transformations():
     x, w, b, labels, _ = float64_problem()
-    options = {"ignore_index": -100, "memory_budget": 8 * 16 * 13}
-
-    @jax.jit
-    def gradient(x, w, b, labels):
-        return jax.grad(lambda w: linear_cross_entropy(x, w, labels, b, **options))(w)
-
-    plain = gradient(x, w, b, labels)
-    shapes = x.reshape(3, 7, 4), w, b, labels.reshape(3, 7)
-    np.testing.assert_allclose(gradient(*shapes), plain, rtol=1e-13)
-    rematerialised = jax.jit(jax.grad(jax.checkpoint(lambda w: linear_cross_entropy(x, w, labels, b, **options))))(w)
-    np.testing.assert_allclose(rematerialised, plain, rtol=1e-13)
+    xs = x.reshape(3, 7, 4)
     # Each mapped problem ignores another number of positions.
-    xs, many = x.reshape(3, 7, 4), jnp.stack([labels[:7], labels[7:14].at[:].set(-100), jnp.arange(7)])
-    mapped = jax.jit(jax.vmap(gradient, in_axes=(0, None, None, 0)))(xs, w, b, many)
-    np.testing.assert_allclose(mapped, [gradient(x, w, b, y) for x, y in zip(xs, many, strict=True)], rtol=1e-12)
+    many = np.stack([labels[:7], np.full(7, -100), np.arange(7)])
+
+    def loss(w, x, labels):
+        return linear_cross_entropy(x, w, labels, b, ignore_index=-100, memory_budget=8 * 16 * 13)
+
+    @compiled
+    def run(x, xs, w, labels, many):
+        gradient = jax.jit(jax.grad(loss))
+        plain, shaped = gradient(w, x, labels), gradient(w, xs, labels.reshape(3, 7))
+        rematerialised = jax.grad(jax.checkpoint(loss))(w, x, labels)
+        mapped = jax.vmap(gradient, (None, 0, 0))(w, xs, many)
+        return plain, (shaped, rematerialised), mapped, [gradient(w, *at) for at in zip(xs, many, strict=True)]
+
+    plain, same, mapped, looped = run(x, xs, w, labels, many)
+    for gradient in same:
+        np.testing.assert_allclose(gradient, plain, rtol=1e-13)
+    np.testing.assert_allclose(mapped, looped, rtol=1e-12)
 
 
 @pytest.mark.parametrize("options", [{}, {"weights"}, {"reduction": "none"}, {"distributions"}], ids=str)
@@ -185,27 +204,27 @@ def test_mapped_over_sequences(options):
     x, w, b, labels, distributions = float64_problem(24)
     # Inner axes last: mapped from positions that `vmap` finds at any axis.
     sequences, y = x.reshape(2, 3, 4, 4), labels.reshape(2, 3, 4)
+    more = dict(options) if isinstance(options, dict) else {}
     if "distributions" in options:
         y = distributions.reshape(2, 3, 4, 13)
-    weights = np.random.default_rng(4).uniform(size=4) if "weights" in options else None
-    more = dict(options) if isinstance(options, dict) else {}
-
-    def loss(x, w, b, y):
-        ignored = {} if "distributions" in options else {"ignore_index": -100}
-        return linear_cross_entropy(x, w, y, b, weights=weights, memory_budget=8 * 13 * 8, **ignored, **more)
+    else:
+        more["ignore_index"] = -100
+    if "weights" in options:
+        more["weights"] = np.random.default_rng(4).uniform(size=4)
 
     def mapped(x, w, b):
+        loss = lambda x, w, b, y: linear_cross_entropy(x, w, y, b, memory_budget=8 * 13 * 8, **more)  # noqa: E731
         inner = jax.vmap(loss, (0, None, None, 0))
         return jax.vmap(inner, (2, None, None, 0))(jnp.moveaxis(x, 0, 2), w, b, y)
 
     def looped(x, w, b):
-        return jnp.stack([jnp.stack([loss(x[i, j], w, b, y[i, j]) for j in range(3)]) for i in range(2)])
+        return jnp.stack([jnp.stack([unfused(x[i, j], w, y[i, j], b, **more) for j in range(3)]) for i in range(2)])
 
-    value, pullback = jax.vjp(mapped, sequences, w, b)
-    expected, expected_pullback = jax.vjp(looped, sequences, w, b)
+    cotangent = np.random.default_rng(5).normal(size=(2, 3, 4) if "reduction" in options else (2, 3))
+    run = compiled(lambda *at: [value_and_pullback(fn, at, cotangent) for fn in (mapped, looped)])
+    (value, *gradients), (expected, *wanted) = run(sequences, w, b)
     np.testing.assert_allclose(value, expected, rtol=1e-12)
-    cotangent = jnp.asarray(np.random.default_rng(5).normal(size=value.shape))
-    for got, want in zip(pullback(cotangent), expected_pullback(cotangent), strict=True):
+    for got, want in zip(gradients, wanted, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-13)
 
 
@@ -213,99 +232,94 @@ def test_mapped_over_sequences(options):
 def test_mapped_over_whatever(in_axes):
     """Where the examples do not share their layer, or share their features, `vmap` is JAX's own."""
     x, w, _, labels, _ = float64_problem()
-    stacks = jnp.stack([x, -x, 2 * x]), jnp.stack([w, 2 * w, -w]), jnp.stack([labels, labels[::-1], labels])
-    given = [stack[0] if axis is None else stack for stack, axis in zip(stacks, in_axes, strict=True)]
-
-    def loss(x, w, y):
-        return linear_cross_entropy(x, w, y, ignore_index=-100)
+    stacks = np.stack([x, -x, 2 * x]), np.stack([w, 2 * w, -w]), np.stack([labels, labels[::-1], labels])
+    *variables, y = (stack[0] if axis is None else stack for stack, axis in zip(stacks, in_axes, strict=True))
 
     def mapped(x, w):
-        return jax.vmap(loss, in_axes)(x, w, given[2])
+        return jax.vmap(lambda x, w, y: linear_cross_entropy(x, w, y, ignore_index=-100), in_axes)(x, w, y)
 
     def looped(x, w):
-        arrays = x, w, given[2]
-        return jnp.stack(
-            [loss(*(a if axis is None else a[n] for a, axis in zip(arrays, in_axes, strict=True))) for n in range(3)]
-        )
+        at = lambda n: [a if axis is None else a[n] for a, axis in zip((x, w, y), in_axes, strict=True)]  # noqa: E731
+        return jnp.stack([unfused(*at(n), ignore_index=-100) for n in range(3)])
 
-    value, pullback = jax.vjp(mapped, *given[:2])
-    expected, expected_pullback = jax.vjp(looped, *given[:2])
+    cotangent = np.array([1.0, -2.0, 0.5])
+    run = compiled(lambda *at: [value_and_pullback(fn, at, cotangent) for fn in (mapped, looped)])
+    (value, *gradients), (expected, *wanted) = run(*variables)
     np.testing.assert_allclose(value, expected, rtol=1e-12)
-    cotangent = jnp.array([1.0, -2.0, 0.5])
-    for got, want in zip(pullback(cotangent), expected_pullback(cotangent), strict=True):
+    for got, want in zip(gradients, wanted, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-14)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_bfloat16(reduction):
     x, w, b, labels, *_ = problem(130, 16, 2049)
-    labels = jnp.asarray(labels)
-    half = [jnp.asarray(a, jnp.bfloat16) for a in (x, w, b + 10)]
-    cotangent = jnp.asarray(np.random.default_rng(3).normal(size=130) if reduction == "none" else 1, jnp.float32)
+    half = [a.astype(jnp.bfloat16) for a in (x, w, b + 10)]
+    cotangent = np.random.default_rng(3).normal(size=130 if reduction == "none" else ()).astype(np.float32)
 
-    @jax.jit
-    def run(*variables):
-        return jax.value_and_grad(
-            lambda x, w, b: jnp.sum(
-                cotangent * linear_cross_entropy(x, w, labels, b, reduction=reduction, memory_budget=2**20)
-            ),
-            (0, 1, 2),
-        )(*variables)
+    @compiled
+    def run(half, single):
+        ours = lambda *at: linear_cross_entropy(*at[:2], labels, at[2], reduction=reduction, memory_budget=2**20)  # noqa: E731
+        exact = lambda *at: unfused(*at[:2], labels, at[2], reduction=reduction)  # noqa: E731
+        return value_and_pullback(ours, half, cotangent), value_and_pullback(exact, single, cotangent)
 
-    value, gradients = run(*half)
-    exact, exact_gradients = run(*(a.astype(jnp.float32) for a in half))
-    assert value.dtype == jnp.float32
+    (value, *gradients), (exact, *exact_gradients) = run(half, [a.astype(np.float32) for a in half])
+    assert value.dtype == np.float32
     np.testing.assert_allclose(value, exact, rtol=1e-5)  # products of bfloat16 are exact in float32
     for got, want in zip(gradients, exact_gradients, strict=True):
         assert got.dtype == jnp.bfloat16
-        assert relative(got, np.asarray(want)) < 6e-3
+        assert relative(got, want) < 6e-3
 
 
 def test_the_kernels_gradient_is_summed_in_float32():
     """4096 positions of one label: each tile adds 1/256 of the sum, which bfloat16 would round away."""
-    x, labels = jnp.ones((4096, 1), jnp.bfloat16), jnp.zeros(4096, int)
-    w = jnp.zeros((1, 2), jnp.bfloat16)
-    gradient = jax.grad(lambda w: linear_cross_entropy(x, w, labels, reduction="sum", memory_budget=8 * 2 * 8))(w)
-    np.testing.assert_array_equal(gradient.astype(float), [[-2048, 2048]])
+    x, labels, w = np.ones((4096, 1), jnp.bfloat16), np.zeros(4096, int), np.zeros((1, 2), jnp.bfloat16)
+    loss = lambda w, x: linear_cross_entropy(x, w, labels, reduction="sum", memory_budget=8 * 2 * 8)  # noqa: E731
+    np.testing.assert_array_equal(compiled(jax.grad(loss))(w, x).astype(float), [[-2048, 2048]])
 
 
-@pytest.mark.parametrize("variable", [0, 1])
-def test_second_derivatives_of_half_precision_are_summed_in_float32(variable):
+def test_second_derivatives_of_half_precision_are_summed_in_float32():
     """Forward over reverse; tiles added up in bfloat16 would be off by a tenth after 4096 positions."""
     rng = np.random.default_rng(6)
-    x, w = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((4096, 2), (2, 3)))
-    labels, tangent = jnp.zeros(4096, int), jnp.asarray(rng.normal(size=(2, 3)))
+    x, w, tangent = (rng.normal(size=s).astype(jnp.bfloat16) for s in ((4096, 2), (2, 3), (2, 3)))
+    labels = np.zeros(4096, int)
 
-    def loss(x, w):
-        return linear_cross_entropy(x, w, labels, reduction="sum", memory_budget=8 * 3 * 16)
+    def moved(loss, x, w, tangent, **options):
+        gradients = jax.grad(lambda x, w: loss(x, w, labels, reduction="sum", **options), (0, 1))
+        return jax.jvp(lambda w: gradients(x, w), (w,), (tangent,))[1]
 
-    def moved(x, w, tangent):
-        return jax.jvp(lambda w: jax.grad(loss, variable)(x, w), (w,), (tangent,))[1]
+    @compiled
+    def run(half, wide):
+        return moved(linear_cross_entropy, *half, memory_budget=8 * 3 * 16), moved(unfused, *wide)
 
-    got = moved(x, w, tangent.astype(jnp.bfloat16))
-    want = moved(x.astype(float), w.astype(float), tangent.astype(jnp.bfloat16).astype(float))
-    assert got.dtype == jnp.bfloat16
-    assert relative(got, np.asarray(want)) < 2.0**-7
+    half = x, w, tangent
+    for got, want in zip(*run(half, [a.astype(float) for a in half]), strict=True):
+        assert got.dtype == jnp.bfloat16
+        assert relative(got, want) < 2.0**-7
 
 
 def test_a_label_out_of_range_is_nan_and_nothing_else():
     x, w, b, labels, _ = float64_problem()
     options = {"ignore_index": -100, "memory_budget": 8 * 16 * 13}
-    gradient = jax.jit(jax.grad(lambda x, y: linear_cross_entropy(x, w, y, b, **options)))
+
+    @compiled
+    def run(x, y):
+        gradient = jax.grad(lambda x: linear_cross_entropy(x, w, y, b, **options))(x)
+        return linear_cross_entropy(x, w, y, b, reduction="none", **options), gradient
+
+    call = checked(lambda y: linear_cross_entropy(x, w, y, ignore_index=-100))
     for bad in (-1, 13):
-        wrong = labels.at[1].set(bad)
-        losses = linear_cross_entropy(x, w, wrong, b, reduction="none", **options)
+        wrong = np.where(np.arange(21) == 1, bad, labels)
+        losses, gradient = run(x, wrong)
         assert np.isnan(losses).nonzero()[0].tolist() == [1]
-        assert np.isnan(gradient(x, wrong)).all(1).nonzero()[0].tolist() == [1]
+        assert np.isnan(gradient).all(1).nonzero()[0].tolist() == [1]
         with pytest.raises(ValueError, match=rf"targets\[1\] is {bad}: expected a label in \[0, 13\) or ignore_index"):
-            checked(lambda y=wrong: linear_cross_entropy(x, w, y, ignore_index=-100))()
+            call(wrong)
 
 
 def test_nothing_to_average():
     x, w, b, labels, _ = float64_problem()
     loss = lambda x, w, b: linear_cross_entropy(x, w, 0 * labels, b, ignore_index=0)  # noqa: E731
-    fn = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
-    for array in jax.tree.leaves(fn(x * jnp.nan, w, b)):  # padding may be anything
+    for array in jax.tree.leaves(compiled(jax.value_and_grad(loss, (0, 1, 2)))(x * np.nan, w, b)):  # of padding
         assert (array == 0).all()
     assert linear_cross_entropy(x[:0], w, labels[:0]) == 0
     assert linear_cross_entropy(x[:0], w, labels[:0], reduction="none").shape == (0,)
@@ -319,7 +333,7 @@ def gemms(fn, *variables):
 
 def test_products_that_nobody_asked_for_are_not_taken():
     x, w, _b, labels, _ = float64_problem()
-    y = jnp.maximum(labels, 0)
+    y = np.maximum(labels, 0)
 
     def loss(x, w, reduction="mean"):
         return jnp.sum(linear_cross_entropy(x, w, y, reduction=reduction))
@@ -340,86 +354,106 @@ def test_products_that_nobody_asked_for_are_not_taken():
 def test_a_pullback_survives_derivatives_to_other_variables(reduction):
     """JAX caches what a rule keeps with the function it traced."""
     x, w, _, labels, _ = float64_problem()
-    labels = jnp.maximum(labels, 0)
+    labels = np.maximum(labels, 0)
 
     def loss(x, w):
         return jnp.sum(linear_cross_entropy(x, w, labels, reduction=reduction))
 
-    def unfused(x, w):
-        return jnp.sum(cross_entropy(x @ w, labels, reduction=reduction))
+    def expected(x, w):
+        return jnp.sum(unfused(x, w, labels, reduction=reduction))
 
-    def slope(loss):
-        return jax.jit(lambda *at: jax.jvp(jax.grad(loss, 1), at, at)[1])(x, w)
+    def slope(loss, *at):
+        return jax.jvp(jax.grad(loss, 1), at, at)[1]
 
-    _, pullback = jax.vjp(loss, x, w)
-    expected = jax.jit(jax.grad(unfused, (0, 1)))(x, w)
-    np.testing.assert_allclose(jax.grad(loss, 1)(x, w), expected[1], rtol=1e-12)
-    np.testing.assert_allclose(slope(loss), slope(unfused), rtol=1e-10, atol=1e-13)
-    for got, want in zip((*pullback(1.0), *jax.grad(loss, (0, 1))(x, w)), expected * 2, strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-12)
+    @compiled
+    def run(*at):
+        _, pullback = jax.vjp(loss, *at)
+        alone, found = jax.grad(loss, 1)(*at), (slope(loss, *at), slope(expected, *at))
+        return alone, found, (pullback(1.0), jax.grad(loss, (0, 1))(*at)), jax.grad(expected, (0, 1))(*at)
+
+    alone, slopes, found, wanted = run(x, w)
+    np.testing.assert_allclose(alone, wanted[1], rtol=1e-12)
+    np.testing.assert_allclose(*slopes, rtol=1e-10, atol=1e-13)
+    for gradients in found:
+        for got, want in zip(gradients, wanted, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
 def test_float16_gradients_neither_vanish_nor_overflow():
-    x, w, labels = jnp.ones((32768, 1), jnp.float16), jnp.zeros((1, 2), jnp.float16), jnp.zeros(32768, int)
-    scaled = jax.grad(lambda w: 2.0**10 * linear_cross_entropy(x, w, labels))(w)
+    x, w, labels = np.ones((32768, 1), np.float16), np.zeros((1, 2), np.float16), np.zeros(32768, int)
+
+    @compiled
+    def run(w, x):
+        scaled = jax.grad(lambda w: 2.0**10 * linear_cross_entropy(x, w, labels))(w)
+        return scaled, jax.grad(lambda w: linear_cross_entropy(x, w, labels, reduction="sum") / 32768)(w)
+
+    scaled, many = run(w, x)
     np.testing.assert_array_equal(scaled.astype(float), [[-512, 512]])
-    many = jax.grad(lambda w: linear_cross_entropy(x, w, labels, reduction="sum") / 32768)(w)
     np.testing.assert_array_equal(many.astype(float), [[-0.5, 0.5]])
 
 
-def test_padding_may_be_nan_to_second_order():
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_padding_may_be_nan_to_second_order(reduction):
     x, w, b, labels, _ = float64_problem()
-    padded = jnp.where(labels[:, None] == -100, jnp.nan, x)
-    for reduction in ("mean", "none"):
+    padded = np.where(labels[:, None] == -100, np.nan, x)
 
-        def slope(w, x, reduction=reduction):
-            loss = lambda w: jnp.sum(linear_cross_entropy(x, w, labels, b, ignore_index=-100, reduction=reduction))  # noqa: E731
-            return jnp.sum(jnp.sin(jax.grad(loss)(w)))
+    def slope(w, x):
+        loss = lambda w: jnp.sum(linear_cross_entropy(x, w, labels, b, ignore_index=-100, reduction=reduction))  # noqa: E731
+        return jnp.sum(jnp.sin(jax.grad(loss)(w)))
 
-        both = jax.jit(jax.value_and_grad(slope))
-        (got, got_gradient), (want, want_gradient) = both(w, padded), both(w, x)
-        np.testing.assert_allclose(got, want, rtol=1e-12)
-        np.testing.assert_allclose(got_gradient, want_gradient, rtol=1e-10, atol=1e-14)
+    both = compiled(jax.value_and_grad(slope))
+    (got, got_gradient), (want, want_gradient) = both(w, padded), both(w, x)
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+    np.testing.assert_allclose(got_gradient, want_gradient, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
 def test_a_bias_of_minus_infinity_removes_a_class(soft_cap):
     x, w, b, labels, _ = float64_problem()
-    labels, keep = jnp.maximum(labels, 0) % 12, slice(0, 12)
+    labels, options = np.maximum(labels, 0) % 12, {"soft_cap": soft_cap, "z_loss": 0.1}
 
-    @jax.jit
-    def value_and_gradients(w, b):
-        loss = lambda x, w: linear_cross_entropy(x, w, labels, b, soft_cap=soft_cap, z_loss=0.1)  # noqa: E731
-        return jax.value_and_grad(loss, (0, 1))(x, w)
+    @compiled
+    def run(x, w, b):
+        removed = lambda x, w: linear_cross_entropy(x, w, labels, b.at[12].set(-jnp.inf), **options)  # noqa: E731
+        without = lambda x, w: unfused(x, w[:, :12], labels, b[:12], **options)  # noqa: E731
+        return [jax.value_and_grad(loss, (0, 1))(x, w) for loss in (removed, without)]
 
-    removed = value_and_gradients(w, b.at[12].set(-jnp.inf))
-    without = value_and_gradients(w[:, keep], b[keep])
-    np.testing.assert_allclose(removed[0], without[0], rtol=1e-12)
-    np.testing.assert_allclose(removed[1][0], without[1][0], rtol=1e-12)
-    np.testing.assert_allclose(removed[1][1][:, keep], without[1][1], rtol=1e-12)
-    assert (removed[1][1][:, 12] == 0).all()
+    (value, gradients), (expected, wanted) = run(x, w, b)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    for got, want in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-12)
+    assert (gradients[1][:, 12] == 0).all()
 
 
 def test_no_features_and_huge_logits():
-    assert linear_cross_entropy(jnp.zeros((5, 0)), jnp.zeros((0, 7)), jnp.zeros(5, int)) == np.log(7)
-    x = jnp.full((1, 1), 1e20, jnp.float32)
-    assert linear_cross_entropy(x, jnp.ones((1, 2), jnp.float32), jnp.zeros(1, int)) == np.float32(np.log(2))
+    @compiled
+    def run(nothing, huge):
+        of_huge = linear_cross_entropy(huge, np.ones((1, 2), np.float32), np.zeros(1, int))
+        return linear_cross_entropy(nothing, np.zeros((0, 7)), np.zeros(5, int)), of_huge
+
+    assert run(np.zeros((5, 0)), np.full((1, 1), 1e20, np.float32)) == (np.log(7), np.float32(np.log(2)))
+
+
+def with_nan(array, *at):
+    array = array.copy()
+    array[at] = np.nan
+    return array
 
 
 def test_checked_names_the_first_nan():
     x, w, _, labels, _ = float64_problem()
-    padded = jnp.where(labels[:, None] == -100, jnp.nan, x)
+    padded = np.where(labels[:, None] == -100, np.nan, x)
     call = checked(lambda x, w: linear_cross_entropy(x, w, labels, ignore_index=-100))
     call(padded, w)
     with pytest.raises(ValueError, match=r"features\[5, 2\] is nan: expected a number"):
-        call(padded.at[5, 2].set(jnp.nan), w)
+        call(with_nan(padded, 5, 2), w)
     with pytest.raises(ValueError, match=r"kernel\[0, 3\] is nan: expected a number"):
-        call(padded, w.at[0, 3].set(jnp.nan))
+        call(padded, with_nan(w, 0, 3))
 
 
 def test_products_are_taken_in_the_dtype_of_the_inputs():
-    x, w = jnp.ones((40, 8), jnp.bfloat16), jnp.ones((8, 5), jnp.bfloat16)
-    gradient = jax.jit(jax.grad(lambda x, w: linear_cross_entropy(x, w, jnp.zeros(40, int)), (0, 1)))
+    x, w = np.ones((40, 8), jnp.bfloat16), np.ones((8, 5), jnp.bfloat16)
+    gradient = jax.jit(jax.grad(lambda x, w: linear_cross_entropy(x, w, np.zeros(40, int)), (0, 1)))
     products = re.findall(r"stablehlo\.dot_general.* : \((.*)\) ->", gradient.lower(x, w).as_text())
     assert len(products) == 3
     assert all(operands.count("bf16") == 2 for operands in products)
@@ -428,16 +462,14 @@ def test_products_are_taken_in_the_dtype_of_the_inputs():
 def test_no_class_left():
     """Targets without weight cost nothing, and there is no lse to draw towards 0."""
     x, w, b, *_ = float64_problem()
-    nothing = jnp.zeros((21, 13))
-    fn = jax.value_and_grad(
-        lambda x, w: linear_cross_entropy(x, w, nothing, jnp.full_like(b, -jnp.inf), z_loss=0.1), (0, 1)
-    )
-    for array in jax.tree.leaves(fn(x, w)):
+    loss = lambda x, w, t, b: linear_cross_entropy(x, w, t, b, z_loss=0.1)  # noqa: E731
+    fn = compiled(jax.value_and_grad(loss, (0, 1)))
+    for array in jax.tree.leaves(fn(x, w, np.zeros((21, 13)), np.full_like(b, -np.inf))):
         assert (array == 0).all()
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("positions", [1024, 4096, 16384])
+@pytest.mark.parametrize("positions", [4096, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1024, 16384))])
 def test_temporaries_are_bounded_by_the_budget_and_the_gradients(positions):
     width, classes = 64, 32_000
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((positions, width), (width, classes))]
@@ -460,8 +492,8 @@ def test_temporaries_are_bounded_by_the_budget_and_the_gradients(positions):
 @pytest.mark.optimized
 def test_mapping_over_sequences_keeps_one_gradient_of_the_kernel():
     examples, positions, width, classes = 8, 32, 64, 8192
-    x, y = jnp.ones((examples, positions, width), jnp.float32), jnp.zeros((examples, positions), jnp.int32)
-    kernel, budget = jnp.ones((width, classes), jnp.float32), 2**20
+    x, y = np.ones((examples, positions, width), np.float32), np.zeros((examples, positions), np.int32)
+    kernel, budget = np.ones((width, classes), np.float32), 2**20
 
     def loss(x, w, y):
         return linear_cross_entropy(x, w, y, memory_budget=budget)
