@@ -404,7 +404,8 @@ def test_a_pullback_survives_derivatives_to_other_variables(reduction):
 
 
 def test_float16_gradients_neither_vanish_nor_overflow():
-    x, w, labels = np.ones((32768, 1), np.float16), np.zeros((1, 2), np.float16), np.zeros(32768, int)
+    # Without the mean the sum is 65536, which float16 cannot hold.
+    x, w, labels = np.full((32768, 1), 4, np.float16), np.zeros((1, 2), np.float16), np.zeros(32768, int)
 
     @compiled
     def run(w, x):
@@ -412,8 +413,8 @@ def test_float16_gradients_neither_vanish_nor_overflow():
         return scaled, jax.grad(lambda w: linear_cross_entropy(x, w, labels, reduction="sum") / 32768)(w)
 
     scaled, many = run(w, x)
-    np.testing.assert_array_equal(scaled.astype(float), [[-512, 512]])
-    np.testing.assert_array_equal(many.astype(float), [[-0.5, 0.5]])
+    np.testing.assert_array_equal(scaled.astype(float), [[-2048, 2048]])
+    np.testing.assert_array_equal(many.astype(float), [[-2, 2]])
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
