@@ -1,0 +1,282 @@
+"""The CPU's kernels: each equals the plain function whose program it is, whatever the shape, dtype and batch."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsoft
+import reference
+from jaxsoft import _cpu, _moments, _softmax, _statistics
+
+pytestmark = pytest.mark.skipif(not jaxsoft.native_kernels().loaded, reason=str(jaxsoft.native_kernels()))
+
+SEAMS = {
+    "statistics": _statistics._block_sums,
+    "moments": _moments._block_moments,
+    "gradient": _statistics._in_new_place,
+    "gradient_in_place": _statistics._in_place,
+    "softmax": _softmax._probs,
+    "log_softmax": _softmax._log_probs,
+    "softmax_vjp": _softmax._pulled_back,
+    "log_softmax_vjp": _softmax._log_pulled_back,
+}
+AXES = (-2,)
+DTYPES = F32, F64, BF16, F16 = [jnp.dtype(name) for name in ("float32", "float64", "bfloat16", "float16")]
+# (outer, classes, inner): each way in which the kernels lay positions and classes in vectors, and cut them. With each
+# shape the dtypes that the default run takes: every one in each of the ways.
+SHAPES = {
+    # Long rows.
+    (3, 1000, 1): [F32],
+    (2, 3277, 1): [F64],
+    (2, 50257, 1): [BF16],
+    (1, 200_000, 1): [F16],
+    # Short ones.
+    (10_000, 2, 1): [F32],
+    (3001, 10, 1): [BF16],
+    (655, 128, 1): [F64],
+    (77, 63, 1): [F16],
+    (5, 65, 1): [F32],
+    (7, 1, 1): [F64],
+    # Classes apart.
+    (1, 21, 1500): [F32],
+    (2, 150, 4096): [BF16],
+    (1, 2, 3611): [F64],
+    (1, 5000, 64): [F16],
+    (1, 1, 17): [F32],
+    # With a last position by itself.
+    (2, 10, 1025): [F32, F16],
+    (1, 1100, 65): [BF16],
+    (1, 2048, 129): [F64],
+    # And few side by side.
+    (1, 20_000, 23): [F32],
+    (2, 377, 2): [F64],
+    (40, 7, 5): [BF16],
+    (3, 64, 63): [F16],
+    (2, 513, 31): [F32],
+}
+BATCHES = {
+    (4096, 2, 1): [F32],
+    (4096, 10, 3): [BF16],
+    (2048, 1000, 1): [F16],
+    (32, 40_000, 1): [F64],
+    (1024, 70, 7): [F16],
+    (512, 5, 130): [F32],
+}
+
+
+def each_dtype(shapes):
+    """Every shape with every dtype, by default with its own alone."""
+    return [
+        pytest.param(shape, dtype, id=f"{shape}-{dtype}", marks=() if dtype in own else pytest.mark.exhaustive)
+        for shape, own in shapes.items()
+        for dtype in DTYPES
+    ]
+
+
+@pytest.fixture(autouse=True)
+def whatever_the_size(monkeypatch):
+    monkeypatch.setattr(_cpu, "_LEAST", 0)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def kernel(name, *arrays):
+    """The program in place of the plain function."""
+    run = getattr(_cpu, name)(True, arrays, AXES)
+    assert run is not None, name
+    return run(arrays, AXES)
+
+
+def plain(name, *arrays):
+    return SEAMS[name].__wrapped__(arrays, AXES)
+
+
+def draw(rng, shape, dtype, edges=True):
+    """Logits in whose vectors one class leads by −60 to 80; in some a NaN, an infinity, a denormal, no class at all."""
+    outer, classes, inner = shape
+    z = rng.normal(size=shape) * 3
+    z[:, rng.integers(classes)] += rng.uniform(-60, 80, (outer, inner))
+    if edges and outer * inner >= 6:
+        for edge in (np.nan, np.inf, -np.inf, -0.0, 1e-40):
+            z[rng.integers(outer), rng.integers(classes), rng.integers(inner)] = edge
+        z[rng.integers(outer), :, rng.integers(inner)] = -np.inf
+    return z.astype(dtype)
+
+
+def wide(array):
+    return array if array is None or array.dtype in (np.int32, np.bool_) else np.asarray(array, float)
+
+
+def assert_close(kernel, result, found, expected, roundings, scale=0.0, lost=8):
+    """Within so many roundings, in the dtype found, of what is expected or of the `scale` of what was added up."""
+    info, dtype, shape = jnp.finfo(found.dtype if found.dtype != np.int32 else F32), found.dtype, found.shape
+    found, expected, scale = (np.broadcast_to(np.asarray(a, float), shape) for a in (found, expected, scale))
+    size = np.where(np.isfinite(expected), np.maximum(np.abs(expected), np.nan_to_num(scale)), 0)
+    # Below the smallest normal number results may be 0, and products of two such are.
+    allowed = roundings * float(info.eps) / 2 * size + lost * float(info.tiny)
+    difference = np.abs(found - expected)
+    right = (difference <= allowed) | (found == expected) | (np.isnan(found) & np.isnan(expected))
+    if not right.all():
+        excess = np.where(right, 0, np.nan_to_num(difference / allowed, nan=np.inf))
+        worst = tuple(map(int, np.unravel_index(excess.argmax(), shape)))
+        pytest.fail(
+            f"kernel {kernel}: {result} of dtype {dtype} and shape {shape}: found {found[worst]:.17g} at {worst}, "
+            f"expected {expected[worst]:.17g} within {allowed[worst]:.3g}; wrong are {(~right).sum()} of {right.size}",
+            pytrace=False,
+        )
+
+
+def every_kernel(run, z, g, largest, rest, probs=None, total=None):
+    """Every result of every kernel, by both names; of `statistics` and `gradient` with all that they may be given.
+
+    `probs` and `total` are those that `run` finds, unless they are given.
+    """
+    label, of_all, of_first, factor, at_label, share, idle = rest
+    found = {}
+
+    def add(name, arrays, results="result", options=""):
+        values = run(name, *arrays)
+        found.update({(name + options, result): v for result, v in zip(results.split(), values, strict=True)})
+
+    for with_spread, spread in (("", None), (" weights", of_all), (" shared weights", of_first)):
+        of_weights = "" if spread is None else " weight gap"
+        for with_label, y in (("", None), (" label", label)):
+            options = with_label + with_spread
+            add("statistics", (z, y, spread), "largest tail" + with_label + of_weights, options)
+            targets = y, None if y is None else at_label, None if spread is None else share, spread
+            add("gradient", (z, largest, factor, idle, *targets), options=options)
+            add("gradient_in_place", (z, largest, factor, None, *targets), options=options)
+    add("moments", (z,), "largest tail label gap lead")
+    add("softmax", (z,))
+    add("log_softmax", (z,), "result largest total")
+    add("softmax_vjp", (found["softmax", "result"] if probs is None else probs, g))
+    add("log_softmax_vjp", (z, largest, found["log_softmax", "total"] if total is None else total, g))
+    return found
+
+
+@jax.jit
+def by_kernels(*arrays):
+    moments = _moments.block_moments(arrays[0], 1)
+    return every_kernel(kernel, *arrays), (moments.statistics.logsumexp, moments.entropy, moments.lead)
+
+
+@jax.jit
+def plainly(*arrays):
+    return every_kernel(plain, *arrays)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), each_dtype(SHAPES))
+@np.errstate(invalid="ignore", divide="ignore", over="ignore")
+def test_kernels_equal_the_plain_functions(shape, dtype, rng, monkeypatch):
+    outer, classes, inner = shape
+    one = (outer, 1, inner)
+    compute = F64 if dtype == F64 else F32
+    z, g = draw(rng, shape, dtype), rng.normal(size=shape).astype(dtype)
+    largest = np.maximum(wide(z).max(1, keepdims=True), float(jnp.finfo(dtype).min)).astype(compute)
+    largest[np.abs(largest) < jnp.finfo(compute).tiny] = 0  # which numbers below the smallest normal one are to a CPU
+    label = rng.integers(-2, classes + 2, one).astype(np.int32)
+    spread = (rng.uniform(size=shape) * (rng.uniform(size=shape) < 0.7)).astype(compute)
+    factor, at_label, share = rng.normal(size=(3, *one)).astype(compute)
+    rest = label, spread, spread[:1, :, :1], factor, at_label, share, rng.uniform(size=one) < 0.2
+    found, (logsumexp, entropy, leads) = jax.tree.map(np.asarray, by_kernels(z, g, largest, rest))
+
+    # The truth in float64 is that of the shift as it is rounded, from which on nothing may be lost.
+    finite = np.isfinite(largest)
+    shifted = wide(np.where(finite, z.astype(compute) - largest, z))
+    probs, total = wide(found["softmax", "result"]), wide(found["log_softmax", "total"])
+    monkeypatch.setattr(_cpu, "_LEAST", sys.maxsize)  # a plain function may call another one
+    right = plainly(shifted, wide(g), wide(np.where(finite, 0, largest)), [wide(a) for a in rest], probs, total)
+    right = jax.tree.map(np.asarray, right)
+
+    def agree(kernel, result, roundings, scale=0.0, lost=8, expected=None, where=True):
+        expected = right[kernel, result] if expected is None else expected
+        actual, expected = (np.where(where, a, np.zeros((), a.dtype)) for a in (found[kernel, result], expected))
+        assert_close(kernel, result, actual, expected, roundings, scale, lost)
+
+    at_labels = np.take_along_axis(z, np.clip(label, 0, classes - 1), 1).astype(compute)
+    for kernel, result in found:
+        if result == "largest" and kernel != "moments":
+            agree(kernel, result, 0, lost=0, expected=largest)
+        elif kernel.startswith("statistics"):
+            if result == "label":
+                agree(kernel, result, 0, lost=1, expected=at_labels)
+            else:
+                agree(kernel, result, 16, where=~np.isnan(largest) if result == "gap" else True)
+        elif kernel.startswith("gradient"):
+            weights = spread[:1, :, :1] if "shared" in kernel else spread if "weights" in kernel else None
+            scale = 0.0 if weights is None else np.abs(right[kernel, result]) + np.abs(wide(share) * weights)
+            agree(kernel, result, 6, scale)
+
+    left = finite & (z > -np.inf).any(1, keepdims=True)
+    lead = wide(z).argmax(1, keepdims=True).astype(np.int32)
+    # Without what leads every other exponential may be 0 below the smallest normal number, in the gap times up to 709.
+    agree("moments", "tail", 16, lost=8 + classes, where=left)
+    agree("moments", "gap", 16, lost=709 * classes, where=left)
+    for result, expected in (("largest", largest), ("label", largest), ("lead", lead)):
+        agree("moments", result, 0, lost=1 if result == "label" else 0, expected=expected, where=left)
+    # Elsewhere what is made of them: NaN, infinities, 0, no class.
+    assert_close(
+        "moments", "logsumexp", np.where(left, 0, logsumexp), np.where(left, 0, np.where(finite, -np.inf, largest)), 0
+    )
+    nan = np.where(finite, 0, np.nan)
+    assert_close("moments", "entropy", np.where(left, 0, entropy), np.where(left, 0, nan), 0)
+    assert_close("moments", "leading class", leads, np.where(left, lead, -1), 0, lost=0)
+
+    agree("softmax", "result", 16)
+    agree("log_softmax", "total", 16, expected=np.maximum(right["log_softmax", "total"], jnp.finfo(compute).eps / 8))
+    agree("log_softmax", "result", 4, 16)  # near 0 a logarithm is right to rounding of 1
+    of_g = np.abs(wide(g))
+    agree("softmax_vjp", "result", 16, probs * (of_g + (probs * of_g).sum(1, keepdims=True)))
+    agree("log_softmax_vjp", "result", 16, of_g + np.exp(shifted) / total * of_g.sum(1, keepdims=True))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), each_dtype(BATCHES))
+def test_the_bits_of_a_row_do_not_depend_on_its_batch(shape, dtype, rng):
+    """The first, the fourth and the last seven, alone."""
+    z, g = (draw(rng, shape, dtype, edges=False) for _ in range(2))
+    y = wide(g).argmax(1, keepdims=True).astype(np.int32)
+    batches = [slice(None), slice(0, 1), slice(3, 4), slice(-7, None)]
+
+    @jax.jit
+    def of_each(batches):
+        def of_one(z, g, y):
+            (s,), (log_s, largest, total) = kernel("softmax", z), kernel("log_softmax", z)
+            of_logits = z, largest, total
+            return {
+                "softmax": s,
+                "log_softmax": (log_s, largest, total),
+                "statistics": kernel("statistics", z, y, g.astype(total.dtype)),
+                "moments": kernel("moments", z),
+                "gradient": kernel("gradient", z, largest, 1 / total, None, y, total, None, None),
+                "softmax_vjp": kernel("softmax_vjp", s, g),
+                "log_softmax_vjp": kernel("log_softmax_vjp", *of_logits, g),
+            }
+
+        return [of_one(*batch) for batch in batches]
+
+    whole, *parts = of_each([(z[rows], g[rows], y[rows]) for rows in batches])
+    for rows, part in zip(batches[1:], parts, strict=True):
+        for (path, few), many in zip(jax.tree.leaves_with_path(part), jax.tree.leaves(whole), strict=True):
+            named = f"{jax.tree_util.keystr(path)} of {dtype}{list(shape)}, rows {rows}"
+            np.testing.assert_array_equal(few, np.asarray(many)[rows], named)
+
+
+def test_a_kernel_takes_no_array_that_it_would_read_beyond():
+    """Mixed dtypes and broadcast weights: it looks at neither."""
+    logits, one = np.zeros((4, 300), np.float32), np.zeros((4, 1), np.float32)
+    for spread, taken in ((logits, True), (logits[:1], True), (logits[:2], False), (one, False), (wide(logits), False)):
+        assert (_cpu.statistics(True, (logits, None, spread), (-1,)) is not None) == taken
+    assert _cpu.statistics(True, (logits, one, None), (-1,)) is None
+
+
+def test_under_second_derivatives(rng):
+    z, y = rng.normal(size=(3, 8)), np.array([1, 7, 2])
+    found = jax.jit(jax.hessian(lambda z: jaxsoft.cross_entropy(z, y, reduction="sum")))(z)
+    for row, probs in enumerate(np.exp(z) / np.exp(z).sum(1, keepdims=True)):
+        np.testing.assert_allclose(found[row, :, row], reference.jacobian(probs), rtol=1e-12, atol=1e-15)

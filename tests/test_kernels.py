@@ -1,0 +1,216 @@
+"""The CPU's kernels where a user meets them: when they run, in place of what, and how to do without."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jaxsoft
+import reference
+
+pytestmark = pytest.mark.skipif(not jaxsoft.native_kernels().loaded, reason=str(jaxsoft.native_kernels()))
+
+ALWAYS = os.environ.get("JAXSOFT_NATIVE", "1") != "1"  # otherwise only arrays of 8192 elements or more
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+THREADS = """
+import os, sys
+os.sched_setaffinity(0, list(os.sched_getaffinity(0))[: int(sys.argv[1])])
+import hashlib, jax, numpy as np, jaxsoft
+
+def results(z, axis):
+    fn = lambda z: jaxsoft.cross_entropy(z, z.argmax(axis) // 2, axis, label_smoothing=0.1)
+    return *jax.value_and_grad(fn)(z), jaxsoft.softmax(z, axis)
+
+digest, rng = hashlib.sha256(), np.random.default_rng(0)
+for shape, axis in (((4096, 300), -1), ((3, 200_000), -1), ((2, 21, 40_000), 1), ((200_000, 3), -1)):
+    z = rng.normal(size=shape).astype(np.float32) * 5
+    for array in jax.jit(results, static_argnums=1)(z, axis):
+        digest.update(np.asarray(array).tobytes())
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.scripts
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads are limited by Linux's affinity")
+def test_the_bits_of_a_result_do_not_depend_on_threads():
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core has one thread")
+    runs = [subprocess.run([sys.executable, "-c", THREADS, n], capture_output=True, text=True) for n in "12"]
+    assert [run.returncode for run in runs] == [0, 0], runs[0].stderr + runs[1].stderr
+    assert runs[0].stdout == runs[1].stdout
+
+
+# Where they run.
+
+
+def calls(fn, *arrays):
+    return jax.jit(fn).lower(*arrays).as_text().count("custom_call @jaxsoft_")
+
+
+def losses(z, y, axis=-1):
+    return jaxsoft.cross_entropy(z, y, axis, reduction="none")
+
+
+def test_small_arrays_are_left_to_xla():
+    large = np.zeros((150, 300))
+    assert calls(jaxsoft.softmax, np.zeros((150, 3))) == ALWAYS
+    assert calls(jaxsoft.softmax, large) == 1
+    assert calls(jax.vmap(jaxsoft.softmax), large) == 1  # what counts is what is compiled
+
+
+@pytest.mark.parametrize("axes", [(0, 2), (0, 3)], ids=str)
+def test_classes_that_are_not_together_are_left_to_xla(axes, rng):
+    logits = rng.normal(size=(4, 16, 8, 20))
+    assert calls(lambda z: jaxsoft.softmax(z, axes), logits) == 0
+    probs = jax.jit(lambda z: jaxsoft.softmax(z, axes))(logits)
+    exponentials = np.exp(logits)
+    np.testing.assert_allclose(probs, exponentials / exponentials.sum(axes, keepdims=True), rtol=1e-13)
+
+
+def test_mixed_dtypes_are_left_to_xla():
+    probs = np.full((32, 300), 1 / 300)
+    assert calls(jaxsoft.softmax_vjp, probs, probs) == 1
+    assert calls(jaxsoft.softmax_vjp, probs, probs.astype(np.float32)) == 0
+
+
+def test_a_pullback_can_be_transposed(rng):
+    s, g, v = rng.uniform(size=(3, 32, 300))
+
+    @jax.jit
+    def both(g, v):
+        pull = functools.partial(jaxsoft.softmax_vjp, s)
+        return pull(g), *jax.linear_transpose(pull, g)(v)
+
+    pulled, transposed = both(g, v)
+    np.testing.assert_allclose(np.vdot(transposed, g), np.vdot(v, pulled), rtol=1e-12)
+
+
+def test_exported_programs_hold_no_foreign_call():
+    exported = jax.export.export(jax.jit(jaxsoft.softmax))(np.zeros((150, 300)))
+    assert "jaxsoft_" not in exported.mlir_module()
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_accelerators_know_nothing_of_them(platform):
+    traced = jax.jit(jax.value_and_grad(jaxsoft.cross_entropy)).trace(np.zeros((150, 300)), np.zeros(150, int))
+    assert "jaxsoft_" not in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("in_axes", [(0, 0), (None, 0), (0, None), (2, 1)], ids=str)
+def test_under_vmap(in_axes, rng):
+    """Five examples of four positions, or of what all have in common."""
+    of_z, of_y = in_axes
+    z = rng.normal(size={None: (4, 420), 0: (5, 4, 420), 2: (4, 420, 5)}[of_z])
+    y = rng.integers(0, 420, {None: 4, 0: (5, 4), 1: (4, 5)}[of_y])
+    weights = rng.uniform(size=(5, 4))
+
+    def naive(z, y):
+        return reference.losses(z, jax.nn.one_hot(y, 420))
+
+    def of(cross_entropy):
+        return jax.value_and_grad(lambda z: jnp.sum(weights * jax.vmap(cross_entropy, in_axes)(z, y)))
+
+    assert calls(jax.vmap(losses, in_axes), z, y) == 1
+    assert calls(of(losses), z) == 2
+    found, expected = jax.jit(lambda z: (of(losses)(z), of(naive)(z)))(z)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), found, expected)
+
+
+@pytest.mark.optimized  # what is compiled is looked at
+@pytest.mark.parametrize(
+    ("axis", "kind"), [(1, AxisType.Auto), (1, AxisType.Explicit), (2, AxisType.Auto), (2, AxisType.Explicit)]
+)
+def test_sharded_arrays_are_left_to_xla_which_gathers_none(axis, kind, rng):
+    """A foreign call would make it gather them.
+
+    One that tells XLA how to lay it has to know the devices: programs for abstract or several meshes would not compile.
+    """
+    shape = (8, 24, 48)
+    z, y = rng.normal(size=shape), rng.integers(0, shape[axis], tuple(np.delete(shape, axis)))
+
+    def loss(z, y):
+        return jnp.sum(jnp.cos(losses(z, y, axis))) + jnp.sum(jnp.sin(jaxsoft.softmax(z, axis)))
+
+    spec = [P("data", None, "model"), P("data", "model")][axis - 1]
+    step = jax.jit(jax.value_and_grad(loss))
+    with jax.set_mesh(jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))):
+        placed, labels = jax.device_put(z, spec), jax.device_put(y, P("data", "model"))
+        lowered = step.lower(placed, labels)
+        assert "custom_call @jaxsoft_" not in lowered.as_text()
+        compiled = lowered.compile()
+        assert "all-gather" not in compiled.as_text()
+        value, gradient = compiled(placed, labels)
+        assert gradient.sharding.is_equivalent_to(placed.sharding, 3)
+    assert calls(step, z, y) == 4
+    expected = step(z, y)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-13)
+    np.testing.assert_allclose(gradient, expected[1], rtol=1e-11, atol=1e-15)
+
+
+@pytest.mark.parametrize("names", [{"data", "model"}, {"data"}], ids=["all", "some"])
+def test_inside_shard_map(names, rng):
+    z = rng.normal(size=(8, 4100))
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    fn = jax.shard_map(jaxsoft.softmax, mesh=mesh, in_specs=P("data"), out_specs=P("data"), axis_names=names)
+    assert calls(fn, z) == (1 if len(names) == 2 else 0)  # XLA has yet to lay what a map does not
+    exponentials = np.exp(z)
+    np.testing.assert_allclose(jax.jit(fn)(z), exponentials / exponentials.sum(1, keepdims=True), rtol=1e-13)
+
+
+# Whether they are there. What the switch says is read when the library is imported: here again and again.
+
+SWITCHED = """
+import os, sys
+import jax, numpy as np
+
+def imported(switch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "jaxsoft"]:
+        del sys.modules[name]
+    os.environ["JAXSOFT_NATIVE"] = switch
+    import jaxsoft
+    return jaxsoft
+
+def calls(jaxsoft):
+    return jax.jit(jaxsoft.softmax).lower(np.zeros((100, 200))).as_text().count("custom_call @jaxsoft_")
+
+def refuse(*arguments, **options):
+    raise ValueError("its version is newer")
+
+for switch in sys.argv[1:]:
+    try:
+        print(imported(switch).native_kernels(), calls(imported(switch)))
+    except ValueError as error:
+        print("ValueError:", error)
+jax.ffi.register_ffi_target = refuse
+jaxsoft = imported("1")
+print(jaxsoft.softmax(np.zeros((100, 200)))[0, 0], jaxsoft.native_kernels())
+"""
+
+
+@pytest.mark.scripts
+def test_the_switch_and_a_library_that_is_refused():
+    switches = "0", "1", __file__, "yes"
+    run = subprocess.run([sys.executable, "-c", SWITCHED, *switches], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    off, on, no_library, neither, refused = run.stdout.splitlines()
+    assert off == "native CPU kernels: none, turned off by JAXSOFT_NATIVE=0 0"
+    assert on.startswith("native CPU kernels: loaded from ")
+    assert on.endswith(" 1")
+    assert no_library.startswith(f"native CPU kernels: none, {__file__} was refused: ")
+    assert no_library.endswith(" 0")
+    assert neither == "ValueError: JAXSOFT_NATIVE: expected 0, 1, always or the file of a library, got 'yes'"
+    assert refused.startswith("0.005 native CPU kernels: none, ")  # all is left to XLA
+    assert refused.endswith("was refused: its version is newer")
