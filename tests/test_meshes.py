@@ -12,15 +12,16 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxsoft
+import reference
 from jaxsoft import cross_entropy, linear_cross_entropy
 
-KINDS = [AxisType.Explicit, AxisType.Auto]
+KINDS = {"explicit": AxisType.Explicit, "auto": AxisType.Auto}
 POSITIONS, WIDTH, CLASSES = 64, 8, 48
 rng = np.random.default_rng(0)
 
 
 def normal(*shape):
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return rng.normal(size=shape).astype(np.float32)
 
 
 LOGITS, OF_LOGITS = normal(16, 8, 24), normal(16, 8, 24)
@@ -36,17 +37,18 @@ def of_targets(positions, classes):
     shares = rng.dirichlet(np.ones(classes), positions) * mask
     weights = rng.uniform(0.2, 2, positions)
     return {
-        "labels": jnp.asarray(labels),
-        "distribution": jnp.asarray(shares, jnp.float32),
-        "weights": jnp.asarray(weights, jnp.float32),
-        "class_weights": jnp.asarray(rng.uniform(0.2, 2, classes), jnp.float32),
-        "where": jnp.asarray(mask),
+        "labels": labels,
+        "distribution": shares.astype(np.float32),
+        "weights": weights.astype(np.float32),
+        "class_weights": rng.uniform(0.2, 2, classes).astype(np.float32),
+        "where": mask,
     }
 
 
 DENSE, LINEAR = of_targets((16, 8), 24), of_targets((POSITIONS,), CLASSES)
+TARGETS, REDUCTIONS = ("labels", "distributions"), ("none", "mean")
 OPTIONS = {
-    "labels": {},
+    "plain": {},
     "class weights": {"class_weights"},
     "everything": {"class_weights", "weights", "where", "label_smoothing", "z_loss"},
 }
@@ -56,36 +58,69 @@ def each_loss(loss, targets):
     """Functions for the losses of all options, by name, of labels and of distributions."""
     numbers = {"label_smoothing": 0.1, "z_loss": 0.05}
     losses = {}
-    for (name, wanted), reduction in itertools.product(OPTIONS.items(), ["none", "mean"]):
-        options = {key: numbers.get(key, targets.get(key)) for key in wanted} | {"reduction": reduction}
-        losses[f"{name}, {reduction}"] = functools.partial(loss, targets["labels"], ignore_index=-1, **options)
-        losses[f"distributions, {name}, {reduction}"] = functools.partial(loss, targets["distribution"], **options)
+    for kind, name, reduction in itertools.product(TARGETS, OPTIONS, REDUCTIONS):
+        options = {key: numbers.get(key, targets.get(key)) for key in OPTIONS[name]} | {"reduction": reduction}
+        given = (
+            {"labels": targets["labels"], "ignore_index": -1}
+            if kind == "labels"
+            else {"labels": targets["distribution"]}
+        )
+        losses[f"{kind}, {name}, {reduction}"] = functools.partial(loss, **given, **options)
     return losses
 
 
-def derivatives(functions, arrays, primals, tangents):
-    """Of each of `functions(*arrays)` the value, gradients under a cotangent for each number, and the tangents of these.
+def derivative(functions, name, arrays, primals, tangents):
+    """Of one of `functions(*arrays)` the value, gradients under a cotangent for each number, and the tangents of these."""
+
+    def weighed(*primals):
+        value = functions(*arrays)[name](*primals)
+        cotangent = jnp.cos(jnp.arange(value.size, dtype=value.dtype)).reshape(value.shape)
+        sharding = jax.typeof(value).sharding
+        if AxisType.Explicit in sharding.mesh.axis_types:
+            cotangent = jax.sharding.reshard(cotangent, sharding)
+        return jnp.sum(cotangent * value), value
+
+    def gradients(*primals):
+        return jax.grad(weighed, tuple(range(len(primals))), has_aux=True)(*primals)
+
+    return jax.jvp(gradients, primals, tangents, has_aux=True)
+
+
+def derivatives(functions, names, arrays, primals, tangents):
+    """Those of each, by name.
 
     One program after another: XLA's CPU has a thread wait in each collective, and waits forever where one program has
     more of them side by side than threads.
     """
+    run = jax.jit(functools.partial(derivative, functions), static_argnums=0)
+    return {name: jax.block_until_ready(run(name, arrays, primals, tangents)) for name in names}
 
-    def of_one(name, arrays, primals, tangents):
-        def weighed(*primals):
-            value = functions(*arrays)[name](*primals)
-            cotangent = jnp.cos(jnp.arange(value.size, dtype=value.dtype)).reshape(value.shape)
-            sharding = jax.typeof(value).sharding
-            if AxisType.Explicit in sharding.mesh.axis_types:
-                cotangent = jax.sharding.reshard(cotangent, sharding)
-            return jnp.sum(cotangent * value), value
 
-        def gradients(*primals):
-            return jax.grad(weighed, tuple(range(len(primals))), has_aux=True)(*primals)
+def of_one_device(functions, *arrays):
+    """All of them as one program: nothing waits in it."""
+    names = tuple(functions(*arrays[0]))
+    return jax.jit(lambda *arrays: {name: derivative(functions, name, *arrays) for name in names})(*arrays)
 
-        return jax.jvp(gradients, primals, tangents, has_aux=True)
 
-    run = jax.jit(of_one, static_argnums=0)
-    return {name: jax.block_until_ready(run(name, arrays, primals, tangents)) for name in functions(*arrays)}
+def setups(others, *factors):
+    """Each combination of `factors`, and names of functions: by default few, and the rest.
+
+    Of the `others` each meets every choice, and of the losses every kind of target and reduction, each option in turn.
+    """
+    covering = reference.covering(2, TARGETS, REDUCTIONS, *factors)
+    chosen = [
+        (f"{of}, {option}, {r}", *setup)
+        for (of, r, *setup), option in zip(covering, itertools.cycle(OPTIONS), strict=False)
+    ]
+    chosen += reference.covering(2, others, *factors) if others else []
+    names = [*others, *map(", ".join, itertools.product(TARGETS, OPTIONS, REDUCTIONS))]
+    cases = []
+    for setup in itertools.product(*factors):
+        some = [name for name in names if (name, *setup) in chosen]
+        cases += [pytest.param(*setup, some, id="-".join(map(str, setup)))] if some else []
+        rest = [name for name in names if name not in some]
+        cases.append(pytest.param(*setup, rest, id="-".join((*map(str, setup), "rest")), marks=pytest.mark.exhaustive))
+    return cases
 
 
 def place(mesh, array, spec):
@@ -108,7 +143,7 @@ def close(actual, expected):
 
 
 def dense(targets, cotangent):
-    def loss(labels, logits, **options):
+    def loss(logits, *, labels, **options):
         return cross_entropy(logits, labels, **options)
 
     return {
@@ -125,33 +160,44 @@ def dense(targets, cotangent):
 
 @pytest.fixture(scope="module")
 def dense_of_one_device():
-    return derivatives(dense, (DENSE, OF_LOGITS), (LOGITS,), (OF_LOGITS,))
+    return of_one_device(dense, (DENSE, OF_LOGITS), (LOGITS,), (OF_LOGITS,))
 
 
-@pytest.mark.parametrize("replicated", [False, True])
-@pytest.mark.parametrize(
-    ("shape", "spec"),
-    [((8,), P("data")), ((4, 2), P("data", None, "model")), ((8,), P(None, None, "data"))],
-    ids=["positions", "both", "classes"],
-)
-@pytest.mark.parametrize("kind", KINDS, ids=["explicit", "auto"])
-def test_dense_functions(dense_of_one_device, kind, shape, spec, replicated):
-    """Targets that are laid as the logits are, or that every device has as a whole."""
-    mesh = make_mesh(kind, shape)
+DENSE_LAYOUTS = {
+    "positions": ((8,), P("data")),
+    "both": ((4, 2), P("data", None, "model")),
+    "classes": ((8,), P(None, None, "data")),
+}
+OTHERS = [name for name in dense(DENSE, None) if ", none" not in name and ", mean" not in name]
+
+
+@pytest.mark.parametrize(("kind", "layout", "replicated", "names"), setups(OTHERS, KINDS, DENSE_LAYOUTS, [False, True]))
+def test_dense_functions(dense_of_one_device, kind, layout, replicated, names):
+    """Targets that are sharded as the logits are, or that every device has as a whole."""
+    shape, spec = DENSE_LAYOUTS[layout]
+    mesh = make_mesh(KINDS[kind], shape)
     rows = P() if replicated else P(*spec[:2])
     specs = dict.fromkeys(DENSE, P()) | {"labels": rows, "weights": rows, "distribution": P() if replicated else spec}
     with jax.set_mesh(mesh):
         targets = {name: place(mesh, array, specs[name]) for name, array in DENSE.items()}
         other = place(mesh, OF_LOGITS, P() if replicated else spec)
         logits, tangent = place(mesh, LOGITS, spec), place(mesh, OF_LOGITS, spec)
-        close(derivatives(dense, (targets, other), (logits,), (tangent,)), dense_of_one_device)
+        found = derivatives(dense, names, (targets, other), (logits,), (tangent,))
+    close(found, {name: dense_of_one_device[name] for name in names})
 
 
 # ---- The fused head.
 
 
+def unfused(targets, bias):
+    def loss(features, kernel, *, labels, **options):
+        return cross_entropy(features @ kernel + bias, labels, **options)
+
+    return each_loss(loss, targets)
+
+
 def linear(targets, bias, **layout):
-    def loss(labels, features, kernel, **options):
+    def loss(features, kernel, *, labels, **options):
         options |= {"memory_budget": 4 * 4 * CLASSES * 5, **layout}
         return linear_cross_entropy(features, kernel, labels, bias, **options)
 
@@ -160,7 +206,8 @@ def linear(targets, bias, **layout):
 
 @pytest.fixture(scope="module")
 def head_of_one_device():
-    return derivatives(linear, (LINEAR, BIAS), (FEATURES, KERNEL), (OF_FEATURES, OF_KERNEL))
+    """Of logits that are computed before."""
+    return of_one_device(unfused, (LINEAR, BIAS), (FEATURES, KERNEL), (OF_FEATURES, OF_KERNEL))
 
 
 LAYOUTS = {  # of positions, kernel, bias
@@ -194,16 +241,16 @@ def automatic(kind, rows, of_kernel):
     return {"batch_axes": rows[0] if rows else None, "axis_name": by_class}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS, ids=["explicit", "auto"])
-def test_the_fused_head(head_of_one_device, kind, layout):
+@pytest.mark.parametrize(("kind", "layout", "names"), setups([], KINDS, LAYOUTS))
+def test_the_fused_head(head_of_one_device, kind, layout, names):
     """Also the mean over positions of which one device ignores all, another none."""
     shape, rows, of_kernel, of_bias = LAYOUTS[layout]
-    mesh = make_mesh(kind, shape)
+    mesh = make_mesh(KINDS[kind], shape)
     with jax.set_mesh(mesh):
-        fn = functools.partial(linear, **automatic(kind, rows, of_kernel))
+        fn = functools.partial(linear, **automatic(KINDS[kind], rows, of_kernel))
         targets, (features, kernel, bias), tangents = place_head(mesh, rows, of_kernel, of_bias)
-        close(derivatives(fn, (targets, bias), (features, kernel), tangents), head_of_one_device)
+        found = derivatives(fn, names, (targets, bias), (features, kernel), tangents)
+    close(found, {name: head_of_one_device[name] for name in names})
 
 
 @pytest.mark.parametrize("of_kernel", [P(), P("data"), P(None, "model")])
@@ -215,7 +262,7 @@ def test_the_fused_head_without_a_word_on_automatic_axes(of_kernel):
     close(fn(*(place(mesh, a, s) for a, s in zip(arrays, specs, strict=True))), fn(*arrays))
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["explicit", "auto"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_inside_a_shard_map_what_it_leaves_is_one_line(kind):
     mesh = make_mesh(kind, (4, 2))
     more = {} if kind == AxisType.Explicit else {"batch_axes": "model"}
@@ -232,7 +279,7 @@ def test_inside_a_shard_map_what_it_leaves_is_one_line(kind):
             jax.jit(fn)(*placed)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["explicit", "auto"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_mapped_over_sequences(kind):
     """Sequences over one mesh axis, their positions over another."""
     mesh = make_mesh(kind, (4, 2))
@@ -292,7 +339,7 @@ def test_a_spec_lays_each_axis_of_the_positions():
     assert losses.sharding.spec == P("data", "model")
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["explicit", "auto"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_checked_names_what_is_wrong_on_a_mesh(kind):
     mesh = make_mesh(kind, (8,))
     more = {} if kind == AxisType.Explicit else {"batch_axes": "data"}
@@ -348,7 +395,7 @@ def collectives(text):
 
 @pytest.mark.optimized
 @pytest.mark.parametrize("layout", ["positions", "fsdp", "both", "fsdp and vocabulary"])
-@pytest.mark.parametrize("kind", KINDS, ids=["explicit", "auto"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_devices_share_the_work_and_tell_each_other_no_more_than_they_must(kind, layout):
     shape, of_positions, of_kernel, _ = LAYOUTS[layout]
     found = collectives(compiled(kind, shape, of_positions, of_kernel))

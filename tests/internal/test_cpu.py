@@ -133,7 +133,7 @@ def assert_close(kernel, result, found, expected, roundings, scale=0.0, lost=8):
 
 
 def every_kernel(run, z, g, largest, rest, probs=None, total=None):
-    """Every result of every kernel, by both names; of `statistics` and `gradient` with all that they may be given.
+    """Every result of every kernel, by their names; of `statistics` and `gradient` with all that they may be given.
 
     `probs` and `total` are those that `run` finds, unless they are given.
     """
@@ -147,7 +147,7 @@ def every_kernel(run, z, g, largest, rest, probs=None, total=None):
     for with_spread, spread in (("", None), (" weights", of_all), (" shared weights", of_first)):
         of_weights = "" if spread is None else " weight gap"
         for with_label, y in (("", None), (" label", label)):
-            options = with_label + with_spread
+            options = f" with{with_label}{with_spread}" if y is not None or spread is not None else ""
             add("statistics", (z, y, spread), "largest tail" + with_label + of_weights, options)
             targets = y, None if y is None else at_label, None if spread is None else share, spread
             add("gradient", (z, largest, factor, idle, *targets), options=options)
