@@ -253,13 +253,26 @@ def test_the_fused_head(head_of_one_device, kind, layout, names):
     close(found, {name: head_of_one_device[name] for name in names})
 
 
+def mean_loss(*arrays, **layout):
+    return linear_cross_entropy(*arrays, ignore_index=-1, **layout)
+
+
+PLAIN = FEATURES, KERNEL, LINEAR["labels"]
+
+
+@pytest.fixture(scope="module")
+def plain_of_one_device():
+    """The mean with its gradients, and each loss."""
+    fn = jax.jit(lambda *a: (jax.value_and_grad(mean_loss, (0, 1))(*a), mean_loss(*a, reduction="none")))
+    return fn(*PLAIN)
+
+
 @pytest.mark.parametrize("of_kernel", [P(), P("data"), P(None, "model")])
-def test_the_fused_head_without_a_word_on_automatic_axes(of_kernel):
+def test_the_fused_head_without_a_word_on_automatic_axes(plain_of_one_device, of_kernel):
     mesh = make_mesh(AxisType.Auto, (4, 2))
-    fn = jax.jit(jax.value_and_grad(lambda x, w, y: linear_cross_entropy(x, w, y, ignore_index=-1), (0, 1)))
-    arrays = FEATURES, KERNEL, LINEAR["labels"]
     specs = P("data"), of_kernel, P("data")
-    close(fn(*(place(mesh, a, s) for a, s in zip(arrays, specs, strict=True))), fn(*arrays))
+    placed = (place(mesh, a, s) for a, s in zip(PLAIN, specs, strict=True))
+    close(jax.jit(jax.value_and_grad(mean_loss, (0, 1)))(*placed), plain_of_one_device[0])
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -270,72 +283,69 @@ def test_inside_a_shard_map_what_it_leaves_is_one_line(kind):
     def of_device(x, w, y):
         return jax.lax.psum(linear_cross_entropy(x, w, y, reduction="sum", **more), "data")
 
-    arrays = FEATURES, KERNEL, LINEAR["labels"]
     specs = P("data"), P(None, "model"), P("data")
     with jax.set_mesh(mesh):
         fn = jax.shard_map(of_device, in_specs=(P("data"), P(), P("data")), out_specs=P(), axis_names={"data"})
-        placed = (place(mesh, a, s) for a, s in zip(arrays, specs, strict=True))
+        placed = (place(mesh, a, s) for a, s in zip(PLAIN, specs, strict=True))
         with pytest.raises(ValueError, match=r"got \['model'\]: name these in its axis_names too"):
             jax.jit(fn)(*placed)
 
 
+SEQUENCES = FEATURES.reshape(8, 8, WIDTH), KERNEL, LINEAR["labels"].reshape(8, 8)
+
+
+def of_sequences(features, kernel, labels, **more):
+    def loss(x, y):
+        return linear_cross_entropy(x, kernel, y, ignore_index=-1, **more)
+
+    return jnp.sum(jnp.sin(jnp.arange(8, dtype=jnp.float32)) * jax.vmap(loss)(features, labels))
+
+
+@pytest.fixture(scope="module")
+def sequences_of_one_device():
+    return jax.jit(jax.value_and_grad(of_sequences, (0, 1)))(*SEQUENCES)
+
+
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_mapped_over_sequences(kind):
+def test_mapped_over_sequences(sequences_of_one_device, kind):
     """Sequences over one mesh axis, their positions over another."""
-    mesh = make_mesh(kind, (4, 2))
-    features, labels = FEATURES.reshape(8, 8, WIDTH), LINEAR["labels"].reshape(8, 8)
-
-    def losses(features, kernel, labels, **more):
-        def loss(x, y):
-            return linear_cross_entropy(x, kernel, y, ignore_index=-1, **more)
-
-        return jnp.sum(jnp.sin(jnp.arange(8, dtype=jnp.float32)) * jax.vmap(loss)(features, labels))
-
-    expected = jax.value_and_grad(losses, (0, 1))(features, KERNEL, labels)
     spec, more = (P("data", "model"), {}) if kind == AxisType.Explicit else (P(None, "data"), {"batch_axes": "data"})
+    mesh = make_mesh(kind, (4, 2))
     with jax.set_mesh(mesh):
-        placed = place(mesh, features, spec), place(mesh, KERNEL, P()), place(mesh, labels, spec)
-        close(jax.jit(jax.value_and_grad(lambda *a: losses(*a, **more), (0, 1)))(*placed), expected)
+        placed = (place(mesh, a, s) for a, s in zip(SEQUENCES, (spec, P(), spec), strict=True))
+        found = jax.jit(jax.value_and_grad(functools.partial(of_sequences, **more), (0, 1)))(*placed)
+    close(found, sequences_of_one_device)
 
 
-def test_mapped_over_the_axis_that_is_laid():
-    """Class weights for each example, whose other axes are laid over nothing."""
-    labels, weights = (
-        jnp.abs(LINEAR["labels"][:8]),
-        LINEAR["class_weights"] * jnp.arange(1, 9, dtype=jnp.float32)[:, None],
-    )
+def test_mapped_over_the_axis_that_is_sharded():
+    """Class weights for each example, whose other axes are sharded over nothing."""
+    weights = LINEAR["class_weights"] * np.arange(1, 9, dtype=np.float32)[:, None]
+    arrays = FEATURES[:8], np.abs(LINEAR["labels"][:8]), weights
 
     def loss(features, label, weights):
         return linear_cross_entropy(features, KERNEL, label, class_weights=weights, reduction="sum")
 
-    mesh = make_mesh(AxisType.Explicit, (8,))
+    losses, mesh = jax.jit(jax.vmap(loss)), make_mesh(AxisType.Explicit, (8,))
+    expected = losses(*arrays)
     with jax.set_mesh(mesh):
-        placed = (place(mesh, array, P("data")) for array in (FEATURES[:8], labels, weights))
-        losses = jax.jit(jax.vmap(loss))(*placed)
-    close(losses, jax.vmap(loss)(FEATURES[:8], labels, weights))
+        close(losses(*(place(mesh, array, P("data")) for array in arrays)), expected)
 
 
-def test_batch_axes_join_what_types_say():
+def test_batch_axes_join_what_types_say(plain_of_one_device):
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Explicit, AxisType.Auto))
     with jax.set_mesh(mesh):
-        placed = place(mesh, FEATURES, P("data")), place(mesh, KERNEL, P()), place(mesh, LINEAR["labels"], P("data"))
-        fn = jax.jit(lambda *a: linear_cross_entropy(*a, ignore_index=-1, batch_axes="fsdp"))
-        close(fn(*placed), linear_cross_entropy(FEATURES, KERNEL, LINEAR["labels"], ignore_index=-1))
-        of_device = fn.lower(*placed).as_text()
+        placed = [place(mesh, a, s) for a, s in zip(PLAIN, (P("data"), P(), P("data")), strict=True)]
+        lowered = jax.jit(functools.partial(mean_loss, batch_axes="fsdp")).lower(*placed)
+        close(lowered.compile()(*placed), plain_of_one_device[0][0])
+    of_device = lowered.as_text()
     assert f"tensor<{POSITIONS // 8}x{WIDTH}xf32>" in of_device
     assert f"tensor<{POSITIONS // 4}x{WIDTH}xf32>" not in of_device
 
 
-def test_a_spec_lays_each_axis_of_the_positions():
-    mesh = make_mesh(AxisType.Auto, (4, 2))
-    features, labels = FEATURES.reshape(8, 8, WIDTH), LINEAR["labels"].reshape(8, 8)
-    expected = linear_cross_entropy(features, KERNEL, labels, ignore_index=-1, reduction="none")
-    with jax.set_mesh(mesh):
-        fn = jax.jit(
-            lambda *a: linear_cross_entropy(*a, ignore_index=-1, reduction="none", batch_axes=P("data", "model"))
-        )
-        losses = fn(features, KERNEL, labels)
-    close(losses, expected)
+def test_a_spec_shards_each_axis_of_the_positions(plain_of_one_device):
+    with jax.set_mesh(make_mesh(AxisType.Auto, (4, 2))):
+        losses = jax.jit(functools.partial(mean_loss, reduction="none", batch_axes=P("data", "model")))(*SEQUENCES)
+    close(losses, plain_of_one_device[1].reshape(8, 8))
     assert losses.sharding.spec == P("data", "model")
 
 
@@ -347,7 +357,7 @@ def test_checked_names_what_is_wrong_on_a_mesh(kind):
         placed = (
             place(mesh, FEATURES, P("data")),
             place(mesh, KERNEL, P()),
-            place(mesh, jnp.full(POSITIONS, 99), P("data")),
+            place(mesh, np.full(POSITIONS, 99), P("data")),
         )
         with pytest.raises(ValueError, match=r"is 99: expected a label in \[0, 48\)"):
             jaxsoft.checked(jax.jit(functools.partial(linear_cross_entropy, **more)))(*placed)
@@ -394,8 +404,18 @@ def collectives(text):
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("layout", ["positions", "fsdp", "both", "fsdp and vocabulary"])
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        *itertools.product(
+            KINDS.values(), ["fsdp", "fsdp and vocabulary"]
+        ),  # which differ in what is left of a gradient
+        (AxisType.Explicit, "positions"),
+        (AxisType.Auto, "both"),
+        pytest.param(AxisType.Auto, "positions", marks=pytest.mark.exhaustive),
+        pytest.param(AxisType.Explicit, "both", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_devices_share_the_work_and_tell_each_other_no_more_than_they_must(kind, layout):
     shape, of_positions, of_kernel, _ = LAYOUTS[layout]
     found = collectives(compiled(kind, shape, of_positions, of_kernel))
@@ -405,7 +425,7 @@ def test_devices_share_the_work_and_tell_each_other_no_more_than_they_must(kind,
     assert all(size <= 2 * rows for _, size, in_loop in found if in_loop), found
     gathered = [size for op, size, _ in found if op == "all-gather"]
     assert gathered == ([width * block] if "fsdp" in layout else []), found
-    # Beside them the kernel's gradient, the features' where classes are sharded, and small ones.
+    # In addition the kernel's gradient, the features' where classes are sharded, and small ones.
     reduced = sorted(size for op, size, _ in found if op != "all-gather" and size > 64)
     of_features = [positions // shape[0] * width] if block < classes else []
     of_gradient = [width * block // (shape[0] if "fsdp" in layout and kind == AxisType.Explicit else 1)]
@@ -440,4 +460,4 @@ def test_batch_axes_without_a_mesh_are_one_line():
     with pytest.raises(
         ValueError, match=r"batch_axes: expected axes of the mesh .*, of which there is none here, got 'data'"
     ):
-        linear_cross_entropy(FEATURES, KERNEL, LINEAR["labels"], batch_axes="data")
+        linear_cross_entropy(*PLAIN, batch_axes="data")
