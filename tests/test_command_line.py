@@ -1,4 +1,4 @@
-"""The door that every script shares: its usage, and the one line in which each ends."""
+"""The command line that all scripts share: its usage, and the one line in which each ends."""
 
 import runpy
 import signal
