@@ -38,14 +38,15 @@ exhaustive = pytest.mark.exhaustive
 up_to_1000_and_beyond = pytest.mark.parametrize("steps", [STEPS[:-1], pytest.param(STEPS[-1:], marks=exhaustive)])
 
 
-@functools.cache
+follow_once, controls_once = functools.cache(classifier.follow), functools.cache(classifier.controls)
+
+
 def follow(name, steps=1000):
-    return classifier.follow(name, steps)
+    return follow_once(name, steps)
 
 
-@functools.cache
 def controls(name, steps=1000):
-    return classifier.controls(name, steps)
+    return controls_once(name, steps)
 
 
 @functools.cache
@@ -57,7 +58,7 @@ def test_shapes_of_weights_and_of_biases_for_100_flowers():
     """S1.2, S1.3: 4 → 5 → 4 → 3, columns are flowers."""
     assert [w.shape for w in classifier.draw_weights()] == [(5, 4), (4, 5), (3, 4)]
     assert [b.shape for b in classifier.start(classifier.SETUPS["A"])[3]] == [(5, 100), (4, 100), (3, 100)]
-    layers = init_mlp(jax.random.key(0), classifier.UNITS)
+    layers = jax.eval_shape(lambda: init_mlp(jax.random.key(0), classifier.UNITS))
     assert [layer["kernel"].shape for layer in layers] == [(4, 5), (5, 4), (4, 3)]
 
 
