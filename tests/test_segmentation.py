@@ -1,30 +1,32 @@
 """The segmentation experiment: its scenes, its scores, its folders, and runs that are killed."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import resource
 import shutil
 import signal
-import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pandas as pd
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
+from test_vocabulary import end_held
 
 from experiments import _checkpoints, _runs
 from experiments._checkpoints import Checkpoint, latest_whole, read_record, read_state, save
 from experiments._door import InputError, enter
+from experiments.segmentation import __main__ as segmentation
 from experiments.segmentation import streets
 from experiments.segmentation.__main__ import Config, run
-from experiments.segmentation.network import GROUPS, apply_network, init_network, normalise
+from experiments.segmentation.network import DEEPER, GROUPS, WIDTHS, apply_network, init_network, normalise
 from experiments.segmentation.pictures import voc_palette
 from experiments.segmentation.scenes import VOID, Pair, digit_scenes, read_digits
 from experiments.segmentation.training import (
@@ -41,10 +43,30 @@ from experiments.segmentation.training import (
 from experiments.segmentation.voc import class_names, read_mask, voc_folder
 from jaxsoft import cross_entropy
 
-pytestmark = [pytest.mark.scripts, pytest.mark.x32, pytest.mark.optimized, pytest.mark.xdist_group("segmentation")]
+pytestmark = [pytest.mark.scripts, pytest.mark.x32, pytest.mark.xdist_group("segmentation")]
 
 STEPS = 7
+SMALL = (8, 16)
+PICTURES = ("plot_examples", "plot_classes", "plot_loss")
 RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """Networks compiled in seconds. Equal optimizers are the same one, so that runs share what is compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("WIDTHS", "DEEPER"):
+            patch.setattr(segmentation, name, SMALL)
+        for name in ("warmup_cosine_decay_schedule", "adamw"):
+            patch.setattr(optax, name, functools.cache(getattr(optax, name)))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    """But for the one run of the fixture `whole`, which is there before."""
+    for name in PICTURES:
+        monkeypatch.setattr(segmentation, name, lambda *_: None)
 
 
 def config(out, **options):
@@ -190,7 +212,7 @@ def test_classes_count_by_the_root_of_their_rarity_and_colours_by_their_moments(
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(init_network, static_argnums=1)(jax.random.key(0), 11)
+    return jax.jit(init_network, static_argnums=(1, 2))(jax.random.key(0), 11, SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -201,15 +223,25 @@ def scene():
     return Pair(image[None], labels[None])
 
 
+@jax.jit
+def judge(params, batch):
+    """Logits, prediction, and the loss with its gradients to parameters and logits."""
+    (loss, predicted), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, batch)
+    logits = logits_of(params, batch.image)
+    return logits, predicted, loss, gradient, jax.grad(cross_entropy)(logits, batch.labels, ignore_index=VOID)
+
+
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (5, 8)])
-def test_the_network_scores_every_pixel_of_any_size(params, size):
+@pytest.mark.parametrize("widths", [WIDTHS, DEEPER])
+def test_the_network_scores_every_pixel_of_any_size(widths, size):
     images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
+    params = jax.eval_shape(functools.partial(init_network, classes=11, widths=widths), jax.random.key(0))
     assert jax.eval_shape(apply_network, params, images) == jax.ShapeDtypeStruct((2, *size, 11), jnp.float32)
 
 
 def test_an_images_scores_do_not_depend_on_its_batch(params):
     images = RNG.normal(size=(3, 40, 24, 3)).astype(np.float32)
-    together, alone = jax.jit(apply_network)(params, images), jax.jit(apply_network)(params, images[1:2])
+    together, alone = jax.jit(lambda p: (apply_network(p, images), apply_network(p, images[1:2])))(params)
     np.testing.assert_allclose(together[1:2], alone, atol=1e-6)
 
 
@@ -222,22 +254,20 @@ def test_groups_of_channels_have_mean_0_and_deviation_1_in_each_image():
 
 
 def test_void_pixels_have_gradient_exactly_zero(params, scene):
-    logits = jax.jit(logits_of)(params, scene.image)
-    gradient = np.asarray(jax.grad(cross_entropy)(logits, scene.labels, ignore_index=VOID))
+    gradient = np.asarray(judge(params, scene)[-1])
     assert (gradient[scene.labels == VOID] == 0).all()
     assert (gradient[scene.labels != VOID] != 0).all()
 
 
 def test_a_batch_of_void_alone_moves_nothing(params, scene):
     void = Pair(scene.image, np.full_like(scene.labels, VOID))
-    for leaf in jax.tree.leaves(jax.jit(jax.grad(lambda p: loss_of(p, void)[0]))(params)):
-        assert (leaf == 0).all()
+    for leaf in jax.tree.leaves(judge(params, void)[3]):
+        assert (np.asarray(leaf) == 0).all()
 
 
 def test_loss_is_the_mean_over_the_pixels_that_are_not_void(params, scene):
-    loss, predicted = jax.jit(loss_of)(params, scene)
-    logits = np.asarray(jax.jit(logits_of)(params, scene.image), float)
-    pixels = zip(logits.reshape(-1, 11), scene.labels.ravel(), strict=True)
+    logits, predicted, loss, *_ = jax.device_get(judge(params, scene))
+    pixels = zip(logits.astype(float).reshape(-1, 11), scene.labels.ravel(), strict=True)
     assert loss == pytest.approx(np.mean([np.log(np.exp(z - z[y]).sum()) for z, y in pixels if y != VOID]), rel=1e-6)
     np.testing.assert_array_equal(predicted, logits.argmax(-1))
 
@@ -256,8 +286,7 @@ def test_scores_of_a_counted_example():
 # Runs.
 
 
-def test_learns_a_folder_of_differing_sizes(whole):
-    summary, out = whole
+def assert_learnt(summary, out):
     metrics = pd.read_csv(out / "metrics.csv")
     scores = ["pixel_accuracy", "mean_iou"]
     assert list(metrics) == ["step", "loss", *scores, *(f"held_out_{name}" for name in scores)]
@@ -269,36 +298,59 @@ def test_learns_a_folder_of_differing_sizes(whole):
     assert set(summary) == {"pixel_accuracy", "mean_iou", "per_class_iou", "valid_pixels", "steps", "seconds"}
     assert summary["valid_pixels"] == 18 * 20 + 39 * 70
     assert len(summary["per_class_iou"]) == 3
+
+
+def test_learns_a_folder_of_differing_sizes(whole):
+    summary, out = whole
+    assert_learnt(summary, out)
     assert {path.name for path in out.glob("*.*")} == {
         "metrics.csv", "summary.json", "examples.png", "classes.png", "loss.png"
     }  # fmt: skip
 
 
-def test_an_interrupted_run_resumes_bit_for_bit(voc, whole, tmp_path):
+def assert_same(found, expected):
+    """Rows and parameters, to the bit, and the summary."""
+    (summary, out), (known, whole) = found, expected
+    assert (out / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    assert parameters(out) == parameters(whole)
+    assert {**summary, "seconds": 0} == {**known, "seconds": 0}
+
+
+def test_an_interrupted_run_resumes_bit_for_bit(voc, whole, tmp_path, monkeypatch, capfd):
     """Ctrl-C, with everything that a terminal shows."""
-    metrics = tmp_path / "metrics.csv"
-    command = [
-        sys.executable, "-m", "experiments.segmentation", f"--data={voc}", f"--steps={STEPS}", "--batch-size=2",
-        "--crop=32", "--checkpoint-every=2", f"--out={tmp_path}",
-    ]  # fmt: skip
-    environment = os.environ | {
-        "JAX_NUM_CPU_DEVICES": str(jax.local_device_count()),
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 4):
-            time.sleep(0.002)
-        process.send_signal(signal.SIGINT)
-        output = process.communicate()[0].decode()
-    assert process.returncode == 130, output
+    options = ["--steps=7", "--batch-size=2", "--crop=32", "--checkpoint-every=2", f"--data={voc}", f"--out={tmp_path}"]
+    append = _runs.append
+
+    def interrupt(path, row):
+        append(path, row)
+        if row[0] == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["segmentation", *options])
+        patch.setattr(_runs, "append", interrupt)
+        with pytest.raises(SystemExit) as ended:
+            enter(Config, run, None)
+    assert ended.value.code == 130
+    output = "".join(capfd.readouterr())
     assert "Traceback" not in output
     assert output.endswith("\ninterrupted; --resume goes on\n")
-    summary = run(config(tmp_path, data=str(voc), resume=True))
-    assert metrics.read_bytes() == (whole[1] / "metrics.csv").read_bytes()
-    assert parameters(tmp_path) == parameters(whole[1])
-    assert {**summary, "seconds": 0} == {**whole[0], "seconds": 0}
+    assert (tmp_path / "metrics.csv").read_bytes().count(b"\n") == 1 + 5
+    assert_same((run(config(tmp_path, data=str(voc), resume=True)), tmp_path), whole)
+
+
+@pytest.mark.exhaustive
+def test_the_network_for_photographs_learns_and_resumes_bit_for_bit(voc, tmp_path, monkeypatch):
+    """Of its own size, in a process of its own that Ctrl-C ends."""
+    monkeypatch.setattr(segmentation, "DEEPER", DEEPER)
+    options = [config(tmp_path / name, data=str(voc)) for name in ("whole", "interrupted")]
+    whole = run(options[0]), options[0].out
+    assert_learnt(*whole)
+    output, status = end_held("experiments.segmentation", options[1], options[1].out / "metrics.csv", 5, signal.SIGINT)
+    assert status == 130
+    assert "Traceback" not in output
+    assert output.endswith("\ninterrupted; --resume goes on\n")
+    assert_same((run(dataclasses.replace(options[1], resume=True)), options[1].out), whole)
 
 
 class Stopped(Exception):
@@ -403,17 +455,13 @@ def test_a_checkpoint_cut_short_is_none(tmp_path, monkeypatch, owner, last):
 def test_a_run_resumes_bit_for_bit_from_the_checkpoint_before_a_damaged_one(voc, whole, tmp_path, monkeypatch):
     stopped_at(monkeypatch, config(tmp_path, data=str(voc)), 6)
     halve_arrays(tmp_path / "checkpoints" / "4")
-    run(config(tmp_path, data=str(voc), resume=True))
-    assert (tmp_path / "metrics.csv").read_bytes() == (whole[1] / "metrics.csv").read_bytes()
-    assert parameters(tmp_path) == parameters(whole[1])
+    assert_same((run(config(tmp_path, data=str(voc), resume=True)), tmp_path), whole)
 
 
 def test_resume_starts_where_there_is_no_checkpoint_and_rests_where_all_is_done(voc, whole, tmp_path, monkeypatch):
     stopped_at(monkeypatch, config(tmp_path, data=str(voc)), 2)
     for _ in range(2):
-        run(config(tmp_path, data=str(voc), resume=True))
-        assert (tmp_path / "metrics.csv").read_bytes() == (whole[1] / "metrics.csv").read_bytes()
-        assert parameters(tmp_path) == parameters(whole[1])
+        assert_same((run(config(tmp_path, data=str(voc), resume=True)), tmp_path), whole)
 
 
 def test_an_unfinished_run_is_neither_overwritten_nor_continued_with_other_options(voc, tmp_path, monkeypatch):
