@@ -1,28 +1,26 @@
 """Teacher and students: what is stored, what is learnt from it, and runs that are killed."""
 
 import dataclasses
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
-from test_vocabulary import cache, in_bytes, parameters, write_corpus
+from test_vocabulary import end_held, in_bytes, parameters, write_corpus
 
+from experiments import _runs
 from experiments._door import InputError
+from experiments.distillation import __main__ as distillation
 from experiments.distillation import training
 from experiments.distillation.__main__ import Config, run
 from experiments.distillation.training import STUDENTS, TEACHER, Lesson, loss_of, score
 from experiments.vocabulary.corpus import UNKNOWN, read_text
 from experiments.vocabulary.training import Batch, features_of, held_out_batches, init_network, training_batch
 
-pytestmark = [pytest.mark.scripts, pytest.mark.x32, pytest.mark.optimized, pytest.mark.xdist_group("distillation")]
+pytestmark = [pytest.mark.scripts, pytest.mark.x32, pytest.mark.xdist_group("distillation")]
 
 V, K, BATCH, STEPS, STUDENT_STEPS = 32, 3, 32, 7, 6
 WIDTH, STUDENT_WIDTH = 16, 8
@@ -48,6 +46,12 @@ def whole(corpus, tmp_path_factory):
     return run(config(corpus, out)), out
 
 
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    """But for the one run of the fixture `whole`, which is there before."""
+    monkeypatch.setattr(distillation, "plot_students", lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def text(corpus):
     return read_text(str(corpus), V, context=3, seed=0)
@@ -63,10 +67,14 @@ def network(out, steps):
     }
 
 
+FEATURES = jax.jit(features_of)
+
+
 def log_softmax(z):
     return z - jnp.log(jnp.sum(jnp.exp(z), -1, keepdims=True))
 
 
+@jax.jit
 def log_probs_of(params, contexts):
     return log_softmax(features_of(params, contexts) @ params["head"]["kernel"] + params["head"]["bias"])
 
@@ -84,8 +92,8 @@ def test_the_top_k_of_the_teacher_is_stored_for_every_training_word(whole, corpu
     assert features.shape == (STUDENT_STEPS, BATCH, WIDTH)
     for n in range(STUDENT_STEPS):
         contexts = training_batch(text, config(corpus, out), n + 1).contexts
-        np.testing.assert_allclose(features[n], features_of(teacher, contexts), atol=1e-5)
-        log_p = log_probs_of(teacher, contexts)
+        np.testing.assert_allclose(features[n], FEATURES(teacher, contexts), atol=1e-5)
+        log_p = np.asarray(log_probs_of(teacher, contexts))
         np.testing.assert_allclose(log_probs[n], -np.sort(-log_p)[:, :K], atol=1e-5)
         np.testing.assert_allclose(np.take_along_axis(log_p, indices[n], 1), log_probs[n], atol=1e-5)
 
@@ -113,13 +121,14 @@ def lesson(corpus, text, tmp_path_factory):
     init = jax.jit(init_network, static_argnums=(1, 2, 3))
     student, teacher = init(jax.random.key(1), V, 3, STUDENT_WIDTH), init(jax.random.key(2), V, 3, WIDTH)
     batch = training_batch(text, config(corpus, tmp_path_factory.mktemp("lesson")), 1)
-    indices, log_probs, features = training.knowledge(K, 2**20, teacher, batch.contexts)
+    read = jax.jit(training.knowledge, static_argnums=(0, 1))
+    indices, log_probs, features = read(K, 2**20, teacher, batch.contexts)
     told = dict.fromkeys(STUDENTS, (indices, log_probs)) | {"labels": (), "head": (features, teacher["head"])}
     return student, batch, log_probs_of(teacher, batch.contexts), told
 
 
-def naive_loss(kind, params, batch, log_t):
-    """Written on all logits; what is among the teacher's K is found again."""
+def naive_losses(params, batch, log_t):
+    """Of every kind, written on all logits; what is among the teacher's K is found again."""
     log_p, known = log_probs_of(params, batch.contexts), batch.targets != UNKNOWN
     p, t = jnp.exp(log_p), jnp.exp(log_t)
     among = log_t >= jnp.sort(log_t, -1)[:, -K, None]
@@ -132,23 +141,31 @@ def naive_loss(kind, params, batch, log_t):
         "head": jnp.sum(t * (log_t - log_p), 1),
     }
     losses["tail-and-labels"] = (losses["tail"] + losses["labels"]) / 2
-    return jnp.sum(jnp.where(known, losses[kind], 0)), known.sum()
+    return {kind: jnp.sum(jnp.where(known, loss, 0)) for kind, loss in losses.items()}
+
+
+@pytest.fixture(scope="module")
+def naive(lesson):
+    """The losses of every kind and their gradients."""
+    params, batch, log_t, _ = lesson
+    return jax.device_get(
+        jax.jit(lambda p: (naive_losses(p, batch, log_t), jax.jacrev(naive_losses)(p, batch, log_t)))(params)
+    )
 
 
 @pytest.mark.parametrize("kind", STUDENTS)
-def test_a_student_s_loss_is_the_sum_over_the_known_words(lesson, kind):
-    params, batch, log_t, told = lesson
-    loss = loss_of(kind, 2**20)
-    (ours, count), gradient = jax.value_and_grad(loss, has_aux=True)(params, Lesson(batch, told[kind]))
-    (naive, known), expected = jax.value_and_grad(lambda p: naive_loss(kind, p, batch, log_t), has_aux=True)(params)
-    assert 0 < known < len(batch.targets)
-    assert count == known
-    assert float(ours) == pytest.approx(float(naive), rel=1e-5)
-    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+def test_a_student_s_loss_is_the_sum_over_the_known_words(lesson, naive, kind):
+    params, batch, _, told = lesson
+    ours = jax.jit(jax.value_and_grad(loss_of(kind, 2**20), has_aux=True))
+    (loss, count), gradient = ours(params, Lesson(batch, told[kind]))
+    assert 0 < count < len(batch.targets)
+    assert count == (batch.targets != UNKNOWN).sum()
+    assert float(loss) == pytest.approx(float(naive[0][kind]), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(naive[1][kind]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
     unknown = Batch(batch.contexts, np.full_like(batch.targets, UNKNOWN))
-    for leaf in jax.tree.leaves(jax.grad(lambda p: loss(p, Lesson(unknown, told[kind]))[0])(params)):
-        assert (leaf == 0).all()
+    for leaf in jax.tree.leaves(ours(params, Lesson(unknown, told[kind]))[1]):
+        assert (np.asarray(leaf) == 0).all()
 
 
 def test_scores_are_those_of_the_last_parameters(whole, corpus, text):
@@ -192,47 +209,94 @@ def test_students_are_alike_but_for_what_they_learn_from(whole):
     assert len({(out / name / "metrics.csv").read_bytes() for name in STUDENTS}) == len(STUDENTS)
 
 
-def same(found, expected):
-    """Tables, curves, parameters and what was stored, to the bit."""
-    for path in ["students.csv", *(f"{name}/metrics.csv" for name in (TEACHER, *STUDENTS))]:
-        assert (found / path).read_bytes() == (expected / path).read_bytes(), path
-    for path in (expected / "teacher/stored").iterdir():
-        assert (found / "teacher/stored" / path.name).read_bytes() == path.read_bytes(), path
-    for name in (TEACHER, *STUDENTS):
+def assert_same(found, expected, students=STUDENTS):
+    """Tables, curves, parameters and what was stored, to the bit, of the teacher and of these students."""
+    (summary, out), (known, whole) = found, expected
+    names = (TEACHER, *students)
+    rows = (whole / "students.csv").read_text().splitlines()
+    assert (out / "students.csv").read_text().splitlines() == [
+        row for row in rows if row.split(",")[0] in ("network", *names)
+    ]
+    for path in (whole / "teacher/stored").iterdir():
+        assert (out / "teacher/stored" / path.name).read_bytes() == path.read_bytes(), path
+    for name in names:
         steps = STEPS if name == TEACHER else STUDENT_STEPS
-        assert in_bytes(parameters(found / name, steps)) == in_bytes(parameters(expected / name, steps)), name
+        assert (out / name / "metrics.csv").read_bytes() == (whole / name / "metrics.csv").read_bytes(), name
+        assert in_bytes(parameters(out / name, steps)) == in_bytes(parameters(whole / name, steps)), name
+    networks = [row for row in known["networks"] if row["network"] in names]
+    assert {**summary, "seconds": {}} == {**known, "seconds": {}, "networks": networks}
 
 
-def test_a_killed_run_resumes_bit_for_bit(corpus, whole, tmp_path):
-    options = config(corpus, tmp_path)
-    named = [f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(options).items()
-             if name not in ("resume", "overwrite")]  # fmt: skip
-    environment = os.environ | cache() | {"JAX_NUM_CPU_DEVICES": str(jax.local_device_count())}
-    command = [sys.executable, "-m", "experiments.distillation", *named]
-    metrics = tmp_path / "renormalise" / "metrics.csv"
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        output = process.communicate()[0].decode()
-    assert process.returncode == -signal.SIGKILL, output
-    summary = run(dataclasses.replace(options, resume=True))
-    same(tmp_path, whole[1])
-    assert {**summary, "seconds": {}} == {**whole[0], "seconds": {}}
+class Stopped(Exception):
+    pass
 
 
-def test_a_run_killed_while_it_stored_stores_again(corpus, whole, tmp_path):
-    out = tmp_path / "out"
+def stopped_at(monkeypatch, options, network, step):
+    """Run and stop as if killed when that row of a network has been written."""
+    append = _runs.append
+
+    def stop(path, row):
+        append(path, row)
+        if (path.parent.name, row[0]) == (network, step):
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_runs, "append", stop)
+        with pytest.raises(Stopped):
+            run(options)
+
+
+def killed_while_it_stored(whole, out):
+    """A run to the last student, then set back."""
     shutil.copytree(whole[1], out)
     (out / "teacher/stored").rename(out / "teacher/stored.unfinished")
     (out / "teacher/stored.unfinished/indices.npy").write_bytes(b"half")
+    (out / "summary.json").unlink()
+
+
+def test_a_run_killed_while_it_stored_and_then_while_a_student_learnt_resumes_bit_for_bit(
+    corpus, whole, tmp_path, monkeypatch
+):
+    """It stores again, and goes on: here with one student, since each takes seconds to compile."""
+    out, student = tmp_path / "out", STUDENTS[-1]
+    killed_while_it_stored(whole, out)
+    monkeypatch.setattr(training, "STUDENTS", (student,))
+    shutil.rmtree(out / student)
+    options = config(corpus, out, resume=True)
+    stopped_at(monkeypatch, options, student, 4)
+    assert not (out / "teacher/stored.unfinished").exists()
+    assert_same((run(options), out), whole, (student,))
+
+
+@pytest.mark.exhaustive
+def test_a_killed_run_resumes_bit_for_bit(corpus, whole, tmp_path):
+    """In a process of its own."""
+    options = config(corpus, tmp_path)
+    end_held("experiments.distillation", options, tmp_path / "renormalise" / "metrics.csv", 3, signal.SIGKILL)
+    assert_same((run(dataclasses.replace(options, resume=True)), tmp_path), whole)
+
+
+@pytest.mark.exhaustive
+def test_a_run_killed_while_it_stored_stores_again(corpus, whole, tmp_path):
+    out = tmp_path / "out"
+    killed_while_it_stored(whole, out)
     for name in STUDENTS:
         shutil.rmtree(out / name)
-    run(config(corpus, out, resume=True))
-    same(out, whole[1])
+    assert_same((run(config(corpus, out, resume=True)), out), whole)
 
 
-def test_a_replaced_run_keeps_nothing_of_the_one_before(corpus, whole, tmp_path):
+def test_a_replaced_run_keeps_nothing_of_the_one_before(corpus, whole, tmp_path, monkeypatch):
+    """Stopped at its first row."""
+    out = tmp_path / "out"
+    shutil.copytree(whole[1], out)
+    stopped_at(monkeypatch, config(corpus, out, student_steps=2, k=1, overwrite=True), TEACHER, 1)
+    assert not (out / "summary.json").exists()
+    assert not (out / "teacher/stored").exists()
+    assert not [path for name in (TEACHER, *STUDENTS) for path in (out / name / "checkpoints").iterdir()]
+
+
+@pytest.mark.exhaustive
+def test_a_replaced_run_ends_with_students_of_its_own(corpus, whole, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(whole[1], out)
     run(config(corpus, out, student_steps=2, k=1, overwrite=True))

@@ -1,6 +1,11 @@
-"""Training over several processes: real ones on this machine, some of them killed."""
+"""Training over several processes: real ones on this machine, some of them killed.
 
-import concurrent.futures
+Most are forked from a server that has imported everything, in place of `python -m experiments.distributed` with the
+same options, which the fixture `pair` and the exhaustive tests start. A process that is to be killed waits for that.
+"""
+
+import atexit
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -10,22 +15,44 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
+from multiprocessing import forkserver
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
-from test_vocabulary import cache, in_bytes, parameters, write_corpus
+from test_vocabulary import PATIENCE, environment, in_bytes, parameters, write_corpus
 
-from experiments._door import InputError, ScriptError
+from experiments import distributed
+from experiments._door import InputError, enter
 from experiments.distributed import Config, run, start
+from experiments.vocabulary import __main__ as vocabulary
+from experiments.vocabulary import training
 from experiments.vocabulary.__main__ import Config as AloneConfig
 from experiments.vocabulary.__main__ import run as run_alone
 
-pytestmark = [pytest.mark.scripts, pytest.mark.x32, pytest.mark.optimized, pytest.mark.xdist_group("distributed")]
+pytestmark = [pytest.mark.scripts, pytest.mark.x32, pytest.mark.xdist_group("distributed")]
 
-STEPS = 50
-PATIENCE = 120
+STEPS = 16
+CHECKPOINT_EVERY = 8
+FORKED = "forkserver" if sys.platform == "linux" else "spawn"  # elsewhere what libraries start does not survive a fork
+EITHER = pytest.mark.parametrize("method", [FORKED, pytest.param("spawn", marks=pytest.mark.exhaustive)])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    """The environment of all processes, and the server that they are forked from."""
+    folders = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        patch.setenv("PYTHONPATH", os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")]))
+        multiprocessing.set_forkserver_preload([__name__])
+        if FORKED == "forkserver":
+            forkserver.ensure_running()
+        yield
+        forkserver._forkserver._stop()  # its memory is that of a process which has imported everything
 
 
 @pytest.fixture(scope="module")
@@ -33,54 +60,184 @@ def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    monkeypatch.setattr(vocabulary, "plot_loss", lambda *_: None)
+
+
 def config(corpus, out, kind=Config, **options):
     chosen = {"vocabulary": 32, "context": 3, "features": 16, "steps": STEPS, "batch_size": 32, "learning_rate": 0.01}
-    return kind(**chosen | {"corpus": str(corpus), "checkpoint_every": 10, "out": out} | options)
+    return kind(**chosen | {"corpus": str(corpus), "checkpoint_every": CHECKPOINT_EVERY, "out": out} | options)
 
 
-def popen(configuration, **environment):
-    """The command with these options."""
-    arguments = []
+def arguments(configuration):
+    found = []
     for name, value in dataclasses.asdict(configuration).items():
         if value is None or value is False:
             continue
         values = [] if value is True else value if isinstance(value, tuple) else [value]
-        arguments += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "experiments.distributed", *arguments],
-        env=os.environ | cache() | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # for Ctrl-C, which reaches a command with all its processes
-    )
+        found += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return found
 
 
-def output(process):
-    """What it wrote to stdout and to stderr, once all that could write to them have ended."""
+class Process:
+    """The command with these options, what it writes and how it ends."""
+
+    def __init__(self, configuration, method=FORKED, gate=None, environ=()):
+        context = multiprocessing.get_context(method)
+        (out, write_out), (err, write_err) = context.Pipe(duplex=False), context.Pipe(duplex=False)
+        self.read = [Reader(os.fdopen(os.dup(end.fileno()))) for end in (out, err)]
+        self.process = context.Process(
+            target=be, args=(arguments(configuration), dict(environ), gate, method, write_out, write_err)
+        )
+        self.process.start()
+        for end in (out, err, write_out, write_err):
+            end.close()
+        self.pid = self.process.pid
+
+    def output(self):
+        """What it wrote to stdout and to stderr, once it and all that could write there have ended."""
+        self.process.join(PATIENCE)
+        self.process.kill()
+        self.process.join()
+        self.returncode = self.process.exitcode
+        return tuple(reader.result() for reader in self.read)
+
+
+class Reader(threading.Thread):
+    """Reads a file to its end."""
+
+    def __init__(self, file):
+        super().__init__(daemon=True)
+        self.file = file
+        self.start()
+
+    def run(self):
+        with self.file:
+            self.text = self.file.read()
+
+    def result(self):
+        self.join(PATIENCE)
+        return self.text
+
+
+def be(arguments, environ, gate, method, out, err):
+    """What `python -m experiments.distributed` does."""
+    os.setsid()  # for Ctrl-C, which reaches a command with all its processes
+    for number, end in enumerate((out, err), 1):
+        os.dup2(end.fileno(), number)
+        end.close()
+    os.environ.update(environ)
+    sys.argv = ["distributed", *arguments]
+    if gate:
+        wait_at(gate)
+    if gate and method == "spawn":
+        distributed.follow = Follow(gate)
+    elif method != "spawn":
+        multiprocessing.get_context = Forking
     try:
-        return process.communicate(timeout=PATIENCE)
+        enter(Config, start, None)
     finally:
-        process.kill()
+        atexit._run_exitfuncs()  # which the end of an interpreter would call, the end of this process does not
 
 
-def wait_for_rows(out, count):
-    """Until so many steps are taken, or an end is overdue."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if rows(out) >= count:
-            return
-        time.sleep(0.002)
-    raise TimeoutError(out)
+class Forking:
+    """Starts processes as `spawn` does, with no more than their own end of a pipe, but by a fork."""
+
+    def __init__(self, method):
+        assert method == "spawn"
+        self.senders = []
+
+    def Pipe(self, duplex):
+        receiver, sender = multiprocessing.Pipe(duplex)
+        self.senders.append(sender)
+        return receiver, sender
+
+    def Process(self, target, args, daemon):
+        def follow(configuration, own):
+            for sender in self.senders:
+                if sender is not own:
+                    sender.close()
+            target(configuration, own)
+
+        return multiprocessing.context.ForkProcess(target=follow, args=args, daemon=daemon)
 
 
-def rows(out):
-    return (out / "metrics.csv").read_text().count("\n") - 1 if (out / "metrics.csv").exists() else 0
+class Gate:
+    """Where processes wait, each telling its number and its id, until they are let through or killed."""
+
+    def __init__(self, step=None):
+        """Before this step, or before they read the text."""
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.server.settimeout(PATIENCE)
+        self.place = self.server.getsockname(), step
+        self.waiting = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for each in (self.server, *self.waiting.values()):
+            each.close()
+
+    def wait_for(self, count):
+        """The ids of the processes that have come, by their numbers."""
+        pids = {}
+        for _ in range(count):
+            connection, _ = self.server.accept()
+            connection.settimeout(PATIENCE)
+            with connection.makefile() as said:
+                number, pid = map(int, said.readline().split())
+            pids[number], self.waiting[number] = pid, connection
+        return pids
+
+    def wait_for_ends(self):
+        """The kernel closes what a process has left open."""
+        for connection in self.waiting.values():
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(1) == b""
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+def wait_at(gate):
+    """Wait there in this process."""
+    address, step = gate
+    owner, name = (distributed, "read_text") if step is None else (training, "training_batch")
+    function = getattr(owner, name)
+
+    def waiting(*arguments):
+        if step in (None, arguments[-1]):
+            with socket.create_connection(address) as connection:
+                connection.sendall(f"{jax.process_index()} {os.getpid()}\n".encode())
+                connection.recv(1)
+        return function(*arguments)
+
+    setattr(owner, name, waiting)
+
+
+@dataclasses.dataclass
+class Follow:
+    """What a process that the command spawns does."""
+
+    gate: tuple
+
+    def __call__(self, *arguments):
+        wait_at(self.gate)
+        distributed.follow(*arguments)
+
+
+@pytest.fixture
+def port():
+    """Taken by a socket that others may share, so that none but the coordinator is given it."""
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
+
+
+def cluster(configuration, port):
+    """The options of two processes of a cluster."""
+    options = dataclasses.replace(configuration, processes=2, coordinator=f"127.0.0.1:{port}")
+    return [dataclasses.replace(options, process_id=n) for n in range(2)]
 
 
 def losses(out):
@@ -91,17 +248,19 @@ def losses(out):
 def alone(corpus, tmp_path_factory):
     """One process on one device, with no mesh."""
     out = tmp_path_factory.mktemp("alone")
-    return run_alone(config(corpus, out, AloneConfig, compare_sizes=())), out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocabulary, "plot_loss", lambda *_: None)
+        return run_alone(config(corpus, out, AloneConfig, compare_sizes=())), out
 
 
 @pytest.fixture(scope="module")
 def pair(corpus, tmp_path_factory):
-    """Two processes that were left alone, and what they wrote to stdout."""
+    """Two processes that the command started and that were left alone, and what they wrote to stdout."""
     out = tmp_path_factory.mktemp("pair")
-    process = popen(config(corpus, out, processes=2))
-    said, told = output(process)
-    assert process.returncode == 0, told
-    return out, said
+    command = [sys.executable, "-m", "experiments.distributed", *arguments(config(corpus, out, processes=2))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
 
 
 def assert_same_training(out, alone):
@@ -124,10 +283,10 @@ def assert_same_bytes(out, expected):
 # As one.
 
 
-@pytest.mark.parametrize("mesh", [(1, 8), (4, 2)])
+@pytest.mark.parametrize("mesh", [(4, 2), pytest.param(None, marks=pytest.mark.exhaustive)])
 def test_eight_devices_of_one_process_train_as_one(corpus, alone, tmp_path, mesh):
     run(config(corpus, tmp_path, mesh=mesh))
-    assert assert_same_training(tmp_path, alone)["mesh"] == list(mesh)
+    assert assert_same_training(tmp_path, alone)["mesh"] == list(mesh or (1, 8))
 
 
 def test_two_processes_train_as_one(pair, alone):
@@ -145,16 +304,16 @@ def test_the_result_alone_is_on_stdout(pair):
     assert line.endswith(f"; see {pair[0]}")
 
 
-def test_the_processes_of_schedulers_find_each_other(corpus, alone, tmp_path):
+@EITHER
+def test_the_processes_of_schedulers_find_each_other(corpus, alone, tmp_path, port, method):
     """The first believes that SLURM started it, the second that Open MPI did. Here they share the batch, not the words."""
     schedulers = [
         {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
         {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
     ]  # fmt: skip
-    port = {"JAX_COORDINATOR_PORT": str(free_port())}
     options = config(corpus, tmp_path, mesh=(2, 1))
-    processes = [popen(options, **port, **scheduler) for scheduler in schedulers]
-    said = [output(process) for process in processes]
+    processes = [Process(options, method, environ={"JAX_COORDINATOR_PORT": str(port)} | s) for s in schedulers]
+    said = [process.output() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     summary = assert_same_training(tmp_path, alone)
     assert summary["processes"] == 2
@@ -162,105 +321,154 @@ def test_the_processes_of_schedulers_find_each_other(corpus, alone, tmp_path):
     assert [len(stdout.splitlines()) for stdout, _ in said] == [1, 0]
 
 
+def test_a_run_goes_on_with_another_number_of_processes(corpus, alone, tmp_path, pair):
+    shutil.copytree(pair[0], tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / str(STEPS))
+    run(config(corpus, tmp_path / "half", resume=True, mesh=(4, 2)))
+    assert_same_training(tmp_path / "half", alone)
+
+
 # Killed.
 
 
-def test_a_run_of_many_ends_resumes_bit_for_bit(corpus, pair, tmp_path, monkeypatch):
-    """One process killed, the other, Ctrl-C, the command killed: each time all end, and --resume goes on."""
-    for name, value in cache().items():
-        monkeypatch.setenv(name, value)
-    options = config(corpus, tmp_path, processes=2)
-    for victim in (0, 1):
-        before = rows(tmp_path)
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            watching = pool.submit(start, dataclasses.replace(options, resume=before > 0))
-            wait_for_rows(tmp_path, before + 8)
-            children = sorted(multiprocessing.active_children(), key=lambda child: child.pid)
-            os.kill(children[victim].pid, signal.SIGKILL)
-            error = watching.exception(timeout=PATIENCE)
-        assert isinstance(error, ScriptError)
-        assert str(error) == (
-            f"process {victim} of 2 was ended by SIGKILL, and the others with it; --resume goes on from the last checkpoint"
-        )
-        assert not [child for child in children if child.is_alive()]
-    for number in (signal.SIGINT, signal.SIGKILL):
-        before = rows(tmp_path)
-        process = popen(dataclasses.replace(options, resume=True))
-        wait_for_rows(tmp_path, before + 8)
-        if number == signal.SIGINT:
-            os.killpg(process.pid, number)
+def killed(options, step, method, victim):
+    """Start a cluster and kill one of its two processes there: what the other says, and its exit status."""
+    with Gate(step) as gate:
+        processes = [Process(part, method, gate.place if n == victim else None) for n, part in enumerate(options)]
+        os.kill(gate.wait_for(1)[victim], signal.SIGKILL)
+        (_, told), _ = processes[1 - victim].output(), processes[victim].output()
+    assert processes[victim].returncode == -signal.SIGKILL
+    return told, processes[1 - victim].returncode
+
+
+@EITHER
+def test_a_cluster_of_which_one_was_killed_ends_with_an_error_and_resumes_bit_for_bit(
+    corpus, pair, tmp_path, port, method
+):
+    """In the other's own words, not in those of the runtime."""
+    options = cluster(config(corpus, tmp_path), port)
+    told, status = killed(options, 11, method, victim=1)
+    assert status == 1
+    assert "error: another process has ended, or the runtime failed (" in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "summary.json").exists()
+    rows = (tmp_path / "metrics.csv").read_text().count("\n") - 1
+    assert CHECKPOINT_EVERY < rows < STEPS
+    processes = [Process(dataclasses.replace(part, resume=True), method) for part in options]
+    said = [process.output() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert_same_bytes(tmp_path, pair[0])
+
+
+@pytest.mark.parametrize(
+    ("step", "method"),
+    [(None, FORKED), *(pytest.param(step, "spawn", marks=pytest.mark.exhaustive) for step in (None, 3, 11))],
+)
+def test_killing_the_coordinator_ends_the_other(corpus, tmp_path, port, step, method):
+    """By an abort of JAX's own, or by our error."""
+    _, status = killed(cluster(config(corpus, tmp_path), port), step, method, victim=0)
+    assert status != 0
+    assert not (tmp_path / "summary.json").exists()
+
+
+ENDINGS = ["first", "second", "Ctrl-C", "command"]
+
+
+def end(options, step, method, ending):
+    """Start processes and end them there: one of them, all by Ctrl-C, or the command alone."""
+    with Gate(step) as gate:
+        process = Process(options, method, gate.place)
+        children = gate.wait_for(2)
+        if ending == "Ctrl-C":
+            os.killpg(process.pid, signal.SIGINT)
         else:
-            process.send_signal(number)
-        _, told = output(process)  # ends when the processes have closed it, too
-        if number == signal.SIGINT:
-            assert process.returncode == 130
-            assert told.endswith("\ninterrupted; --resume goes on\n")
-            assert "Traceback" not in told
-    assert 32 <= rows(tmp_path) < STEPS
-    start(dataclasses.replace(options, resume=True))
+            os.kill(process.pid if ending == "command" else children[ENDINGS.index(ending)], signal.SIGKILL)
+        gate.wait_for_ends()
+        _, told = process.output()
+    if ending == "command":
+        assert process.returncode == -signal.SIGKILL
+    elif ending == "Ctrl-C":
+        assert process.returncode == 130
+        assert told.endswith("\ninterrupted; --resume goes on\n")
+        assert "Traceback" not in told
+    else:
+        assert process.returncode == 1
+        assert told.endswith(
+            f"\nerror: process {ENDINGS.index(ending)} of 2 was ended by SIGKILL, and the others with it; "
+            "--resume goes on from the last checkpoint\n"
+        )
+    assert not (options.out / "summary.json").exists()
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_all_processes_end_together(corpus, tmp_path, ending):
+    """Here before they have compiled anything."""
+    end(config(corpus, tmp_path, processes=2), None, FORKED, ending)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", [FORKED, "spawn"])
+def test_a_run_of_many_ends_resumes_bit_for_bit(corpus, pair, tmp_path, method):
+    options = config(corpus, tmp_path, processes=2, checkpoint_every=2)
+    for step, ending in zip((4, 7, 10, 13), ENDINGS, strict=True):
+        end(dataclasses.replace(options, resume=step > 4), step, method, ending)
+        assert (tmp_path / "metrics.csv").read_text().count("\n") == step
+    process = Process(dataclasses.replace(options, resume=True), method)
+    process.output()
+    assert process.returncode == 0
     assert_same_bytes(tmp_path, pair[0])
 
 
 def test_ctrl_c_ends_a_process_that_waits_for_others(corpus, tmp_path):
-    """For whom it would wait for minutes in JAX, which does not hear it."""
-    options = config(corpus, tmp_path, processes=2, process_id=1, coordinator=f"127.0.0.1:{free_port()}")
-    process = popen(options)
-    assert process.stderr.readline() == f"process 1: meeting all 2 at {options.coordinator}\n"
-    time.sleep(1)
-    os.killpg(process.pid, signal.SIGINT)
-    assert output(process) == ("", "interrupted; --resume goes on\n")
+    """For whom it would wait for minutes in JAX, which does not hear it. Here it has reached one who says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(PATIENCE)
+        options = cluster(config(corpus, tmp_path), silent.getsockname()[1])[1]
+        process = Process(options)
+        with silent.accept()[0]:
+            os.killpg(process.pid, signal.SIGINT)
+            output = process.output()
+    assert output == ("", f"process 1: meeting all 2 at {options.coordinator}\ninterrupted; --resume goes on\n")
     assert process.returncode == 130
-
-
-@pytest.mark.parametrize("victim", [0, 1])
-def test_killing_one_process_of_a_cluster_ends_the_other_with_an_error(corpus, tmp_path, victim):
-    options = config(corpus, tmp_path, processes=2, coordinator=f"127.0.0.1:{free_port()}", steps=5000)
-    processes = [popen(dataclasses.replace(options, process_id=n)) for n in range(2)]
-    wait_for_rows(tmp_path, 3)
-    processes[victim].send_signal(signal.SIGKILL)
-    _, said = output(processes[1 - victim])
-    output(processes[victim])
-    assert processes[1 - victim].returncode != 0
-    if victim == 1:
-        assert "error: another process has ended, or the runtime failed (UNKNOWN: Gloo all-" in said
-        assert "stack trace" not in said
-    else:  # which is the coordinator, whose end JAX answers with an abort of its own
-        assert "another process has ended" in said or "another task died" in said
-
-
-def test_a_run_goes_on_with_another_number_of_processes(corpus, alone, tmp_path, pair):
-    shutil.copytree(pair[0], tmp_path / "half")
-    shutil.rmtree(tmp_path / "half" / "checkpoints" / str(STEPS))
-    run(config(corpus, tmp_path / "half", resume=True, mesh=(2, 4)))
-    assert_same_training(tmp_path / "half", alone)
 
 
 # Refused.
 
 
-def test_processes_of_different_options_all_end_with_an_error(corpus, tmp_path):
-    options = config(corpus, tmp_path, processes=2, coordinator=f"127.0.0.1:{free_port()}")
-    processes = [popen(dataclasses.replace(options, process_id=n, seed=n)) for n in range(2)]
-    said = "".join(output(process)[1] for process in processes)
+def test_processes_of_different_options_all_end_with_an_error(corpus, tmp_path, port):
+    parts = cluster(config(corpus, tmp_path), port)
+    processes = [Process(dataclasses.replace(part, seed=n)) for n, part in enumerate(parts)]
+    said = "".join(process.output()[1] for process in processes)
     assert f"error: expected every process to have the same options and corpus, here {corpus}, 2408 words" in said
     assert all(process.returncode for process in processes)
 
 
-def test_the_error_of_a_started_process_is_that_of_the_command(corpus, pair):
-    process = popen(config(corpus, pair[0], processes=2, resume=True, seed=1))
-    _, said = output(process)
+def error_of(options):
+    process = Process(options)
+    _, said = process.output()
     assert process.returncode == 1
+    (line,) = [line for line in said.split("\n") if "error" in line]
+    return line
+
+
+def test_the_error_of_started_processes_is_that_of_the_command(tmp_path):
+    options = config(tmp_path / "nowhere", tmp_path / "out", processes=2)
+    assert error_of(options) == f"error: {tmp_path}/nowhere: No such file or directory"
+
+
+@pytest.mark.exhaustive
+def test_the_error_of_a_started_process_is_that_of_the_command(corpus, pair):
+    """For which the other waits."""
     expected = f"error: --seed: {pair[0]}/checkpoints was written with 0, got 1: resume takes the same options"
-    assert [line for line in said.split("\n") if "error" in line] == [expected]
+    assert error_of(config(corpus, pair[0], processes=2, resume=True, seed=1)) == expected
 
 
 def test_a_port_in_use_is_one_line(corpus, tmp_path):
     """Where JAX ends by a segmentation fault."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        options = config(corpus, tmp_path, coordinator=f"127.0.0.1:{port}", processes=2, process_id=0)
-        process = popen(options)
-        said, told = output(process)
+        process = Process(cluster(config(corpus, tmp_path), port)[0])
+        said, told = process.output()
     assert process.returncode == 1
     assert said == ""
     assert told.splitlines()[1:] == [f"error: --coordinator: cannot listen at port {port}: Address already in use"]
