@@ -39,8 +39,18 @@ def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
+@pytest.fixture(
+    scope="module", params=[("labels", "tail", "head"), pytest.param(STUDENTS, marks=pytest.mark.exhaustive)]
+)
+def students(request):
+    """Those that are trained: all, or one of each kind of stored knowledge, since each takes seconds to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "STUDENTS", request.param)
+        yield request.param
+
+
 @pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory):
+def whole(corpus, students, tmp_path_factory):
     """A run that was left alone."""
     out = tmp_path_factory.mktemp("whole")
     return run(config(corpus, out)), out
@@ -98,14 +108,18 @@ def test_the_top_k_of_the_teacher_is_stored_for_every_training_word(whole, corpu
         np.testing.assert_allclose(np.take_along_axis(log_p, indices[n], 1), log_probs[n], atol=1e-5)
 
 
-def test_bytes_a_word_are_those_of_the_files(whole):
+def test_bytes_a_word_are_those_of_the_files(whole, students):
     summary, out = whole
-    rows = {row["network"]: row["bytes_a_word"] for row in summary["networks"]}
     words = STUDENT_STEPS * BATCH
     head = 4 * V * (WIDTH + 1)
-    assert rows == {
+    expected = {
         "teacher": None, "labels": 4, "tail": 8 * K, "renormalise": 8 * K, "nothing": 8 * K, "tail-and-labels": 8 * K + 4, "head": 4 * WIDTH + head / words,
     }  # fmt: skip
+    rows = {row["network"]: row["bytes_a_word"] for row in summary["networks"]}
+    assert rows == {name: expected[name] for name in (TEACHER, *students)}
+    stored = training.Stored(*(np.load(out / f"teacher/stored/{name}.npy") for name in training.Stored._fields))
+    of_teacher = network(out / TEACHER, STEPS)["head"]
+    assert {name: training.bytes_a_word(name, stored, of_teacher) for name in (TEACHER, *STUDENTS)} == expected
     sizes = {
         path.stem: path.stat().st_size - 128 for path in (out / "teacher/stored").iterdir()
     }  # but for NumPy's header
@@ -168,9 +182,9 @@ def test_a_student_s_loss_is_the_sum_over_the_known_words(lesson, naive, kind):
         assert (np.asarray(leaf) == 0).all()
 
 
-def test_scores_are_those_of_the_last_parameters(whole, corpus, text):
+def test_scores_are_those_of_the_last_parameters(whole, students, corpus, text):
     summary, out = whole
-    assert [row["network"] for row in summary["networks"]] == [TEACHER, *STUDENTS]
+    assert [row["network"] for row in summary["networks"]] == [TEACHER, *students]
     batches = held_out_batches(text, config(corpus, out))
     for row in summary["networks"]:
         params = network(out / row["network"], STEPS if row["network"] == TEACHER else STUDENT_STEPS)
@@ -193,23 +207,23 @@ def test_a_loss_beyond_measure_has_a_perplexity_all_the_same(lesson):
 # Runs.
 
 
-def test_students_are_alike_but_for_what_they_learn_from(whole):
+def test_students_are_alike_but_for_what_they_learn_from(whole, students):
     """Equal first weights, hence equal first losses of the same kind; and the table is printed from these files."""
     summary, out = whole
     table = pd.read_csv(out / "students.csv")
-    assert table["network"].tolist() == [TEACHER, *STUDENTS]
+    assert table["network"].tolist() == [TEACHER, *students]
     assert table["perplexity"].tolist() == [row["perplexity"] for row in summary["networks"]]
     assert {path.name for path in out.iterdir()} == {
-        TEACHER, *STUDENTS, "students.csv", "summary.json", "distillation.png",
+        TEACHER, *students, "students.csv", "summary.json", "distillation.png",
     }  # fmt: skip
-    for name in STUDENTS:
+    for name in students:
         metrics = pd.read_csv(out / name / "metrics.csv")
         assert list(metrics) == ["step", "loss", "tokens"]
         assert len(metrics) == STUDENT_STEPS
-    assert len({(out / name / "metrics.csv").read_bytes() for name in STUDENTS}) == len(STUDENTS)
+    assert len({(out / name / "metrics.csv").read_bytes() for name in students}) == len(students)
 
 
-def assert_same(found, expected, students=STUDENTS):
+def assert_same(found, expected, students):
     """Tables, curves, parameters and what was stored, to the bit, of the teacher and of these students."""
     (summary, out), (known, whole) = found, expected
     names = (TEACHER, *students)
@@ -255,10 +269,10 @@ def killed_while_it_stored(whole, out):
 
 
 def test_a_run_killed_while_it_stored_and_then_while_a_student_learnt_resumes_bit_for_bit(
-    corpus, whole, tmp_path, monkeypatch
+    corpus, whole, students, tmp_path, monkeypatch
 ):
-    """It stores again, and goes on: here with one student, since each takes seconds to compile."""
-    out, student = tmp_path / "out", STUDENTS[-1]
+    """It stores again, and goes on: here with one student."""
+    out, student = tmp_path / "out", students[-1]
     killed_while_it_stored(whole, out)
     monkeypatch.setattr(training, "STUDENTS", (student,))
     shutil.rmtree(out / student)
@@ -269,38 +283,38 @@ def test_a_run_killed_while_it_stored_and_then_while_a_student_learnt_resumes_bi
 
 
 @pytest.mark.exhaustive
-def test_a_killed_run_resumes_bit_for_bit(corpus, whole, tmp_path):
-    """In a process of its own."""
+def test_a_killed_run_resumes_bit_for_bit(corpus, whole, students, tmp_path):
+    """In a process of its own, which teaches all students."""
     options = config(corpus, tmp_path)
-    end_held("experiments.distillation", options, tmp_path / "renormalise" / "metrics.csv", 3, signal.SIGKILL)
-    assert_same((run(dataclasses.replace(options, resume=True)), tmp_path), whole)
+    end_held("experiments.distillation", options, tmp_path / "tail" / "metrics.csv", 3, signal.SIGKILL)
+    assert_same((run(dataclasses.replace(options, resume=True)), tmp_path), whole, students)
 
 
 @pytest.mark.exhaustive
-def test_a_run_killed_while_it_stored_stores_again(corpus, whole, tmp_path):
+def test_a_run_killed_while_it_stored_stores_again(corpus, whole, students, tmp_path):
     out = tmp_path / "out"
     killed_while_it_stored(whole, out)
-    for name in STUDENTS:
+    for name in students:
         shutil.rmtree(out / name)
-    assert_same((run(config(corpus, out, resume=True)), out), whole)
+    assert_same((run(config(corpus, out, resume=True)), out), whole, students)
 
 
-def test_a_replaced_run_keeps_nothing_of_the_one_before(corpus, whole, tmp_path, monkeypatch):
+def test_a_replaced_run_keeps_nothing_of_the_one_before(corpus, whole, students, tmp_path, monkeypatch):
     """Stopped at its first row."""
     out = tmp_path / "out"
     shutil.copytree(whole[1], out)
     stopped_at(monkeypatch, config(corpus, out, student_steps=2, k=1, overwrite=True), TEACHER, 1)
     assert not (out / "summary.json").exists()
     assert not (out / "teacher/stored").exists()
-    assert not [path for name in (TEACHER, *STUDENTS) for path in (out / name / "checkpoints").iterdir()]
+    assert not [path for name in (TEACHER, *students) for path in (out / name / "checkpoints").iterdir()]
 
 
 @pytest.mark.exhaustive
-def test_a_replaced_run_ends_with_students_of_its_own(corpus, whole, tmp_path):
+def test_a_replaced_run_ends_with_students_of_its_own(corpus, whole, students, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(whole[1], out)
     run(config(corpus, out, student_steps=2, k=1, overwrite=True))
-    assert {name: len(pd.read_csv(out / name / "metrics.csv")) for name in STUDENTS} == dict.fromkeys(STUDENTS, 2)
+    assert {name: len(pd.read_csv(out / name / "metrics.csv")) for name in students} == dict.fromkeys(students, 2)
     assert np.load(out / "teacher/stored/indices.npy").shape == (2, BATCH, 1)
 
 

@@ -1,7 +1,7 @@
 """Training over several processes: real ones on this machine, some of them killed.
 
-Most are forked from a server that has imported everything, in place of `python -m experiments.distributed` with the
-same options, which the fixture `pair` and the exhaustive tests start. A process that is to be killed waits for that.
+They are forked from a server that has imported everything, since to import it takes longer than most tests; the
+exhaustive ones start new interpreters, as the command does. A process that is to be killed waits for that.
 """
 
 import atexit
@@ -37,7 +37,6 @@ pytestmark = [pytest.mark.scripts, pytest.mark.x32, pytest.mark.xdist_group("dis
 STEPS = 16
 CHECKPOINT_EVERY = 8
 FORKED = "forkserver" if sys.platform == "linux" else "spawn"  # elsewhere what libraries start does not survive a fork
-EITHER = pytest.mark.parametrize("method", [FORKED, pytest.param("spawn", marks=pytest.mark.exhaustive)])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,6 +52,12 @@ def server():
             forkserver.ensure_running()
         yield
         forkserver._forkserver._stop()  # its memory is that of a process which has imported everything
+
+
+@pytest.fixture(scope="module", params=[FORKED, pytest.param("spawn", marks=pytest.mark.exhaustive)])
+def method(request):
+    """How processes are started."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +88,7 @@ def arguments(configuration):
 class Process:
     """The command with these options, what it writes and how it ends."""
 
-    def __init__(self, configuration, method=FORKED, gate=None, environ=()):
+    def __init__(self, configuration, method, gate=None, environ=()):
         context = multiprocessing.get_context(method)
         (out, write_out), (err, write_err) = context.Pipe(duplex=False), context.Pipe(duplex=False)
         self.read = [Reader(os.fdopen(os.dup(end.fileno()))) for end in (out, err)]
@@ -254,13 +259,20 @@ def alone(corpus, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pair(corpus, tmp_path_factory):
+def pair(corpus, method, tmp_path_factory):
     """Two processes that the command started and that were left alone, and what they wrote to stdout."""
     out = tmp_path_factory.mktemp("pair")
-    command = [sys.executable, "-m", "experiments.distributed", *arguments(config(corpus, out, processes=2))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    options = config(corpus, out, processes=2)
+    if method == "spawn":
+        command = [sys.executable, "-m", "experiments.distributed", *arguments(options)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        status, said, told = done.returncode, done.stdout, done.stderr
+    else:
+        process = Process(options, method)
+        said, told = process.output()
+        status = process.returncode
+    assert status == 0, told
+    return out, said
 
 
 def assert_same_training(out, alone):
@@ -304,7 +316,6 @@ def test_the_result_alone_is_on_stdout(pair):
     assert line.endswith(f"; see {pair[0]}")
 
 
-@EITHER
 def test_the_processes_of_schedulers_find_each_other(corpus, alone, tmp_path, port, method):
     """The first believes that SLURM started it, the second that Open MPI did. Here they share the batch, not the words."""
     schedulers = [
@@ -341,7 +352,6 @@ def killed(options, step, method, victim):
     return told, processes[1 - victim].returncode
 
 
-@EITHER
 def test_a_cluster_of_which_one_was_killed_ends_with_an_error_and_resumes_bit_for_bit(
     corpus, pair, tmp_path, port, method
 ):
@@ -360,10 +370,7 @@ def test_a_cluster_of_which_one_was_killed_ends_with_an_error_and_resumes_bit_fo
     assert_same_bytes(tmp_path, pair[0])
 
 
-@pytest.mark.parametrize(
-    ("step", "method"),
-    [(None, FORKED), *(pytest.param(step, "spawn", marks=pytest.mark.exhaustive) for step in (None, 3, 11))],
-)
+@pytest.mark.parametrize("step", [None, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (3, 11))])
 def test_killing_the_coordinator_ends_the_other(corpus, tmp_path, port, step, method):
     """By an abort of JAX's own, or by our error."""
     _, status = killed(cluster(config(corpus, tmp_path), port), step, method, victim=0)
@@ -401,13 +408,12 @@ def end(options, step, method, ending):
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_all_processes_end_together(corpus, tmp_path, ending):
+def test_all_processes_end_together(corpus, tmp_path, method, ending):
     """Here before they have compiled anything."""
-    end(config(corpus, tmp_path, processes=2), None, FORKED, ending)
+    end(config(corpus, tmp_path, processes=2), None, method, ending)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("method", [FORKED, "spawn"])
 def test_a_run_of_many_ends_resumes_bit_for_bit(corpus, pair, tmp_path, method):
     options = config(corpus, tmp_path, processes=2, checkpoint_every=2)
     for step, ending in zip((4, 7, 10, 13), ENDINGS, strict=True):
@@ -419,12 +425,12 @@ def test_a_run_of_many_ends_resumes_bit_for_bit(corpus, pair, tmp_path, method):
     assert_same_bytes(tmp_path, pair[0])
 
 
-def test_ctrl_c_ends_a_process_that_waits_for_others(corpus, tmp_path):
+def test_ctrl_c_ends_a_process_that_waits_for_others(corpus, tmp_path, method):
     """For whom it would wait for minutes in JAX, which does not hear it. Here it has reached one who says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(PATIENCE)
         options = cluster(config(corpus, tmp_path), silent.getsockname()[1])[1]
-        process = Process(options)
+        process = Process(options, method)
         with silent.accept()[0]:
             os.killpg(process.pid, signal.SIGINT)
             output = process.output()
@@ -435,39 +441,39 @@ def test_ctrl_c_ends_a_process_that_waits_for_others(corpus, tmp_path):
 # Refused.
 
 
-def test_processes_of_different_options_all_end_with_an_error(corpus, tmp_path, port):
+def test_processes_of_different_options_all_end_with_an_error(corpus, tmp_path, port, method):
     parts = cluster(config(corpus, tmp_path), port)
-    processes = [Process(dataclasses.replace(part, seed=n)) for n, part in enumerate(parts)]
+    processes = [Process(dataclasses.replace(part, seed=n), method) for n, part in enumerate(parts)]
     said = "".join(process.output()[1] for process in processes)
     assert f"error: expected every process to have the same options and corpus, here {corpus}, 2408 words" in said
     assert all(process.returncode for process in processes)
 
 
-def error_of(options):
-    process = Process(options)
+def error_of(options, method):
+    process = Process(options, method)
     _, said = process.output()
     assert process.returncode == 1
     (line,) = [line for line in said.split("\n") if "error" in line]
     return line
 
 
-def test_the_error_of_started_processes_is_that_of_the_command(tmp_path):
+def test_the_error_of_started_processes_is_that_of_the_command(tmp_path, method):
     options = config(tmp_path / "nowhere", tmp_path / "out", processes=2)
-    assert error_of(options) == f"error: {tmp_path}/nowhere: No such file or directory"
+    assert error_of(options, method) == f"error: {tmp_path}/nowhere: No such file or directory"
 
 
 @pytest.mark.exhaustive
-def test_the_error_of_a_started_process_is_that_of_the_command(corpus, pair):
+def test_the_error_of_a_started_process_is_that_of_the_command(corpus, pair, method):
     """For which the other waits."""
     expected = f"error: --seed: {pair[0]}/checkpoints was written with 0, got 1: resume takes the same options"
-    assert error_of(config(corpus, pair[0], processes=2, resume=True, seed=1)) == expected
+    assert error_of(config(corpus, pair[0], processes=2, resume=True, seed=1), method) == expected
 
 
-def test_a_port_in_use_is_one_line(corpus, tmp_path):
+def test_a_port_in_use_is_one_line(corpus, tmp_path, method):
     """Where JAX ends by a segmentation fault."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        process = Process(cluster(config(corpus, tmp_path), port)[0])
+        process = Process(cluster(config(corpus, tmp_path), port)[0], method)
         said, told = process.output()
     assert process.returncode == 1
     assert said == ""

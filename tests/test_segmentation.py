@@ -430,8 +430,9 @@ def test_nothing_is_lost_where_every_checkpoint_is_damaged(voc, tmp_path, monkey
         run(dataclasses.replace(options, resume=True))
     assert (tmp_path / "metrics.csv").read_bytes() == rows
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "4"}
-    run(dataclasses.replace(options, overwrite=True, steps=2))
-    assert (tmp_path / "metrics.csv").read_bytes().count(b"\n") == 3
+    run(dataclasses.replace(options, overwrite=True))
+    assert (tmp_path / "metrics.csv").read_bytes().count(b"\n") == 1 + STEPS
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"6", "7"}
 
 
 @pytest.mark.parametrize(("owner", "last"), [(_checkpoints, "checksums"), (pathlib.Path, "rename")])
@@ -479,7 +480,7 @@ def test_an_unfinished_run_is_neither_overwritten_nor_continued_with_other_optio
 
 
 def test_a_finished_run_is_replaced_where_that_is_asked_for(voc, whole, tmp_path):
-    run(config(tmp_path, data=str(voc), seed=1, steps=2))
+    run(config(tmp_path, data=str(voc), seed=1))
     before = (tmp_path / "metrics.csv").read_bytes()
     with pytest.raises(InputError, match="holds a finished run: replace it with --overwrite, or choose another --out"):
         run(config(tmp_path, data=str(voc)))
