@@ -72,10 +72,19 @@ def test_programs_run_and_the_doctor_says_what_is_printed(page, tmp_path, monkey
         assert capsys.readouterr().out.split() == said.split()
 
 
+def is_quick(notebook):
+    return notebook.stem == "debug_my_gradient"
+
+
 @pytest.mark.x32
 @pytest.mark.scripts
-@pytest.mark.optimized
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "notebook",
+    [
+        pytest.param(path, id=path.stem, marks=() if is_quick(path) else [pytest.mark.optimized, pytest.mark.exhaustive])
+        for path in NOTEBOOKS
+    ],
+)
 def test_notebooks_run(notebook, monkeypatch):
     plt = pytest.importorskip("matplotlib.pyplot")
     plt.switch_backend("Agg")
