@@ -81,7 +81,9 @@ def is_quick(notebook):
 @pytest.mark.parametrize(
     "notebook",
     [
-        pytest.param(path, id=path.stem, marks=() if is_quick(path) else [pytest.mark.optimized, pytest.mark.exhaustive])
+        pytest.param(
+            path, id=path.stem, marks=() if is_quick(path) else [pytest.mark.optimized, pytest.mark.exhaustive]
+        )
         for path in NOTEBOOKS
     ],
 )

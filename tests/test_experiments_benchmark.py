@@ -36,10 +36,11 @@ from experiments.benchmark.places import HUGE, PURE, open_places, unused
 from experiments.benchmark.report import fallen_ratios, summary, timed_peers
 from experiments.benchmark.sweep import CLIFFS, TASKS, sweep
 
-pytestmark = [pytest.mark.scripts, pytest.mark.x32, pytest.mark.optimized]
+pytestmark = [pytest.mark.scripts, pytest.mark.x32]
 
 CEILINGS = Ceilings(1e10, {"float32": 1e11, "bfloat16": 1e11})
 TWO = "softmax (150, 3)"  # also part of log_softmax's name
+COMPILATIONS = measuring.COMPILATIONS
 
 
 def shrunk(case):
@@ -53,6 +54,16 @@ SHRUNK = sorted((c for c in DISTINCT if c.dtype == "float32" or len(c.shape) == 
 SHRUNK += [Case(task, (6, 1, 4, 7), "bfloat16", axis, swept=True) for task in TASKS for axis in (-1, 2)]
 
 
+def with_one_of_each_kind(cases):
+    """The cases; exhaustive are those of a task, options, layout and dtype that others before them have."""
+    seen = set()
+    for case in sorted(cases, key=lambda case: (-case.axis, -len(case.shape), case.label)):
+        layout = case.is_linear or case.is_loss, case.axis, case.swept, len(case.shape) > 2
+        kinds = {case.task, (case.ignored, case.smooth), layout, (case.is_loss, case.dtype, case.swept)}
+        yield pytest.param(case, id=case.label, marks=() if kinds - seen else pytest.mark.exhaustive)
+        seen |= kinds
+
+
 def rows_of(case, **options):
     rows = measure(case, CEILINGS, 1e-9, np.random.default_rng(0))
     return {row["implementation"]: row for row in rows}
@@ -60,10 +71,11 @@ def rows_of(case, **options):
 
 @pytest.fixture(scope="module", autouse=True)
 def few_calls():
-    """One call a turn and few rounds, under ceilings that are given: what is timed here is of no interest."""
+    """One compilation, one call a turn and few rounds, under ceilings that are given: no time here is of interest."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "TURN", 1e-9)
         patch.setattr(measuring, "FEWEST", 2)
+        patch.setattr(measuring, "COMPILATIONS", 1)
         patch.setattr(benchmark, "measure_ceilings", lambda dtypes: CEILINGS)
         patch.setattr(benchmark, "unused", lambda: dict.fromkeys((PURE, HUGE), "not of interest"))
         yield
@@ -84,7 +96,7 @@ def copy(whole, tmp_path):
 # Peers.
 
 
-@pytest.mark.parametrize("case", SHRUNK, ids=lambda case: case.label)
+@pytest.mark.parametrize("case", [*with_one_of_each_kind(SHRUNK)])
 def test_every_installed_peer_computes_what_ours_does(case):
     rows = rows_of(case)
     not_timed = {name: row["not timed"] for name, row in rows.items() if "not timed" in row}
@@ -165,7 +177,7 @@ def test_what_is_counted_is_what_is_read_and_written():
 
 
 def test_labels_are_ignored_in_the_share_stated():
-    _, labels = Case("cross-entropy", (100_000, 3), ignored=True).draw(jax.random.key(0))
+    _, labels = jax.jit(Case("cross-entropy", (100_000, 3), ignored=True).draw)(jax.random.key(0))
     assert np.mean(labels == -100) == pytest.approx(0.05, abs=0.005)
     assert set(np.unique(labels)) == {-100, 0, 1, 2}
 
@@ -179,6 +191,7 @@ def test_temporaries_are_those_of_the_compiled_call():
 
 def test_compiling_is_timed_from_the_function_on_and_the_faster_time_counts(monkeypatch):
     """Two compilations, of programs traced anew, with clocks of 5 and 2 seconds."""
+    monkeypatch.setattr(measuring, "COMPILATIONS", COMPILATIONS)
     clock, traced = iter([0.0, 5.0, 10.0, 12.0]), []
     monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(clock))
     _, said = measuring.compile_ahead(lambda x: traced.append(x) or x + 1, (jnp.ones(3),))
@@ -198,6 +211,7 @@ def test_on_a_gpu_inputs_take_turns_and_calls_are_queued(monkeypatch):
     _, call, _ = prepare(Peer("", lambda x: x + 1), [(jnp.array(n),) for n in (1, 2)])
     assert [int(call()) for _ in range(3)] == [2, 3, 2]
     counted = []
+    monkeypatch.setattr(Case, "size", 2**27)  # two sets of which no cache holds
     monkeypatch.setattr(measuring, "TURN", 1e-2)
     monkeypatch.setattr(measuring, "on_gpu", lambda: True)
     monkeypatch.setattr(measuring, "timed", lambda call, wait, calls=1: counted.append(calls) or 1e-3)
@@ -215,7 +229,7 @@ def test_each_result_is_waited_for_but_on_a_gpu_only_the_last(monkeypatch, gpu, 
 
 def test_ceilings_count_what_is_moved_and_multiplied(monkeypatch):
     """In a millisecond each: 2²⁶ floats read and written, and 2048³ products added up."""
-    monkeypatch.setattr(measuring, "fastest", lambda call: 1e-3 if jax.block_until_ready(call()).size else 0)
+    monkeypatch.setattr(measuring, "fastest", lambda call: 1e-3 if jax.eval_shape(call).size else 0)
     ceilings = measure_ceilings(["float32", "bfloat16"])
     assert ceilings.copy == pytest.approx(2 * 2**26 * 4 * 1e3)
     assert ceilings.gemm == pytest.approx({"float32": 2 * 2048**3 * 1e3, "bfloat16": 2 * 2048**3 * 1e3})
@@ -258,7 +272,8 @@ def test_each_place_holds_the_inputs():
 # Places.
 
 
-def test_places_are_processes_whose_environment_differs():
+def test_places_are_processes_whose_environment_differs(monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # as in this process
     with open_places(["", PURE, HUGE]) as opened:
         assert len({ask(os.getpid) for ask in opened.values()} | {os.getpid()}) == 4
         seen = {suffix: ask(os.getenv, "GLIBC_TUNABLES") for suffix, ask in opened.items()}

@@ -264,11 +264,12 @@ def test_collectives_are_told_apart_by_loops():
 
 # The table.
 
-TINY = [
-    *map(Placed, cases(DENSE, [(6, 50)], BOTH)),
+HEADS = [
     *map(Placed, cases(HEAD, [(16, 8, 40)], BOTH[1:])),
     *(Placed(case, mesh) for case in cases(HEAD[1:], [(16, 8, 40)], BOTH[1:]) for mesh in MESHES),
 ]
+TINY = [*map(Placed, cases(DENSE, [(6, 50)], BOTH[:1]) + cases(DENSE[-1:], [(6, 50)], BOTH[1:])), *HEADS]
+TINY_IN_BOTH = [*map(Placed, cases(DENSE, [(6, 50)], BOTH)), *HEADS]
 
 
 @pytest.fixture
@@ -278,7 +279,11 @@ def here(monkeypatch):
     monkeypatch.setitem(SUITES, "full", TINY)
 
 
-def test_the_table_is_written(here, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "suite", [TINY, pytest.param(TINY_IN_BOTH, marks=pytest.mark.exhaustive)], ids=["each kind", "each kind and dtype"]
+)
+def test_the_table_is_written(here, suite, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(SUITES, "full", suite)
     table = run(Config(out=tmp_path))
     assert [*table] == COLUMNS
     assert {*table["implementation"]} >= {"jaxsoft", "jax.nn", "optax", "optax, full logits"}

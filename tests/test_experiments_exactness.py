@@ -8,7 +8,7 @@ import pytest
 from experiments import exactness
 from experiments._door import InputError
 
-pytestmark = [pytest.mark.x32, pytest.mark.optimized]
+pytestmark = pytest.mark.x32
 
 
 def test_its_numbers_come_out_and_leave_a_picture(tmp_path):
@@ -18,6 +18,7 @@ def test_its_numbers_come_out_and_leave_a_picture(tmp_path):
     assert (Path(__file__).parents[1] / "docs" / "pictures" / "exactness.svg").is_file()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("classes", [2, 1000])
 def test_ours_is_exact_for_any_number_of_classes(classes):
     losses, gradients = exactness.measure(exactness.draw_logits(exactness.Config(classes=classes, draws=4)))
