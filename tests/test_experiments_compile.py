@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments._door import InputError
-from experiments.benchmark.cases import BOTH, cases
+from experiments.benchmark.cases import BOTH, Case, cases
 from experiments.compile import __main__ as script
 from experiments.compile.__main__ import Config, run
 from experiments.compile.cases import DENSE, HEAD, MESHES, SUITES, Placed
@@ -268,7 +268,7 @@ HEADS = [
     *map(Placed, cases(HEAD, [(16, 8, 40)], BOTH[1:])),
     *(Placed(case, mesh) for case in cases(HEAD[1:], [(16, 8, 40)], BOTH[1:]) for mesh in MESHES),
 ]
-TINY = [*map(Placed, cases(DENSE, [(6, 50)], BOTH[:1]) + cases(DENSE[-1:], [(6, 50)], BOTH[1:])), *HEADS]
+TINY = [Placed(Case(shape=(6, 50), dtype=BOTH[n % 2], **kind)) for n, kind in enumerate(DENSE)] + HEADS
 TINY_IN_BOTH = [*map(Placed, cases(DENSE, [(6, 50)], BOTH)), *HEADS]
 
 
