@@ -17,6 +17,10 @@ jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / "
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
+# Most of XLA's optimizations take time and change no result: only what is marked `optimized` has them. Set here for the
+# doctests, for which the hook below is not called.
+jax.config.update("jax_disable_most_optimizations", True)
+
 
 def pytest_configure(config):
     """XLA's older emitters compile in a third of the time. The exhaustive tests have what users have.
@@ -37,7 +41,6 @@ def is_optimized(item):
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures of a module, which compile too
 def pytest_runtest_setup(item):
-    """Most of XLA's optimizations take time and change no result: only what is marked `optimized` has them."""
     unoptimized = not is_optimized(item)
     if jax.config.read("jax_disable_most_optimizations") != unoptimized:
         jax.config.update("jax_disable_most_optimizations", unoptimized)
