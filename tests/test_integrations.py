@@ -17,8 +17,8 @@ pytestmark = pytest.mark.x32
 
 rng = np.random.default_rng(0)
 WORDS, WIDTH, BATCH, STEPS = 32, 8, 16, 5
-TOKENS = jnp.asarray(rng.integers(0, WORDS, (STEPS, BATCH)), jnp.int32)
-LABELS = jnp.asarray(rng.integers(0, WORDS, (STEPS, BATCH)), jnp.int32).at[:, :5].set(-1)
+TOKENS, LABELS = rng.integers(0, WORDS, (2, STEPS, BATCH)).astype(np.int32)
+LABELS[:, :5] = -1
 OPTIONS = {"ignore_index": -1, "label_smoothing": 0.1}
 
 
@@ -26,11 +26,16 @@ def mean_loss(features, kernel, bias, labels, **layout):
     return linear_cross_entropy(features, kernel, labels, bias, **OPTIONS, **layout)
 
 
+def drawn(types):
+    """Parameters of such shapes, which take less time than a library's own initializers."""
+    generator = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: generator.normal(size=leaf.shape).astype(leaf.dtype), types)
+
+
 def plain():
-    keys = jax.random.split(jax.random.key(0), 2)
-    embedding, kernel = jax.random.normal(keys[0], (WORDS, WIDTH)), jax.random.normal(keys[1], (WIDTH, WORDS))
-    params = {"embedding": embedding, "kernel": kernel, "bias": jnp.zeros(WORDS)}
-    return params, lambda params, tokens: (params["embedding"][tokens], params["kernel"], params["bias"])
+    shapes = {"embedding": (WORDS, WIDTH), "kernel": (WIDTH, WORDS), "bias": (WORDS,)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    return drawn(params), lambda params, tokens: (params["embedding"][tokens], params["kernel"], params["bias"])
 
 
 def of_nnx():
@@ -38,13 +43,13 @@ def of_nnx():
         def __init__(self, rngs):
             self.embed, self.head = nnx.Embed(WORDS, WIDTH, rngs=rngs), nnx.Linear(WIDTH, WORDS, rngs=rngs)
 
-    graph, params = nnx.split(Network(nnx.Rngs(0)))
+    graph, params = nnx.split(nnx.eval_shape(lambda: Network(nnx.Rngs(0))))
 
     def features_and_head(params, tokens):
         network = nnx.merge(graph, params)
         return network.embed(tokens), network.head.kernel[...], network.head.bias[...]
 
-    return params, features_and_head
+    return drawn(params), features_and_head
 
 
 def of_linen():
@@ -53,30 +58,32 @@ def of_linen():
         def __call__(self, tokens):
             return nn.Dense(WORDS, name="head")(nn.Embed(WORDS, WIDTH, name="embed")(tokens))
 
-    network = Network()
-    params = network.init(jax.random.key(0), TOKENS[0])["params"]
+    params = jax.eval_shape(Network().init, jax.random.key(0), TOKENS[0])["params"]
 
     def features_and_head(params, tokens):
         features = nn.Embed(WORDS, WIDTH).apply({"params": params["embed"]}, tokens)
         return features, params["head"]["kernel"], params["head"]["bias"]
 
-    return params, features_and_head
+    return drawn(params), features_and_head
 
 
 def of_equinox():
-    keys = jax.random.split(jax.random.key(0), 2)
-    network = {"embed": eqx.nn.Embedding(WORDS, WIDTH, key=keys[0]), "head": eqx.nn.Linear(WIDTH, WORDS, key=keys[1])}
-    params, static = eqx.partition(network, eqx.is_array)
+    def network(key):
+        keys = jax.random.split(key)
+        return {"embed": eqx.nn.Embedding(WORDS, WIDTH, key=keys[0]), "head": eqx.nn.Linear(WIDTH, WORDS, key=keys[1])}
+
+    types = eqx.filter_eval_shape(network, jax.random.key(0))
+    params, static = eqx.partition(types, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
 
     def features_and_head(params, tokens):
         network = eqx.combine(params, static)
         # Its kernel is (classes, features).
         return jax.vmap(network["embed"])(tokens), network["head"].weight.T, network["head"].bias
 
-    return params, features_and_head
+    return drawn(params), features_and_head
 
 
-def train(params, features_and_head, loss, place=lambda tokens: tokens):
+def train(params, features_and_head, loss, lay=lambda leaf: leaf, place=lambda tokens: tokens):
     optimizer = optax.adam(0.05)
 
     @jax.jit
@@ -88,7 +95,8 @@ def train(params, features_and_head, loss, place=lambda tokens: tokens):
         updates, moments = optimizer.update(gradient, moments, params)
         return optax.apply_updates(params, updates), moments, value
 
-    moments, losses = optimizer.init(params), []
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(optimizer.init, params))
+    params, moments, losses = *jax.tree.map(lay, (params, zeros)), []
     for tokens, labels in zip(TOKENS, LABELS, strict=True):
         params, moments, value = step(params, moments, place(tokens), place(labels))
         losses.append(value)
@@ -117,7 +125,7 @@ def test_a_network_trains_as_with_full_logits_on_four_devices_too(network):
 
     with jax.set_mesh(mesh):
         place = lambda tokens: jax.device_put(tokens, NamedSharding(mesh, P("data")))  # noqa: E731
-        losses, trained = train(jax.tree.map(lay, params), features_and_head, sharded, place)
+        losses, trained = train(params, features_and_head, sharded, lay, place)
     np.testing.assert_allclose(losses, expected, rtol=2e-5)
     kept = [leaf for leaf in jax.tree.leaves(trained) if leaf.ndim > 1]
     assert kept
@@ -126,7 +134,7 @@ def test_a_network_trains_as_with_full_logits_on_four_devices_too(network):
 
 def test_tied_embeddings_in_half_precision_with_gradients_accumulated_and_computed_again():
     """The embedding as the kernel, without a copy; a batch in two parts under `jax.checkpoint`."""
-    params = jnp.asarray(rng.normal(size=(WORDS, WIDTH)), jnp.bfloat16)
+    params = rng.normal(size=(WORDS, WIDTH)).astype(jnp.bfloat16)
     tokens, labels = TOKENS[0].reshape(2, -1), LABELS[0].reshape(2, -1)
 
     def total(params, tokens, labels):
@@ -142,14 +150,10 @@ def test_tied_embeddings_in_half_precision_with_gradients_accumulated_and_comput
         return jax.lax.scan(part, start, (tokens, labels))[0]
 
     def naive(params):
-        features = jnp.tanh(params.astype(jnp.float32)[tokens.reshape(-1)])
-        return cross_entropy(
-            features @ params.astype(jnp.float32).T, labels.reshape(-1), ignore_index=-1, reduction="sum"
-        )
+        features = jnp.tanh(params[tokens.reshape(-1)])
+        return cross_entropy(features @ params.T, labels.reshape(-1), ignore_index=-1, reduction="sum")
 
     value, gradient = jax.jit(accumulate)(params)
-    expected, expected_gradient = jax.value_and_grad(naive)(params)
+    expected, expected_gradient = jax.jit(jax.value_and_grad(naive))(params.astype(np.float32))
     np.testing.assert_allclose(value, expected, rtol=1e-2)
-    np.testing.assert_allclose(
-        gradient, expected_gradient.astype(jnp.float32), atol=0.05 * np.abs(expected_gradient.astype(jnp.float32)).max()
-    )
+    np.testing.assert_allclose(gradient, expected_gradient, atol=0.05 * np.abs(expected_gradient).max())

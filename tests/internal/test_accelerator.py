@@ -1,6 +1,6 @@
 """The program of GPUs and TPUs: what a CPU can tell of it. What XLA makes of it there is counted where it is compiled."""
 
-import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxsoft
+import reference
 from jaxsoft import _accelerator, _statistics, _tiles
 from jaxsoft._dtypes import compute_dtype
 from jaxsoft._losses import LOSSES
@@ -19,40 +20,57 @@ from jaxsoft._targets import Targets
 MARGINS = (-60.0, -20, -5, -1, -0.1, 0, 0.1, 1, 5, 10, 17, 30, 60, 80)
 
 
-def programs(logits, label, spread, axes):
-    """The sums of the accelerators' program and those of the plain formula, both on this machine."""
-    axes = tuple(axis % logits.ndim - logits.ndim for axis in axes)
-    arrays = tuple(None if a is None else jnp.asarray(a) for a in (logits, label, spread))
-    return _accelerator._block_sums(arrays, axes), _statistics._block_sums(arrays, axes)
+PLAIN = _statistics._block_sums.__wrapped__
 
 
-def assert_same(actual, expected, rtol):
+def programs(cases):
+    """The sums of the accelerators' program and those of the plain formula for each (arrays, axes), in one program."""
+
+    def both(every):
+        by_end = ((arrays, tuple(axis % arrays[0].ndim - arrays[0].ndim for axis in axes)) for arrays, axes in every)
+        return [(_accelerator._block_sums(*case), PLAIN(*case)) for case in by_end]
+
+    every_axes = [axes for _, axes in cases]
+    return jax.jit(lambda arrays: both(zip(arrays, every_axes, strict=True)))([arrays for arrays, _ in cases])
+
+
+def assert_same(actual, expected, rtol, case=""):
     assert len(actual) == len(expected)
     for one, other in zip(actual, expected, strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
-        np.testing.assert_allclose(one, other, rtol=rtol)
+        np.testing.assert_allclose(one, other, rtol=rtol, err_msg=case)
 
 
-@pytest.mark.parametrize("targets", ["none", "label", "smoothing", "distribution"])
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-@pytest.mark.parametrize(
-    ("shape", "axes"),
-    [((7,), (0,)), ((1, 1), (1,)), ((5, 33), (1,)), ((33, 5), (0,)), ((2, 9, 3, 4), (1,)), ((3, 4, 5), (0, 2))],
-    ids=str,
-)
-def test_it_is_the_plain_formula(shape, axes, dtype, targets):
+DTYPES = ["float64", "float32", "bfloat16", "float16"]
+TARGETS = ["none", "label", "smoothing", "distribution"]
+SHAPES = [((7,), (0,)), ((1, 1), (1,)), ((5, 33), (1,)), ((33, 5), (0,)), ((2, 9, 3, 4), (1,)), ((3, 4, 5), (0, 2))]
+COVERING = reference.covering(2, SHAPES, DTYPES, TARGETS)
+
+
+def drawn(shape, axes, dtype, targets):
     generator = np.random.default_rng(sum(shape))
-    logits = jnp.asarray(generator.normal(size=shape) * 9 + 40, dtype)
+    logits = (generator.normal(size=shape) * 9 + 40).astype(dtype)
     compute = compute_dtype(jnp.dtype(dtype))
     label = spread = None
     if targets in ("label", "smoothing") and len(axes) == 1:  # a label has one class axis
         positions = [1 if n == axes[0] else size for n, size in enumerate(shape)]
-        label = jnp.asarray(generator.integers(-2, shape[axes[0]] + 2, positions), jnp.int32)  # outside a shard too
+        label = generator.integers(-2, shape[axes[0]] + 2, positions).astype(np.int32)  # outside a shard too
     if targets == "smoothing" and len(axes) == 1:
-        spread = jnp.full([size if n == axes[0] else 1 for n, size in enumerate(shape)], 0.1 / shape[axes[0]], compute)
+        spread = np.full([size if n == axes[0] else 1 for n, size in enumerate(shape)], 0.1 / shape[axes[0]], compute)
     if targets == "distribution":
-        spread = jnp.asarray(generator.random(shape) * (generator.random(shape) > 0.3), compute)
-    assert_same(*programs(logits, label, spread, axes), rtol=1e-13 if dtype == "float64" else 1e-5)
+        spread = (generator.random(shape) * (generator.random(shape) > 0.3)).astype(compute)
+    return logits, label, spread
+
+
+@pytest.mark.parametrize("chosen", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["pairs", "rest"])
+@pytest.mark.parametrize(("shape", "axes"), SHAPES, ids=str)
+def test_it_is_the_plain_formula(shape, axes, chosen):
+    every = itertools.product(DTYPES, TARGETS)
+    cases = [case for case in every if (((shape, axes), *case) in COVERING) == chosen]
+    assert cases
+    sums = programs([(drawn(shape, axes, *case), axes) for case in cases])
+    for (dtype, targets), (actual, expected) in zip(cases, sums, strict=True):
+        assert_same(actual, expected, 1e-13 if dtype == "float64" else 1e-5, f"{dtype}, {targets}")
 
 
 EDGES = np.array(
@@ -71,49 +89,57 @@ EDGES = np.array(
 )
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("label", [None, 0, 1])
-def test_edges(dtype, label):
-    lowest, highest = (float(limit) for limit in (jnp.finfo(dtype).min, jnp.finfo(dtype).max))
-    logits = jnp.asarray(np.where(np.isfinite(EDGES), np.clip(EDGES, lowest, highest), EDGES), dtype)
-    logits = jnp.concatenate([logits, jnp.full((1, 4), jnp.finfo(dtype).min), jnp.full((1, 4), jnp.finfo(dtype).max)])
-    labels = None if label is None else jnp.full((len(logits), 1), label, jnp.int32)
-    actual, expected = programs(logits, labels, None, (1,))
-    if label == 0:  # a lone +inf at the label: both losses are NaN, whatever the others' sum
-        actual, expected = (
-            [a.at[1].set(0) if n == 1 else a for n, a in enumerate(sums)] for sums in (actual, expected)
-        )
-    assert_same(actual, expected, rtol=1e-6)
+def test_edges():
+    """In each dtype, without a label and with either of two."""
+    cases = list(itertools.product(DTYPES, [None, 0, 1]))
+
+    def arrays(dtype, label):
+        lowest, highest = (float(limit) for limit in (jnp.finfo(dtype).min, jnp.finfo(dtype).max))
+        logits = np.where(np.isfinite(EDGES), np.clip(EDGES, lowest, highest), EDGES)
+        logits = np.concatenate([logits, np.full((1, 4), lowest), np.full((1, 4), highest)]).astype(dtype)
+        return logits, None if label is None else np.full((len(logits), 1), label, np.int32), None
+
+    sums = programs([(arrays(*case), (1,)) for case in cases])
+    for (dtype, label), both in zip(cases, sums, strict=True):
+        actual, expected = jax.tree.map(np.array, both)
+        if label == 0:  # a lone +inf at the label: both losses are NaN, whatever the others' sum
+            actual[1][1] = expected[1][1] = 0
+        assert_same(actual, expected, 1e-6, f"{dtype}, label {label}")
 
 
 def test_a_class_without_weight_costs_nothing_and_one_with_weight_at_minus_infinity_everything():
-    logits = jnp.array([[-jnp.inf, 1.0, 3.0], [-jnp.inf, 3.0, 1.0], [-jnp.inf, -jnp.inf, -jnp.inf]])
-    spread = jnp.array([[0.0, 0.5, 0.5], [0.2, 0.4, 0.4], [0.0, 0.0, 0.0]])
-    assert_same(*programs(logits, None, spread, (1,)), rtol=1e-13)
+    logits = np.array([[-np.inf, 1.0, 3.0], [-np.inf, 3.0, 1.0], [-np.inf, -np.inf, -np.inf]])
+    spread = np.array([[0.0, 0.5, 0.5], [0.2, 0.4, 0.4], [0.0, 0.0, 0.0]])
+    ((actual, expected),) = programs([((logits, None, spread), (1,))])
+    assert_same(actual, expected, 1e-13)
 
 
 @pytest.mark.x32
 @pytest.mark.parametrize("classes", [2, 21, 1000, 4096])
-@pytest.mark.parametrize("order", ["random", "ascending", "descending", "equal"])
-def test_the_loss_keeps_its_digits_at_every_margin(order, classes):
-    """Each at 1e-5, summed here in sequence: no accelerator takes that many turns for so few classes."""
+def test_the_loss_stays_accurate_at_every_margin(classes):
+    """Each at 1e-5, summed here in sequence: no accelerator takes that many turns for so few classes.
+
+    Operation by operation, as below.
+    """
     generator = np.random.default_rng(classes)
-    rows = {
+    orders = {
         "random": generator.normal(size=(len(MARGINS), classes)),
         "ascending": np.linspace(-1, 0, classes) * np.ones((len(MARGINS), 1)),
         "descending": np.linspace(0, -30, classes) * np.ones((len(MARGINS), 1)),
         "equal": np.full((len(MARGINS), classes), 0.3),
     }
-    logits = rows[order].astype(np.float32)
-    label = generator.integers(0, classes, len(MARGINS))[:, None].astype(np.int32)
+    logits = np.concatenate([*orders.values()]).astype(np.float32)
+    label = np.tile(generator.integers(0, classes, len(MARGINS)), len(orders))[:, None].astype(np.int32)
     others = np.where(np.arange(classes) == label, -np.inf, logits).max(1)
-    logits[np.arange(len(MARGINS)), label[:, 0]] = others + np.array(MARGINS, np.float32)
+    logits[np.arange(len(logits)), label[:, 0]] = others + np.tile(np.array(MARGINS, np.float32), len(orders))
     wide = logits.astype(np.float64) - np.take_along_axis(logits, label, 1).astype(np.float64)
     expected = np.log1p(np.sum(np.where(np.arange(classes) == label, 0, np.exp(wide)), 1))
 
     largest, tail, of_label = in_lanes(logits, label)
     statistics = _statistics.Statistics(largest, tail, of_label - largest)
-    np.testing.assert_allclose(statistics.surprise[:, 0], expected, rtol=1e-5)
+    surprise = np.split(np.asarray(statistics.surprise[:, 0]), len(orders))
+    for order, got, want in zip(orders, surprise, np.split(expected, len(orders)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=order)
     assert np.all(statistics.exp_sum >= 1)
 
 
@@ -135,8 +161,9 @@ def in_lanes(logits, label, lanes=32):
 
 @pytest.mark.x32
 def test_the_largest_alone_is_one_exactly():
-    z = jnp.asarray(np.random.default_rng(0).normal(size=(512, 1)) * 30, jnp.float32)
-    (_, tail), _ = programs(jnp.concatenate([z, z - 50], 1), None, None, (1,))
+    z = (np.random.default_rng(0).normal(size=(512, 1)) * 30).astype(np.float32)
+    # Operation by operation: one program for a CPU has exponentials of a vector, and others of a number by itself.
+    _, tail = _accelerator._block_sums((jnp.asarray(np.concatenate([z, z - 50], 1)), None, None), (-1,))
     np.testing.assert_array_equal(tail, 1)
 
 
@@ -221,29 +248,6 @@ def test_inside_shard_map(axis_name):
     assert largest_reductions(lowered(mapped, "tpu", *shapes), 48 if axis_name is None else 12) == 1
 
 
-def test_derivatives_are_those_of_the_plain_formula(monkeypatch):
-    """Of the value alone there is another program, also where it is what is compiled on this platform."""
-    generator = np.random.default_rng(0)
-    z, y = jnp.asarray(generator.normal(size=(6, 9))), jnp.asarray(generator.integers(0, 9, 6))
-
-    def results(fn):
-        return jax.jit(jax.value_and_grad(fn))(z), jax.jit(jax.hessian(fn))(z), jax.jit(jax.vmap(fn))(z[None])
-
-    def fn(z):
-        return jaxsoft.cross_entropy(z, y, label_smoothing=0.1, z_loss=0.1) + jnp.sum(jaxsoft.softmax(z) ** 2)
-
-    plain = results(fn)
-    monkeypatch.setattr(_statistics, "_block_sums", on(cpu=lambda *_: _accelerator._block_sums)(PLAIN))
-    jax.clear_caches()
-    assert "stablehlo.ceil" in jax.jit(fn).lower(z).as_text()
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), results(fn), plain)
-    monkeypatch.undo()
-    jax.clear_caches()
-
-
-PLAIN = _statistics._block_sums.__wrapped__
-
-
 def test_a_label_and_its_block_may_vary_over_different_axes():
     mesh = jax.make_mesh((2, 2), ("rows", "classes"), axis_types=(AxisType.Auto,) * 2)
     P = PartitionSpec
@@ -263,39 +267,72 @@ def loops(platform, wanted, tiling, *arrays):
     return *of["_fold_gradients"](platform, arrays, (tiling, wanted)), *of["_fold_values"](platform, arrays[:2], tiling)
 
 
-@pytest.mark.parametrize("class_axis", [0, 1])
-@pytest.mark.parametrize("skips", [False, True])
+WANTED = {
+    "all": _tiles.Variables(True, True, True, False),
+    "features": _tiles.Variables(True, False, False, False),
+    "kernel": _tiles.Variables(False, True, False, False),
+}
+HALF, WHOLE = jnp.dtype("bfloat16"), jnp.dtype("float32")
+LAYERS = {"half": (HALF, 400, True), "narrow": (HALF, 4, False), "whole": (WHOLE, 400, False)}  # dtype, width, deferred
+LOOPS = [LAYERS, WANTED, [False, True], [0, 1]]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "width", "deferred"), [(jnp.bfloat16, 400, True), (jnp.bfloat16, 4, False), (jnp.float32, 400, False)]
+    ("of", "wanted", "skips", "class_axis"),
+    [
+        pytest.param(*case, marks=() if case in reference.covering(2, *LOOPS) else pytest.mark.exhaustive)
+        for case in itertools.product(*LOOPS)
+    ],
 )
-@pytest.mark.parametrize(
-    "wanted",
-    [_tiles.Variables(True, True, True, False), _tiles.Variables(True, False, False, False), _tiles.Variables(False, True, False, False)],
-    ids=["all", "features", "kernel"],
-)  # fmt: skip
-def test_the_loops_of_an_accelerator_are_those_of_a_cpu(dtype, width, deferred, wanted, skips, class_axis):
-    """Several tiles and a ragged one; positions that take no part, one by a class weight of 0, hold NaN."""
+def test_the_loops_of_an_accelerator_are_those_of_a_cpu(of, wanted, skips, class_axis):
+    """Several tiles and a ragged one; positions that are ignored, one by a class weight of 0, hold NaN."""
+    dtype, width, deferred = LAYERS[of]
     positions, classes = 700, 40
     rng = np.random.default_rng(3)
-    x, w, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((positions, width), (width, classes), classes))
-    label = jnp.asarray(rng.integers(0, classes, (positions, 1)), jnp.int32)
-    share = jnp.ones((positions, 1), jnp.float32)
+    x, w, b = (rng.normal(size=s).astype(np.float32) for s in ((positions, width), (width, classes), classes))
+    label = rng.integers(0, classes, (positions, 1)).astype(np.int32)
+    share = np.ones((positions, 1), np.float32)
     if skips:
-        share = share.at[::2].set(0)
-    hot = share.at[5].set(0)  # of a class that weighs nothing
-    x = jnp.where(hot == 0, jnp.nan, x).astype(dtype)
-    kernel = (w if class_axis else w.T).astype(dtype)
-    layer = _tiles.Layer(x, kernel, b, None, None)
+        share[::2] = 0
+    hot = share.copy()
+    hot[5] = 0  # of a class that weighs nothing
+    x = np.where(hot == 0, np.float32(np.nan), x).astype(dtype)
+    layer = _tiles.Layer(x, (w if class_axis else w.T).astype(dtype), b, None, None)
     targets = Targets(label, hot, None, share)
     tiling = _tiles.Tiling(LOSSES, None, class_axis, None, skips)
-    arrays = layer, targets, (jnp.asarray(rng.normal(size=(positions, 1)), jnp.float32),)
+    arrays = layer, targets, (rng.normal(size=(positions, 1)).astype(np.float32),)
     assert _tiles._tile("gpu", tiling, layer, targets).deferred == deferred
-    for platform in ("gpu", "tpu"):
-        found = jax.jit(functools.partial(loops, platform, wanted, tiling))(*arrays)
-        expected = jax.jit(functools.partial(loops, "cpu", wanted, tiling))(*arrays)
-        for got, want in zip(found, expected, strict=True):
+    platforms = "gpu", "tpu", "cpu"
+    *found, expected = jax.jit(lambda *a: [loops(platform, WANTED[wanted], tiling, *a) for platform in platforms])(
+        *arrays
+    )
+    for platform, results in zip(platforms, found, strict=False):
+        for n, (got, want) in enumerate(zip(results, expected, strict=True)):
             want = np.asarray(want, np.float32)
             assert np.isfinite(want).all()
             # Each is a sum of products of half precision; rounded to it the features' gradients may differ by an ulp.
             half = 2.0**-7 if got.dtype == jnp.bfloat16 else 2e-6
-            np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=half, atol=4e-6 * np.abs(want).max())
+            np.testing.assert_allclose(
+                np.asarray(got, np.float32), want, half, 4e-6 * np.abs(want).max(), err_msg=f"{platform}, result {n}"
+            )
+
+
+# Last, since it empties the caches.
+def test_derivatives_are_those_of_the_plain_formula(monkeypatch):
+    """Of the value alone there is another program, also where it is what is compiled on this platform."""
+    generator = np.random.default_rng(0)
+    z, y = generator.normal(size=(6, 9)), generator.integers(0, 9, 6)
+
+    def fn(z):
+        return jaxsoft.cross_entropy(z, y, label_smoothing=0.1, z_loss=0.1) + jnp.sum(jaxsoft.softmax(z) ** 2)
+
+    def results():
+        return jax.jit(lambda z: (jax.value_and_grad(fn)(z), jax.hessian(fn)(z), jax.vmap(fn)(z[None])))(z)
+
+    plain = results()
+    monkeypatch.setattr(_statistics, "_block_sums", on(cpu=lambda *_: _accelerator._block_sums)(PLAIN))
+    jax.clear_caches()
+    assert "stablehlo.ceil" in jax.jit(fn).lower(z).as_text()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), results(), plain)
+    monkeypatch.undo()
+    jax.clear_caches()
