@@ -238,7 +238,7 @@ def test_what_a_mistake_has_for_a_number_is_said():
 
 
 @pytest.mark.parametrize("seeds", [range(15), pytest.param(range(15, 40), marks=exhaustive)], ids=["few", "many"])
-def test_what_is_small_beside_the_truth_is_not_given_a_cause(seeds):
+def test_what_is_small_relative_to_the_truth_is_not_given_a_cause(seeds):
     """Noise of 2e-4 has some direction; with three numbers, any is near that of some mistake."""
     for seed in seeds:
         z, labels, o, t = problem(1, 3, seed=seed)
@@ -459,7 +459,7 @@ def test_each_vector_is_judged_by_its_own_rounding(dtype, level, spoil, leading)
 
 
 def test_what_rounding_would_hide_of_a_mistake_does_not_give_it_that_name():
-    """The second vector, of the wrong sign, is nothing beside 1; the first is any multiple of the truth."""
+    """The second vector, of the wrong sign, is nothing relative to 1; the first is any multiple of the truth."""
     z, q = np.array([[0, 0], [16, 0]], np.float32), 1 / (1 + np.exp(16))
     gradient = np.array([[-0.5, 0.5], [q, -q]], np.float32)
     assert diagnose_gradient(z, np.array([0, 0]), gradient).verdict == "wrong"
@@ -677,10 +677,11 @@ def test_p_minus_one_in_float32_is_called_lost_not_right():
 
 
 LEADS = [16, 30, 40, 60, 80, 87, 88, 90, 104, 200], DTYPES, [False, True]
+FEW_LEADS = [16, 40, 80, 87, 88, 104, 200], *LEADS[1:]
 
 
 @pytest.mark.parametrize(
-    ("margin", "dtype", "one_hot"), with_the_rest_exhaustive(reference.covering(2, *LEADS), *LEADS)
+    ("margin", "dtype", "one_hot"), with_the_rest_exhaustive(reference.covering(2, *FEW_LEADS), *LEADS)
 )
 def test_a_label_that_leads_by_far_is_judged_by_its_tail(margin, dtype, one_hot):
     """The other classes' sum, by hand: also in float64 the truth must not be p − 1."""
@@ -731,9 +732,11 @@ def test_class_axis():
     assert vector.correct
 
 
-@pytest.mark.parametrize(("examples", "many"), [(7, 7), pytest.param(80, 16, marks=exhaustive)], ids=["few", "many"])
+@pytest.mark.parametrize(
+    ("examples", "sizes"), [(7, [7]), pytest.param(80, [1, 16], marks=exhaustive)], ids=["few", "many"]
+)
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, jnp.bfloat16, np.float16])
-def test_law_our_own_gradient_is_called_right_and_with_one_vector_spoilt_is_not(dtype, examples, many):
+def test_law_our_own_gradient_is_called_right_and_with_one_vector_spoilt_is_not(dtype, examples, sizes):
     limits = jnp.finfo(dtype)
 
     @jax.jit
@@ -742,7 +745,7 @@ def test_law_our_own_gradient_is_called_right_and_with_one_vector_spoilt_is_not(
 
     @given(
         st.integers(0, 2**32 - 1),
-        st.sampled_from([1, many]),
+        st.sampled_from(sizes),
         st.sampled_from([0.5, 2.0, 6.0, 20.0]),
         st.sampled_from(["labels", "soft", "learned", "scaled"]),
         st.sampled_from([-1.0, 0.0, 1.5]),

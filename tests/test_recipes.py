@@ -26,9 +26,17 @@ CASES = [
 examples = functools.cache(given.examples)
 
 
+def log_softmax(z):
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+
+def at(log_p, labels):
+    return np.take_along_axis(log_p, np.maximum(labels, 0)[..., None], -1)[..., 0]
+
+
 @functools.cache
-def outcome(seed, n):
-    """Values and gradients of an example by the recipe and on all logits, in one program."""
+def program(seed, n):
+    """Values and gradients of an example by the recipe, for any arguments, and on all logits, compiled together."""
     example = examples(seed)[n]
     still = tuple(map(np.asarray, example.arguments[example.moving :]))  # the naive losses look at their values
 
@@ -44,7 +52,23 @@ def outcome(seed, n):
     def run(moving, others):
         return differentiated(example.recipe, moving, others), differentiated(example.naive, moving, still)
 
-    return run(example.arguments[: example.moving], example.arguments[example.moving :])
+    return lambda *arguments: run(arguments[: example.moving], arguments[example.moving :])
+
+
+@functools.cache
+def outcome(seed, n):
+    return program(seed, n)(*examples(seed)[n].arguments)
+
+
+def of_the_recipe(loss, **options):
+    """The program of its first example with such options: of the recipe alone, values and gradients."""
+    named = (n for n, e in enumerate(examples(0)) if e.recipe is loss and e.options.items() >= options.items())
+    run = program(0, next(named))
+    return lambda *arguments: run(*arguments)[0]
+
+
+def arguments_of(loss, seed):
+    return next(e.arguments for e in examples(seed) if e.recipe is loss)
 
 
 @pytest.mark.parametrize(("seed", "n"), CASES)
@@ -97,50 +121,45 @@ def test_a_row_packed_or_apart_has_the_same_loss():
 
 
 def test_what_is_said_of_ignored_tokens_does_not_count():
-    example = next(e for e in examples(3) if e.recipe is losses.grpo_loss)
-    x, w, labels, old, reference, rewards = example.arguments
+    x, w, labels, old, reference, rewards = arguments_of(losses.grpo_loss, seed=3)
     ignored = np.asarray(labels) == IGNORED
     assert ignored.any()
-
-    @jax.jit
-    def run(arguments):
-        given = example._replace(arguments=arguments)
-        return given.values(losses.grpo_loss)["loss"], *given.gradients(losses.grpo_loss)
-
+    loss = of_the_recipe(losses.grpo_loss)
     junk = (np.where(ignored, np.nan, a) for a in (old, reference))
-    for ours, theirs in zip(run((x, w, labels, *junk, rewards)), run(example.arguments), strict=True):
+    (changed, of_changed), (same, gradients) = (
+        loss(x, w, labels, *junk, rewards),
+        loss(x, w, labels, old, reference, rewards),
+    )
+    np.testing.assert_array_equal(changed["loss"], same["loss"])
+    for ours, theirs in zip(of_changed, gradients, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
 def test_grpo_before_its_first_step_is_the_policy_gradient():
     """ρ = 1 and ℓ_ref = ℓ: the gradient is that of −A·ℓ, and equal rewards give none, though their mean is rounded."""
-    x, w, labels, *_, rewards = next(e for e in examples(4) if e.recipe is losses.grpo_loss).arguments
+    x, w, labels, *_, rewards = map(np.asarray, arguments_of(losses.grpo_loss, seed=4))
+    known = labels != IGNORED
+    now = np.where(known, at(log_softmax(x @ w), labels), 0)
+    loss = of_the_recipe(losses.grpo_loss)
+    a = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-4)
 
     @jax.jit
-    def run(w, rewards):
-        now = jnp.where(labels == IGNORED, 0, naive.at(naive.log_softmax(x @ w), labels))
-        a = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-4)
+    @jax.grad
+    def policy_gradient(w):
+        log_p = naive.at(naive.log_softmax(x @ w), labels)
+        return -jnp.mean(jnp.sum(a[..., None] * log_p * known, -1) / known.sum(-1))
 
-        def policy(w):
-            log_p = naive.at(naive.log_softmax(x @ w), labels)
-            known = (labels != IGNORED).astype(float)
-            return -jnp.mean(jnp.sum(a[..., None] * log_p * known, -1) / known.sum(-1))
-
-        return jax.grad(losses.grpo_loss, 1)(x, w, labels, now, now, rewards), jax.grad(policy)(w)
-
-    np.testing.assert_allclose(*run(w, rewards), rtol=1e-9, atol=1e-14)
-    assert np.abs(run(w, np.full(rewards.shape, 0.1))[0]).max() < 1e-11
+    _, (_, gradient) = loss(x, w, labels, now, now, rewards)
+    np.testing.assert_allclose(gradient, policy_gradient(w), rtol=1e-9, atol=1e-14)
+    _, (_, gradient) = loss(x, w, labels, now, now, np.full(rewards.shape, 0.1))
+    assert np.abs(gradient).max() < 1e-11
 
 
 def test_dpo_at_its_reference_is_undecided():
-    x, w, labels, _ = next(e for e in examples(5) if e.recipe is losses.dpo_loss).arguments
-
-    @jax.jit
-    def run(x, w):
-        log_p = jnp.where(labels == IGNORED, 0, naive.at(naive.log_softmax(x @ w), labels))
-        return losses.dpo_loss(x, w, labels, log_p.sum(-1))
-
-    np.testing.assert_allclose(run(x, w), np.log(2), rtol=1e-12)
+    x, w, labels, _ = map(np.asarray, arguments_of(losses.dpo_loss, seed=5))
+    log_p = np.where(labels == IGNORED, 0, at(log_softmax(x @ w), labels))
+    values, _ = of_the_recipe(losses.dpo_loss)(x, w, labels, log_p.sum(-1))
+    np.testing.assert_allclose(values["loss"], np.log(2), rtol=1e-12)
 
 
 def test_the_stored_classes_are_the_likeliest():
@@ -157,24 +176,17 @@ def test_the_stored_classes_are_the_likeliest():
 
 
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn_from_it():
-    rng = np.random.default_rng(7)
-    x, w = rng.normal(size=(6, 5)), rng.normal(size=(5, 19))
-
-    @jax.jit
-    def run(x, w):
-        stored = losses.store_top_k(x, w, 4)
-        gradients = {
-            outside: jax.grad(losses.stored_teacher_loss)(x, w, *stored, outside=outside)
-            for outside in ("tail", "renormalise", "nothing")
-        }
-        gradients["teacher"] = jax.grad(losses.teacher_loss)(x, w, np.zeros(6, int), x, w, share=1.0)
-        return {name: jnp.abs(gradient).max() for name, gradient in gradients.items()}
-
-    largest = run(x, w)
+    x, w, *_ = arguments_of(losses.stored_teacher_loss, seed=6)
+    stored = losses.store_top_k(x, w, 5, temperature=1.5)
+    largest = {}
+    for outside in ("tail", "renormalise", "nothing"):
+        _, gradients = of_the_recipe(losses.stored_teacher_loss, outside=outside, temperature=1.5)(x, w, *stored)
+        largest[outside] = np.abs(gradients[0]).max()
     assert largest["tail"] < 1e-14
     assert largest["renormalise"] < 1e-14
     assert largest["nothing"] > 1e-3
-    assert largest["teacher"] < 1e-14
+    to_teacher = jax.jit(jax.grad(functools.partial(losses.teacher_loss, share=1.0)))(x, w, np.zeros((3, 7), int), x, w)
+    assert np.abs(to_teacher).max() < 1e-14
 
 
 @pytest.mark.x32
