@@ -21,7 +21,8 @@ import jaxsoft.diagnose
 import reference
 from jaxsoft import cross_entropy, diagnose_gradient
 
-# Each shape costs a second of compiling: few of them, and most tests use (7, 3).
+# Each shape costs a second of compiling: few of them, on one worker, and most tests use (7, 3).
+pytestmark = pytest.mark.xdist_group("diagnosis")
 SIZES = [(1, 3), (7, 3), (7, 300)]
 MORE_SIZES = [*itertools.product([1, 2, 16, 64], [3, 4, 10, 50]), (7, 50)]
 SQUARE = (3, 3)
@@ -703,8 +704,9 @@ def test_a_label_that_leads_by_far_is_judged_by_its_tail(margin, dtype, one_hot)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision(dtype):
-    z, labels, *_ = problem(7, 3, dtype)
+@pytest.mark.parametrize("n", [1, 7])
+def test_half_precision(n, dtype):
+    z, labels, *_ = problem(n, 3, dtype)
     gradient = np.asarray(our_gradient(z, labels, "mean"))
     assert gradient.dtype == dtype
     assert diagnose_gradient(z, labels, gradient).correct

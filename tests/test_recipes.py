@@ -18,6 +18,9 @@ from experiments.recipes import losses, naive
 from experiments.recipes.losses import IGNORED
 from experiments.vocabulary.heads import temporary_bytes
 
+# What is compiled once, all tests read.
+pytestmark = pytest.mark.xdist_group("recipes")
+
 CASES = [
     pytest.param(seed, n, marks=() if seed == 0 else pytest.mark.exhaustive) for seed in range(3) for n in range(11)
 ]
@@ -138,8 +141,8 @@ def test_what_is_said_of_ignored_tokens_does_not_count():
 def test_grpo_before_its_first_step_is_the_policy_gradient():
     """ρ = 1 and ℓ_ref = ℓ: the gradient is that of −A·ℓ, and equal rewards give none, though their mean is rounded."""
     x, w, labels, *_, rewards = map(np.asarray, arguments_of(losses.grpo_loss, seed=4))
-    known = labels != IGNORED
-    now = np.where(known, at(log_softmax(x @ w), labels), 0)
+    known = (labels != IGNORED).astype(float)
+    now = np.where(labels != IGNORED, at(log_softmax(x @ w), labels), 0)
     loss = of_the_recipe(losses.grpo_loss)
     a = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-4)
 
