@@ -164,6 +164,10 @@ HEADS = {
     **{outside: functools.partial(sparse_head, outside) for outside in OUTSIDE},
     **{kind: functools.partial(divergence_head, kind) for kind in KINDS},
 }
+# One of each public function. What the others have of their own is the formula, and nothing of a layer.
+FUNCTIONS = ["log-probabilities", "top-k", "tail", "jensen-shannon"]
+exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
+ONE_OF_EACH = [name if name in FUNCTIONS else exhaustive(name) for name in HEADS]
 
 
 def options_of(name, p):
@@ -223,16 +227,17 @@ def expected(size, option):
     return of_all_heads(sized(size), value_and_vjp, options_of(option, sized(size)))
 
 
-@pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize(
-    ("size", "option"),
-    [
-        (SIZES[0], "all"),
-        *(pytest.param(SIZES[0], one, marks=pytest.mark.exhaustive) for one in ("plain", "tiles", "capped", "masked")),
-        *((size, "plain") for size in SIZES[1:]),
-    ],
-    ids=str,
-)
+def equalities():
+    """Each head with all options at once, one of each function at each size."""
+    for name in HEADS:
+        yield name, SIZES[0], "all"
+        for option in ("plain", "tiles", "capped", "masked"):
+            yield exhaustive(name, SIZES[0], option)
+        for size in SIZES[1:]:
+            yield (name, size, "plain") if name in FUNCTIONS else exhaustive(name, size, "plain")
+
+
+@pytest.mark.parametrize(("name", "size", "option"), list(equalities()), ids=str)
 def test_equals_the_naive_formula(name, size, option):
     p = sized(size)
     actual = jax.jit(functools.partial(value_and_vjp, HEADS[name](p, **options_of(option, p))[0]))
@@ -243,34 +248,49 @@ SMALL = Problem(7, 4, 13)
 IN_TILES = {"memory_budget": 16 * 13 * 3, "temperature": 1.3}
 
 
-def twice(moved, fn, variables):
-    """The derivatives along a direction of the gradients to so many variables: forward and reverse over reverse."""
+def forward_over_reverse(gradients, variables, tangents):
+    return jax.jvp(gradients, variables, tangents)[1]
+
+
+def reverse_over_reverse(gradients, variables, tangents):
+    return jax.vjp(gradients, *variables)[1](tangents)
+
+
+def twice(moved, modes, fn, variables):
+    """The derivatives along a direction of the gradients to the first variables."""
     tangents = tuple(np.random.default_rng(n).normal(size=v.shape) for n, v in enumerate(variables[:moved]))
 
     def gradients(*moving):
         return value_and_vjp(lambda *v: fn(*v, *variables[moved:]), moving)[1]
 
-    forward = jax.jvp(gradients, variables[:moved], tangents)[1]
-    reverse = jax.vjp(gradients, *variables[:moved])[1](tangents)
-    return forward, reverse
+    return [mode(gradients, variables[:moved], tangents) for mode in modes]
 
 
 @functools.cache
 def expected_twice():
-    return of_all_heads(SMALL, functools.partial(twice, 4), IN_TILES)
+    return of_all_heads(SMALL, functools.partial(twice, 4, [forward_over_reverse]), IN_TILES)
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_derivatives_of_second_order(name):
-    """Forward over reverse, and reverse over reverse, in float64."""
+@pytest.mark.parametrize(
+    ("name", "modes"),
+    [
+        *((name, [forward_over_reverse, reverse_over_reverse]) for name in FUNCTIONS),
+        *((name, [forward_over_reverse]) for name in HEADS if name not in FUNCTIONS),
+        *(exhaustive(name, [reverse_over_reverse]) for name in HEADS if name not in FUNCTIONS),
+    ],
+)
+def test_derivatives_of_second_order(name, modes):
+    """In float64. The second derivative is symmetric: both modes are to give the same."""
     moved = 4 if name in OUTSIDE else 3
-    actual = jax.jit(functools.partial(twice, moved, HEADS[name](SMALL, **IN_TILES)[0]))
-    for got, want in zip(actual(on_variables(SMALL, np.float64)), expected_twice()[name], strict=True):
-        for of_variable, wanted in zip(got, want[:moved], strict=True):
-            np.testing.assert_allclose(of_variable, wanted, rtol=1e-8, atol=1e-9)
+    (expected,) = expected_twice()[name]
+    for found in jax.jit(functools.partial(twice, moved, modes, HEADS[name](SMALL, **IN_TILES)[0]))(
+        on_variables(SMALL, np.float64)
+    ):
+        for got, want in zip(found, expected[:moved], strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_mapped_over_sequences_and_with_kernels_of_tied_embeddings(name):
     p = problem(12, 4, 13)
     head = HEADS[name]
@@ -381,20 +401,22 @@ def test_divergences_keep_their_digits():
 
 POWERS = np.resize(np.float32([0, 0.5, 1, 2]), 37)
 POWERS[-1] += 32 - POWERS.sum()  # a mean is divided by a power of two as well
+# Products with powers of two are exact: no bit depends on which of them a compiler contracts with a sum.
+EXACT = {"z_loss": 0.125, "weights": POWERS}
+INEXACT = {"z_loss": 0.1, "weights": np.linspace(0, 2, 37, dtype=np.float32)}
 
 
 @pytest.mark.x32
 @pytest.mark.parametrize(
-    "options",
+    ("outside", "options"),
     [
-        {},
-        # Products with powers of two are exact: no bit depends on which of them a compiler contracts with a sum.
-        {"z_loss": 0.125, "weights": POWERS},
-        pytest.param({"z_loss": 0.1, "weights": np.linspace(0, 2, 37, dtype=np.float32)}, marks=pytest.mark.exhaustive),
+        ("tail", {}),
+        ("nothing", EXACT),
+        *(exhaustive(*case) for case in (("nothing", {}), ("tail", EXACT), ("tail", INEXACT), ("nothing", INEXACT))),
     ],
-    ids=["plain", "powers of two", "any weights"],
+    ids=str,
 )
-def test_one_certain_class_is_the_label_bit_for_bit(options):
+def test_one_certain_class_is_the_label_bit_for_bit(outside, options):
     p = problem(*SIZES[0])
     x, w, b, _ = on_variables(p, np.float32)
 
@@ -405,11 +427,9 @@ def test_one_certain_class_is_the_label_bit_for_bit(options):
             jax.value_and_grad(cross_entropy)(x @ w + b, targets, **options),
         )
 
-    wanted = jax.tree.leaves(run(x, w, b, p.labels))
-    for outside in ("tail", "nothing"):
-        sparse = SparseTargets(p.labels[:, None], np.ones((37, 1), np.float32), outside)
-        for got, want in zip(jax.tree.leaves(run(x, w, b, sparse)), wanted, strict=True):
-            np.testing.assert_array_equal(got, want, outside)
+    sparse = SparseTargets(p.labels[:, None], np.ones((37, 1), np.float32), outside)
+    for got, want in zip(*(jax.tree.leaves(run(x, w, b, targets)) for targets in (sparse, p.labels)), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_all_classes_are_the_distribution():
@@ -514,7 +534,7 @@ def test_weights_of_zero_leave_a_position_out():
     def run(x, t):
         targets = [SparseTargets(p.indices, q, outside) for outside in OUTSIDE]
         mean = [linear_cross_entropy(x, w, of, b, weights=weights) for of in targets]
-        each = [linear_cross_entropy(x, w, of, b, reduction="none") for of in targets]
+        each = [naive_sparse(logits_of(x, w, b), q, p, outside) for outside in OUTSIDE]
         loss = functools.partial(linear_kl_divergence, bias=b, weights=weights)
         return mean, each, [jax.value_and_grad(loss)(x, w, t, kernel, kind=kind) for kind in KINDS]
 
@@ -584,7 +604,7 @@ def test_removed_classes():
 
 def test_removed_classes_of_a_divergence():
     @jax.jit
-    def run(student, teacher):
+    def of_kinds(student, teacher):
         fn = jax.value_and_grad(functools.partial(kl_divergence, beta=0.3))
         # One class less, or a logit with which the naive formula stays finite.
         finite = [jnp.where(jnp.isneginf(z), -600, z) for z in (student, teacher)]
@@ -594,12 +614,13 @@ def test_removed_classes_of_a_divergence():
         }
         return {kind: fn(student, teacher, kind=kind) for kind in KINDS}, dict(zip(KINDS, left, strict=True)), naive
 
+    run = lambda *logits: jax.tree.map(np.asarray, of_kinds(*logits))  # noqa: E731
     found, left, _ = run(np.array([[1, 2, -np.inf]]), np.array([[0, 1.5, -np.inf]]))
     for kind, (value, slope) in found.items():
         np.testing.assert_allclose(value, left[kind], rtol=1e-12)
         assert slope[0, 2] == 0
     # One of both has a class which the other has not: infinite from the one that has it, and what a finite logit gives.
-    lacking, whole = np.array([[1, 2, -np.inf]]), np.array([[0.5, 0, 1]])
+    lacking, whole = np.array([[1, 2, -np.inf]]), np.array([[0.5, 0, 1.0]])
     of_lacking, _, naive_lacking = run(lacking, whole)
     of_whole, _, naive_whole = run(whole, lacking)
     assert of_lacking["forward"][0] == of_whole["reverse"][0] == np.inf
@@ -640,33 +661,44 @@ def test_probs_of_half_precision_leave_no_mass_by_rounding():
     np.testing.assert_allclose(rounded, exact)
 
 
-def test_padding_of_probs_has_no_gradient():
+@pytest.mark.parametrize("outside", ["tail", *map(exhaustive, OUTSIDE[1:])])
+def test_padding_of_probs_has_no_gradient(outside):
     p = problem(*SIZES[0])
     x, w, b, q = on_variables(p, np.float64)
-    padded = np.where(p.weights[:, None] != 0, q, np.nan)
+    taking = p.weights != 0
 
-    def slopes(q):
-        def loss(q, outside):
+    def slope(q):
+        def loss(q):
             return linear_cross_entropy(x, w, SparseTargets(p.indices, q, outside), b, weights=p.weights)
 
-        return [jax.grad(loss)(q, outside) for outside in OUTSIDE]
+        return jax.grad(loss)(q)
 
-    for got, want in zip(checked(slopes)(padded), jax.jit(slopes)(q), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-15)
+    got = checked(slope)(np.where(taking[:, None], q, np.nan))
+    np.testing.assert_allclose(got, jax.jit(slope)(q), rtol=1e-12, atol=1e-15)
+    assert (got[~taking] == 0).all()
 
 
-def test_a_teacher_of_another_dtype():
+@pytest.mark.parametrize(
+    ("kind", "student", "teacher"),
+    [
+        ("forward", np.float32, np.float64),
+        ("reverse", np.float64, np.float32),
+        ("jensen-shannon", jnp.bfloat16, np.float64),
+        *(exhaustive(kind, np.float32, np.float64) for kind in ("reverse", "jensen-shannon")),
+        *(exhaustive(kind, np.float64, np.float32) for kind in ("forward", "jensen-shannon")),
+        *(exhaustive(kind, jnp.bfloat16, np.float64) for kind in ("forward", "reverse")),
+    ],
+)
+def test_a_teacher_of_another_dtype(kind, student, teacher):
     p = problem(*SIZES[0])
 
     @jax.jit
-    def run(x, w, b, *teacher):
-        of_layers = [linear_kl_divergence(x, w, *teacher, b, kind=kind) for kind in KINDS]
-        return of_layers + [kl_divergence(x[:, :3], teacher[0][:, :3], kind=kind) for kind in KINDS]
+    def run(x, w, b, *other):
+        of_layer = linear_kl_divergence(x, w, *other, b, kind=kind)
+        return of_layer, kl_divergence(x[:, :3], other[0][:, :3], kind=kind)
 
-    for student, teacher in ((jnp.float32, float), (float, jnp.float32), (jnp.bfloat16, float)):
-        mixed = *on_variables(p, student)[:3], *(a.astype(teacher) for a in p.teacher)
-        for got, want in zip(run(*mixed), run(*(a.astype(float) for a in mixed)), strict=True):
-            np.testing.assert_allclose(got, want, rtol=2e-5)
+    mixed = *on_variables(p, student)[:3], *(a.astype(teacher) for a in p.teacher)
+    np.testing.assert_allclose(run(*mixed), run(*(a.astype(np.float64) for a in mixed)), rtol=2e-5)
 
 
 def test_checked_sees_the_teacher():
@@ -692,7 +724,10 @@ def test_no_positions():
     assert linear_kl_divergence(np.ones((0, 2)), w, np.ones((0, 2)), w) == 0
 
 
-def test_statistics_beside_the_loss():
+@pytest.mark.parametrize(
+    "several", [({"label_smoothing": 0.1, "z_loss": 0.1}, {"reduction": "none"}), exhaustive(({},))], ids=str
+)
+def test_statistics_beside_the_loss(several):
     p = problem(*SIZES[0])
     x, w, b, q = on_variables(p, np.float64)
     labels = np.where(np.arange(37) % 5 == 0, -100, p.labels)
@@ -708,10 +743,7 @@ def test_statistics_beside_the_loss():
 
     @jax.jit
     def run(w):
-        of_options = [
-            [jax.grad(fn, has_aux=True)(w, **options) for fn in (beside, alone)]
-            for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.1}, {"reduction": "none"})
-        ]
+        of_options = [[jax.grad(fn, has_aux=True)(w, **options) for fn in (beside, alone)] for options in several]
         of_targets = [
             (loss(w, targets, with_statistics=True), loss(w, targets))
             for targets in (SparseTargets(p.indices, q), np.eye(203)[p.labels])
@@ -784,18 +816,17 @@ LAYOUTS = {
 }
 
 
-MESHED = ["log-probabilities", "top-k", "tail", "jensen-shannon"]
 MESHES = [
     pytest.param(
         name,
         kind,
         layout,
         # Each layout on a mesh of each kind, with one head after the other.
-        marks=[] if (n + 2 * (kind == AxisType.Auto)) % 4 == MESHED.index(name) else pytest.mark.exhaustive,
+        marks=[] if (n + 2 * (kind == AxisType.Auto)) % 4 == FUNCTIONS.index(name) else pytest.mark.exhaustive,
     )
     for n, layout in enumerate(LAYOUTS)
     for kind in (AxisType.Explicit, AxisType.Auto)
-    for name in MESHED
+    for name in FUNCTIONS
 ]
 
 
@@ -887,13 +918,10 @@ def dense(positions):
 
 
 @pytest.mark.x32
-@pytest.mark.parametrize("axis", [0, 1])
-def test_dense_functions_over_shards(axis):
+def test_dense_functions_over_shards():
     mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
-    z, other, *sparse = (a if axis else a.T for a in dense(12))
-    spec = P(None, "classes") if axis else P("classes")
 
-    def run(z, other, **more):
+    def run(axis, z, other, *sparse, **more):
         def values(z):
             return (
                 entropy(z, axis, **more),
@@ -903,10 +931,17 @@ def test_dense_functions_over_shards(axis):
 
         return value_and_vjp(values, (z,))
 
-    sharded = jax.shard_map(
-        functools.partial(run, axis_name="classes"), mesh=mesh, in_specs=(spec, spec), out_specs=(P(), (spec,))
-    )
-    close(jax.block_until_ready(jax.jit(sharded)(z, other)), jax.jit(run)(z, other))
+    arrays = dense(12)
+    values, (slope,) = jax.tree.map(np.asarray, jax.jit(functools.partial(run, 1))(*arrays))
+    for axis, spec in enumerate((P("classes"), P(None, "classes"))):
+        sharded = jax.shard_map(
+            functools.partial(run, axis, axis_name="classes"),
+            mesh=mesh,
+            in_specs=(spec, spec, P(), P()),
+            out_specs=(P(), (spec,)),
+        )
+        actual = jax.jit(sharded)(*(a if axis else a.T for a in arrays))
+        close(jax.tree.map(np.asarray, actual), (values, (slope if axis else slope.T,)))
 
 
 @pytest.mark.x32
