@@ -22,7 +22,6 @@ import reference
 from jaxsoft import cross_entropy, diagnose_gradient
 
 # Each shape costs a second of compiling: few of them, on one worker, and most tests use (7, 3).
-pytestmark = pytest.mark.xdist_group("diagnosis")
 SIZES = [(1, 3), (7, 3), (7, 300)]
 MORE_SIZES = [*itertools.product([1, 2, 16, 64], [3, 4, 10, 50]), (7, 50)]
 SQUARE = (3, 3)

@@ -20,7 +20,7 @@ from experiments.distillation.training import STUDENTS, TEACHER, Lesson, loss_of
 from experiments.vocabulary.corpus import UNKNOWN, read_text
 from experiments.vocabulary.training import Batch, features_of, held_out_batches, init_network, training_batch
 
-pytestmark = [pytest.mark.scripts, pytest.mark.x32, pytest.mark.xdist_group("distillation")]
+pytestmark = [pytest.mark.scripts, pytest.mark.x32]
 
 V, K, BATCH, STEPS, STUDENT_STEPS = 32, 3, 32, 7, 6
 WIDTH, STUDENT_WIDTH = 16, 8

@@ -32,7 +32,7 @@ from experiments.vocabulary import training
 from experiments.vocabulary.__main__ import Config as AloneConfig
 from experiments.vocabulary.__main__ import run as run_alone
 
-pytestmark = [pytest.mark.scripts, pytest.mark.x32, pytest.mark.xdist_group("distributed")]
+pytestmark = [pytest.mark.scripts, pytest.mark.x32]
 
 STEPS = 16
 CHECKPOINT_EVERY = 8

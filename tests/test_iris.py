@@ -17,7 +17,7 @@ from experiments import iris
 from experiments._door import InputError
 from experiments.iris import Config, read_iris, read_split, run
 
-pytestmark = [pytest.mark.scripts, pytest.mark.x32, pytest.mark.xdist_group("iris")]
+pytestmark = [pytest.mark.scripts, pytest.mark.x32]
 ROWS = Config().data.read_text().splitlines()
 
 

@@ -19,7 +19,7 @@ from experiments._door import ScriptError
 from jaxsoft import cross_entropy, init_mlp, softmax, softmax_jacobian, softmax_vjp
 
 # What it runs once, all tests read.
-pytestmark = [pytest.mark.scripts, pytest.mark.xdist_group("numpy_classifier")]
+pytestmark = pytest.mark.scripts
 
 STEPS = [0, 1, 10, 100, 1000, 5000]
 LOSSES = {  # mean cross-entropy at STEPS

@@ -19,7 +19,6 @@ from experiments.recipes.losses import IGNORED
 from experiments.vocabulary.heads import temporary_bytes
 
 # What is compiled once, all tests read.
-pytestmark = pytest.mark.xdist_group("recipes")
 
 CASES = [
     pytest.param(seed, n, marks=() if seed == 0 else pytest.mark.exhaustive) for seed in range(3) for n in range(11)

@@ -43,7 +43,7 @@ from experiments.segmentation.training import (
 from experiments.segmentation.voc import class_names, read_mask, voc_folder
 from jaxsoft import cross_entropy
 
-pytestmark = [pytest.mark.scripts, pytest.mark.x32, pytest.mark.xdist_group("segmentation")]
+pytestmark = [pytest.mark.scripts, pytest.mark.x32]
 
 STEPS = 7
 SMALL = (8, 16)

@@ -33,7 +33,7 @@ from experiments.vocabulary.training import (
     training_batch,
 )
 
-pytestmark = [pytest.mark.scripts, pytest.mark.x32, pytest.mark.xdist_group("vocabulary")]
+pytestmark = [pytest.mark.scripts, pytest.mark.x32]
 
 STEPS = 7
 NAMES = [f"word{n}" for n in range(40)]
