@@ -46,7 +46,7 @@ def our_gradient(z, targets, reduction="sum"):
 
 
 def with_the_rest_exhaustive(chosen, *factors):
-    """All combinations, of which the default run has the chosen ones."""
+    """All combinations; the default run has the chosen ones."""
     return [
         pytest.param(*combination, marks=() if combination in chosen else exhaustive)
         for combination in itertools.product(*factors)

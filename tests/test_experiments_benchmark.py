@@ -211,7 +211,7 @@ def test_on_a_gpu_inputs_take_turns_and_calls_are_queued(monkeypatch):
     _, call, _ = prepare(Peer("", lambda x: x + 1), [(jnp.array(n),) for n in (1, 2)])
     assert [int(call()) for _ in range(3)] == [2, 3, 2]
     counted = []
-    monkeypatch.setattr(Case, "size", 2**27)  # two sets of which no cache holds
+    monkeypatch.setattr(Case, "size", 2**27)  # two sets of this size fit into no cache
     monkeypatch.setattr(measuring, "TURN", 1e-2)
     monkeypatch.setattr(measuring, "on_gpu", lambda: True)
     monkeypatch.setattr(measuring, "timed", lambda call, wait, calls=1: counted.append(calls) or 1e-3)

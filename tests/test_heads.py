@@ -756,7 +756,7 @@ def test_statistics_beside_the_loss(several):
         np.testing.assert_allclose(got, wanted, rtol=1e-12)
         for statistic, of in zip(found, want, strict=True):
             np.testing.assert_allclose(statistic, of, rtol=1e-12, atol=1e-15)
-        np.testing.assert_allclose(slope, slope_alone, rtol=1e-9, atol=1e-14)  # what is beside it is constant
+        np.testing.assert_allclose(slope, slope_alone, rtol=1e-9, atol=1e-14)  # the statistics are constants
         np.testing.assert_array_equal(found.argmax, want.argmax)
     for (got, found), wanted in of_targets:
         np.testing.assert_allclose(got, wanted, rtol=1e-12)

@@ -216,7 +216,7 @@ def test_a_balanced_router_has_a_term_of_alpha():
 
 
 def compiled(seed):
-    """The examples, of which the script gets what was computed in one program each, and one computes itself."""
+    """The examples: the script is given their results, each from one program, and computes one itself."""
     return [
         example
         if example.recipe is losses.clip_loss

@@ -46,7 +46,7 @@ def over_shards(mesh, fn, in_specs, out_specs):
 
 
 def of_each_two(*factors):
-    """Choices of which every two meet by default, and all others."""
+    """Every two choices meet by default; all others are exhaustive."""
     chosen = reference.covering(2, *factors)
     rest = [choice for choice in itertools.product(*factors) if choice not in chosen]
     return chosen + [pytest.param(*choice, marks=pytest.mark.exhaustive) for choice in rest]
