@@ -1,5 +1,6 @@
 """Every test runs in float64 with strict promotion; those marked `x32` in JAX's default mode."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Tracing makes millions of objects and few cycles: these are collected after each file.
+gc.disable()
 
 # Compiling is most of the time: workers and runs share what they have compiled.
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
@@ -52,6 +56,7 @@ def bounded_memory():
     """Each compiled program stays in memory until then: gigabytes after some thousand tests."""
     yield
     jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
