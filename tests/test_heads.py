@@ -275,7 +275,8 @@ def expected_twice():
     ("name", "modes"),
     [
         *((name, [forward_over_reverse, reverse_over_reverse]) for name in FUNCTIONS),
-        *((name, [forward_over_reverse]) for name in HEADS if name not in FUNCTIONS),
+        *((name, [forward_over_reverse]) for name in ("renormalise", "forward")),  # whose formulas differ most
+        *(exhaustive(name, [forward_over_reverse]) for name in ("without entropy", "nothing", "reverse")),
         *(exhaustive(name, [reverse_over_reverse]) for name in HEADS if name not in FUNCTIONS),
     ],
 )
@@ -311,7 +312,7 @@ def test_mapped_over_sequences_and_with_kernels_of_tied_embeddings(name):
         np.testing.assert_allclose(tied, want, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_half_precision(name):
     """The values and gradients of the naive formula at the same rounded inputs."""
     ours, _ = HEADS[name](ROUNDED)
@@ -821,8 +822,10 @@ MESHES = [
         name,
         kind,
         layout,
-        # Each layout on a mesh of each kind, with one head after the other.
-        marks=[] if (n + 2 * (kind == AxisType.Auto)) % 4 == FUNCTIONS.index(name) else pytest.mark.exhaustive,
+        # Each layout with one head after the other, on meshes of one kind and the other.
+        marks=[]
+        if (n % 2 == (kind == AxisType.Auto)) and n % 4 == FUNCTIONS.index(name)
+        else pytest.mark.exhaustive,
     )
     for n, layout in enumerate(LAYOUTS)
     for kind in (AxisType.Explicit, AxisType.Auto)
@@ -868,7 +871,13 @@ def test_on_a_mesh(name, kind, layout):
 
 
 @pytest.mark.x32
-@pytest.mark.parametrize("name", ["without entropy", "top-k", *OUTSIDE, *KINDS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("without entropy", "top-k", "tail", "renormalise", "jensen-shannon"),
+        *map(exhaustive, ("nothing", "forward", "reverse")),
+    ],
+)
 def test_inside_a_shard_map(name):
     mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
     blocks = P(None, "classes")
@@ -918,7 +927,7 @@ def dense(positions):
 
 
 @pytest.mark.x32
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("axis", [0, exhaustive(1)])
 def test_dense_functions_over_shards(axis):
     mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
     z, other, *sparse = (a if axis else a.T for a in dense(12))

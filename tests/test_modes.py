@@ -338,7 +338,13 @@ def assert_equal(name, result, expected, same_dtypes):
     jax.tree.map(compare, result, expected)
 
 
-@pytest.mark.parametrize("names", FAMILIES, ids=FAMILIES.values())
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(names, id=of, marks=[pytest.mark.exhaustive] * (names[0] in REMOVED))
+        for names, of in FAMILIES.items()
+    ],
+)
 def test_one_call_of_each_function_has_its_result_in_float64_mode_too(names):
     """And none has another rank or dtype promoted, in either width."""
     names = tuple(name for name in names if name in ONE_OF_EACH or name in REMOVED)
@@ -355,7 +361,7 @@ def test_one_call_of_each_function_passes_the_checks_of_jax_itself(name):
     assert operator.eq(*kinds)
 
 
-BY_DEFAULT = {(EAGER, name) for name in CALLS if name not in SLOW_EAGERLY}
+BY_DEFAULT = {(EAGER, name) for name in [*ONE_OF_EACH, *REMOVED] if name not in SLOW_EAGERLY}
 BY_DEFAULT |= {(WIDE, "checked gradient"), (WIDE, "diagnose_gradient"), (LEAKS, "checked gradient")}
 
 
