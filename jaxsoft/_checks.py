@@ -54,6 +54,8 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
         ...
         ValueError: targets[1] is 7: expected a label in [0, 3)
     """
+    if not callable(fn):
+        raise TypeError(f"checked: expected a function, got {type(fn).__name__}: write checked(function)(...)")
     run = checkify.checkify(fn, errors=checkify.user_checks)
 
     @functools.wraps(fn)
@@ -87,9 +89,32 @@ def check_values(name: str, values: Array, valid: Bool[Array, "..."], expected: 
     checkify.check(jnp.all(valid), f"{name}{where} is {{}}: expected {expected}", *index, values.reshape(-1)[first])
 
 
+def as_array(name: str, value: ArrayLike) -> Array:
+    """`value` as an array of JAX's, or an error that names the argument."""
+    refuse_mask(name, value)
+    # JAX knows best what is wrong inside of a list or an array.
+    is_array = isinstance(value, jax.Array | np.ndarray | Sequence) and not isinstance(value, str)
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return jnp.asarray(value)
+    except (TypeError, ValueError):
+        if is_array:
+            raise
+        raise TypeError(f"{name}: expected an array, got {type(value).__name__}") from None
+
+
+def refuse_mask(name: str, value: object) -> None:
+    """NumPy makes an array of a masked one by dropping the mask."""
+    if isinstance(value, np.ma.MaskedArray):
+        is_label = name in ("targets", "labels") and value.dtype.kind in "iu"
+        instead = f"{name}.filled(-1) with ignore_index=-1" if is_label else f"{name}.filled(...)"
+        raise TypeError(f"{name}: expected an array without a mask, got a NumPy masked array: pass {instead}")
+
+
 def as_floating(name: str, value: ArrayLike) -> Array:
     """`value` as a floating array of 16 bits or more: integers are promoted as `jax.nn` promotes them."""
-    array = jnp.asarray(value)
+    array = as_array(name, value)
     if jnp.issubdtype(array.dtype, jnp.integer):
         return array.astype(jnp.result_type(float))
     if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -101,7 +126,7 @@ def as_floating(name: str, value: ArrayLike) -> Array:
 
 def as_mask(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Bool[Array, "..."]:
     """`value` as booleans of the given shape."""
-    mask = jnp.asarray(value)
+    mask = as_array(name, value)
     if mask.dtype != jnp.bool_:
         raise TypeError(f"{name}: expected booleans, got dtype {mask.dtype}")
     return broadcast(name, mask, shape)

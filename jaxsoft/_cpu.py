@@ -147,6 +147,12 @@ softmax_vjp = _program("softmax_vjp", "like", _like_first)
 log_softmax_vjp = _program("log_softmax_vjp", "position position like", _like_first)
 
 
+def leading_sums(local: bool, types: tuple[Type], axes: Axes) -> Function | None:
+    """The first three results of `moments`."""
+    run = moments(local, types, axes)
+    return None if run is None else lambda arrays, axes: run(arrays, axes)[:3]
+
+
 def _gains(logits: Type, axes: Axes) -> bool:
     """Whether a kernel takes such logits, and is faster than XLA for so many."""
     known = all(isinstance(size, int) for size in logits.shape)  # a symbol of `jax.export` serves every size

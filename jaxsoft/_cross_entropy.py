@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from jaxsoft._checks import as_axis, as_floating, as_mask, as_option, check_values
+from jaxsoft._checks import as_array, as_floating, as_mask, as_option, check_values
+from jaxsoft._classes import Axis, along_one_axis
 from jaxsoft._dtypes import compute_dtype
 from jaxsoft._meshes import lay_like
 from jaxsoft._readings import Values, read
@@ -19,7 +20,7 @@ from jaxsoft._targets import REDUCTIONS, Options, Reduction, read_options, reduc
 def cross_entropy(
     logits: Float[ArrayLike, "..."],
     targets: Int[ArrayLike, "..."] | Float[ArrayLike, "..."] | Bool[ArrayLike, "..."] | SparseTargets,
-    axis: int = -1,
+    axis: Axis = -1,
     *,
     ignore_index: int | None = None,
     weights: Float[ArrayLike, "..."] | Bool[ArrayLike, "..."] | None = None,
@@ -46,7 +47,8 @@ def cross_entropy(
             floating distribution of the logits' shape, which need not sum to one; or, likewise, a
             one-hot of integers or booleans over two classes or more. Without x64 JAX keeps 32 bits of an
             integer before this function sees it: only labels that come as NumPy arrays or lists may be wider.
-        axis: the class axis.
+        axis: the class axis; or several axes, or None for all, that together enumerate the classes as
+            `reshape` does: labels count the last of the axes fastest, and sparse targets have K at the end.
         ignore_index: label of the positions that take no part: loss 0, gradient 0, not counted. Any
             integer, also one that is a class.
         weights: weight of each position, or a mask of those that take part, broadcasting to the loss; 0
@@ -98,12 +100,13 @@ def cross_entropy(
     Weighting and averaging follow PyTorch's `cross_entropy`.
     """
     logits = as_floating("logits", logits)
-    axis = as_axis(axis, logits.ndim)
+    mask = None if where is None else lay_like(as_mask("where", where, logits.shape), logits)
+    targets = targets if isinstance(axis, int) or isinstance(targets, SparseTargets) else as_array("targets", targets)
+    axis, logits, (mask, targets) = along_one_axis(axis, axis_name, logits, mask, targets)
     if logits.shape[axis] == 0:
         raise ValueError(f"logits: expected at least one class along axis {axis}, got shape {logits.shape}")
     axis_name = as_axis_name(axis_name, "logits", logits)
     classes = all_classes(logits.shape[axis], axis_name)
-    mask = None if where is None else lay_like(as_mask("where", where, logits.shape), logits)
     options = read_options(weights, class_weights, mask, label_smoothing, z_loss, compute_dtype(logits.dtype))
     labels, ignore_index = as_any_targets(targets, classes, options, ignore_index)
     return _cross_entropy(

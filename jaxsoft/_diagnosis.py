@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import ArrayLike, Bool, Float, Int
 
-from jaxsoft._checks import as_axis, as_integer
+from jaxsoft._checks import as_axis, as_integer, refuse_mask
 from jaxsoft._mistakes import CANDIDATES, CAUSES, EXPLANATIONS, FITS, Problem, Vectors, solve
 
 # What a right gradient may be off by, relative to the length of each of its vectors, by the bits of its mantissa.
@@ -372,6 +372,7 @@ def _read_labels(labels: np.ndarray, classes: int, ignore_index: int | None) -> 
 def _concrete(name: str, value: ArrayLike) -> np.ndarray:
     if isinstance(value, Tracer):
         raise TypeError(f"{name}: expected a concrete array, got a traced one; call this outside jit, grad and vmap")
+    refuse_mask(name, value)
     return np.asarray(value)
 
 

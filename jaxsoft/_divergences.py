@@ -9,7 +9,8 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from jaxsoft._checks import as_axis, as_floating, as_mask, as_option, broadcast, check_values
+from jaxsoft._checks import as_array, as_floating, as_mask, as_option, broadcast, check_values
+from jaxsoft._classes import Axis, along_one_axis
 from jaxsoft._dtypes import is_removed, widen
 from jaxsoft._heads import Inputs, as_head, read_positions
 from jaxsoft._meshes import BatchAxes, broadcast_like, lay_like
@@ -32,7 +33,7 @@ Kind = Literal["forward", "reverse", "jensen-shannon"]
 def kl_divergence(
     logits: Float[ArrayLike, "..."],
     teacher_logits: Float[ArrayLike, "..."],
-    axis: int = -1,
+    axis: Axis = -1,
     *,
     kind: Kind = "forward",
     beta: float = 0.5,
@@ -52,7 +53,7 @@ def kl_divergence(
     Args:
         logits: scores z of the student.
         teacher_logits: those of the teacher, of the same shape. They are constants.
-        axis: the class axis.
+        axis: the class axis, several axes that together enumerate the classes, or None for all.
         kind: "forward", which has its mean under the teacher and makes the student cover all that it does; "reverse",
             under the student, which makes it keep to where the teacher is; or "jensen-shannon" between them.
         beta: β in (0, 1), of "jensen-shannon" alone.
@@ -84,14 +85,14 @@ def kl_divergence(
     models" (2024).
     """
     z, of_teacher = as_floating("logits", logits), as_floating("teacher_logits", teacher_logits)
-    axis = as_axis(axis, z.ndim)
     if z.shape != of_teacher.shape:
         raise ValueError(f"teacher_logits: expected the logits' shape {z.shape}, got {of_teacher.shape}")
-    if z.shape[axis] == 0:
-        raise ValueError(f"logits: expected at least one class along axis {axis}, got shape {z.shape}")
     if where is not None:
         mask = lay_like(as_mask("where", where, z.shape), z)
         z, of_teacher = jnp.where(mask, z, -jnp.inf), jnp.where(mask, of_teacher, -jnp.inf)
+    axis, z, (of_teacher,) = along_one_axis(axis, axis_name, z, of_teacher)
+    if z.shape[axis] == 0:
+        raise ValueError(f"logits: expected at least one class along axis {axis}, got shape {z.shape}")
     axis_name = as_axis_name(axis_name, "logits", z)
     reduction = as_option("reduction", reduction, REDUCTIONS)
     share = jnp.expand_dims(position_weights(weights, z, axis), axis)
@@ -186,7 +187,7 @@ def linear_kl_divergence(
     if of_teacher.classes != head.classes:
         raise ValueError(f"teacher_kernel: expected the kernel's {head.classes} classes, got {of_teacher.classes}")
     if weights is not None:
-        weights = broadcast("weights", jnp.asarray(weights), positions)
+        weights = broadcast("weights", as_array("weights", weights), positions)
     static = head.static._replace(
         reading=_as_reading(kind, beta),
         reduction=as_option("reduction", reduction, REDUCTIONS),
@@ -202,7 +203,9 @@ def _as_reading(kind: Kind, beta: float) -> Reading:
     if isinstance(beta, Tracer):
         raise TypeError("beta: expected a number known when the function is traced, got a traced value")
     if not 0 < float(beta) < 1:
-        raise ValueError(f"beta: expected a number between 0 and 1, got {beta}")
+        # Divided by β, or 1 − β, it tends to these; itself it tends to 0.
+        instead = {0: "; elsewhere that means kind='forward'", 1: "; elsewhere that means kind='reverse'"}
+        raise ValueError(f"beta: expected a number between 0 and 1, got {beta}{instead.get(beta, '')}")
     return divergences(kind, float(beta))
 
 

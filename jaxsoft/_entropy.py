@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from jaxsoft._checks import as_axis, as_floating, as_mask, check_values
+from jaxsoft._checks import as_floating, as_mask, check_values
+from jaxsoft._classes import Axis, along_one_axis
 from jaxsoft._dtypes import widen
 from jaxsoft._meshes import broadcast_like, lay_like
 from jaxsoft._moments import Moments, block_moments
@@ -19,7 +20,7 @@ from jaxsoft._targets import is_label, position_weights
 
 def entropy(
     logits: Float[ArrayLike, "..."],
-    axis: int = -1,
+    axis: Axis = -1,
     where: Bool[ArrayLike, "..."] | None = None,
     *,
     axis_name: AxisName = None,
@@ -33,7 +34,7 @@ def entropy(
 
     Args:
         logits: scores z of any shape, in float16, bfloat16, float32 or float64 (integers are promoted).
-        axis: the class axis.
+        axis: the class axis, several axes that together enumerate the classes, or None for all.
         where: booleans that broadcast to the logits' shape; False removes a class.
         axis_name: the mesh axis over which the classes are sharded, as in `softmax`; the result is that of all.
 
@@ -46,7 +47,7 @@ def entropy(
     Differentiation: in reverse mode to any order, and forward over reverse.
 
     Raises:
-        TypeError, ValueError: as `softmax`, for one axis.
+        TypeError, ValueError: as `softmax`; with `axis_name` several axes.
 
     Example:
         >>> import jax.numpy as jnp
@@ -57,11 +58,11 @@ def entropy(
     Source: C. E. Shannon, "A mathematical theory of communication" (1948).
     """
     array = as_floating("logits", logits)
-    axis = as_axis(axis, array.ndim)
-    if array.shape[axis] == 0:
-        raise ValueError(f"logits: expected at least one class along axis {axis}, got shape {array.shape}")
     if where is not None:
         array = jnp.where(lay_like(as_mask("where", where, array.shape), array), array, -jnp.inf)
+    axis, array, _ = along_one_axis(axis, axis_name, array)
+    if array.shape[axis] == 0:
+        raise ValueError(f"logits: expected at least one class along axis {axis}, got shape {array.shape}")
     check_values("logits", array, ~jnp.isnan(array), "a number")
     axis_name = as_axis_name(axis_name, "logits", array)
     return _entropy(array, axis, axis_name)

@@ -121,6 +121,7 @@ class Static(NamedTuple):
     reading: Reading = LOSSES
     reduction: Reduction = "none"
     ignore_index: int | None = None
+    targets_name: str = "targets"  # what the caller calls them
     examples: int = 0  # leading axes that enumerate losses, not positions of one
     batch: Names = ()  # mesh axes over which positions are laid already
     gathered: tuple[Names, Names] = ((), ())  # those over which the kernel's axes are, and are to be gathered
@@ -293,6 +294,7 @@ def _operands(
             axis,
             options,
             ignore_index=static.ignore_index,
+            name=static.targets_name,
             reduction=static.reduction,
             axis_name=static.axis_name,
             examples=static.examples,

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoft._checks import as_option, broadcast
@@ -136,7 +135,7 @@ def linear_cross_entropy(
     wide = compute_dtype(layer.features.dtype)
     options = read_options(weights, class_weights, head.mask, label_smoothing, z_loss, wide)
     if options.weights is not None:  # an array, of all positions, for `vmap`
-        options = options._replace(weights=broadcast("weights", jnp.asarray(weights), layer.features.shape[:-1]))
+        options = options._replace(weights=broadcast("weights", options.weights, layer.features.shape[:-1]))
     read, ignore_index = as_any_targets(targets, head.classes, options, ignore_index)
     is_sparse = isinstance(read, SparseTargets)
     labelled = not is_sparse and read.ndim < layer.features.ndim

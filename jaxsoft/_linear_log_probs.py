@@ -106,12 +106,12 @@ def linear_log_probs(
     )
     if isinstance(labels, SparseTargets):
         raise TypeError("labels: expected integers, got SparseTargets: cross-entropies take these")
-    y, ignore_index = as_targets(labels, head.classes, ignore_index)
+    y, ignore_index = as_targets(labels, head.classes, ignore_index, "labels")
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise TypeError(f"labels: expected integers, got dtype {y.dtype}")
     if y.shape != head.layer.features.shape[:-1]:
         raise ValueError(f"labels: expected shape {head.layer.features.shape[:-1]}, got {y.shape}")
-    static = head.static._replace(reading=log_probs(bool(entropy)), ignore_index=ignore_index)
+    static = head.static._replace(reading=log_probs(bool(entropy)), ignore_index=ignore_index, targets_name="labels")
     label, lse, *rest = (a[..., 0] for a in read_positions(Inputs(head.layer, y), static))
     return LogProbs(label, lse, rest[-1], rest[0] if entropy else None)
 

@@ -15,6 +15,7 @@ from jaxsoft._meshes import BatchAxes
 from jaxsoft._platform import Axes
 from jaxsoft._readings import Positions, Reading, Values, taking_part
 from jaxsoft._shards import AxisName, first_class, sum_shards
+from jaxsoft._sparse_targets import Outside, SparseTargets
 from jaxsoft._statistics import Statistics, block_statistics, scaled_exponentials
 from jaxsoft._targets import Targets
 
@@ -28,6 +29,10 @@ class TopK(NamedTuple):
     """The classes; of equal logits the lower index comes first."""
     logsumexp: Float[Array, "*positions"]
     """log Σ_j exp(z_j) over all classes."""
+
+    def as_targets(self, outside: Outside = "tail") -> SparseTargets:
+        """What a student is to learn of it, as targets of `cross_entropy` and `linear_cross_entropy`."""
+        return SparseTargets.from_log_probs(self.indices, self.log_probs, outside)
 
 
 def linear_top_k(
@@ -48,7 +53,7 @@ def linear_top_k(
 
     log p_j = z_j − log Σ_i exp(z_i) for the k largest z_j        vjp: Σ_k g_k (δ_jk − p_j)
 
-    What is stored of a teacher: `SparseTargets(top.indices, jnp.exp(top.log_probs))`.
+    What is stored of a teacher; a student's targets are `top.as_targets()`.
 
     Args:
         features: inputs of the layer, and all other arguments but k, as in `linear_cross_entropy`.

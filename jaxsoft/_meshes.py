@@ -182,9 +182,11 @@ def as_mesh_axes(names: AxisName) -> Names:
 
 def _free() -> str:
     mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    kinds = list(zip(mesh.axis_names, mesh.axis_types, strict=True))
     free = [name for name, kind in kinds if kind != AxisType.Manual]
-    return f"here {', '.join(map(repr, free))}" if free else "of which there is none here"
+    if free:
+        return f"here {', '.join(map(repr, free))}"
+    return "of which there is none here" if kinds else "and no mesh is set: call inside `with jax.set_mesh(mesh):`"
 
 
 def check_blocks(names: Names, classes: int, taken: PartitionSpec | None) -> None:

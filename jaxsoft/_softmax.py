@@ -14,7 +14,7 @@ from jaxsoft._dtypes import widen
 from jaxsoft._meshes import lay_like
 from jaxsoft._platform import Axes, from_end, on
 from jaxsoft._shards import AxisName, as_axis_name, sum_shards
-from jaxsoft._statistics import Statistics, block_statistics, scaled_exponentials
+from jaxsoft._statistics import Statistics, block_statistics, leading_statistics, scaled_exponentials
 
 
 def softmax(
@@ -326,6 +326,9 @@ def logsumexp(
 
     Edges: where no class is left −inf, with gradient 0. A +inf logit gives +inf.
 
+    Exactness: m + log1p(Σ exp(z_j − m) over all classes but one with the largest logit m). Near 0, where both terms are
+    small, it keeps digits that log(1 + …) has rounded away: logsumexp([0, −20]) is 2.06e-9.
+
     Differentiation: as `softmax`; the logits and two numbers a vector are kept.
 
     Raises:
@@ -352,7 +355,7 @@ def _logsumexp(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _logsumexp_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, tuple[Array, Statistics]]:
-    statistics = block_statistics(logits, axes, axis_name=axis_name)
+    statistics = leading_statistics(logits, axes, axis_name)
     return statistics.logsumexp.astype(logits.dtype), (logits, statistics)
 
 

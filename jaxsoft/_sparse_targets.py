@@ -6,10 +6,12 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from jaxsoft._checks import as_option, check_values
+from jaxsoft._checks import as_array, as_floating, as_option, check_values
 from jaxsoft._classes import put, take
 from jaxsoft._dtypes import compute_dtype, is_removed
 from jaxsoft._losses import LOSSES
@@ -18,7 +20,7 @@ from jaxsoft._platform import Axes
 from jaxsoft._readings import Reading, Values, scale_gradient, taking_part
 from jaxsoft._shards import AxisName, all_classes, first_class
 from jaxsoft._statistics import Statistics, block_statistics, scaled_exponentials
-from jaxsoft._targets import Options, Reduction, Targets, as_targets, count_positions, position_weights, read_targets
+from jaxsoft._targets import Options, Reduction, as_targets, count_positions, position_weights, read_targets
 
 Outside = Literal["tail", "renormalise", "nothing"]
 
@@ -41,19 +43,23 @@ class SparseTargets:
         indices: the classes, of the logits' shape but for K in the place of the classes (the last axis for
             `linear_cross_entropy`).
         probs: their probabilities q_k ≥ 0, of the same shape; `exp` of what `linear_top_k` returns.
-        outside: what is meant about all other classes.
+        outside: what is meant about all other classes; "renormalize" is "renormalise".
 
-    Edges: the same class twice counts with both probabilities. A class that is no class gives NaN, but with a
-    probability of 0 it is left out, so −1 can pad. Mass that is not left, to rounding, is 0. With "nothing"
-    probabilities need not sum to one. K = 1 with q = 1 is the label, bit for bit, but with "renormalise", where
-    nothing is left to learn; K = classes is the distribution. Mass that is left where no class is costs +inf.
+    Edges: the same class twice counts with both probabilities. Servers that return the sampled token beside the K most
+    probable ones return it twice: drop the second. A class that is no class gives NaN, but with a probability of 0 it
+    is left out, so −1 can pad. Mass that is not left, to rounding, is 0. With "nothing" probabilities need not sum to
+    one. K = 1 with q = 1 is the label, to rounding, but with "renormalise", where nothing is left to learn;
+    K = classes is the distribution. Mass that is left where no class is costs +inf. `checked` refuses a class that
+    comes twice, and but with "nothing" a sum above 1: a teacher's probabilities that were rounded to bfloat16 or to
+    four digits sum to 1.003 at times, where K = 64 classes have nearly all mass. Divide them by their sum before.
 
     Differentiation: to logits and to probs.
 
     Raises:
         TypeError: on use, indices that are not integers, probabilities that are not floating.
-        ValueError: an `outside` that is none of these; on use, shapes that do not fit, and options that have no
-            meaning beside it: `ignore_index` (take weights of 0), `class_weights`, `label_smoothing`.
+        ValueError: an `outside` that is none of these; on use, shapes that do not fit, probabilities below 0 that are
+            not traced, and options that have no meaning beside it: `ignore_index` (take weights of 0),
+            `class_weights`, `label_smoothing`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -75,7 +81,34 @@ class SparseTargets:
     outside: Outside = field(default="tail", metadata={"static": True})
 
     def __post_init__(self) -> None:
+        if self.outside == "renormalize":
+            object.__setattr__(self, "outside", "renormalise")
         as_option("outside", self.outside, get_args(Outside))
+
+    @classmethod
+    def from_log_probs(
+        cls, indices: Int[ArrayLike, "..."], log_probs: Float[ArrayLike, "..."], outside: Outside = "tail"
+    ) -> "SparseTargets":
+        """The targets whose probabilities are given as logarithms, as servers of language models return them.
+
+        Args:
+            indices: the classes, as above.
+            log_probs: log q_k of each; −inf where the index is padding.
+            outside: as above.
+
+        Returns:
+            `SparseTargets` with the probabilities exp(log q_k), in the dtype of the logarithms.
+
+        Raises:
+            TypeError: logarithms that are not real numbers.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from jaxsoft import SparseTargets
+            >>> print(SparseTargets.from_log_probs(jnp.array([3, 7]), jnp.log(jnp.array([0.5, 0.25]))).probs)
+            [0.5  0.25]
+        """
+        return cls(indices, jnp.exp(as_floating("log_probs", log_probs)), outside)
 
 
 class Chosen(NamedTuple):
@@ -98,6 +131,8 @@ def as_any_targets(
     targets: ArrayLike | SparseTargets, classes: int, options: Options, ignore_index: int | None
 ) -> tuple[Array | SparseTargets, int | None]:
     """The targets of a public function as arrays, and what to ignore among labels."""
+    if isinstance(targets, tuple) and hasattr(targets, "as_targets"):
+        raise TypeError("targets: expected an array or SparseTargets, got TopK: pass targets.as_targets()")
     if not isinstance(targets, SparseTargets):
         return as_targets(targets, classes, ignore_index)
     for name, option in (
@@ -108,14 +143,20 @@ def as_any_targets(
         if option is not None:
             hint = "; use weights" if name == "ignore_index" else ""
             raise ValueError(f"{name}: expected none with SparseTargets{hint}")
-    indices, _ = as_targets(targets.indices, classes, None)
-    probs = jnp.asarray(targets.probs)
+    indices, _ = as_targets(targets.indices, classes, None, "targets.indices")
+    probs = as_array("targets.probs", targets.probs)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise TypeError(f"targets.indices: expected integers, got dtype {indices.dtype}")
     if not jnp.issubdtype(probs.dtype, jnp.floating):
         raise TypeError(f"targets.probs: expected floating probabilities, got dtype {probs.dtype}")
     if indices.shape != probs.shape:
         raise ValueError(f"targets.probs: expected the indices' shape {indices.shape}, got {probs.shape}")
+    given = targets.probs
+    if not isinstance(given, Tracer) and getattr(given, "is_fully_addressable", True):
+        least = np.min(np.asarray(given), initial=0)
+        if least < 0:
+            hint = "of log-probabilities make SparseTargets.from_log_probs(indices, log_probs)"
+            raise ValueError(f"targets.probs: expected probabilities of at least 0, got {least:.6g}; {hint}")
     return SparseTargets(indices, probs, targets.outside), None
 
 
@@ -153,9 +194,15 @@ def read_sparse_targets(
     q = jnp.sum(jnp.where(same, jnp.expand_dims(q, axis), 0), axis + 1)
     order = [lax.broadcasted_iota(jnp.int32, same.shape, axis + n) for n in range(2)]
     is_first = ~jnp.any(same & (order[1] < order[0]), axis + 1) & inside
+    again = inside & ~is_first & (probs != 0) & ~idle
+    check_values("targets.indices", indices, ~again, "another class than before at the position: drop the second")
     q = jnp.where(is_first, q, 0)
-    if targets.outside == "renormalise":
+    if targets.outside != "nothing":
         total = jnp.sum(q, axis, keepdims=True)
+        most = 1 + indices.shape[axis] * float(jnp.finfo(probs.dtype).eps)
+        sums = jnp.squeeze(total, axis)
+        check_values("sum of targets.probs", sums, ~(sums > most), "at most 1, unless outside='nothing'")
+    if targets.outside == "renormalise":
         q = q / jnp.where(total == 0, 1, total)
     wrong = jnp.any(~inside & (probs != 0), axis, keepdims=True) & ~idle
     share = jnp.where(wrong, 0, counted) / jnp.where(wrong, 0, 1).astype(dtype)  # 0/0: there is no other way to object
@@ -172,12 +219,13 @@ def read_any_targets(
     options: Options,
     *,
     ignore_index: int | None,
+    name: str = "targets",
     **of_positions: Any,
 ) -> tuple[Any, Array | None]:
     """As `read_targets`, of targets of any form."""
     if isinstance(targets, SparseTargets):
         return read_sparse_targets(targets, logits, axis, options, **of_positions)
-    return read_targets(targets, logits, axis, options, ignore_index=ignore_index, **of_positions)
+    return read_targets(targets, logits, axis, options, ignore_index=ignore_index, name=name, **of_positions)
 
 
 def losses_of(targets: Array | SparseTargets) -> Reading:
@@ -188,28 +236,64 @@ def losses_of(targets: Array | SparseTargets) -> Reading:
 
 
 class Sparse(NamedTuple):
-    """Statistics of the classes outside of the K, whose label is the one of the K that leads, and of each of these."""
+    """Statistics of two groups of classes, the K chosen and all others, each relative to its own largest logit.
 
-    outside: Statistics
-    inner: Statistics  # of what the loss is normalised over
-    at: Array  # z_k − the largest of the inner; −inf where there is no k
-    leads: Array
-    rest: Array | None  # what the targets leave to the classes outside, together
+    In one group's terms the other's sum may be 0 or infinite in float32, however little the loss is.
+    """
+
+    chosen: Statistics  # whose label is the class of the K that leads
+    others: Statistics
+    below: Array  # z_k − the largest of the K; −inf where there is no k
+    leads: Array  # which of the K it is that leads
+    rest: Array | None  # what the targets leave to the others together
+
+    @property
+    def surprise(self) -> Array:
+        """log Σ_l exp(z_l) − z_k of each of the K, over the K alone."""
+        return jnp.where(self.leads, self.chosen.surprise, self.chosen.log_total - self.below)
+
+    @property
+    def log_odds(self) -> Array:
+        """log P/(1 − P), where P is the probability of the K together."""
+        chosen, others = self.chosen, self.others
+        odds = (chosen.largest - others.largest) + (chosen.log_total - others.log_total)
+        return jnp.where(others.exp_sum == 0, jnp.inf, jnp.where(chosen.exp_sum == 0, -jnp.inf, odds))
+
+    @property
+    def logsumexp(self) -> Array:
+        """That of all classes; 0 where none is left."""
+        odds = self.log_odds
+        larger = jnp.where(odds >= 0, self.chosen.finite_logsumexp, self.others.finite_logsumexp)
+        return larger + jnp.log1p(_smaller_odds(odds))
 
 
-def _without(logits: Array, chosen: Chosen, leads: Array, axis: int) -> Array:
-    """The logits without the chosen classes but the one that leads."""
-    if chosen.classes.shape[axis] == 1:
-        return logits
-    return put(logits, jnp.where(leads, -1, chosen.classes), jnp.asarray(-jnp.inf), axis)
+def _smaller_odds(log_odds: Array) -> Array:
+    """The odds or their reciprocal, whichever is at most 1."""
+    return jnp.exp(jnp.where(log_odds >= 0, -log_odds, log_odds))
+
+
+def _surprises(log_odds: Array) -> tuple[Array, Array]:
+    """−log P and −log(1 − P), each with its digits."""
+    common = jnp.log1p(_smaller_odds(log_odds))
+    return common + jnp.where(log_odds >= 0, 0, -log_odds), common + jnp.where(log_odds >= 0, log_odds, 0)
+
+
+def _probs(log_odds: Array) -> tuple[Array, Array]:
+    """P and 1 − P, each with its digits, and those of its derivative."""
+    smaller = _smaller_odds(log_odds)
+    larger, smaller = 1 / (1 + smaller), smaller / (1 + smaller)
+    return jnp.where(log_odds >= 0, larger, smaller), jnp.where(log_odds >= 0, smaller, larger)
 
 
 @functools.cache
 def sparse_losses(outside: Outside, rounding: float) -> Reading:
-    """The losses of `SparseTargets`, in the terms of those of labels: the tail of one class widened to that of K.
+    """The losses of `SparseTargets`: those within the K, and that of the K against all others.
+
+    loss = Σ_k q_k (surprise_k − log P) − (1 − Σ_k q_k) log(1 − P),  P = Σ_k p_k
 
     Probabilities are right to a rounding, and what they leave is no mass if it is no more.
     """
+    within_alone = outside == "renormalise"
 
     def statistics(logits: Array, axes: Axes, chosen: Chosen, axis_name: AxisName) -> Sparse:
         (axis,) = axes
@@ -217,51 +301,32 @@ def sparse_losses(outside: Outside, rounding: float) -> Reading:
         at = jnp.where(is_there, at, -jnp.inf)
         lead = jnp.argmax(lax.stop_gradient(at), axis, keepdims=True)
         leads = lax.broadcasted_iota(lead.dtype, at.shape, axis % at.ndim) == lead
-        label = jnp.take_along_axis(chosen.classes, lead, axis)
-        rest = block_statistics(_without(logits, chosen, leads, axis), axes, Targets(label=label), axis_name)
         of_lead = jnp.sum(jnp.where(leads, at, 0), axis, keepdims=True)
-        rest = rest._replace(label=jnp.where(is_removed(of_lead), -jnp.inf, rest.label))
-
-        def around(largest: Array, tail: Array | float, label: Array) -> tuple[Statistics, Array]:
-            below = at - largest
-            others = jnp.sum(jnp.where(leads, 0, jnp.exp(below)), axis, keepdims=True)
-            return Statistics(largest, tail + others, label), below
-
-        if outside == "renormalise":
-            largest = jnp.maximum(lax.stop_gradient(of_lead), jnp.finfo(at.dtype).min)
-            return Sparse(rest, *around(largest, 0.0, of_lead - largest), leads, None)
-        left = None
-        if outside == "tail" and chosen.classes.shape[axis] < all_classes(logits.shape[axis], axis_name):
-            left = 1 - jnp.sum(chosen.spread, axis, keepdims=True)
-            left = jnp.where(left > max(rounding, 8 * float(jnp.finfo(left.dtype).eps)), left, 0)
-        return Sparse(rest, *around(rest.largest, rest.tail, rest.label), leads, left)
-
-    def surprises(sparse: Sparse) -> tuple[Array, Array]:
-        """lse − z_k of each of the K, and of what lies outside."""
-        inner, tail = sparse.inner, sparse.outside.tail
-        each = jnp.where(sparse.leads, inner.surprise, inner.log_total - sparse.at)
-        return each, inner.log_total - jnp.log(tail)
+        largest = jnp.maximum(lax.stop_gradient(of_lead), jnp.finfo(at.dtype).min)
+        below = at - largest
+        tail = jnp.sum(jnp.where(leads, 0, jnp.exp(below)), axis, keepdims=True)
+        others = block_statistics(_others(logits, chosen, axis), axes, axis_name=axis_name)
+        rest = None
+        sizes = chosen.classes.shape[axis], all_classes(logits.shape[axis], axis_name)
+        are_all = all(isinstance(size, int) for size in sizes) and sizes[0] >= sizes[1]  # of a symbol nobody knows
+        if outside == "tail" and not are_all:
+            rest = 1 - jnp.sum(chosen.spread, axis, keepdims=True)
+            rest = jnp.where(rest > max(rounding, 8 * float(jnp.finfo(rest.dtype).eps)), rest, 0)
+        return Sparse(Statistics(largest, tail, of_lead - largest), others, below, leads, rest)
 
     def values(chosen: Chosen, sparse: Sparse, axes: Axes) -> Values:
-        each, of_rest = surprises(sparse)
-        q = chosen.spread
+        q, each = chosen.spread, sparse.surprise
+        of_chosen, of_others = _surprises(sparse.log_odds)
+        each = each if within_alone else each + of_chosen
         losses = jnp.sum(q * jnp.where(q == 0, 0, each), axes, keepdims=True)
         if sparse.rest is not None:
-            losses += sparse.rest * jnp.where(sparse.rest == 0, 0, of_rest)
+            losses += sparse.rest * jnp.where(sparse.rest == 0, 0, of_others)
         share = lax.stop_gradient(chosen.share)
         losses = jnp.where(share == 0, 0, share * losses)
         if chosen.square is not None:
             square = lax.stop_gradient(chosen.square)
-            losses += jnp.where(square == 0, 0, square * full(sparse).finite_logsumexp ** 2)
+            losses += jnp.where(square == 0, 0, square * sparse.logsumexp**2)
         return (losses,), ()
-
-    def full(sparse: Sparse) -> Statistics:
-        """Of all classes."""
-        if outside != "renormalise":
-            return sparse.inner
-        inner, rest = sparse.inner, sparse.outside
-        scale = jnp.exp(inner.largest - rest.largest)
-        return rest._replace(tail=rest.tail + jnp.where(inner.tail == 0, 0, inner.tail * scale))
 
     def gradients(
         logits: Array,
@@ -275,45 +340,39 @@ def sparse_losses(outside: Outside, rounding: float) -> Reading:
         (axis,) = axes
         idle, (logits, chosen) = chosen.idle, taking_part(logits, chosen)
         cotangent = jnp.where(idle, 0, cotangents[0])
-        share, q, inner = cotangent * chosen.share, chosen.spread, sparse.inner
-        of_lead = jnp.sum(jnp.where(sparse.leads, q, 0), axis, keepdims=True)
-        mass = share * (jnp.sum(jnp.where(sparse.leads, 0, q), axis, keepdims=True))
-        if sparse.rest is not None:
-            mass += share * sparse.rest
-        square = jnp.zeros_like(mass)
-        if chosen.square is not None:
-            square = cotangent * 2 * chosen.square * full(sparse).finite_logsumexp
-        if outside != "renormalise":
-            mass += square
-        hot = share * of_lead
-        factor = (mass + hot) / inner.total
-        at_lead = (mass * jnp.exp(inner.label) - hot * inner.tail) / inner.total
-        at_others = factor * jnp.exp(sparse.at) - share * q
-        elsewhere = factor
-        if sparse.rest is not None:
-            tail = sparse.outside.tail
-            elsewhere -= jnp.where(sparse.rest == 0, 0, share * sparse.rest / jnp.where(tail == 0, 1, tail))
-        if outside == "renormalise":
-            elsewhere = square / full(sparse).total
-            at_lead += elsewhere * jnp.exp(sparse.outside.label)
-            at_others += elsewhere * jnp.exp(sparse.at + (inner.largest - sparse.outside.largest))
-        to_logits = scaled_exponentials(
-            _without(logits, chosen, sparse.leads, axis),
-            sparse.outside.largest,
-            elsewhere,
-            axes,
-            idle,
-            jnp.sum(jnp.where(sparse.leads, chosen.classes, 0), axis, keepdims=True, dtype=jnp.int32),
-            at_lead,
-            in_place=in_place or chosen.classes.shape[axis] > 1,
+        share, q, log_odds = cotangent * chosen.share, chosen.spread, sparse.log_odds
+        of_lead, beside_lead = (
+            share * jnp.sum(jnp.where(mask, q, 0), axis, keepdims=True) for mask in (sparse.leads, ~sparse.leads)
         )
-        if chosen.classes.shape[axis] > 1:
-            others = jnp.where(sparse.leads, -1, chosen.classes)
-            to_logits = put(to_logits, others, jnp.where(idle, 0, at_others), axis)
-        each, of_rest = surprises(sparse)
+        together, alone = _probs(log_odds)
+        to_odds = jnp.zeros_like(share) if within_alone else -(of_lead + beside_lead) * alone
         if sparse.rest is not None:
-            each -= jnp.where(sparse.rest == 0, 0, of_rest)
-        each = jnp.where(is_removed(sparse.at), 0, each)
-        return to_logits, scale_gradient(each, share, chosen.share == 0)
+            to_odds += share * sparse.rest * together
+        to_chosen, to_others = to_odds, -to_odds
+        if chosen.square is not None:
+            to_lse = cotangent * 2 * chosen.square * sparse.logsumexp
+            to_chosen, to_others = to_chosen + to_lse * together, to_others + to_lse * alone
+        statistics = sparse.chosen
+        # At the class that leads Q·p − q is never formed by subtracting from one: see `block_gradients`.
+        at_lead = ((beside_lead + to_chosen) * jnp.exp(statistics.label) - of_lead * statistics.tail) / statistics.total
+        at_each = (of_lead + beside_lead + to_chosen) / statistics.total * jnp.exp(sparse.below) - share * q
+        at_chosen = jnp.where(idle, 0, jnp.where(sparse.leads, at_lead, at_each))
+        others, of_others = _others(logits, chosen, axis), sparse.others
+        to_logits = scaled_exponentials(
+            others, of_others.largest, to_others / of_others.total, axes, idle, in_place=True
+        )
+        to_logits = put(to_logits, chosen.classes, at_chosen, axis)
+        to_probs = sparse.surprise
+        if not within_alone:
+            surprise, _ = _surprises(log_odds)
+            # What one of the K gains "tail" takes from the others: −log P + log(1 − P).
+            to_probs += surprise if sparse.rest is None else jnp.where(sparse.rest == 0, surprise, -log_odds)
+        to_probs = jnp.where(is_removed(sparse.below), 0, to_probs)
+        return to_logits, scale_gradient(to_probs, share, chosen.share == 0)
 
     return Reading(statistics, values, gradients)
+
+
+def _others(logits: Array, chosen: Chosen, axis: int) -> Array:
+    """The logits without the chosen classes."""
+    return put(logits, chosen.classes, jnp.asarray(-jnp.inf), axis)

@@ -74,8 +74,21 @@ class Statistics(NamedTuple):
     @property
     def finite_logsumexp(self) -> Array:
         """lse, or 0 where no class is left and nothing is to be drawn towards 0."""
-        lse = jnp.where(jnp.isfinite(self.largest), self.largest + jnp.log(self.total), self.largest)
+        lse = jnp.where(jnp.isfinite(self.largest), self.largest + self.log_total, self.largest)
         return jnp.where(self.exp_sum == 0, 0, lse)
+
+
+def leading_statistics(logits: Array, axes: Axes, axis_name: AxisName = None) -> Statistics:
+    """Statistics whose label is the class with the largest logit: a lse near 0 has the digits its 1 would swallow."""
+    if axis_name is None:
+        largest, tail, label = _leading_sums((logits,), from_end(axes, logits))
+    else:
+        largest = max_shards(largest_logit(logits, axes), axis_name)
+        sums = jnp.concatenate(_others_and_leaders(logits, largest, axes), axes[-1])
+        others, leaders = jnp.split(sum_shards(sums, axis_name), 2, axes[-1])
+        tail, label = _but_one(others, leaders, largest)
+    largest = lax.stop_gradient(largest)
+    return Statistics(largest, tail, label - largest)
 
 
 def block_statistics(logits: Array, axes: Axes, targets: Targets = Targets(), axis_name: AxisName = None) -> Statistics:
@@ -98,6 +111,28 @@ def block_statistics(logits: Array, axes: Axes, targets: Targets = Targets(), ax
     packed = sum_shards(jnp.concatenate(sums, axes[-1]), axis_name)  # one all-reduce for them all
     tail, *rest = jnp.split(packed, len(sums), axes[-1])
     return Statistics(largest, tail, None if label is None else rest.pop(0), *rest)
+
+
+@on(cpu=_cpu.leading_sums)
+def _leading_sums(arrays: tuple[Array], axes: Axes) -> tuple[Array, ...]:
+    """m, the sum of exponentials but that of one class with the logit m, and its logit."""
+    (logits,) = arrays
+    largest = largest_logit(logits, axes)
+    return largest, *_but_one(*_others_and_leaders(logits, largest, axes), largest)
+
+
+def _others_and_leaders(logits: Array, largest: Array, axes: Axes) -> tuple[Array, Array]:
+    """Σ exp(z_j − m) over the classes below m, and over those with the logit m."""
+    z = widen(logits)
+    exponentials, leads = jnp.exp(z - largest), z == largest
+    others, leaders = (jnp.where(mask, exponentials, 0) for mask in (~leads, leads))
+    return jnp.sum(others, axes, keepdims=True), jnp.sum(leaders, axes, keepdims=True)
+
+
+def _but_one(others: Array, leaders: Array, largest: Array) -> tuple[Array, Array]:
+    """Both sums together but for one of the leaders, and its logit, which does not move: it does in the sum."""
+    none = lax.stop_gradient(leaders) == 0
+    return others + jnp.where(none, leaders, leaders - 1), jnp.where(none, -jnp.inf, lax.stop_gradient(largest))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))

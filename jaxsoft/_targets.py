@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
-from jaxsoft._checks import as_integer, as_number, broadcast, check_values, is_checking
+from jaxsoft._checks import as_array, as_integer, as_number, broadcast, check_values, is_checking, refuse_mask
 from jaxsoft._dtypes import compute_dtype
 from jaxsoft._meshes import Names, lay_like, look_up, stated_sharding
 from jaxsoft._shards import AxisName, all_classes, first_class, sum_shards, vary
@@ -70,7 +70,9 @@ def read_options(
     """The options as a user gives them, numbers in the dtype to compute in; zeros known beforehand leave no trace."""
     numbers = (as_number("label_smoothing", label_smoothing, 0, 1), as_number("z_loss", z_loss, 0))
     traced_or_not_zero = (None if isinstance(n, float) and n == 0 else jnp.asarray(n, dtype) for n in numbers)
-    return Options(weights, class_weights, where, *traced_or_not_zero)
+    arrays = {"weights": weights, "class_weights": class_weights}
+    of_positions, of_classes = (None if a is None else as_array(name, a) for name, a in arrays.items())
+    return Options(of_positions, of_classes, where, *traced_or_not_zero)
 
 
 def read_targets(
@@ -80,6 +82,7 @@ def read_targets(
     options: Options,
     *,
     ignore_index: int | None,
+    name: str = "targets",
     reduction: Reduction,
     axis_name: AxisName = None,
     examples: int = 0,
@@ -126,14 +129,14 @@ def read_targets(
         if targets.shape != positions:
             raise ValueError(
                 f"targets: expected integer labels of shape {positions}, the logits' {shape} "
-                f"without axis {axis}, got {targets.shape}"
+                f"without axis {axis}, got {targets.shape}{_remedy(targets.shape, shape, positions)}"
             )
         targets = lay_like(targets, logits, axis)
         if targets.dtype.itemsize < 4:  # int8 cannot hold the number of classes to compare with
             targets = targets.astype(jnp.int32)
         inside, ignored = (targets >= 0) & (targets < classes), equals(targets, ignore_index)
         counted = jnp.where(ignored, 0, counted)
-        check_values("targets", targets, inside | (counted == 0), _allowed(classes, ignore_index))
+        check_values(name, targets, inside | (counted == 0), _allowed(classes, ignore_index))
         # NaN, never a clamped or wrapped class: a compiled function has no other way to object. It is written 0/0,
         # because JAX's `debug_nans` stops at a literal NaN even where it is not chosen.
         share = jnp.where(inside, counted, 0) / jnp.where(inside | (counted == 0), 1, 0).astype(dtype)
@@ -202,7 +205,9 @@ def or_one(count: Array) -> Array:
     return jnp.where(count == 0, 1, count)
 
 
-def as_targets(targets: ArrayLike, classes: int, ignore_index: int | None) -> tuple[Array, int | None]:
+def as_targets(
+    targets: ArrayLike, classes: int, ignore_index: int | None, name: str = "targets"
+) -> tuple[Array, int | None]:
     """The targets in a dtype of JAX's, and what to ignore among them.
 
     Without x64 JAX keeps the lower 32 bits of a label, which may be a class. Labels that come as NumPy arrays or lists
@@ -211,10 +216,11 @@ def as_targets(targets: ArrayLike, classes: int, ignore_index: int | None) -> tu
     if ignore_index is not None:
         ignore_index = as_integer("ignore_index", ignore_index)
     if isinstance(targets, jax.Array) or jax.config.read("jax_enable_x64"):
-        return jnp.asarray(targets), ignore_index
+        return as_array(name, targets), ignore_index
+    refuse_mask(name, targets)
     labels = np.asarray(targets)
     if labels.dtype.kind not in "iu" or labels.dtype.itemsize < 4:
-        return jnp.asarray(labels), ignore_index
+        return as_array(name, targets), ignore_index
     limits = np.iinfo(np.int32)
     if ((labels >= limits.min) & (labels <= limits.max)).all():
         return jnp.asarray(labels.astype(np.int32)), ignore_index
@@ -224,7 +230,7 @@ def as_targets(targets: ArrayLike, classes: int, ignore_index: int | None) -> tu
     if is_checking() and not valid.all():
         first = tuple(int(n) for n in np.argwhere(~valid)[0])
         where = f"[{', '.join(map(str, first))}]" if first else ""
-        raise ValueError(f"targets{where} is {labels[first]}: expected {_allowed(classes, ignore_index)}")
+        raise ValueError(f"{name}{where} is {labels[first]}: expected {_allowed(classes, ignore_index)}")
     narrow = np.where(inside, labels, 0).astype(np.int32)  # before a number below 0, which unsigned labels cannot hold
     narrow[~inside] = -2
     narrow[ignored] = -1
@@ -250,6 +256,14 @@ def _allowed(classes: int, ignore_index: int | None) -> str:
     return f"a label in [0, {classes})" + ("" if ignore_index is None else f" or ignore_index={ignore_index}")
 
 
+def _remedy(labels: tuple[int, ...], logits: tuple[int, ...], positions: tuple[int, ...]) -> str:
+    """What makes labels of another shape fit, if anything simple does."""
+    fitting = [n for n in range(len(logits)) if logits[:n] + logits[n + 1 :] == labels]
+    if fitting:
+        return f"; these labels fit axis={fitting[0]}"
+    return "; squeeze their last axis: targets[..., 0]" if labels == (*positions, 1) else ""
+
+
 def _read_distribution(targets: Array, shape: tuple[int, ...], dtype: jnp.dtype, ignore_index: int | None) -> Array:
     if not jnp.issubdtype(targets.dtype, jnp.floating):
         raise TypeError(f"targets: expected integer labels or a distribution, got dtype {targets.dtype}")
@@ -259,14 +273,17 @@ def _read_distribution(targets: Array, shape: tuple[int, ...], dtype: jnp.dtype,
             "labels must have an integer dtype"
         )
     if ignore_index is not None:
-        raise ValueError("ignore_index: expected None with distributions, which have no index; use weights")
+        raise ValueError(
+            "ignore_index: expected None with distributions and one-hot targets (of the logits' shape), which have no "
+            "index; use weights, or labels of the shape without the class axis"
+        )
     check_values("targets", targets, (targets >= 0) & jnp.isfinite(targets), "a finite probability of at least 0")
     return targets.astype(dtype)
 
 
 def _weights(name: str, value: ArrayLike, dtype: jnp.dtype, *, masks: bool = False) -> Array:
     """Weights: real, finite, not negative, and no variables of the loss."""
-    array = jnp.asarray(value)
+    array = as_array(name, value)
     kinds = (jnp.floating, jnp.integer, *((jnp.bool_,) if masks else ()))
     if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
         raise TypeError(f"{name}: expected real numbers{' or booleans' if masks else ''}, got dtype {array.dtype}")

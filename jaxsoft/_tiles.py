@@ -115,6 +115,9 @@ def _fold_gradients(
         logits, to_products = jax.vjp(lambda products: _to_logits(products, layer), _products(tiling, x, layer))
         statistics = reading.statistics(logits, (1,), t, tiling.axis_name)
         values = _put(rows, values, reading.values(t, statistics, (1,)))
+        if platform == "cpu" and tiling.axis_name is None:  # of shards both would be typed as differing
+            # Without it XLA would keep the exponentials of the statistics for the gradient, as large as the logits.
+            logits, statistics = lax.optimization_barrier((logits, statistics))
         to_logits, of_spread = reading.gradients(logits, t, statistics, (1,), c, in_place=not wanted.spread)
         (gradient,) = to_products(to_logits)
         narrow = gradient.astype(x_dtype)  # or the products would be taken in float32
@@ -265,7 +268,8 @@ def _in_turn(tiling: Tiling, operands: Any) -> tuple[Array, Array | int]:
     positions = share.shape[0]
     if not tiling.skips:
         return jnp.arange(positions), positions
-    idle = share[:, 0] == 0
+    # XLA would sort a constant while it compiles, which takes seconds for some ten thousand labels.
+    idle = lax.optimization_barrier(share[:, 0] == 0)
     count = positions - jnp.sum(idle)
     return jnp.where(jnp.arange(positions) < count, jnp.argsort(idle, stable=True), positions), count
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoft import _softmax
-from jaxsoft._checks import as_axis, as_floating, as_integer, check_values, is_checking
+from jaxsoft._checks import as_axis, as_floating, as_integer, check_values, is_checking, refuse_mask
 from jaxsoft._cross_entropy import cross_entropy
 from jaxsoft._dtypes import compute_dtype
 from jaxsoft._targets import equals
@@ -126,7 +126,7 @@ def softmax_with_loss(
     label = _read_labels(labels, z.shape, axis, ignore_label)
     losses = cross_entropy(z, label, axis, ignore_index=IGNORED, reduction="none")
     scale = _scale(label, z.shape[:axis], normalization, normalize, loss_weight, losses.dtype)
-    return -scale * jnp.sum(_at_least(-losses, math.log(FLT_MIN))), softmax(z, axis)
+    return scale * jnp.sum(-_at_least(-losses, math.log(FLT_MIN))), softmax(z, axis)
 
 
 def infogain_loss(
@@ -256,6 +256,7 @@ def _nan_unless(valid: Bool[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..
 def _read_labels(labels: Labels, shape: tuple[int, ...], axis: int, ignore_label: int | None) -> Int[Array, "..."]:
     """The class of each position, IGNORED or NO_CLASS."""
     # Read in NumPy what is not yet JAX's, which would narrow it: 2³² + 1 is not class 1.
+    refuse_mask("labels", labels)
     xp = jnp if isinstance(labels, jax.Array) else np
     given: Any = xp.asarray(labels)
     classes, positions = shape[axis], shape[:axis] + shape[axis + 1 :]

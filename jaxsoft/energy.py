@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
-from jaxsoft._checks import as_floating, as_integer, broadcast, check_values
+from jaxsoft._checks import as_array, as_floating, as_integer, broadcast, check_values
 from jaxsoft._softmax import logsumexp, softmax
 
 __all__ = [
@@ -621,7 +621,7 @@ def _read_rbm(params: RestrictedBoltzmann, **states: ArrayLike) -> list[Array]:
 
 def _promote(arrays: dict[str, ArrayLike]) -> list[Array]:
     """The arrays in the dtype to which those in floating point promote: integers follow."""
-    given = {name: jnp.asarray(array) for name, array in arrays.items()}
+    given = {name: as_array(name, array) for name, array in arrays.items()}
     floating = [a.dtype for a in given.values() if jnp.issubdtype(a.dtype, jnp.floating)]
     dtype = jnp.result_type(*floating, float)
     return [as_floating(name, array).astype(dtype) for name, array in given.items()]

@@ -640,7 +640,7 @@ N5 = np.zeros((4, 5))
         (lambda: cross_entropy(N5, np.zeros(4, int), z_loss=np.zeros(2)), TypeError, "z_loss: expected a real scalar, got shape (2,) and dtype float64"),
         (lambda: cross_entropy(N5, np.zeros(4, int), weights=np.ones(4, complex)), TypeError, "weights: expected real numbers or booleans, got dtype complex128"),
         (lambda: cross_entropy(N5, np.zeros(4, int), class_weights=np.ones(5, bool)), TypeError, "class_weights: expected real numbers, got dtype bool"),
-        (lambda: cross_entropy(N5, np.eye(5, dtype=int)[:4], ignore_index=1), ValueError, "ignore_index: expected None with distributions, which have no index; use weights"),
+        (lambda: cross_entropy(N5, np.eye(5, dtype=int)[:4], ignore_index=1), ValueError, "ignore_index: expected None with distributions and one-hot targets (of the logits' shape), which have no index; use weights, or labels"),
         (lambda: cross_entropy(jnp.zeros((4, 5), jnp.float8_e4m3fn), np.zeros(4, int)), TypeError, "logits: expected at least 16 bits, got dtype float8_e4m3fn: convert to bfloat16 first"),
         (lambda: cross_entropy(N5, np.zeros(4, int), where=np.ones(4, bool)), ValueError, "where: expected a shape that broadcasts to (4, 5), got (4,)"),
         (lambda: cross_entropy(N5, np.zeros(4, int), ignore_index=255.0), TypeError, "ignore_index: expected an integer, got 255.0"),

@@ -400,37 +400,103 @@ def test_divergences_keep_their_digits():
 # ---- Sparse targets beside the other two forms.
 
 
-POWERS = np.resize(np.float32([0, 0.5, 1, 2]), 37)
-POWERS[-1] += 32 - POWERS.sum()  # a mean is divided by a power of two as well
-# Products with powers of two are exact: no bit depends on which of them a compiler contracts with a sum.
-EXACT = {"z_loss": 0.125, "weights": POWERS}
-INEXACT = {"z_loss": 0.1, "weights": np.linspace(0, 2, 37, dtype=np.float32)}
+@pytest.mark.x32
+@pytest.mark.parametrize("outside", ["tail", "nothing"])
+def test_one_certain_class_is_the_label(outside):
+    p = problem(*SIZES[0])
+    x, w, b, _ = on_variables(p, np.float32)
+    options = {"z_loss": 0.1, "weights": np.linspace(0, 2, 37, dtype=np.float32)}
+
+    @jax.jit
+    def run(x, w, b):
+        sparse = SparseTargets(p.labels[:, None], np.ones((37, 1), np.float32), outside)
+        return [
+            (
+                jax.value_and_grad(linear_cross_entropy, (0, 1, 3))(x, w, targets, b),
+                jax.value_and_grad(cross_entropy)(x @ w + b, targets, **options),
+            )
+            for targets in (sparse, p.labels)
+        ]
+
+    for got, want in zip(*map(jax.tree.leaves, run(x, w, b)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=4e-7, atol=4e-7 * np.abs(want).max())
+
+
+def far_apart(margin, outside):
+    """Loss and gradient in extended precision where classes 0 and 1 of five lead the others by a margin."""
+    z = np.array([margin, margin - 1.5, 0.25, -1, 0.5], np.float32)
+    q, wide = np.array([0.5, 0.2], np.float32), z.astype(np.longdouble)
+
+    def softmax(z):
+        e = np.exp(z - z.max())
+        return e / e.sum(), z.max() + np.log(e.sum())
+
+    (among, lse), (others, lse_others) = softmax(wide[:2]), softmax(wide[2:])
+    odds = lse - lse_others
+    p, not_p = 1 / (1 + np.exp(-odds)), 1 / (1 + np.exp(odds))
+    of_p, of_not_p = np.logaddexp(0, -odds), np.logaddexp(0, odds)
+    within = lse - wide[:2]
+    if outside == "renormalise":
+        q = q / q.sum()
+        return z, np.sum(q * within), np.append(among * q.sum() - q, np.zeros(3))
+    rest = np.longdouble(1 - q.sum()) if outside == "tail" else 0
+    to_odds = rest * p - q.sum() * not_p
+    gradient = np.append(among * q.sum() - q + to_odds * among, -to_odds * others)
+    return z, np.sum(q * (within + of_p)) + rest * of_not_p, gradient
 
 
 @pytest.mark.x32
-@pytest.mark.parametrize(
-    ("outside", "options"),
-    [
-        ("tail", {}),
-        ("nothing", EXACT),
-        *(exhaustive(*case) for case in (("nothing", {}), ("tail", EXACT), ("tail", INEXACT), ("nothing", INEXACT))),
-    ],
-    ids=str,
-)
-def test_one_certain_class_is_the_label_bit_for_bit(outside, options):
-    p = problem(*SIZES[0])
-    x, w, b, _ = on_variables(p, np.float32)
+@pytest.mark.parametrize("outside", OUTSIDE)
+def test_sparse_targets_far_from_all_other_classes(outside):
+    """Either group may lead by more than float32 holds an exponential of."""
+    margins = np.float32([-200, -100, -88, -30, -17, 0, 17, 30, 88, 100, 200])
+    z, losses, slopes = map(np.stack, zip(*(far_apart(margin, outside) for margin in margins), strict=True))
+    probs = np.tile(np.float32([0.2, 0.5]), (len(z), 1))
+    targets = SparseTargets(np.tile([1, 0], (len(z), 1)), probs, outside)
+    mesh = jax.make_mesh((5,), ("classes",), axis_types=(AxisType.Auto,))
 
     @jax.jit
-    def run(x, w, b, targets):
-        return (
-            jax.value_and_grad(linear_cross_entropy, (0, 1, 3))(x, w, targets, b, **options),
-            jax.value_and_grad(cross_entropy)(x @ w + b, targets, **options),
-        )
+    def run(z):
+        def linear(z):  # a row's logits are the kernel's, one feature a row; three tiles
+            return linear_cross_entropy(jnp.eye(len(margins)), z, targets, reduction="none", memory_budget=16 * 5 * 4)
 
-    sparse = SparseTargets(p.labels[:, None], np.ones((37, 1), np.float32), outside)
-    for got, want in zip(*(jax.tree.leaves(run(x, w, b, targets)) for targets in (sparse, p.labels)), strict=True):
-        np.testing.assert_array_equal(got, want)
+        def hot(z):
+            x = jnp.eye(len(margins))
+            return linear_cross_entropy(x, z / 64, targets, reduction="none", temperature=1 / 64)
+
+        def first(z):
+            moved = SparseTargets(targets.indices.T, probs.T, outside)
+            return cross_entropy(z.T, moved, 0, reduction="none")
+
+        def each(z):
+            return jax.vmap(lambda z, i, q: cross_entropy(z, SparseTargets(i, q, outside)))(z, targets.indices, probs)
+
+        def sharded(z):
+            loss = functools.partial(cross_entropy, targets=targets, reduction="none", axis_name="classes")
+            return jax.shard_map(loss, mesh=mesh, in_specs=P(None, "classes"), out_specs=P())(z)
+
+        dense = functools.partial(cross_entropy, targets=targets, reduction="none")
+
+        def value_and_gradient(fn):
+            value, pullback = jax.vjp(fn, z)
+            return value, pullback(jnp.ones_like(value))[0]
+
+        return list(map(value_and_gradient, (dense, linear, hot, first, each, sharded)))
+
+    for found, slope in run(z):
+        np.testing.assert_allclose(found, losses.astype(float), rtol=2e-5)
+        np.testing.assert_allclose(slope, slopes.astype(float), rtol=5e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float64])
+def test_sparse_targets_far_from_all_other_classes_in_other_dtypes(dtype):
+    z = np.array([88, 0, -1] if dtype == jnp.bfloat16 else [760, 0, -1], dtype)
+    value, slope = jax.jit(jax.value_and_grad(lambda z: cross_entropy(z, SparseTargets([0], np.array([0.5], dtype)))))(
+        z
+    )
+    np.testing.assert_allclose(value, (float(z[0]) - np.log(1 + np.exp(-1))) / 2, rtol=1e-6)
+    others = np.exp([0, -1]) / np.exp([0, -1]).sum() / 2
+    np.testing.assert_allclose(slope.astype(float), [0.5, *-others], rtol=4e-3 if dtype == jnp.bfloat16 else 1e-14)
 
 
 def test_all_classes_are_the_distribution():
@@ -566,7 +632,7 @@ def test_a_label_out_of_range_is_nan_and_nothing_else():
     assert np.isnan(found.label).nonzero()[0].tolist() == [3]
     assert np.isfinite(found.entropy).all()
     assert np.isnan(slope).any(1).nonzero()[0].tolist() == [3]
-    with pytest.raises(ValueError, match=r"targets\[3\] is 203: expected a label in \[0, 203\)"):
+    with pytest.raises(ValueError, match=r"labels\[3\] is 203: expected a label in \[0, 203\)"):
         checked(lambda: linear_log_probs(x, w, labels, b))()
     for of_outside in losses:
         assert np.isnan(of_outside).nonzero()[0].tolist() == [5]
@@ -651,6 +717,61 @@ def test_indices_of_narrow_dtypes():
     np.testing.assert_array_equal(run(indices.astype(np.uint8)), run(indices))
 
 
+def test_targets_from_log_probabilities():
+    rng = np.random.default_rng(0)
+    x, w, y = rng.normal(size=(4, 3)), rng.normal(size=(3, 7)), rng.normal(size=(4, 7))
+
+    @jax.jit
+    def run(x):
+        top = linear_top_k(x, w, 3)
+        given = [top.as_targets(), SparseTargets.from_log_probs(top.indices, top.log_probs)]
+        given.append(SparseTargets(top.indices, jnp.exp(top.log_probs)))
+        others = [top.as_targets("renormalise"), SparseTargets(top.indices, jnp.exp(top.log_probs), "renormalize")]
+        return [[cross_entropy(y, targets) for targets in some] for some in (given, others)]
+
+    for first, *equal in run(x):
+        assert all(loss == first for loss in equal)
+    padded = SparseTargets.from_log_probs(np.array([[0, -1]]), np.array([[np.log(0.5), -np.inf]]))
+    np.testing.assert_allclose(cross_entropy(np.zeros((1, 3)), padded), 0.5 * np.log(3) + 0.5 * np.log(1.5))
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, lambda z, t: linear_cross_entropy(z, np.eye(7), t)])
+@pytest.mark.parametrize(
+    ("indices", "probs", "outside", "message"),
+    [
+        ([0, 3], [0.8, 0.5], "tail", r"sum of targets.probs\[1\] is 1.3: expected at most 1, unless outside='nothing'"),
+        ([0, 3], [0.8, 0.5], "renormalise", r"sum of targets.probs\[1\] is 1.3: expected at most 1"),
+        ([0, 3], [0.8, 0.5], "nothing", None),
+        ([2, 2], [0.3, 0.2], "tail", r"targets.indices\[1, 1\] is 2: expected another class than before"),
+        ([2, 2], [0.3, 0.2], "nothing", r"targets.indices\[1, 1\] is 2: expected another class than before"),
+        ([2, 2], [0.3, 0.0], "tail", None),
+        ([-1, -1], [0.0, 0.0], "tail", None),
+    ],
+)
+def test_checked_sees_sums_above_one_and_a_class_that_comes_twice(loss, indices, probs, outside, message):
+    targets = SparseTargets(np.array([[1, 4], indices]), np.array([[0.5, 0.5], probs]), outside)
+    run = functools.partial(checked(loss), np.zeros((2, 7)), targets)
+    if message is None:
+        run()
+    else:
+        with pytest.raises(ValueError, match=message):
+            run()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float32])
+def test_rounding_of_as_many_probabilities_as_there_are_is_no_sum_above_one(dtype):
+    probs = np.full((1, 63), 1 / 63, dtype)
+    checked(cross_entropy)(np.zeros((1, 70)), SparseTargets(np.arange(63)[None], probs))
+
+
+@pytest.mark.parametrize("jit", [jax.jit, lambda fn: fn])
+def test_log_probabilities_are_no_probabilities(jit):
+    targets = SparseTargets(np.array([[1, 4]]), np.log(np.array([[0.5, 0.25]])))
+    message = r"targets.probs: expected probabilities of at least 0, got -1.38629; .*SparseTargets.from_log_probs"
+    with pytest.raises(ValueError, match=message):
+        jit(lambda: cross_entropy(np.zeros((1, 7)), targets))()
+
+
 def test_probs_of_half_precision_leave_no_mass_by_rounding():
     z, indices, probs = np.array([[0, 1, -np.inf]]), np.array([[0, 1]]), np.array([[0.9, 0.1]], jnp.bfloat16)
     rounded, exact = jax.jit(
@@ -666,11 +787,12 @@ def test_probs_of_half_precision_leave_no_mass_by_rounding():
 def test_padding_of_probs_has_no_gradient(outside):
     p = problem(*SIZES[0])
     x, w, b, q = on_variables(p, np.float64)
-    taking = p.weights != 0
+    taking, indices = p.weights != 0, p.indices.copy()
+    indices[:, 3], q = -1, q * (np.arange(p.k) != 3)  # no class comes twice
 
     def slope(q):
         def loss(q):
-            return linear_cross_entropy(x, w, SparseTargets(p.indices, q, outside), b, weights=p.weights)
+            return linear_cross_entropy(x, w, SparseTargets(indices, q, outside), b, weights=p.weights)
 
         return jax.grad(loss)(q)
 
@@ -823,9 +945,7 @@ MESHES = [
         kind,
         layout,
         # Each layout with one head after the other, on meshes of one kind and the other.
-        marks=[]
-        if (n % 2 == (kind == AxisType.Auto)) and n % 4 == FUNCTIONS.index(name)
-        else pytest.mark.exhaustive,
+        marks=[] if (n % 2 == (kind == AxisType.Auto)) and n % 4 == FUNCTIONS.index(name) else pytest.mark.exhaustive,
     )
     for n, layout in enumerate(LAYOUTS)
     for kind in (AxisType.Explicit, AxisType.Auto)
@@ -995,6 +1115,10 @@ def test_dense_functions_on_an_explicit_mesh():
         (lambda x, w, p: entropy(x[:, :0]), ValueError, "logits: expected at least one class along axis 1, got shape (37, 0)"),
         (lambda x, w, p: cross_entropy(x, SparseTargets(p.indices[:, :0], p.probs[:, :0])), ValueError, "targets.indices: expected at least one class a position, got shape (37, 0)"),
         (lambda x, w, p: linear_log_probs(x, w, SparseTargets(p.indices, p.probs)), TypeError, "labels: expected integers, got SparseTargets"),
+        (lambda x, w, p: linear_cross_entropy(x, w, linear_top_k(x, w, 2)), TypeError, "targets: expected an array or SparseTargets, got TopK: pass targets.as_targets()"),
+        (lambda x, w, p: kl_divergence(x, x, kind="jensen-shannon", beta=0), ValueError, "got 0; elsewhere that means kind='forward'"),
+        (lambda x, w, p: kl_divergence(x, x, kind="jensen-shannon", beta=1.0), ValueError, "got 1.0; elsewhere that means kind='reverse'"),
+        (lambda x, w, p: checked(linear_log_probs)(x, w, p.labels + 203), ValueError, "labels[0] is "),
         (lambda x, w, p: linear_cross_entropy(x[:0], w, p.labels[:3]), ValueError, "targets: expected integer labels of shape (0,)"),
         (lambda x, w, p: entropy(jnp.float32(1)), ValueError, "axis: expected an array with at least one axis, the classes, got a scalar"),
     ],

@@ -7,7 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsoft import caffe, checked, cross_entropy, linear_cross_entropy, log_softmax, logsumexp, softmax
+from jaxsoft import (
+    SparseTargets,
+    caffe,
+    checked,
+    cross_entropy,
+    diagnose_gradient,
+    energy,
+    entropy,
+    kl_divergence,
+    linear_cross_entropy,
+    linear_log_probs,
+    log_softmax,
+    logsumexp,
+    softmax,
+)
 
 rng = np.random.default_rng(0)
 Z = rng.normal(size=(6, 5)) * 2
@@ -164,6 +178,141 @@ def test_smoothing_shares_among_the_classes_of_a_padded_vocabulary(targets, soft
         assert_equal((value, gradients), expected, rtol=1e-10, atol=1e-14)
         assert not np.any(np.asarray(gradients[1])[:, 4])
         np.testing.assert_allclose(value, formula, rtol=1e-10)
+
+
+MASK = np.array([False, True, False, False, False, False])
+MASKED, MASKED_LABELS = np.ma.masked_array(Z, Z > 1), np.ma.masked_array(LABELS, MASK)
+SPARSE = np.array([[0, 1]] * 6), np.full((6, 2), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: softmax(MASKED), "logits"),
+        (lambda: cross_entropy(MASKED, LABELS), "logits"),
+        (lambda: cross_entropy(Z, LABELS, where=np.ma.masked_array(Z > 0, Z > 1)), "where"),
+        (lambda: cross_entropy(Z, LABELS, weights=np.ma.masked_array(np.ones(6), MASK)), "weights"),
+        (lambda: cross_entropy(Z, LABELS, class_weights=np.ma.masked_array(np.ones(5))), "class_weights"),
+        (lambda: cross_entropy(Z, np.ma.masked_array(softmax(Z), Z > 1)), "targets"),
+        (lambda: cross_entropy(Z, SparseTargets(np.ma.masked_array(SPARSE[0]), SPARSE[1])), "targets.indices"),
+        (lambda: cross_entropy(Z, SparseTargets(SPARSE[0], np.ma.masked_array(SPARSE[1]))), "targets.probs"),
+        (lambda: linear_cross_entropy(X, np.ma.masked_array(W), LABELS), "kernel"),
+        (lambda: linear_cross_entropy(X, W, LABELS, weights=np.ma.masked_array(np.ones(6), MASK)), "weights"),
+        (lambda: linear_cross_entropy(X, W, np.ma.masked_array(softmax(Z), Z > 1)), "targets"),
+        (lambda: kl_divergence(Z, MASKED), "teacher_logits"),
+        (lambda: kl_divergence(Z, Z, weights=np.ma.masked_array(np.ones(6), MASK)), "weights"),
+        (lambda: diagnose_gradient(Z, LABELS, MASKED), "gradient"),
+        (lambda: energy.hopfield_energy(MASKED, np.ones((5, 5))), "state"),
+        (lambda: caffe.softmax_with_loss(MASKED, LABELS), "logits"),
+    ],
+)
+def test_a_mask_of_numpy_is_refused(call, name):
+    with pytest.raises(TypeError, match=rf"^{name}: expected an array without a mask.*: pass {name}\.filled\(\.\.\.\)"):
+        call()
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: cross_entropy(Z, MASKED_LABELS, ignore_index=-1), "targets"),
+        (lambda: linear_cross_entropy(X, W, MASKED_LABELS), "targets"),
+        (lambda: linear_log_probs(X, W, MASKED_LABELS), "labels"),
+        (lambda: caffe.softmax_with_loss(Z, MASKED_LABELS), "labels"),
+        (lambda: caffe.infogain_loss(Z, MASKED_LABELS, np.eye(5)), "labels"),
+        (lambda: diagnose_gradient(Z, MASKED_LABELS, Z), "targets"),
+    ],
+)
+def test_masked_labels_are_refused_and_the_remedy_named(call, name, x64):
+    with (
+        jax.enable_x64(x64),
+        pytest.raises(TypeError, match=rf"^{name}: .*: pass {name}\.filled\(-1\) with ignore_index=-1"),
+    ):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: cross_entropy(None, LABELS), "logits: expected an array, got NoneType"),
+        (lambda: cross_entropy("a", LABELS), "logits: expected an array, got str"),
+        (lambda: cross_entropy(Z, None), "targets: expected an array, got NoneType"),
+        (lambda: linear_cross_entropy(X, {"kernel": W}, LABELS), "kernel: expected an array, got dict"),
+        (lambda: linear_cross_entropy(X, checked, LABELS), "kernel: expected an array, got function"),
+        (lambda: checked(cross_entropy(Z, LABELS)), r"checked: expected a function, got \w+: write checked\(function\)\(...\)"),
+    ],
+)  # fmt: skip
+def test_what_is_no_array_is_named(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "remedy"),
+    [
+        (np.zeros((2, 3, 4, 5)), np.zeros((2, 4, 5), int), "; these labels fit axis=1"),
+        (np.zeros((6, 5)), LABELS[:, None], r"; squeeze their last axis: targets\[..., 0\]"),
+        (np.zeros((6, 5)), LABELS[:4], "(?!;)"),
+    ],
+)
+def test_labels_of_another_shape_are_told_what_fits(logits, labels, remedy):
+    with pytest.raises(ValueError, match=r"got \([0-9, ]+\)" + remedy):
+        cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize("axis", [(0, 2), (2, 0), (-1, 0), (1, 2), None])
+def test_several_class_axes_are_those_of_an_array_reshaped(axis):
+    z, other = np.random.default_rng(1).normal(size=(2, 2, 3, 4))
+    where, probs = z > -1, np.array(softmax(other, axis))
+    axes = sorted(n % 3 for n in range(3)) if axis is None else sorted(n % 3 for n in axis)
+    kept = [n for n in range(3) if n not in axes]
+    positions = tuple(z.shape[n] for n in kept)
+
+    def flat(array):
+        return np.transpose(array, (*kept, *axes)).reshape(*positions, -1)
+
+    labels = np.random.default_rng(2).integers(0, flat(z).shape[-1], positions)
+    sparse = SparseTargets(np.stack([labels, labels * 0], -1), np.full((*positions, 2), 0.25))
+
+    @jax.jit
+    def run(z):
+        def several(z, flat, axis):
+            losses = [cross_entropy(z, t, axis, reduction="none") for t in (labels, flat(probs), sparse)]
+            masked = cross_entropy(z, flat(probs * where), axis, where=flat(where), label_smoothing=0.1)
+            return *losses, masked, entropy(z, axis, flat(where)), kl_divergence(z, flat(other), axis)
+
+        def gradient(flat, z, axis):
+            values, pullback = jax.vjp(lambda z: several(flat(z), flat, axis), z)
+            return values, pullback(jax.tree.map(jnp.cos, values))
+
+        return gradient(lambda a: a, z, axis), gradient(flat_of_jax, z, -1)
+
+    def flat_of_jax(array):
+        return jnp.transpose(array, (*kept, *axes)).reshape(*positions, -1)
+
+    assert_equal(*run(z))
+
+
+def test_several_class_axes_over_shards_are_refused():
+    mesh = jax.make_mesh((2,), ("classes",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("classes")
+    with pytest.raises(
+        ValueError, match=r"axis: expected one axis where the classes are laid over 'classes', got \(0, 1\)"
+    ):
+        jax.shard_map(
+            lambda z: entropy(z, (0, 1), axis_name="classes"),
+            mesh=mesh,
+            in_specs=spec,
+            out_specs=jax.sharding.PartitionSpec(),
+        )(Z)
+
+
+@pytest.mark.optimized  # what is compiled is looked at
+def test_labels_that_are_constants_are_not_sorted_by_the_compiler():
+    """It would take seconds for tens of thousands."""
+    labels = np.arange(4096) % 7 - 1
+    loss = jax.jit(jax.grad(lambda w: linear_cross_entropy(np.ones((4096, 3)), w, labels, ignore_index=-1)))
+    assert " sort(" in loss.lower(np.ones((3, 6))).compile().as_text()
 
 
 OF_TARGETS = [functools.partial(cross_entropy, Z), lambda t, **options: linear(X, W, B, t, **options)]

@@ -458,6 +458,7 @@ def test_bad_axes_are_one_line(options, message):
 
 def test_batch_axes_without_a_mesh_are_one_line():
     with pytest.raises(
-        ValueError, match=r"batch_axes: expected axes of the mesh .*, of which there is none here, got 'data'"
+        ValueError,
+        match=r"batch_axes: expected axes of the mesh .*, and no mesh is set: call inside `with jax.set_mesh\(mesh\):`, got 'data'",
     ):
         linear_cross_entropy(*PLAIN, batch_axes="data")

@@ -127,6 +127,31 @@ def test_half_precision_is_summed_in_float32():
     np.testing.assert_array_equal(lse, jnp.bfloat16(np.log(1024)))
 
 
+@pytest.mark.x32
+def test_logsumexp_near_zero_keeps_its_digits():
+    """They are those of the largest logit and of the logarithm of what the others add, whichever has fewer."""
+    z = np.full((8, 2, 3), -np.inf, np.float32)
+    z[:, 1, 2] = [0, -1e-7, 0, 0, -1e-3, -0.5, 3, 0]
+    z[:, 0, 1] = [-20, -16, 0, -60, -7, -0.9, -20, -np.inf]
+    wide = np.sort(z.reshape(8, 6).astype(np.longdouble))
+    expected = wide[:, -1] + np.log1p(np.exp(wide[:, :-1] - wide[:, -1:]).sum(1))
+    mesh = jax.make_mesh((2,), ("classes",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec(None, "classes")
+
+    @jax.jit
+    def run(z):
+        over_shards = functools.partial(logsumexp, axis=(1, 2), axis_name="classes")
+        return (
+            [logsumexp(z, (1, 2)), logsumexp(z.reshape(8, 6)), logsumexp(z.reshape(8, 6).T, 0)],
+            jax.vmap(lambda z: logsumexp(jnp.where(jnp.isneginf(z), 100, z), None, where=~jnp.isneginf(z)))(z),
+            jax.shard_map(over_shards, mesh=mesh, in_specs=spec, out_specs=jax.sharding.PartitionSpec())(z),
+        )
+
+    for found in jax.tree.leaves(run(z)):
+        error = np.abs(found - expected.astype(float))
+        assert (error <= 1e-6 * np.abs(expected) + 6e-8 * np.abs(wide[:, -1])).all(), error
+
+
 def test_softmax_saves_its_output_alone():
     logits = normal(8, (16, 32)).astype(np.float32)
     value, pullback = jax.vjp(softmax, logits)

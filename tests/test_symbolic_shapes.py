@@ -12,7 +12,7 @@ from jax import export
 import jaxsoft
 from jaxsoft import caffe, energy
 
-SIZES = [{"b": 3, "h": 2, "w": 4, "n": 5, "m": 2}, {"b": 1, "h": 5, "w": 1, "n": 2, "m": 6}]
+SIZES = [{"b": 3, "h": 2, "w": 4, "n": 5, "m": 2, "k": 3}, {"b": 1, "h": 5, "w": 1, "n": 2, "m": 6, "k": 1}]
 BIAS, GAINS = np.linspace(-1, 1, 10), np.eye(10) + 0.1
 
 
@@ -22,6 +22,10 @@ def dense(**options):
 
 def fused(**options):
     return functools.partial(jaxsoft.linear_cross_entropy, **options)
+
+
+def sparse(indices, scores, outside):
+    return jaxsoft.SparseTargets(indices, jax.nn.softmax(scores) / 2, outside)
 
 
 def pixels(loss):
@@ -52,6 +56,22 @@ CALLS = {
         dense(ignore_index=3, class_weights=np.arange(10.0), label_smoothing=0.1, z_loss=0.1, reduction="none"),
         "b, 10",
         LABELS + "b",
+    ),
+    **{
+        f"cross_entropy, sparse targets, {outside}": (
+            lambda z, y, q, outside=outside: jaxsoft.cross_entropy(z, sparse(y, q, outside)),
+            "b, 10",
+            LABELS + "b, 2",
+            "b, 2",
+        )
+        for outside in ("tail", "renormalise", "nothing")
+    },
+    "linear_cross_entropy, sparse targets": (
+        lambda x, w, y, q: jaxsoft.linear_cross_entropy(x, w, sparse(y, q, "tail")),
+        "b, 6",
+        "6, 10",
+        LABELS + "b, k",
+        "b, k",
     ),
     "linear_cross_entropy": (jaxsoft.linear_cross_entropy, "b, 6", "6, 10", LABELS + "b"),
     "linear_cross_entropy, ignored": (fused(ignore_index=3, bias=BIAS), "b, h, 6", "6, 10", LABELS + "b, h"),
