@@ -367,8 +367,8 @@ def prior(seed: int, path: Path) -> list[Number]:
 
 
 def plot_prior(
-    points: np.ndarray, labels: np.ndarray, weights: np.ndarray, precisions: np.ndarray, train: np.ndarray, test: np.ndarray,
-    best: float, path: Path,
+    points: np.ndarray, labels: np.ndarray, weights: np.ndarray, precisions: np.ndarray, train: np.ndarray,
+    test: np.ndarray, best: float, path: Path,
 ) -> None:  # fmt: skip
     figure, axes = plt.subplot_mosaic([["likelihood", "prior"], ["losses", "losses"]], figsize=(WIDE, 7.6))
     *maps, right = axes.values()
