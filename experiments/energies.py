@@ -34,7 +34,7 @@ MACHINE = energy.RestrictedBoltzmann(
 )
 SYMMETRIC = np.array([[0.0, -1.0], [-1.0, 0.0]])
 ASYMMETRIC = np.array([[0.0, 1.0], [-1.0, 0.0]])
-ORBITS = "symmetric, all at once", "symmetric, one by one", "asymmetric, all at once"
+ORBITS: tuple[str, ...] = "symmetric, all at once", "symmetric, one by one", "asymmetric, all at once"
 CENTRES = 1.2 * np.array([[0.0, 1.0], [-0.866, -0.5], [0.866, -0.5]])
 SPREAD = 0.8
 
@@ -277,7 +277,7 @@ def inverse_temperature(path: Path) -> list[Number]:
         numbers.append(Number(f"Gibbs: d(NLL/β)/dE against δ − P at β = {beta:g}", "<1e-14", error))
     for label, far in enumerate(losses[-1]):
         numbers.append(Number(f"Gibbs: NLL/β of {label} at β = 100: E − min E", f"{label}.000000000000", far))
-    plot_levels(curve, *(array[len(SWEEP) + 1 :] for array in found[:2]), path)
+    plot_levels(curve, found[0][-len(curve) :], found[1][-len(curve) :], path)
     return numbers
 
 

@@ -128,7 +128,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
 @jax.jit
 def both_ways(scene: Scene) -> tuple[Float[Array, "..."], ...]:
     """Scores and losses of the image by convolution, the gradient to the scores, and scores and losses by pixel."""
-    features, kernel, labels = scene
+    features, kernel, labels = map(jnp.asarray, scene)
     scores = jax.lax.conv_general_dilated(features, kernel[:, :, None, None], (1, 1), "VALID")
     inner_product = jax.vmap(lambda pixel: kernel @ pixel)(features[0].reshape(FEATURES, PIXELS).T)
     losses = cross_entropy(scores, labels, 1, ignore_index=VOID, reduction="none")
