@@ -34,6 +34,7 @@ MACHINE = energy.RestrictedBoltzmann(
 )
 SYMMETRIC = np.array([[0.0, -1.0], [-1.0, 0.0]])
 ASYMMETRIC = np.array([[0.0, 1.0], [-1.0, 0.0]])
+ORBITS: tuple[str, ...] = "symmetric, all at once", "symmetric, one by one", "asymmetric, all at once"
 CENTRES = 1.2 * np.array([[0.0, 1.0], [-0.866, -0.5], [0.866, -0.5]])
 SPREAD = 0.8
 
@@ -55,7 +56,6 @@ class Config:
 # Hopfield: asynchronous descent, synchronous cycles
 
 
-@jax.jit
 def descend(
     weights: Float[Array, "units units"], state: Float[Array, " units"], order: Int[Array, " visits"]
 ) -> tuple[Float[Array, " units"], dict[str, Float[Array, " visits"]]]:
@@ -71,12 +71,27 @@ def descend(
     return jax.lax.scan(visit, state, order)
 
 
-def orbit(update, weights: np.ndarray, length: int = 9) -> np.ndarray:
-    """The states from (1, 1) on, one a row."""
-    states = [jnp.ones(2)]
-    while len(states) < length:
-        states.append(update(states[-1], weights))
-    return np.stack(states)
+@jax.jit
+def descend_and_sweep(
+    weights: Float[Array, "units units"], begin: Float[Array, "starts units"], order: Int[Array, " visits"]
+) -> tuple[Float[Array, "starts units"], dict[str, Float[Array, "starts visits"]], Float[Array, "starts units"]]:
+    """All descents, and where one more sweep takes their final states."""
+    final, trace = jax.vmap(descend, in_axes=(None, 0, None))(weights, begin, order)
+    return final, trace, energy.hopfield_asynchronous(final, weights)
+
+
+@jax.jit
+def orbits_of_two() -> tuple[Float[Array, "steps 2"], ...]:
+    """The states of two units from (1, 1) on, one a row: of each kind of `ORBITS`."""
+
+    def orbit(update, weights):
+        return jax.lax.scan(lambda state, _: (update(state, weights), state), jnp.ones(2), length=9)[1]
+
+    return (
+        orbit(energy.hopfield_synchronous, SYMMETRIC),
+        orbit(energy.hopfield_asynchronous, SYMMETRIC),
+        orbit(energy.hopfield_synchronous, ASYMMETRIC),
+    )
 
 
 def cycle_length(states: np.ndarray) -> int:
@@ -90,25 +105,20 @@ def hopfield(seed: int, path: Path) -> list[Number]:
     units, patterns, starts = 128, 4, 12
     rng = np.random.default_rng(seed)
     stored = rng.choice([-1.0, 1.0], (patterns, units))
-    weights = jnp.asarray((stored.T @ stored / units) * (1 - np.eye(units)))
+    weights = (stored.T @ stored / units) * (1 - np.eye(units))
     damaged = stored * np.where(rng.permuted(np.tile(np.arange(units) < units // 10, (patterns, 1)), axis=1), -1, 1)
-    begin = jnp.asarray(np.concatenate([damaged, rng.choice([-1.0, 1.0], (starts, units))]))
-    order = jnp.asarray(np.concatenate([rng.permutation(units) for _ in range(6)]))
-    final, trace = jax.vmap(descend, in_axes=(None, 0, None))(weights, begin, order)
-    ends = np.asarray(trace["energy"][:, -1])
-    settled = final == energy.hopfield_asynchronous(final, weights)
-    orbits = {
-        "symmetric, all at once": orbit(energy.hopfield_synchronous, SYMMETRIC),
-        "symmetric, one by one": orbit(energy.hopfield_asynchronous, SYMMETRIC),
-        "asymmetric, all at once": orbit(energy.hopfield_synchronous, ASYMMETRIC),
-    }
-    plot_hopfield(np.asarray(trace["energy"]), patterns, orbits, path)
+    begin = np.concatenate([damaged, rng.choice([-1.0, 1.0], (starts, units))])
+    order = np.concatenate([rng.permutation(units) for _ in range(6)])
+    final, trace, swept = jax.device_get(descend_and_sweep(weights, begin, order))
+    ends = trace["energy"][:, -1]
+    orbits = dict(zip(ORBITS, jax.device_get(orbits_of_two()), strict=True))
+    plot_hopfield(trace["energy"], patterns, orbits, path)
     return [
         Number("Hopfield: largest rise of the energy at a visit", "<1e-12", trace["change"].max()),
         Number(
-            "Hopfield: energy change against −Δs·field", "<1e-12", jnp.abs(trace["change"] - trace["predicted"]).max()
+            "Hopfield: energy change against −Δs·field", "<1e-12", np.abs(trace["change"] - trace["predicted"]).max()
         ),
-        Number("Hopfield: descents that settled", str(len(begin)), jnp.all(settled, axis=1).sum()),
+        Number("Hopfield: descents that settled", str(len(begin)), np.all(final == swept, axis=1).sum()),
         Number("Hopfield: damaged patterns recalled", str(patterns), (final[:patterns] == stored).all(axis=1).sum()),
         Number("Hopfield: highest less lowest final energy: minima are local", ">1e-6", ends.max() - ends.min()),
         *(
@@ -146,18 +156,17 @@ def plot_hopfield(energies: np.ndarray, damaged: int, orbits: dict[str, np.ndarr
 
 def temperature(path: Path) -> list[Number]:
     """Heat a unit from almost certain to a fair coin."""
-    fields = np.linspace(-5, 5, 401)
+    unit, fields = jax.jit(energy.boltzmann_probability, static_argnames="low"), np.linspace(-5, 5, 401)
     figure, axes = plt.subplots(figsize=(6.4, 4.4))
     for t, color in zip(UNIT, (BLACK, BLUE, GREEN, ORANGE, RED), strict=True):
-        probability = energy.boltzmann_probability(fields, temperature=t)
+        probability = unit(fields, temperature=t)
         axes.plot(fields, probability, color=color, label=f"0/1 unit, T = {t:g}")
     # It lies on the line of T = 0.5.
-    axes.plot(fields, energy.boltzmann_probability(fields, low=-1), ":", color=SKY, lw=3.5, label="±1 unit, T = 1")
+    axes.plot(fields, unit(fields, low=-1), ":", color=SKY, lw=3.5, label="±1 unit, T = 1")
     axes.plot(np.ones(len(UNIT)), list(UNIT.values()), "ko", ms=4, label=TABULATED)
     axes.set(title="the probability that a unit is on, by temperature", xlabel="field h", ylabel="probability of 1")
     axes.legend()
     save(figure, path)
-    unit = energy.boltzmann_probability
     return [
         *(
             Number(f"P(1) of a 0/1 unit, field 1, T = {t:g}", f"{p:.7f}", unit(1.0, temperature=t))
@@ -184,24 +193,31 @@ def sample(key: Array, chains: int, steps: int) -> Float[Array, "steps states"]:
     return jax.lax.scan(step, jnp.zeros((chains, 3)), jax.random.split(key, steps))[1]
 
 
-def restricted_boltzmann(config: Config, path: Path) -> list[Number]:
-    """Normalise a machine of five units exactly, and sample it."""
+@jax.jit
+def enumerate_states() -> tuple[Float[Array, "8 4"], Float[Array, " 8"], tuple[Float[Array, ""], ...]]:
+    """The probabilities of all states, of the visible ones, and Z over states, from free energies and as a function."""
     visible, hidden = energy.binary_states(3, dtype=float), energy.binary_states(2, dtype=float)
     energies = energy.rbm_energy(MACHINE, visible[:, None], hidden)
     free = energy.rbm_free_energy(MACHINE, visible)
-    joint, marginal = energy.gibbs_distribution(energies, None), energy.gibbs_distribution(free)
+    logs = energy.log_partition(energies, None), energy.log_partition(free), energy.rbm_log_partition(MACHINE)
+    return energy.gibbs_distribution(energies, None), energy.gibbs_distribution(free), tuple(map(jnp.exp, logs))
+
+
+def restricted_boltzmann(config: Config, path: Path) -> list[Number]:
+    """Normalise a machine of five units exactly, and sample it."""
+    joint, marginal, (over_states, from_free, from_function) = jax.device_get(enumerate_states())
     frequency = np.asarray(sample(jax.random.key(config.seed), config.chains, config.steps))
     seen = frequency.reshape(-1, 8, 4)
-    apart = np.abs(seen - np.asarray(joint)).sum((1, 2)) / 2
-    apart_visible = np.abs(seen.sum(2) - np.asarray(marginal)).sum(1) / 2
+    apart = np.abs(seen - joint).sum((1, 2)) / 2
+    apart_visible = np.abs(seen.sum(2) - marginal).sum(1) / 2
     # What as many independent draws leave: the mean deviation of each frequency, normal by the central limit theorem.
     chance = np.sqrt(joint * (1 - joint) / (2 * np.pi * config.chains)).sum()
-    plot_samples(np.asarray(marginal), seen[-1].sum(1), apart, apart_visible, float(chance), path)
+    plot_samples(marginal, seen[-1].sum(1), apart, apart_visible, float(chance), path)
     return [
-        Number("RBM: Z over 32 states", "68.62559544", jnp.exp(energy.log_partition(energies, None))),
-        Number("RBM: Z from free energies", "68.62559544", jnp.exp(energy.log_partition(free))),
-        Number("RBM: Z from rbm_log_partition", "68.62559544", jnp.exp(energy.rbm_log_partition(MACHINE))),
-        Number("RBM: sum over h of P(v, h) against softmax(−F)", "<1e-14", jnp.abs(joint.sum(1) - marginal).max()),
+        Number("RBM: Z over 32 states", "68.62559544", over_states),
+        Number("RBM: Z from free energies", "68.62559544", from_free),
+        Number("RBM: Z from rbm_log_partition", "68.62559544", from_function),
+        Number("RBM: sum over h of P(v, h) against softmax(−F)", "<1e-14", np.abs(joint.sum(1) - marginal).max()),
         Number("RBM: total variation of the visible samples", "<0.02", apart_visible[-1]),
         Number("RBM: total variation of the joint samples", "<0.02", apart[-1]),
     ]
@@ -235,34 +251,41 @@ def label_loss(energies: Float[Array, " states"], label: int, beta: Float[Array,
     return energies[label] + energy.log_partition(energies, beta=beta) / beta
 
 
+@jax.jit
+def by_temperature(betas: Float[Array, " betas"]) -> tuple[Float[Array, "betas 3"], ...]:
+    """The Gibbs distribution over the levels, (1/β)·NLL of each, and the gradient of the first one's."""
+    levels = jnp.asarray(LEVELS)
+    probabilities = jax.vmap(lambda beta: energy.gibbs_distribution(levels, beta=beta))(betas)
+    losses = [jax.vmap(lambda beta, n=n: label_loss(levels, n, beta))(betas) for n in range(len(LEVELS))]
+    gradients = jax.vmap(jax.grad(label_loss), in_axes=(None, None, 0))(levels, 0, betas)
+    return probabilities, jnp.stack(losses, axis=1), gradients
+
+
 def inverse_temperature(path: Path) -> list[Number]:
     """From a fair die (β = 0) to the lowest energy alone (β = ∞)."""
-    levels = jnp.asarray(LEVELS)
+    curve = np.geomspace(0.05, 20, 200)
+    # The curves and the numbers are computed together, at the numbers' temperatures first.
+    found = jax.device_get(by_temperature(np.concatenate([[*SWEEP, 100.0], curve])))
+    probabilities, losses, gradients = (array[: len(SWEEP) + 1] for array in found)
     numbers = []
-    for beta, stated in SWEEP.items():
-        loss, gradient = jax.value_and_grad(label_loss)(levels, 0, beta)
-        probabilities = energy.gibbs_distribution(levels, beta=beta)
+    for n, (beta, stated) in enumerate(SWEEP.items()):
         for name, value, computed in zip(
-            ("P(0)", "P(1)", "P(2)", "NLL/β of 0"), stated, (*probabilities, loss), strict=True
+            ("P(0)", "P(1)", "P(2)", "NLL/β of 0"), stated, (*probabilities[n], losses[n, 0]), strict=True
         ):
             numbers.append(Number(f"Gibbs: {name} at β = {beta:g}", f"{value:.5f}", computed))
-        error = jnp.abs(gradient - (jnp.eye(3)[0] - probabilities)).max()
+        error = np.abs(gradients[n] - (np.eye(3)[0] - probabilities[n])).max()
         numbers.append(Number(f"Gibbs: d(NLL/β)/dE against δ − P at β = {beta:g}", "<1e-14", error))
-    for label in range(3):
-        far = label_loss(levels, label, jnp.array(100.0))
+    for label, far in enumerate(losses[-1]):
         numbers.append(Number(f"Gibbs: NLL/β of {label} at β = 100: E − min E", f"{label}.000000000000", far))
-    plot_levels(path)
+    plot_levels(curve, found[0][-len(curve) :], found[1][-len(curve) :], path)
     return numbers
 
 
-def plot_levels(path: Path) -> None:
-    betas = jnp.asarray(np.geomspace(0.05, 20, 200))
-    probabilities = jax.vmap(lambda beta: energy.gibbs_distribution(LEVELS, beta=beta))(betas)
+def plot_levels(betas: np.ndarray, probabilities: np.ndarray, losses: np.ndarray, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 3.9))
     for n, color in enumerate(COLORS):
-        losses = jax.vmap(lambda beta, n=n: label_loss(jnp.asarray(LEVELS), n, beta))(betas)
         left.semilogx(betas, probabilities[:, n], color=color, label=f"state {n}, E = {LEVELS[n]:g}")
-        right.loglog(betas, losses, color=color, label=f"state {n}, E = {LEVELS[n]:g}")
+        right.loglog(betas, losses[:, n], color=color, label=f"state {n}, E = {LEVELS[n]:g}")
     for beta, stated in SWEEP.items():
         left.plot([beta] * 3, stated[:3], "ko", ms=4, label=TABULATED if beta == 1 else None)
         right.plot(beta, stated[3], "ko", ms=4, label=TABULATED if beta == 1 else None)
@@ -278,15 +301,15 @@ def plot_levels(path: Path) -> None:
 # Maximum likelihood against a prior
 
 
-def polynomials(points: Float[np.ndarray, "*batch 2"], degree: int = 5) -> Float[Array, "*batch features"]:
+def polynomials(points: Float[np.ndarray, "*batch 2"], degree: int = 5) -> Float[np.ndarray, "*batch features"]:
     """All products of powers of the two coordinates, halved so that none is large."""
     x, y = points[..., 0] / 2, points[..., 1] / 2
-    return jnp.asarray(np.stack([x**i * y**j for i in range(degree + 1) for j in range(degree + 1 - i)], axis=-1))
+    return np.stack([x**i * y**j for i in range(degree + 1) for j in range(degree + 1 - i)], axis=-1)
 
 
-def draw_points(rng: np.random.Generator, count: int) -> tuple[np.ndarray, Int[Array, " points"]]:
+def draw_points(rng: np.random.Generator, count: int) -> tuple[np.ndarray, Int[np.ndarray, " points"]]:
     labels = np.arange(count) % 3
-    return CENTRES[labels] + SPREAD * rng.normal(size=(count, 2)), jnp.asarray(labels)
+    return CENTRES[labels] + SPREAD * rng.normal(size=(count, 2)), labels
 
 
 @functools.partial(jax.jit, static_argnames="steps")
@@ -323,14 +346,19 @@ def prior(seed: int, path: Path) -> list[Number]:
     points, labels = draw_points(rng, 45)
     test_points, test_labels = draw_points(rng, 3000)
     precisions = np.concatenate([[0], 10.0 ** np.arange(-3, 3.5, 0.5)])
-    weights = jax.vmap(fit, in_axes=(None, None, 0))(polynomials(points), labels, jnp.asarray(precisions))
-    loss = jax.vmap(lambda w, x, y: cross_entropy(polynomials(x) @ w, y), in_axes=(0, None, None))
-    train, test = np.asarray(loss(weights, points, labels)), np.asarray(loss(weights, test_points, test_labels))
+    weights = jax.jit(jax.vmap(fit, in_axes=(None, None, 0)))(polynomials(points), labels, precisions)
     # The classes are Gibbs distributed given the point: energies are squared distances to the centres.
-    distances = jnp.asarray(((test_points[:, None] - CENTRES) ** 2).sum(-1) / (2 * SPREAD**2))
-    best = cross_entropy(-distances, test_labels)
+    distances = ((test_points[:, None] - CENTRES) ** 2).sum(-1) / (2 * SPREAD**2)
+
+    @jax.jit
+    def losses(weights):
+        drawn = (points, labels), (test_points, test_labels)
+        of_fits = [jax.vmap(lambda w, x=x, y=y: cross_entropy(polynomials(x) @ w, y))(weights) for x, y in drawn]
+        return *of_fits, cross_entropy(-distances, test_labels)
+
+    weights, (train, test, best) = jax.device_get((weights, losses(weights)))
     unit = int(np.argmin(np.abs(precisions - 1)))
-    plot_prior(points, np.asarray(labels), weights[jnp.array([0, unit])], precisions, train, test, float(best), path)
+    plot_prior(points, labels, weights[[0, unit]], precisions, train, test, float(best), path)
     return [
         Number("training loss: maximum likelihood over unit Gaussian prior", "<1", train[0] / train[unit]),
         Number("held-out loss: unit Gaussian prior over maximum likelihood", "<1", test[unit] / test[0]),
@@ -339,8 +367,8 @@ def prior(seed: int, path: Path) -> list[Number]:
 
 
 def plot_prior(
-    points: np.ndarray, labels: np.ndarray, weights: Array, precisions: np.ndarray, train: np.ndarray, test: np.ndarray,
-    best: float, path: Path,
+    points: np.ndarray, labels: np.ndarray, weights: np.ndarray, precisions: np.ndarray, train: np.ndarray,
+    test: np.ndarray, best: float, path: Path,
 ) -> None:  # fmt: skip
     figure, axes = plt.subplot_mosaic([["likelihood", "prior"], ["losses", "losses"]], figsize=(WIDE, 7.6))
     *maps, right = axes.values()

@@ -69,9 +69,10 @@ def run(config: Config) -> dict[str, float]:
 
 def counted() -> list[Number]:
     """The losses of an undecided network, and what one Jacobian a pixel would take."""
-    losses = cross_entropy(
-        jnp.zeros((1, CLASSES, HEIGHT, WIDTH)), jnp.zeros((1, HEIGHT, WIDTH), int), 1, reduction="none"
+    losses = jax.jit(lambda z, labels: cross_entropy(z, labels, 1, reduction="none"))(
+        np.zeros((1, CLASSES, HEIGHT, WIDTH)), np.zeros((1, HEIGHT, WIDTH), int)
     )
+    losses = np.asarray(losses)
     jacobians = jax.eval_shape(lambda: jnp.zeros((PIXELS, CLASSES, CLASSES), jnp.float32))
     return [
         Number("losses of one image", "150000", losses.size),
@@ -88,9 +89,9 @@ def counted() -> list[Number]:
 class Scene(NamedTuple):
     """One image, what reads it and what it shows."""
 
-    features: Float[Array, "1 features h w"]
-    kernel: Float[Array, "classes features"]  # of the 1 × 1 convolution
-    labels: Int[Array, "1 h w"]
+    features: Float[np.ndarray, "1 features h w"]
+    kernel: Float[np.ndarray, "classes features"]  # of the 1 × 1 convolution
+    labels: Int[np.ndarray, "1 h w"]
 
 
 def smooth_field(rng: np.random.Generator, sigma: float) -> Float[np.ndarray, "h w"]:
@@ -121,29 +122,35 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     noise = np.stack([smooth_field(rng, 6) for _ in range(FEATURES)])
     features = np.moveaxis(kernel[classes], -1, 0) + noise
     rim = np.any([np.roll(classes, (dy, dx), (0, 1)) != classes for dy in (-2, 0, 2) for dx in (-2, 0, 2)], axis=0)
-    return Scene(jnp.asarray(features[None]), jnp.asarray(kernel), jnp.asarray(np.where(rim, VOID, classes)[None]))
+    return Scene(features[None], kernel, np.where(rim, VOID, classes)[None])
 
 
-def pixelwise(scene: Scene, path: Path) -> list[Number]:
-    """Scores by convolution and pixel by pixel, the gradient of ignored pixels, and the map of the losses."""
-    features, kernel, labels = scene
+@jax.jit
+def both_ways(scene: Scene) -> tuple[Float[Array, "..."], ...]:
+    """Scores and losses of the image by convolution, the gradient to the scores, and scores and losses by pixel."""
+    features, kernel, labels = map(jnp.asarray, scene)
     scores = jax.lax.conv_general_dilated(features, kernel[:, :, None, None], (1, 1), "VALID")
     inner_product = jax.vmap(lambda pixel: kernel @ pixel)(features[0].reshape(FEATURES, PIXELS).T)
-    by_pixel = inner_product.T.reshape(scores.shape)
     losses = cross_entropy(scores, labels, 1, ignore_index=VOID, reduction="none")
     gradient = jax.grad(lambda z: cross_entropy(z, labels, 1, ignore_index=VOID, reduction="sum"))(scores)
     one_by_one = jax.vmap(lambda z, y: cross_entropy(z, y, ignore_index=VOID, reduction="none"))(
         inner_product, labels.reshape(-1)
     )
-    ignored = labels[0] == VOID
-    plot_scene(np.asarray(labels[0]), np.asarray(scores[0]), np.asarray(losses[0]), path)
+    return scores, losses, gradient, inner_product.T.reshape(scores.shape), one_by_one
+
+
+def pixelwise(scene: Scene, path: Path) -> list[Number]:
+    """Scores by convolution and pixel by pixel, the gradient of ignored pixels, and the map of the losses."""
+    scores, losses, gradient, by_pixel, one_by_one = jax.device_get(both_ways(scene))
+    ignored = scene.labels[0] == VOID
+    plot_scene(scene.labels[0], scores[0], losses[0], path)
     return [
-        Number("1 × 1 convolution against one product a pixel", "<1e-13", jnp.abs(scores - by_pixel).max()),
-        Number("losses of the image against one a pixel", "<1e-12", jnp.abs(losses.reshape(-1) - one_by_one).max()),
+        Number("1 × 1 convolution against one product a pixel", "<1e-13", np.abs(scores - by_pixel).max()),
+        Number("losses of the image against one a pixel", "<1e-12", np.abs(losses.reshape(-1) - one_by_one).max()),
         Number("ignored pixels", ">1000", ignored.sum()),
         Number("ignored pixels: largest loss", "0", losses[0][ignored].max()),
-        Number("ignored pixels: largest gradient", "0", jnp.abs(gradient[0][:, ignored]).max()),
-        Number("other pixels: largest sum of a gradient", "<1e-13", jnp.abs(gradient.sum(1)).max()),
+        Number("ignored pixels: largest gradient", "0", np.abs(gradient[0][:, ignored]).max()),
+        Number("other pixels: largest sum of a gradient", "<1e-13", np.abs(gradient.sum(1)).max()),
     ]
 
 
@@ -199,8 +206,13 @@ def loss_correlation(rho: Float[np.ndarray, " n"], nodes: int = 24) -> Float[np.
 
 
 def pixel_loss(difference: Float[np.ndarray, "*n"], label: int) -> Float[np.ndarray, "*n"]:
-    scores = jnp.stack([jnp.zeros_like(difference), jnp.asarray(difference)])
-    return np.asarray(cross_entropy(scores, jnp.full(difference.shape, label), 0, reduction="none"))
+    return np.asarray(two_class_loss(difference, label))
+
+
+@jax.jit
+def two_class_loss(difference: Float[Array, "*n"], label: Int[Array, ""]) -> Float[Array, "*n"]:
+    scores = jnp.stack([jnp.zeros_like(difference), difference])
+    return cross_entropy(scores, jnp.full(difference.shape, label), 0, reduction="none")
 
 
 def effective_pixels(sigma: float) -> float:
@@ -279,16 +291,16 @@ def normalisers(scene: Scene) -> list[Number]:
     features, kernel, labels = scene.features[:, :, ::10, ::10], scene.kernel, scene.labels[:, ::10, ::10]
     count, rate, momentum = int((labels != VOID).sum()), 0.1, 0.9
     ends = {
-        name: train(jnp.zeros_like(kernel), features, labels, name, eta, momentum)
+        name: np.asarray(train(np.zeros_like(kernel), features, labels, name, eta, momentum))
         for name, eta in (("NONE", rate / count), ("VALID", rate))
     }
     return [
         Number(
             "NONE at η against VALID at η·n, 50 steps with momentum",
             "<1e-13",
-            jnp.abs(ends["NONE"] - ends["VALID"]).max(),
+            np.abs(ends["NONE"] - ends["VALID"]).max(),
         ),
-        Number("the same: how far the weights went", ">.1", jnp.abs(ends["VALID"]).max()),
+        Number("the same: how far the weights went", ">.1", np.abs(ends["VALID"]).max()),
         Number("rate a loss, sum: 1e-10 · 187,500 / (1 − .99)", ".001875", 1e-10 * 375 * 500 / (1 - 0.99)),
         Number("rate a loss, mean: 1e-4 / (1 − .9)", ".001", 1e-4 / (1 - 0.9)),
     ]

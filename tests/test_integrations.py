@@ -83,24 +83,29 @@ def of_equinox():
     return drawn(params), features_and_head
 
 
-def train(params, features_and_head, loss, lay=lambda leaf: leaf, place=lambda tokens: tokens):
+def train(params, features_and_head, losses, lay=lambda leaf: leaf, place=lambda tokens: tokens):
+    """By each of the losses from the same parameters: what they were at each step, and the parameters at the end."""
     optimizer = optax.adam(0.05)
 
-    @jax.jit
-    def step(params, moments, tokens, labels):
+    def descend(loss, params, moments, tokens, labels):
         def of(params):
             return loss(*features_and_head(params, tokens), labels)
 
         value, gradient = jax.value_and_grad(of)(params)
         updates, moments = optimizer.update(gradient, moments, params)
-        return optax.apply_updates(params, updates), moments, value
+        return (optax.apply_updates(params, updates), moments), value
+
+    @jax.jit
+    def step(states, *batch):
+        found = [descend(loss, *state, *batch) for loss, state in zip(losses, states, strict=True)]
+        return [state for state, _ in found], [value for _, value in found]
 
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(optimizer.init, params))
-    params, moments, losses = *jax.tree.map(lay, (params, zeros)), []
+    states, values = [jax.tree.map(lay, (params, zeros))] * len(losses), []
     for tokens, labels in zip(TOKENS, LABELS, strict=True):
-        params, moments, value = step(params, moments, place(tokens), place(labels))
-        losses.append(value)
-    return np.asarray(losses), params
+        states, now = step(states, place(tokens), place(labels))
+        values.append(now)
+    return np.asarray(values).T, [params for params, _ in states]
 
 
 def unfused(features, kernel, bias, labels):
@@ -111,8 +116,7 @@ def unfused(features, kernel, bias, labels):
 def test_a_network_trains_as_with_full_logits_on_four_devices_too(network):
     """Batch over two devices, and with everything that is kept divided over them; the vocabulary over two."""
     params, features_and_head = network()
-    expected, _ = train(params, features_and_head, unfused)
-    losses, _ = train(params, features_and_head, mean_loss)
+    (expected, losses), _ = train(params, features_and_head, [unfused, mean_loss])
     np.testing.assert_allclose(losses, expected, rtol=2e-5)
 
     mesh = jax.make_mesh((2, 2), ("data", "words"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
@@ -125,7 +129,7 @@ def test_a_network_trains_as_with_full_logits_on_four_devices_too(network):
 
     with jax.set_mesh(mesh):
         place = lambda tokens: jax.device_put(tokens, NamedSharding(mesh, P("data")))  # noqa: E731
-        losses, trained = train(params, features_and_head, sharded, lay, place)
+        (losses,), (trained,) = train(params, features_and_head, [sharded], lay, place)
     np.testing.assert_allclose(losses, expected, rtol=2e-5)
     kept = [leaf for leaf in jax.tree.leaves(trained) if leaf.ndim > 1]
     assert kept

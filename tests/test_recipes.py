@@ -38,23 +38,7 @@ def at(log_p, labels):
 
 @functools.cache
 def program(seed, n):
-    """Values and gradients of an example by the recipe, for any arguments, and on all logits, compiled together."""
-    example = examples(seed)[n]
-    still = tuple(map(np.asarray, example.arguments[example.moving :]))  # the naive losses look at their values
-
-    def differentiated(loss, moving, others):
-        def value(*moving):
-            found = example._replace(arguments=moving + others).values(loss)
-            return found["loss"], found
-
-        (_, values), gradients = jax.value_and_grad(value, range(example.moving), has_aux=True)(*moving)
-        return values, gradients
-
-    @jax.jit
-    def run(moving, others):
-        return differentiated(example.recipe, moving, others), differentiated(example.naive, moving, still)
-
-    return lambda *arguments: run(arguments[: example.moving], arguments[example.moving :])
+    return examples(seed)[n].program()
 
 
 @functools.cache
@@ -216,17 +200,9 @@ def test_a_balanced_router_has_a_term_of_alpha():
 
 
 def compiled(seed):
-    """The examples: the script is given their results, each from one program, and computes one itself."""
+    """The examples, whose programs have run."""
     return [
-        example
-        if example.recipe is losses.clip_loss
-        else SimpleNamespace(
-            title=example.title,
-            recipe=0,
-            naive=1,
-            values=lambda of, n=n: outcome(seed, n)[of][0],
-            gradients=lambda of, n=n: outcome(seed, n)[of][1],
-        )
+        SimpleNamespace(title=example.title, arguments=(), program=lambda n=n: lambda: outcome(seed, n))
         for n, example in enumerate(examples(seed))
     ]
 

@@ -13,7 +13,6 @@ import numpy as np
 import optax
 
 import jaxsoft
-from experiments import iris, numpy_classifier
 from experiments.benchmark.cases import IGNORE, SMOOTHING, Z_LOSS, Case
 
 Arrays = tuple[Any, ...]
@@ -246,6 +245,9 @@ def torch_functions(torch: Any, case: Case, absent: dict[str, str]) -> Iterator[
 
 def iris_training(steps: int) -> Iterator[Peer]:
     """The same descent on the same flowers, each implementation measuring loss and accuracy at every step."""
+    # Here, since scikit-learn and matplotlib take seconds to import, in every process that times something.
+    from experiments import iris, numpy_classifier
+
     split = iris.read_split(iris.Config().data, seed=42)
     weights = numpy_classifier.draw_weights(normal=True)
     biases = numpy_classifier.constant_biases(0.0, 1)

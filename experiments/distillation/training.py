@@ -124,22 +124,29 @@ def loss_of(kind: Kind, memory_budget: int) -> Loss:
     return loss
 
 
-def learn(config: Config, options: dict[str, Any], loss: Loss, lesson_of: Callable[[int], Lesson]) -> tuple[Any, float]:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def init(key: Array, vocabulary: int, context: int, features: int):
+    """Parameters and moments, by one program for all students: the moments are the same for every schedule."""
+    params = init_network(key, vocabulary, context, features)
+    return params, optax.adamw(optax.constant_schedule(0)).init(params)
+
+
+@functools.cache
+def step_of(kind: Kind, memory_budget: int, learning_rate: float, steps: int):
+    """The compiled step of a network, found again by a run that goes on in the same process."""
+    optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0, learning_rate, steps // 10, steps))
+    return jax.jit(functools.partial(train_step, optimizer, loss_of(kind, memory_budget)), donate_argnums=0)
+
+
+def learn(config: Config, options: dict[str, Any], kind: Kind, lesson_of: Callable[[int], Lesson]) -> tuple[Any, float]:
     """Train a network in `config.out`; returns its parameters and the seconds its steps took."""
-    schedule = optax.warmup_cosine_decay_schedule(0, config.learning_rate, config.steps // 10, config.steps)
-    optimizer = optax.adamw(schedule)
-
-    def init(key):
-        params = init_network(key, config.vocabulary, config.context, config.features)
-        return params, optimizer.init(params)
-
-    step = jax.jit(functools.partial(train_step, optimizer, loss), donate_argnums=0)
+    step = step_of(kind, config.memory_budget * 2**20, config.learning_rate, config.steps)
 
     def advance(state, n: int):
         state, value, count = step(state, lesson_of(n))
         return state, (float(value), int(count))
 
-    state = jax.jit(init)(jax.random.key(config.seed))
+    state = init(jax.random.key(config.seed), config.vocabulary, config.context, config.features)
     (params, _), seconds = _runs.train(config, COLUMNS, options, state, advance, "word")
     return params, seconds
 
@@ -168,8 +175,7 @@ def fit(config: Config, text: Text) -> tuple[dict[str, Any], dict[str, float], S
         def lesson_of(n: int) -> Lesson:
             return Lesson(training_batch(text, config, n), taught(n))
 
-        loss = loss_of(kind, config.memory_budget * 2**20)
-        params[name], seconds[name] = learn(mine, options, loss, lesson_of)
+        params[name], seconds[name] = learn(mine, options, kind, lesson_of)
 
     teach(TEACHER, "labels")
     stored = store(config, text, params[TEACHER])
@@ -235,26 +241,28 @@ def bytes_a_word(name: str, stored: Stored, head: Any) -> float | None:
     return special.get(name, of_top_k)
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def sums(params: Any, batch: Batch, memory_budget: int) -> tuple[Array, ...]:
+    """Of a batch the loss, the entropy, the words that were the likeliest, and the known words."""
+    labels = jnp.asarray(batch.targets)
+    loss, found = linear_cross_entropy(
+        features_of(params, jnp.asarray(batch.contexts)),
+        params["head"]["kernel"],
+        labels,
+        params["head"]["bias"],
+        ignore_index=UNKNOWN,
+        reduction="sum",
+        with_statistics=True,
+        memory_budget=memory_budget,
+    )
+    known = labels != UNKNOWN
+    return loss, jnp.sum(found.entropy), jnp.sum(known & (found.argmax == labels)), jnp.sum(known)
+
+
 def score(params: Any, held_out: Sequence[Batch], memory_budget: int) -> dict[str, float]:
     """Means over the known held-out words: the loss, the entropy that the network expects it to be, the accuracy."""
-
-    @jax.jit
-    def sums(params, batch: Batch):
-        labels = jnp.asarray(batch.targets)
-        loss, found = linear_cross_entropy(
-            features_of(params, jnp.asarray(batch.contexts)),
-            params["head"]["kernel"],
-            labels,
-            params["head"]["bias"],
-            ignore_index=UNKNOWN,
-            reduction="sum",
-            with_statistics=True,
-            memory_budget=memory_budget,
-        )
-        known = labels != UNKNOWN
-        return loss, jnp.sum(found.entropy), jnp.sum(known & (found.argmax == labels)), jnp.sum(known)
-
-    found = np.sum([[float(value) for value in jax.device_get(sums(params, batch))] for batch in held_out], 0)
+    batches = (jax.device_get(sums(params, batch, memory_budget)) for batch in held_out)
+    found = np.sum([[float(value) for value in batch] for batch in batches], 0)
     loss, entropy, accuracy = (found[:3] / found[3]).tolist()
     with np.errstate(over="ignore"):  # infinite where the loss is beyond measure
         return {"perplexity": float(np.exp(loss)), "loss": loss, "entropy": entropy, "accuracy": accuracy}

@@ -31,15 +31,16 @@ class Config:
 
 def compare(example: Example) -> list[Number]:
     """Every value as on all logits and as by the recipe, and how far their gradients are apart."""
-    expected, found = example.values(example.naive), example.values(example.recipe)
+    (found, gradients), (expected, expected_gradients) = example.program()(*example.arguments)
     numbers = []
-    for name, value in expected.items():
+    for name in sorted(expected, key=lambda name: (name != "loss", name)):
+        value = expected[name]
         quantity = f"{example.title}: {name}"
         if value.ndim:
             numbers += each(quantity, np.asarray(value).tolist(), found[name], 10)
         else:
             numbers.append(Number(quantity, f"{float(value):.10f}", found[name]))
-    pairs = zip(example.gradients(example.naive), example.gradients(example.recipe), strict=True)
+    pairs = zip(expected_gradients, gradients, strict=True)
     apart = max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs)
     return [*numbers, Number(f"{example.title}: gradients", "<1e-12", apart)]
 

@@ -14,6 +14,9 @@ from experiments.recipes.losses import IGNORED
 D, V = 6, 23
 WIDER = 9
 
+Outcome = tuple[dict[str, jax.Array], tuple[jax.Array, ...]]
+"""The loss, with its metrics where it has any; and the loss's gradients."""
+
 
 class Example(NamedTuple):
     """A recipe with what it is given, of which the first few arguments are differentiated."""
@@ -31,17 +34,24 @@ class Example(NamedTuple):
     def title(self) -> str:
         return " ".join([self.recipe.__name__, *(f"{name}={value}" for name, value in self.options.items())])
 
-    def values(self, loss: Callable[..., Any]) -> dict[str, jax.Array]:
-        """The loss, and its metrics where it has any."""
-        found = loss(*self.arguments, **self.options)
-        value, metrics = found if isinstance(found, tuple) else (found, {})
-        return {"loss": value, **metrics}
+    def program(self) -> Callable[..., tuple[Outcome, Outcome]]:
+        """What the recipe gives for any arguments, and what its naive form does, compiled together."""
+        still = tuple(map(np.asarray, self.arguments[self.moving :]))  # the naive losses look at their values
 
-    def gradients(self, loss: Callable[..., Any]) -> tuple[jax.Array, ...]:
-        def value(*moving):
-            return self._replace(arguments=moving + self.arguments[self.moving :]).values(loss)["loss"]
+        def outcome(loss: Callable[..., Any], moving: tuple[jax.Array, ...], others: tuple[Any, ...]) -> Outcome:
+            def value(*moving: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+                found = loss(*moving, *others, **self.options)
+                total, metrics = found if isinstance(found, tuple) else (found, {})
+                return total, {"loss": total, **metrics}
 
-        return jax.grad(value, tuple(range(self.moving)))(*self.arguments[: self.moving])
+            (_, values), gradients = jax.value_and_grad(value, range(self.moving), has_aux=True)(*moving)
+            return values, gradients
+
+        @jax.jit
+        def run(moving: tuple[jax.Array, ...], others: tuple[jax.Array, ...]) -> tuple[Outcome, Outcome]:
+            return outcome(self.recipe, moving, others), outcome(self.naive, moving, still)
+
+        return lambda *arguments: run(arguments[: self.moving], arguments[self.moving :])
 
 
 def examples(seed: int) -> list[Example]:
@@ -58,9 +68,11 @@ def examples(seed: int) -> list[Example]:
         """About a fourth of them ignored."""
         return jnp.asarray(np.where(rng.random(shape) < 0.25, IGNORED, rng.integers(V, size=shape)))
 
+    exact = jax.jit(lambda x, w, y: naive.at(naive.log_softmax(x @ w), y))
+
     def log_probs(x: jax.Array, w: jax.Array, y: jax.Array) -> jax.Array:
         """Near those of the layer: on either side of the clip."""
-        return naive.at(naive.log_softmax(x @ w), y) + 0.2 * normal(*y.shape)
+        return exact(x, w, y) + 0.2 * normal(*y.shape)
 
     x, w = layer(2, 4, 5)
     y = labels(2, 4, 5)
@@ -76,7 +88,7 @@ def examples(seed: int) -> list[Example]:
         jnp.asarray(rng.random((2, 12)) < 0.7),
     )
     teacher = normal(3, 7, WIDER), normal(WIDER, V)
-    stored = losses.store_top_k(*teacher, 5, temperature=1.5)
+    stored = jax.jit(lambda x, w: losses.store_top_k(x, w, 5, temperature=1.5))(*teacher)
     return [
         Example(losses.packed_loss, packed),
         Example(losses.loss_with_metrics, (*layer(3, 7), labels(3, 7)), {"z_loss": 0.01}),
