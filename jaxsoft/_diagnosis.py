@@ -90,25 +90,42 @@ def diagnose_gradient(
     z, t, g = (_concrete(*a) for a in (("logits", logits), ("targets", targets), ("gradient", gradient)))
     axis = as_axis(axis, z.ndim)
     index = None if ignore_index is None else as_integer("ignore_index", ignore_index)
-    others = [n for n in range(z.ndim) if n != axis and t.shape in _target_shapes(z, n)]
-    if others and t.shape not in _target_shapes(z, axis):
+    fitting = _fitting_axes(z, t)
+    others = [n for n in fitting if n != axis]
+    if others and axis not in fitting:
         found = {n: _diagnose(z, t, g, n, index) for n in others}
         taken = min(found, key=lambda n: (not found[n].correct, found[n].verdict == "wrong"))
         remark = f"The targets fit classes along axis {taken}, not {axis}, and were judged so: pass axis={taken}. "
         return replace(found[taken], explanation=remark + found[taken].explanation)
     diagnosis = _diagnose(z, t, g, axis, index)
     if diagnosis.verdict in ("wrong", "softmax over the wrong axis"):
-        for other in others:
-            if (turned := _diagnose(z, t, g, other, index)).correct:
-                explanation = EXPLANATIONS["classes along another axis"].format(given=axis, right=other)
-                if diagnosis.verdict != "wrong":  # targets that are one-hot along both axes do not tell
-                    return replace(diagnosis, explanation=f"{diagnosis.explanation} Or else: {explanation}")
+        for other in others or range(z.ndim) if t.shape == z.shape else others:
+            if other == axis:
+                continue
+            turned = _diagnose(z, t, g, other, index)
+            explanation = EXPLANATIONS["classes along another axis"].format(given=axis, right=other)
+            if turned.correct and diagnosis.verdict != "wrong":  # targets that are one-hot along both axes do not tell
+                return replace(diagnosis, explanation=f"{diagnosis.explanation} Or else: {explanation}")
+            if turned.correct:
                 return replace(turned, correct=False, verdict="classes along another axis", explanation=explanation)
+            if other in fitting and diagnosis.verdict == "wrong" != turned.verdict:
+                remark = f"With the classes along axis {axis} this has no name, along axis {other}: "
+                return replace(turned, explanation=remark + turned.explanation)
     return diagnosis
 
 
-def _target_shapes(z: np.ndarray, axis: int) -> tuple[tuple[int, ...], ...]:
-    return z.shape, z.shape[:axis] + z.shape[axis + 1 :]
+def _fitting_axes(z: np.ndarray, t: np.ndarray) -> list[int]:
+    """The axes along which the targets may have the classes: labels without that axis, or along it a sum of one or 0.
+
+    Along an axis of length one anything sums to what it is: it is taken where no other fits.
+    """
+    axes = range(z.ndim)
+    if t.shape != z.shape:
+        return [n for n in axes if t.shape == z.shape[:n] + z.shape[n + 1 :]]
+    numbers = t.astype(np.float64)
+    sums = {n: numbers.sum(n) for n in axes}
+    fitting = [n for n in axes if sums[n].any() and (np.isclose(sums[n], 1, atol=1e-2) | (sums[n] == 0)).all()]
+    return [n for n in fitting if z.shape[n] > 1] or fitting
 
 
 def _diagnose(
@@ -128,7 +145,13 @@ def _diagnose(
         turned = np.moveaxis(g.T, axis, -1) if g.ndim == 2 and g.T.shape == restored.shape else None
         if turned is not None and _factor_of_truth(turned, problem, rounding) is not None:
             return Diagnosis(False, "transposed", EXPLANATIONS["transposed"], restored, np.inf, turned.sum(-1))
-        raise ValueError(f"gradient: expected the logits' shape {restored.shape}, got {g.shape}")
+        if g.shape == (*problem.o.shape, z.shape[-1]) and np.allclose(g.sum(-1), 0, atol=1e-3 * np.abs(g).max()):
+            name = "Jacobian handed over"
+            return Diagnosis(False, name, EXPLANATIONS[name], restored, np.inf, g.sum(-1))
+        remark = ""
+        if g.ndim == 2 and z.shape[-1] in g.shape:
+            remark = "; weights of shape (features, classes) have another gradient, features.T @ this one"
+        raise ValueError(f"gradient: expected the logits' shape {restored.shape}, got {g.shape}{remark}")
     g = np.moveaxis(g, axis, -1)
     with np.errstate(all="ignore"):  # inf − inf, or the square of a huge number
         row_sums = g.sum(-1)
@@ -155,7 +178,9 @@ def _judge(g: Vectors, problem: Problem, rounding: "_Rounding") -> tuple[str, st
     for name, count in problem.scales.items():
         if _is_truth(g, problem, count, rounding):
             return f"correct for the {name}", f"This is the gradient of the {name} of the losses."
-    if not g.any():
+    # Softmax's outputs sum to one but for rounding, and so do what is differentiated of that sum.
+    nothing = 16 * rounding.eps / max(counts) if np.abs(problem.truth).max() > 1e-3 else 0
+    if np.abs(g).max() <= nothing:
         return "all zero", EXPLANATIONS["all zero"]
     live = problem.live[..., 0]
     if not live.all() and live.any():
@@ -163,16 +188,21 @@ def _judge(g: Vectors, problem: Problem, rounding: "_Rounding") -> tuple[str, st
         if any(_is_truth(g[live], judged, count, rounding) for count in counts):
             return "ignored positions not zeroed", EXPLANATIONS["ignored positions not zeroed"]
     # A mistake in a sum or a mean is likelier than the truth times an odd number, and that than both at once.
-    for name, candidate in _candidates(problem):
-        if any(_is_mistake(g, candidate, problem, count, rounding) for count in counts):
-            return name, EXPLANATIONS[name]
+    named = dict.fromkeys(
+        name for name, candidate in _candidates(problem) if _has_made(candidate, g, problem, rounding)
+    )
+    if named:
+        name, *others = named
+        beside = f" Here the result is the same as of: {', '.join(others)}." if others else ""
+        return name, EXPLANATIONS[name] + beside
     if any(_is_truth(g, problem, count, rounding, lost=True) for count in counts):
         return "lost to rounding", EXPLANATIONS["lost to rounding"]
     factor = _factor_of_truth(g, problem, rounding)
     if factor is not None and factor < 0:
         return "opposite sign", EXPLANATIONS["opposite sign"] + f" The factor is {factor:.6g}."
     if factor is not None:
-        return f"right up to a factor of {factor:.6g}", EXPLANATIONS["factor"].format(factor=factor)
+        note = _where_from(factor, problem)
+        return f"right up to a factor of {factor:.6g}", EXPLANATIONS["factor"].format(factor=factor, note=note)
     # What has a number to fit must account for what is wrong, not only be lost in what is right.
     apart = _norm(g - _factor(g, problem.truth) * problem.truth)
     fits = [(name, fit) for name, make in FITS.items() for fit in make(problem, g)]
@@ -181,15 +211,113 @@ def _judge(g: Vectors, problem: Problem, rounding: "_Rounding") -> tuple[str, st
     # As many equations as there are unknowns are always solved.
     fitted = np.count_nonzero(changes > rounding.tolerance * _norm(changes)) * (g.shape[-1] - 1) > 1
     explained = fitted and _norm(g - fit.gradient / fit.divisor) < 0.05 * apart
-    if explained and _is_mistake(g, fit.gradient, problem, fit.divisor, rounding):
+    if fit.likely and explained and _is_mistake(g, fit.gradient, problem, fit.divisor, rounding):
         return name, EXPLANATIONS[name].format(value=fit.value, note=fit.note)
+    if (weighted := _weighted(g, problem, rounding)) is not None:
+        return weighted
+    if (smoothed := _smoothed_and_weighted(g, problem, rounding)) is not None:
+        return smoothed
     for name, candidate in _candidates(problem):
         factor = _factor(g, candidate) if np.count_nonzero(candidate) > 1 else 0
         explained = factor > 0 and _norm(g - factor * candidate) < 0.05 * apart
         if explained and _is_mistake(g, candidate, problem, 1 / factor, rounding):
             return name, EXPLANATIONS[name] + f" Besides, it is multiplied by {factor:.6g}."
     nearest = problem.truth / min(counts, key=lambda n: _distance(g, problem.truth / n))
+    distance, unit = _distance(g, nearest), _unit(g)
+    if unit and distance < 0.1:
+        note = f"{distance:.2g}"
+        return "finite differences", EXPLANATIONS["finite differences"].format(value=unit, note=note)
     return "wrong", _how_wrong(g, nearest, rounding.tolerance)
+
+
+def _where_from(factor: float, p: Problem) -> str:
+    """Which habit makes a factor that is no mean over positions, if one is known."""
+    positions, classes = p.live.size, p.z.shape[-1]
+    habits = {
+        "the mean over positions and classes": 1 / (positions * classes),
+        "mean squared error's 2/(positions · classes)": 2 / (positions * classes),
+        "a mean over the classes": 1 / classes,
+        "a mean over positions that was taken twice": 1 / positions**2,
+    }
+    return next((f": it is that of {habit}" for habit, k in habits.items() if abs(factor / k - 1) < 1e-3), "")
+
+
+def _weighted(g: Vectors, p: Problem, rounding: "_Rounding") -> tuple[str, str] | None:
+    """The verdict on vectors each of which is a number ≥ 0 times its true gradient, or None."""
+    live = p.live[..., 0] & p.truth.any(-1)
+    if g[~p.live[..., 0]].any() or np.count_nonzero(live) < 2:
+        return None
+    g, truth = g[live], p.truth[live]
+    length = _norms(truth)
+    factors = np.sum(g / length * (truth / length), -1)
+    factors = np.where(g.any(-1), factors, 0.0)
+    taken = factors != 0
+    if not taken.any() or (factors < 0).any():
+        return None
+    of_taken = p._replace(z=p.z[live][taken], t=p.t[live][taken], o=p.o[live][taken], truth=truth[taken])
+    if not _is_truth(g[taken], of_taken, 1 / factors[taken, None], rounding):
+        return None
+    close = 4 * rounding.tolerance * factors.max()
+    low, high, positions = factors.min(), factors.max(), len(factors)
+    if not taken.all() and np.ptp(factors[taken]) <= close:
+        factor = float(np.median(factors[taken]))
+        text = EXPLANATIONS["a mask"].format(count=int(taken.sum()), positions=positions, factor=factor)
+        return "right up to a mask", text
+    t = p.t[live]
+    if (np.count_nonzero(t, -1) == 1).all():
+        labels = t.argmax(-1)
+        groups = {int(label): factors[labels == label] for label in np.unique(labels)}
+        if len(groups) < positions and all(np.ptp(of_label) <= close for of_label in groups.values()):
+            least = min(float(f.mean()) for f in groups.values() if f.any())
+            weights = ", ".join(f"{label}: {f.mean() / least:.4g}" for label, f in groups.items())
+            # Of classes that occur once each a weight would be a number of the position's own.
+            verdict = "correct for" if min(map(len, groups.values())) > 1 else "right up to"
+            return f"{verdict} class weights", EXPLANATIONS["class weights"].format(weights=weights)
+        of_label = (p.o[live] * t).sum(-1)
+        order = np.argsort(of_label[taken])
+        steps = np.diff(factors[taken][order])
+        if np.count_nonzero(taken) > 5 and ((steps > 0).all() or (steps < 0).all()):
+            name = "a function of the label's probability"
+            return name, EXPLANATIONS[name].format(low=low, high=high)
+    if p.z.shape[-1] == 2:
+        return "right up to weights", EXPLANATIONS["weights that two classes cannot tell"].format(low=low, high=high)
+    return "right up to weights of positions", EXPLANATIONS["weights of positions"].format(low=low, high=high)
+
+
+def _smoothed_and_weighted(g: Vectors, p: Problem, rounding: "_Rounding") -> tuple[str, str] | None:
+    """The verdict where one smoothing of the targets leaves a number ≥ 0 times the gradient of each position."""
+    classes, live = p.z.shape[-1], p.live[..., 0] & g.any(-1)
+    if classes < 4 or np.count_nonzero(live) < 2:
+        return None
+    smoothing = (p.t - p.tau / classes)[live]
+    first, second, seen = p.truth[live], smoothing, g[live]
+    # Two unknowns a vector, k and k·ε: of the latter's quotient all have to have the same.
+    dots = np.array([[np.sum(a * b, -1) for b in (first, second, seen)] for a in (first, second)])
+    determinant = dots[0, 0] * dots[1, 1] - dots[0, 1] ** 2
+    determinant = np.where(determinant == 0, np.nan, determinant)
+    k = (dots[0, 2] * dots[1, 1] - dots[1, 2] * dots[0, 1]) / determinant
+    amounts = (dots[1, 2] * dots[0, 0] - dots[0, 2] * dots[0, 1]) / determinant / k
+    epsilon = float(np.median(amounts))
+    if not 1e-4 < epsilon < 1:
+        return None
+    smoothed = p._replace(t=np.where(p.live, p.t - epsilon * (p.t - p.tau / classes), 0))
+    smoothed = smoothed._replace(truth=p.truth + epsilon * (p.t - p.tau / classes) * p.live)
+    found = _weighted(g, smoothed, rounding)
+    if found is None:
+        return None
+    smoothing_text = f"The targets are smoothed, with ε = {epsilon:.6g}. "
+    return f"label smoothing and {found[0].split(' ', 2)[2].removeprefix('to ')}", smoothing_text + found[1]
+
+
+def _unit(g: Vectors) -> float:
+    """The number of which all entries are small multiples, as differences of rounded losses are; 0 where none is."""
+    sizes = np.unique(np.abs(g[g != 0]))
+    if sizes.size < 2:
+        return 0.0
+    unit = float(np.diff(sizes, prepend=0)[np.diff(sizes, prepend=0) > 1e-3 * sizes[0]].min())
+    multiples = sizes / unit
+    off = np.abs(multiples - np.round(multiples)).max()
+    return unit if g.size >= 8 and multiples[-1] < 1e5 and off < 0.02 * max(1.0, multiples[-1] * 1e-4) else 0.0
 
 
 def _candidates(problem: Problem) -> Iterator[tuple[str, Vectors]]:
@@ -252,6 +380,22 @@ def _flushed(p: Problem, given: Vectors, hot: Bool[np.ndarray, "... 1"], limit: 
     return np.where(hot & (p.t != 0), between, nearest)
 
 
+def _has_made(candidate: Vectors, g: Vectors, p: Problem, rounding: _Rounding) -> bool:
+    """Whether the gradient is the candidate, of the sum or a mean."""
+    counts = p.scales.values()
+    if _is_truth(candidate, p, 1, rounding, lost=True):  # as a relu has it that changes no logit
+        return False
+    multiple = _factor_of_truth(candidate, p, rounding)
+    if multiple is not None:  # is held to what the truth is
+        return any(_is_truth(g, p, count / multiple, rounding) for count in counts)
+    return any(
+        _is_mistake(g, candidate, p, count, rounding)
+        # What differs from the truth is to be accounted for, not only to be lost in what is right.
+        and _norm(count * g - candidate) < 0.05 * _norm(count * g - p.truth)
+        for count in counts
+    )
+
+
 def _is_mistake(g: Vectors, candidate: Vectors, p: Problem, count: float, rounding: _Rounding) -> bool:
     """Whether `count` times the gradient is the candidate, each vector to the rounding of its targets.
 
@@ -311,8 +455,8 @@ def _how_wrong(g: Vectors, expected: Vectors, tolerance: float) -> str:
     if largest_sum > tolerance * np.abs(g).max():
         sums = f"reach {largest_sum:.3g}, where they must be zero: moving all logits together changes no probability"
     return (
-        f"This is no gradient of the cross-entropy that is known here: it is {_distance(g, expected):.3g} of its "
-        f"length away from the true one. The largest difference, for the length of the vector, is at position "
+        f"This is no gradient of the cross-entropy that is known here: relative error "
+        f"{_distance(g, expected):.3g}. The largest difference, for the length of the vector, is at position "
         f"{position}, class {int(off[position].argmax())}. Its sums over the classes {sums}."
     )
 

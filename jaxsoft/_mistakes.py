@@ -19,7 +19,14 @@ EXPLANATIONS = {
     "everywhere, since the probabilities always sum to one: was that differentiated instead of the loss?",
     "opposite sign": "This is the true gradient with the opposite sign: descending along it climbs.",
     "factor": "The direction is right and the length is not: this is {factor:.6g} times the gradient of the sum, and "
-    "no mean over positions makes that factor.",
+    "no mean over positions makes that factor{note}.",
+    "class weights": "This is the gradient with a weight for each class, up to a common factor: {weights}.",
+    "a mask": "This is the gradient of {count} of {positions} positions, times {factor:.6g}, and zero at the others: "
+    "right if a mask was to leave these out.",
+    "weights of positions": "This is the gradient with a weight for each position, from {low:.6g} to {high:.6g}: "
+    "right if these were to have such weights.",
+    "weights that two classes cannot tell": "Each vector is its true gradient times a number of its own, from "
+    "{low:.6g} to {high:.6g}: right if the positions have such weights. With two classes a mistake may look so, too.",
     "off-diagonal terms missing": "This is −t(1 − o), the chain rule along ∂o_j/∂z_j alone. Every output depends on "
     "every logit: the terms ∂o_i/∂z_j = −o_i o_j for i ≠ j are missing, and with them every update where t_j = 0. "
     "Summed over all outputs the result is τo − t, where τ is the sum of the targets. What is computed here is the "
@@ -29,6 +36,36 @@ EXPLANATIONS = {
     "elementwise derivative": "This is (o − t)·o(1 − o), as if softmax acted on each logit alone, like a sigmoid. "
     "o − t already contains the derivative of softmax; and with the off-diagonal terms left out this is the gradient "
     "of no function.",
+    "probabilities passed as logits": "This is z − t. The logits are at least 0 and sum to one: they are probabilities "
+    "already, and this is the gradient to the logits that they were made of. Pass those: softmax of probabilities is "
+    "another distribution, nearly uniform.",
+    "softmax applied twice": "The probabilities are those of softmax(softmax(z)): softmax was applied to what is "
+    "passed to a loss that applies it again. Its result is nearly uniform, and learning slow. Pass the logits.",
+    "probabilities not normalised": "This is exp(z) − t: the exponentials were not divided by their sum.",
+    "argmax in place of the probabilities": "This is one_hot(argmax z) − t, as the perceptron learns: the "
+    "probabilities were rounded to 0 and 1, and a position whose label leads has no gradient.",
+    "logarithm missing": "This is o_y (o − t), the gradient of −o_y: the loss of a label is −log o_y.",
+    "log-softmax's rule with a plus": "This is g + s Σg in place of log-softmax's g − s Σg, for the gradient g = −t "
+    "to the logarithms: the sign of what the classes have in common is wrong.",
+    "log-softmax's rule with a dot product": "This is g − Σ g·log p, for the gradient g = −t to the logarithms. "
+    "Log-softmax's rule is g − s Σg: softmax's, s (g − s·g), is another.",
+    "sum in place of the dot product": "This is s (g − Σg) for g = −t/o: softmax's rule is s (g − s·g), with the dot "
+    "product of both.",
+    "binary cross-entropy of softmax's outputs": "This is the gradient of −Σ (t log o + (1 − t) log(1 − o)), which "
+    "takes each class for a question of its own. Cross-entropy is −Σ t log o.",
+    "binary cross-entropy to the probabilities": "This is (o − t)/(o(1 − o)), the derivatives of binary cross-entropy "
+    "to the probabilities o, not to the logits, and of a loss that takes each class for a question of its own.",
+    "gradient to the probabilities with a plus": "This is t/o. The derivatives of the loss to the probabilities o are "
+    "−t/o, and to the logits τo − t.",
+    "labels of the next position": "This is the gradient for the label of the next position, or of the one before. "
+    "Were the targets shifted once too often, or not at all?",
+    "Jacobian handed over": "This is softmax's Jacobian itself, one matrix a position, and no gradient yet: the "
+    "product with the loss's gradient to the probabilities is. It is s (g − s·g), without the matrix.",
+    "finite differences": "These are multiples of {value:.3g}, as differences of a loss in float32 are: right to what "
+    "they can tell, a relative error of {note}. Take them in float64, or compare with `jax.grad`.",
+    "a function of the label's probability": "Each vector is a multiple of its true gradient, and the multiple "
+    "follows the probability of the label: this is the gradient of another function of it than −log p, as that of the "
+    "focal loss is. The multiples go from {low:.4g} to {high:.4g}.",
     "derivative of softmax alone": "This is o(1 − o), the derivatives ∂o_j/∂z_j alone: the targets are not in it, so "
     "it cannot lead to them. The chain rule multiplies all of softmax's derivatives by those of the loss, and what "
     "is left is τo − t.",
@@ -56,7 +93,7 @@ EXPLANATIONS = {
     "to z would then be (τo − t)/T. Here T = {value:.6g}, {note}.",
     "weight decay left in": "This is the true gradient plus λz with λ = {value:.6g}: a penalty ½λ‖z‖² on the logits, "
     "such as weight decay, was differentiated too. It is no part of the cross-entropy.",
-    "label smoothing left in": "This is the gradient for smoothed targets, (1 − ε)t + ετ/C over the C classes with "
+    "label smoothing left in": "This is the gradient for smoothed targets, (1 − ε)t + {note} over the C classes with "
     "ε = {value:.6g}, not for the targets given.",
     "z-loss left in": "This is the true gradient plus 2ζ·lse·o with ζ = {value:.6g}, lse the logarithm of the sum of "
     "exp(z): the derivative of a z-loss ζ·lse², which is no part of the cross-entropy.",
@@ -64,6 +101,13 @@ EXPLANATIONS = {
     "all classes, not only for the label's.",
     "lost to rounding": "This is right to the rounding of one, but smaller than that: p − 1 was computed where p "
     "rounds to 1. The gradient of a label is minus the sum of the other probabilities, as in `cross_entropy`.",
+}
+
+
+EXPLANATIONS |= {
+    f"{name} before softmax": f"The probabilities are those of softmax({name}(z)). The layer before softmax has no "
+    "activation: it would keep logits from being as low or as high as they need to be."
+    for name in ("relu", "tanh", "sigmoid")
 }
 
 
@@ -97,11 +141,8 @@ def solve(z: Vectors, t: Vectors) -> Problem:
     # Where one class has all the target it is a label: its 1 − p is then never formed by subtracting.
     hot = np.count_nonzero(t, -1) <= 1
 
-    def loss(z):
-        by_label = cross_entropy(z, jnp.asarray(t.argmax(-1)), weights=jnp.asarray(hot * t.sum(-1)), reduction="sum")
-        return by_label + cross_entropy(z, jnp.asarray(np.where(hot[..., None], 0, t)), reduction="sum")
-
-    truth, o = np.asarray(_in_float64(jax.grad(loss), z)), np.asarray(_in_float64(softmax, z))
+    of_labels, soft = hot * t.sum(-1), np.where(hot[..., None], 0, t)
+    truth, o = map(np.asarray, _in_float64(_truth_and_probs, z, t.argmax(-1), of_labels, soft))
     scales = {"sum": 1}
     positions, valid = hot.size, int(t.any(-1).sum())
     if valid < positions:
@@ -110,7 +151,20 @@ def solve(z: Vectors, t: Vectors) -> Problem:
         scales[f"mean over all {positions} positions, ignored ones too"] = positions
     elif positions > 1:
         scales[f"mean over {positions} positions"] = positions
+    if t.ndim > 2:  # Caffe and Chainer divide by the one, MXNet's trainer by it after a mean over the other
+        for name, count in (("the batch size", len(t)), ("the positions of an example", positions // len(t))):
+            if count not in scales.values():
+                scales[f"sum divided by {name}, {count}"] = count
     return Problem(z, t, o, truth, scales)
+
+
+@jax.jit
+def _truth_and_probs(z, labels, of_labels, soft):
+    def loss(z):
+        by_label = cross_entropy(z, labels, weights=of_labels, reduction="sum")
+        return by_label + cross_entropy(z, soft, reduction="sum")
+
+    return jax.grad(loss)(z), softmax(z)
 
 
 def _in_float64(fn: Callable, *args):
@@ -144,6 +198,65 @@ def _neighbours(p: Problem) -> Iterator[Vectors]:
         yield p.truth + p.t - shifted
 
 
+def _next_position(p: Problem) -> Iterator[Vectors]:
+    if p.z.ndim < 2:
+        return
+    mass = p.truth + p.t
+    for shift, edge in ((-1, -1), (1, 0)):
+        shifted = np.roll(p.t, shift, -2)
+        yield mass - shifted
+        shifted = mass - shifted
+        shifted[..., edge, :] = 0  # which has none
+        yield shifted
+
+
+ACTIVATIONS: dict[str, Callable[[Vectors], tuple[Vectors, Vectors]]] = {  # a and its derivative
+    "relu": lambda z: (np.maximum(z, 0), np.where(z > 0, 1.0, 0.0)),
+    "tanh": lambda z: (np.tanh(z), 1 - np.tanh(z) ** 2),
+    "sigmoid": lambda z: (_sigmoid(z), _sigmoid(z) * _sigmoid(-z)),
+}
+
+
+def _activated(name: str) -> Callable[[Problem], Iterator[Vectors]]:
+    def candidates(p: Problem) -> Iterator[Vectors]:
+        activated, slope = ACTIVATIONS[name](p.z)
+        error = np.where(p.live, p.tau * _softmax(activated) - p.t, 0)
+        yield error * slope
+        yield error
+
+    return candidates
+
+
+def _twice(p: Problem) -> Iterator[Vectors]:
+    error = np.where(p.live, p.tau * _softmax(p.o) - p.t, 0)
+    yield _pulled(p.o, error)
+    yield error
+
+
+def _of_probabilities(p: Problem) -> Iterator[Vectors]:
+    if (p.z >= 0).all() and np.allclose(p.z.sum(-1), 1, atol=1e-2):
+        yield np.where(p.live, p.tau * p.z - p.t, 0)
+
+
+def _binary(p: Problem) -> tuple[Vectors, Vectors]:
+    """Of binary cross-entropy the derivatives to the logits and to the probabilities."""
+    to_probs = np.where(p.live, np.where(p.t == 1, 0, (1 - p.t) / p.rest) - _divided_by_probs(p), 0)
+    return _pulled(p.o, to_probs), to_probs
+
+
+def _pulled(o: Vectors, g: Vectors) -> Vectors:
+    return o * (g - (o * g).sum(-1, keepdims=True))
+
+
+def _argmax(p: Problem) -> Iterator[Vectors]:
+    leads = np.eye(p.z.shape[-1])[p.z.argmax(-1)]
+    yield np.where(p.live, leads - p.t, 0)
+
+
+def _divided_by_probs(p: Problem) -> Vectors:
+    return np.where(p.t == 0, 0, p.t / p.o)
+
+
 def _averaged(p: Problem) -> Iterator[Vectors]:
     positions, valid = p.live.size, int(p.live.sum())
     axes = tuple(range(p.z.ndim - 1))
@@ -173,6 +286,23 @@ CANDIDATES: dict[str, Callable[[Problem], Iterable[Vectors]]] = {
     "error averaged over the batch": _averaged,
     "log2 in place of ln": lambda p: (p.truth / np.log(2),),
     "log10 in place of ln": lambda p: (p.truth / np.log(10),),
+    "probabilities passed as logits": _of_probabilities,
+    "softmax applied twice": _twice,
+    **{f"{name} before softmax": _activated(name) for name in ACTIVATIONS},
+    "probabilities not normalised": lambda p: _spared_or_not(p, np.exp(p.z) - p.t),
+    "argmax in place of the probabilities": _argmax,
+    "logarithm missing": lambda p: ((p.t * p.o).sum(-1, keepdims=True) * p.truth,),
+    "log-softmax's rule with a plus": lambda p: _spared_or_not(p, -p.t - p.tau * p.o),
+    "log-softmax's rule with a dot product": lambda p: (
+        np.where(p.live, (p.t * (p.z - _lse(p))).sum(-1, keepdims=True) - p.t, 0),
+    ),
+    "sum in place of the dot product": lambda p: (
+        p.o * (_divided_by_probs(p).sum(-1, keepdims=True) - _divided_by_probs(p)),
+    ),
+    "binary cross-entropy of softmax's outputs": lambda p: (_binary(p)[0],),
+    "binary cross-entropy to the probabilities": lambda p: (_binary(p)[1],),
+    "gradient to the probabilities with a plus": lambda p: (_divided_by_probs(p),),
+    "labels of the next position": _next_position,
     "transposed": lambda p: (p.truth.T,) if p.truth.ndim == 2 and p.truth.shape[0] == p.truth.shape[1] else (),
 }
 
@@ -184,10 +314,13 @@ class Fit(NamedTuple):
     divisor: int  # of the reduction
     value: float
     note: str = ""
+    likely: bool = True  # whether anybody would have such a number
 
 
-def _addition(direction: Callable[[Problem], Vectors], value: Callable[[float, int], float]):
-    """The truth plus k times the direction, where k > 0."""
+def _addition(
+    direction: Callable[[Problem], Vectors], value: Callable[[float, int], float], most: float, note: str = ""
+):
+    """The truth plus k times the direction, where k > 0 and its number at most so large."""
 
     def fit(p: Problem, g: Vectors) -> Iterator[Fit]:
         for added in _spared_or_not(p, direction(p)):
@@ -195,9 +328,18 @@ def _addition(direction: Callable[[Problem], Vectors], value: Callable[[float, i
             for count in p.scales.values():
                 k = float(np.vdot(added, count * g - p.truth) / length) if length else 0.0
                 if k > 0 and np.isfinite(k):
-                    yield Fit(p.truth + k * added, count, value(k, count))
+                    number = value(k, count)
+                    yield Fit(p.truth + k * added, count, number, note, number <= most)
 
     return fit
+
+
+def _smoothings(p: Problem, g: Vectors) -> Iterator[Fit]:
+    """Of the mass τ that a position has, and of a mass of one as in `cross_entropy`."""
+    classes = p.z.shape[-1]
+    yield from _addition(lambda p: p.t - p.tau / classes, lambda k, count: k, 1, "ετ/C")(p, g)
+    if (np.abs(p.tau - 1) > 1e-6)[p.tau != 0].any():
+        yield from _addition(lambda p: p.t - 1 / classes + (1 - p.tau) * p.o, lambda k, count: k, 1, "ε/C")(p, g)
 
 
 def _temperatures(p: Problem, g: Vectors) -> Iterator[Fit]:
@@ -220,7 +362,8 @@ def _temperatures(p: Problem, g: Vectors) -> Iterator[Fit]:
                 nearest = int(np.argmin([np.vdot(a, a) for a in off]))
                 low, high = grid[max(nearest - 1, 0)], grid[min(nearest + 1, 32)]
                 best = float(2.0 ** grid[nearest])
-            yield Fit(np.where(p.live, best**power * (p.tau * _softmax(p.z / best) - p.t), 0), count, best, note)
+            fitted = np.where(p.live, best**power * (p.tau * _softmax(p.z / best) - p.t), 0)
+            yield Fit(fitted, count, best, note, 2.0**-4.9 < best < 2.0**4.9)  # the ends of the grid are no optima
 
 
 def _softmax(z: Vectors) -> Vectors:
@@ -235,9 +378,9 @@ def _lse(p: Problem) -> Vectors:
 
 FITS: dict[str, Callable[[Problem, Vectors], Iterator[Fit]]] = {
     "temperature": _temperatures,
-    "weight decay left in": _addition(lambda p: p.z, lambda k, count: k / count),
-    "label smoothing left in": _addition(lambda p: p.t - p.tau / p.z.shape[-1], lambda k, count: k),
-    "z-loss left in": _addition(lambda p: _lse(p) * p.o, lambda k, count: k / 2),
+    "weight decay left in": _addition(lambda p: p.z, lambda k, count: k / count, 2),
+    "label smoothing left in": _smoothings,
+    "z-loss left in": _addition(lambda p: _lse(p) * p.o, lambda k, count: k / 2, 1),
 }
 
 

@@ -31,7 +31,10 @@ def read(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as archive:
             for name in NAMES:
                 if name not in archive:
-                    raise InputError(f"{path}: expected array {name!r}, got {', '.join(archive) or 'none'}")
+                    wanted = f"np.savez({path.name!r}, {', '.join(f'{n}={n}' for n in NAMES)})"
+                    raise InputError(
+                        f"{path}: expected array {name!r}, got {', '.join(archive) or 'none'}; write it by {wanted}"
+                    )
             return {name: np.asarray(archive[name]) for name in NAMES}
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
