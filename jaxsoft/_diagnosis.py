@@ -213,7 +213,7 @@ def _judge(g: Vectors, problem: Problem, rounding: "_Rounding") -> tuple[str, st
     explained = fitted and _norm(g - fit.gradient / fit.divisor) < 0.05 * apart
     if fit.likely and explained and _is_mistake(g, fit.gradient, problem, fit.divisor, rounding):
         return name, EXPLANATIONS[name].format(value=fit.value, note=fit.note)
-    if (weighted := _weighted(g, problem, rounding)) is not None:
+    if (weighted := _weighted(g, problem, rounding, problem.t)) is not None:
         return weighted
     if (smoothed := _smoothed_and_weighted(g, problem, rounding)) is not None:
         return smoothed
@@ -242,8 +242,8 @@ def _where_from(factor: float, p: Problem) -> str:
     return next((f": it is that of {habit}" for habit, k in habits.items() if abs(factor / k - 1) < 1e-3), "")
 
 
-def _weighted(g: Vectors, p: Problem, rounding: "_Rounding") -> tuple[str, str] | None:
-    """The verdict on vectors each of which is a number ≥ 0 times its true gradient, or None."""
+def _weighted(g: Vectors, p: Problem, rounding: "_Rounding", hot: Vectors) -> tuple[str, str] | None:
+    """The verdict on vectors each of which is a number ≥ 0 times its true gradient, or None; `hot` is at the label."""
     live = p.live[..., 0] & p.truth.any(-1)
     if g[~p.live[..., 0]].any() or np.count_nonzero(live) < 2:
         return None
@@ -263,7 +263,7 @@ def _weighted(g: Vectors, p: Problem, rounding: "_Rounding") -> tuple[str, str] 
         factor = float(np.median(factors[taken]))
         text = EXPLANATIONS["a mask"].format(count=int(taken.sum()), positions=positions, factor=factor)
         return "right up to a mask", text
-    t = p.t[live]
+    t = hot[live]
     if (np.count_nonzero(t, -1) == 1).all():
         labels = t.argmax(-1)
         groups = {int(label): factors[labels == label] for label in np.unique(labels)}
@@ -274,9 +274,8 @@ def _weighted(g: Vectors, p: Problem, rounding: "_Rounding") -> tuple[str, str] 
             verdict = "correct for" if min(map(len, groups.values())) > 1 else "right up to"
             return f"{verdict} class weights", EXPLANATIONS["class weights"].format(weights=weights)
         of_label = (p.o[live] * t).sum(-1)
-        order = np.argsort(of_label[taken])
-        steps = np.diff(factors[taken][order])
-        if np.count_nonzero(taken) > 5 and ((steps > 0).all() or (steps < 0).all()):
+        rises = np.diff(factors[taken][np.argsort(of_label[taken])]) > 0
+        if rises.size > 6 and np.count_nonzero(rises[1:] != rises[:-1]) < 2:  # by chance 1 time in 150, or less often
             name = "a function of the label's probability"
             return name, EXPLANATIONS[name].format(low=low, high=high)
     if p.z.shape[-1] == 2:
@@ -302,7 +301,7 @@ def _smoothed_and_weighted(g: Vectors, p: Problem, rounding: "_Rounding") -> tup
         return None
     smoothed = p._replace(t=np.where(p.live, p.t - epsilon * (p.t - p.tau / classes), 0))
     smoothed = smoothed._replace(truth=p.truth + epsilon * (p.t - p.tau / classes) * p.live)
-    found = _weighted(g, smoothed, rounding)
+    found = _weighted(g, smoothed, rounding, p.t)
     if found is None:
         return None
     smoothing_text = f"The targets are smoothed, with ε = {epsilon:.6g}. "

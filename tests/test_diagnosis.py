@@ -79,10 +79,24 @@ MISTAKES = {
     "weight decay left in": lambda z, o, t: o - t + z / 8,
     "label smoothing left in": lambda z, o, t: o - 0.875 * t - 0.125 / z.dtype.type(z.shape[1]),
     "z-loss left in": lambda z, o, t: o - t + o * np.log(np.exp(z).sum(1, keepdims=True)) / 128,
+    "softmax applied twice": lambda z, o, t: jacobian_times(o, softmax(o) - t),
+    "relu before softmax": lambda z, o, t: (softmax(np.maximum(z, 0)) - t) * (z > 0),
+    "tanh before softmax": lambda z, o, t: (softmax(np.tanh(z)) - t) * (1 - np.tanh(z) ** 2),
+    "sigmoid before softmax": lambda z, o, t: softmax(1 / (1 + np.exp(-z))) - t,
+    "probabilities not normalised": lambda z, o, t: np.exp(z) - t,
+    "argmax in place of the probabilities": lambda z, o, t: np.eye(z.shape[1], dtype=z.dtype)[z.argmax(1)] - t,
+    "logarithm missing": lambda z, o, t: (o * t).sum(1, keepdims=True) * (o - t),
+    "log-softmax's rule with a plus": lambda z, o, t: -t + o * (-t).sum(1, keepdims=True),
+    "log-softmax's rule with a dot product": lambda z, o, t: -t - (-t * np.log(o)).sum(1, keepdims=True),
+    "sum in place of the dot product": lambda z, o, t: o * (-t / o - (-t / o).sum(1, keepdims=True)),
+    "binary cross-entropy of softmax's outputs": lambda z, o, t: jacobian_times(o, (1 - t) / (1 - o) - t / o),
+    "binary cross-entropy to the probabilities": lambda z, o, t: (1 - t) / (1 - o) - t / o,
+    "gradient to the probabilities with a plus": lambda z, o, t: t / o,
 }
 # With one position these are the truth.
 OF_A_BATCH = {
     "error averaged over the batch": lambda z, o, t: np.broadcast_to((o - t).mean(0), z.shape),
+    "labels of the next position": lambda z, o, t: o - np.roll(t, -1, 0),
 }
 
 
@@ -143,13 +157,197 @@ def test_law_no_mistake_is_taken_for_another(examples, sizes):
     law()
 
 
-def check_named(verdict, make, n, classes, dtype, mean, seed=0, scale=2.0):
+LAYOUTS = {  # of logits, one-hot targets and gradients of shape (n, classes), and whether the axis is to be guessed
+    "last": lambda a: a,
+    "columns": lambda a: a.T,
+    "NCHW": lambda a: np.moveaxis(a.reshape(-1, 2, 2, a.shape[1]), -1, 1),
+}
+
+
+def check_named(verdict, make, n, classes, dtype, mean, seed=0, scale=2.0, layout=None):
     z, labels, o, t = problem(n, classes, dtype, seed, scale)
     wrong = make(z, o, t) / dtype(n if mean else 1)
     assert wrong.dtype == dtype
-    diagnosis = diagnose_gradient(z, labels, wrong)
+    if layout is None:
+        diagnosis = diagnose_gradient(z, labels, wrong)
+    else:
+        diagnosis = diagnose_gradient(*map(LAYOUTS[layout], (z, t, wrong)))
     assert not diagnosis.correct
-    assert diagnosis.verdict == verdict
+    if diagnosis.verdict != verdict:  # several fit
+        assert f"the same as of: {verdict}" in str(diagnosis) or f", {verdict}" in str(diagnosis), diagnosis.verdict
+
+
+@pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 40), marks=exhaustive)], ids=["few", "many"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_law_each_mistake_is_named_in_every_layout(layout, seeds):
+    """With one-hot targets and no word of the axis."""
+    for verdict, make in (MISTAKES | OF_A_BATCH).items():
+        if verdict in ("softmax over the wrong axis", "labels of the next position") and layout == "NCHW":
+            continue  # the two are of an array of two axes
+        for seed in seeds:
+            dtype, scale = DTYPES[seed % 2], (0.5, 1.0, 3.0)[seed % 3]
+            check_named(verdict, make, 12, 5, dtype, bool(seed % 4 // 2), seed, scale, layout)
+
+
+def test_one_sample_has_names_too():
+    """Where more than one explanation fits all are given."""
+    of_several = {"softmax over the wrong axis", "temperature"}
+    for verdict, make in MISTAKES.items():
+        z, _, o, t = problem(1, 5, seed=3)
+        for shown in (lambda a: a, lambda a: a[0], lambda a: a.T):
+            diagnosis = diagnose_gradient(shown(z), shown(t), shown(make(z, o, t)))
+            assert not diagnosis.correct or verdict in of_several, verdict
+            if verdict not in of_several:
+                assert verdict == diagnosis.verdict or verdict in str(diagnosis), (verdict, diagnosis.verdict)
+
+
+def test_a_class_axis_of_length_one_is_none_where_another_fits():
+    z, t = np.array([[1.0], [2], [3]]), np.array([[0.0], [1], [0]])
+    diagnosis = diagnose_gradient(z, t, np.zeros((3, 1)))
+    assert (diagnosis.correct, diagnosis.verdict) == (False, "all zero")
+    assert "pass axis=0" in str(diagnosis)
+    right = diagnose_gradient(z, t, softmax(z, 0) - t)
+    assert right.correct
+    assert "pass axis=0" in str(right)
+    assert diagnose_gradient(np.ones((3, 1)), np.ones((3, 1)), np.zeros((3, 1))).correct
+
+
+WEIGHTS = np.array([0.5, 1.0, 3.0, 0.25, 2.0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("divisor", [1, 40, "weights"])
+def test_weighted_gradients_are_named(divisor, dtype):
+    z, labels, o, t = problem(40, 5, dtype)
+    rng = np.random.default_rng(0)
+
+    def judged(weights, error=None):
+        divided = weights.sum() if divisor == "weights" else divisor
+        gradient = (weights[:, None] * ((o - t) if error is None else error) / divided).astype(dtype)
+        return diagnose_gradient(z, labels, gradient)
+
+    of_classes = judged(WEIGHTS[labels])
+    assert (of_classes.correct, of_classes.verdict) == (True, "correct for class weights")
+    assert "0: 2, 1: 4, 2: 12, 3: 1, 4: 8" in str(of_classes)
+    without_one = judged(np.where(labels == 2, 0, WEIGHTS[labels]))
+    assert without_one.verdict == "correct for class weights"
+    assert "2: 0" in str(without_one)
+    of_positions = judged(rng.uniform(0.1, 2, 40))
+    assert of_positions.verdict == "right up to weights of positions"
+    mask = rng.uniform(size=40) < 0.6
+    masked = judged(mask.astype(float))
+    assert masked.verdict == "right up to a mask"
+    assert f"{mask.sum()} of 40 positions" in str(masked)
+    smoothed = o - 0.9 * t - 0.1 / 5
+    for weights, named in ((WEIGHTS[labels], "class weights"), (rng.uniform(0.1, 2, 40), "weights of positions")):
+        found = judged(weights, smoothed)
+        assert found.verdict == f"label smoothing and {named}"
+        assert "ε = 0.1." in str(found)
+
+
+def test_the_loss_of_another_function_of_the_label_s_probability_is_not_called_weighted():
+    z, labels, o, t = problem(40, 5)
+    p = (o * t).sum(1, keepdims=True)
+    focal = (1 - p) ** 2 - 2 * p * (1 - p) * np.log(p)
+    diagnosis = diagnose_gradient(z, labels, focal * (o - t))
+    assert (diagnosis.correct, diagnosis.verdict) == (False, "a function of the label's probability")
+
+
+def test_of_two_classes_weights_are_not_told_from_mistakes():
+    z, labels, o, t = problem(9, 2)
+    weights = np.random.default_rng(0).uniform(0.1, 2, (9, 1))
+    diagnosis = diagnose_gradient(z, labels, weights * (o - t))
+    assert (diagnosis.correct, diagnosis.verdict) == (False, "right up to weights")
+
+
+@pytest.mark.parametrize(
+    ("divisor", "verdict"),
+    [
+        (1, "correct for the sum"),
+        (24, "correct for the mean over 24 positions"),
+        (4, "correct for the sum divided by the batch size, 4"),
+        (6, "correct for the sum divided by the positions of an example, 6"),
+    ],
+)
+def test_divisors_of_other_frameworks_are_known(divisor, verdict):
+    """Caffe's BATCH_SIZE and Chainer; MXNet."""
+    z, labels, o, t = problem(24, 5)
+    z, t, gradient = (np.moveaxis(a.reshape(4, 2, 3, 5), -1, 1) for a in (z, t, (o - t) / divisor))
+    for targets in (labels.reshape(4, 2, 3), t):
+        diagnosis = diagnose_gradient(z, targets, gradient)
+        assert (diagnosis.correct, diagnosis.verdict) == (True, verdict)
+
+
+@pytest.mark.parametrize(
+    ("divisor", "habit"),
+    [
+        (24 * 5, "the mean over positions and classes"),
+        (24 * 5 / 2, "mean squared error's 2/(positions · classes)"),
+        (5, "a mean over the classes"),
+        (24**2, "a mean over positions that was taken twice"),
+    ],
+)
+def test_other_divisors_are_named(divisor, habit):
+    z, labels, o, t = problem(24, 5)
+    diagnosis = diagnose_gradient(z, labels, (o - t) / divisor)
+    assert diagnosis.verdict == f"right up to a factor of {1 / divisor:.6g}"
+    assert f"no mean over positions makes that factor: it is that of {habit}." in str(diagnosis)
+
+
+def test_probabilities_passed_as_logits():
+    _, labels, o, t = problem(7, 3)
+    for targets in (labels, t):
+        assert diagnose_gradient(o, targets, o - t).verdict == "probabilities passed as logits"
+
+
+def test_smoothing_of_targets_that_do_not_sum_to_one_is_ours_too():
+    z, _, _, t = problem(12, 5)
+    for smoothing in (0.1, 0.3):
+        gradient = jax.grad(lambda z, e=smoothing: cross_entropy(z, 0.5 * t, label_smoothing=e, reduction="sum"))(z)
+        diagnosis = diagnose_gradient(z, 0.5 * t, np.asarray(gradient))
+        assert diagnosis.verdict == "label smoothing left in"
+        assert f"ε/C over the C classes with ε = {smoothing}," in str(diagnosis)
+
+
+def test_a_number_that_nobody_has_is_no_explanation():
+    """A z-loss of 4, a temperature at the end of what is tried."""
+    z, labels, o, t = problem(12, 5)
+    lse = np.log(np.exp(z).sum(1, keepdims=True))
+    assert diagnose_gradient(z, labels, o - t + 8 * lse * o).verdict == "wrong"
+    assert diagnose_gradient(z / 8, labels, softmax(z * 40 / 8) - t).verdict == "wrong"
+
+
+def test_a_sum_of_probabilities_is_nothing_but_rounding():
+    z, labels, o, _ = problem(12, 5)
+    nothing = (o * (1 - o.sum(1, keepdims=True))).astype(float) + 1e-17
+    assert diagnose_gradient(z, labels, nothing).verdict == "all zero"
+
+
+def test_the_jacobian_itself_and_the_gradient_to_weights():
+    z, labels, o, t = problem(7, 3)
+    jacobian = np.einsum("ni,ij->nij", o, np.eye(3)) - np.einsum("ni,nj->nij", o, o)
+    for shown in (slice(None), 0):
+        diagnosis = diagnose_gradient(z[shown], labels[shown], jacobian[shown])
+        assert (diagnosis.correct, diagnosis.verdict) == (False, "Jacobian handed over")
+    features = np.random.default_rng(0).normal(size=(7, 4))
+    with pytest.raises(ValueError, match=r"got \(4, 3\); weights of shape \(features, classes\) have another gradient"):
+        diagnose_gradient(z, labels, features.T @ (o - t))
+
+
+def test_finite_differences_in_float32():
+    z, labels, _, _ = problem(6, 4, np.float32)
+
+    def loss(z):
+        e = np.exp(z - z.max(1, keepdims=True))
+        return -np.log((e / e.sum(1, keepdims=True))[np.arange(6), labels]).sum(dtype=np.float32)
+
+    h, gradient = np.float32(2**-10), np.zeros_like(z)
+    for index in np.ndindex(*z.shape):
+        step = np.zeros_like(z)
+        step[index] = h
+        gradient[index] = (loss(z + step) - loss(z - step)) / (2 * h)
+    diagnosis = diagnose_gradient(z, labels, gradient)
+    assert (diagnosis.correct, diagnosis.verdict) == (False, "finite differences")
 
 
 def test_a_mistake_is_named_where_the_label_leads_too():
