@@ -342,7 +342,7 @@ class _Rounding(NamedTuple):
         return cls(TOLERANCE[limits.nmant], float(limits.eps), float(limits.smallest_subnormal), flushed)
 
 
-def _is_truth(g: Vectors, p: Problem, count: float, rounding: _Rounding, *, lost: bool = False) -> bool:
+def _is_truth(g: Vectors, p: Problem, count: float | Vectors, rounding: _Rounding, *, lost: bool = False) -> bool:
     """Whether `count` times the gradient is that of the sum, as far as each vector's own rounding can tell.
 
     With `lost`, p − 1 may have lost all of a label's entry, and otherwise only a little of it.

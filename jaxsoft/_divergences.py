@@ -204,8 +204,8 @@ def _as_reading(kind: Kind, beta: float) -> Reading:
         raise TypeError("beta: expected a number known when the function is traced, got a traced value")
     if not 0 < float(beta) < 1:
         # Divided by β, or 1 − β, it tends to these; itself it tends to 0.
-        instead = {0: "; elsewhere that means kind='forward'", 1: "; elsewhere that means kind='reverse'"}
-        raise ValueError(f"beta: expected a number between 0 and 1, got {beta}{instead.get(beta, '')}")
+        instead = {0.0: "; elsewhere that means kind='forward'", 1.0: "; elsewhere that means kind='reverse'"}
+        raise ValueError(f"beta: expected a number between 0 and 1, got {beta}{instead.get(float(beta), '')}")
     return divergences(kind, float(beta))
 
 

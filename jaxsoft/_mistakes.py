@@ -199,7 +199,7 @@ def _neighbours(p: Problem) -> Iterator[Vectors]:
 
 
 def _next_position(p: Problem) -> Iterator[Vectors]:
-    if p.z.ndim < 2:
+    if p.z.ndim < 2 or p.z.shape[-2] == 1:
         return
     mass = p.truth + p.t
     for shift, edge in ((-1, -1), (1, 0)):

@@ -197,8 +197,8 @@ def read_sparse_targets(
     again = inside & ~is_first & (probs != 0) & ~idle
     check_values("targets.indices", indices, ~again, "another class than before at the position: drop the second")
     q = jnp.where(is_first, q, 0)
+    total = jnp.sum(q, axis, keepdims=True)
     if targets.outside != "nothing":
-        total = jnp.sum(q, axis, keepdims=True)
         most = 1 + indices.shape[axis] * float(jnp.finfo(probs.dtype).eps)
         sums = jnp.squeeze(total, axis)
         check_values("sum of targets.probs", sums, ~(sums > most), "at most 1, unless outside='nothing'")

@@ -131,8 +131,10 @@ def _others_and_leaders(logits: Array, largest: Array, axes: Axes) -> tuple[Arra
 
 def _but_one(others: Array, leaders: Array, largest: Array) -> tuple[Array, Array]:
     """Both sums together but for one of the leaders, and its logit, which does not move: it does in the sum."""
-    none = lax.stop_gradient(leaders) == 0
-    return others + jnp.where(none, leaders, leaders - 1), jnp.where(none, -jnp.inf, lax.stop_gradient(largest))
+    count = lax.stop_gradient(leaders)
+    # −inf where no class is left, and no literal: `debug_infs` stops at one that is not chosen, too.
+    leader = lax.stop_gradient(largest) + jnp.log(jnp.minimum(count, 1))
+    return others + jnp.where(count == 0, leaders, leaders - 1), leader
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))

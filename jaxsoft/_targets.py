@@ -52,8 +52,8 @@ class Targets(NamedTuple):
 class Options(NamedTuple):
     """What a loss makes of its targets; None leaves a step out. Arrays, so that a schedule compiles once."""
 
-    weights: ArrayLike | None = None  # broadcasting to the positions
-    class_weights: ArrayLike | None = None  # of all classes
+    weights: Array | None = None  # broadcasting to the positions
+    class_weights: Array | None = None  # of all classes
     where: Array | None = None  # broadcasting against the logits
     label_smoothing: Array | None = None
     z_loss: Array | None = None
