@@ -195,7 +195,8 @@ def _neighbours(p: Problem) -> Iterator[Vectors]:
         shifted = np.roll(p.t, shift, -1)
         yield p.truth + p.t - shifted
         shifted[..., edge] = 0  # a one-hot table has no row for a label beyond the last class
-        yield p.truth + p.t - shifted
+        if shifted.any():
+            yield p.truth + p.t - shifted
 
 
 def _next_position(p: Problem) -> Iterator[Vectors]:
