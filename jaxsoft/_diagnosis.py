@@ -90,6 +90,7 @@ def diagnose_gradient(
     z, t, g = (_concrete(*a) for a in (("logits", logits), ("targets", targets), ("gradient", gradient)))
     axis = as_axis(axis, z.ndim)
     index = None if ignore_index is None else as_integer("ignore_index", ignore_index)
+    t = _as_labels(t, z.shape, axis)
     fitting = _fitting_axes(z, t)
     others = [n for n in fitting if n != axis]
     if others and axis not in fitting:
@@ -114,6 +115,14 @@ def diagnose_gradient(
     return diagnosis
 
 
+def _as_labels(t: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:
+    """Labels as integers without the class axis: Keras keeps it with length one, Caffe and MXNet have floats."""
+    if t.shape != shape and t.shape == (*shape[:axis], 1, *shape[axis + 1 :]):
+        t = t.squeeze(axis)
+    is_label = t.shape == shape[:axis] + shape[axis + 1 :] and np.issubdtype(t.dtype, np.floating)
+    return t.astype(np.int64) if is_label and (t == np.trunc(t)).all() and (np.abs(t) < 2**53).all() else t
+
+
 def _fitting_axes(z: np.ndarray, t: np.ndarray) -> list[int]:
     """The axes along which the targets may have the classes: labels without that axis, or along it a sum of one or 0.
 
@@ -125,7 +134,9 @@ def _fitting_axes(z: np.ndarray, t: np.ndarray) -> list[int]:
     numbers = t.astype(np.float64)
     sums = {n: numbers.sum(n) for n in axes}
     fitting = [n for n in axes if sums[n].any() and (np.isclose(sums[n], 1, atol=1e-2) | (sums[n] == 0)).all()]
-    return [n for n in fitting if z.shape[n] > 1] or fitting
+    # Nothing is what ignored positions have: along another axis so has a class that does not occur.
+    full = [n for n in fitting if (sums[n] != 0).all()] or fitting
+    return [n for n in full if z.shape[n] > 1] or [n for n in fitting if z.shape[n] > 1] or full
 
 
 def _diagnose(
@@ -179,7 +190,7 @@ def _judge(g: Vectors, problem: Problem, rounding: "_Rounding") -> tuple[str, st
         if _is_truth(g, problem, count, rounding):
             return f"correct for the {name}", f"This is the gradient of the {name} of the losses."
     # Softmax's outputs sum to one but for rounding, and so do what is differentiated of that sum.
-    nothing = 16 * rounding.eps / max(counts) if np.abs(problem.truth).max() > 1e-3 else 0
+    nothing = 16 * min(rounding.eps, 2.0**-23) / max(counts) if np.abs(problem.truth).max() > 1e-3 else 0
     if np.abs(g).max() <= nothing:
         return "all zero", EXPLANATIONS["all zero"]
     live = problem.live[..., 0]
@@ -215,15 +226,23 @@ def _judge(g: Vectors, problem: Problem, rounding: "_Rounding") -> tuple[str, st
         return name, EXPLANATIONS[name].format(value=fit.value, note=fit.note)
     if (weighted := _weighted(g, problem, rounding, problem.t)) is not None:
         return weighted
+    if (weighted := _weighted_smoothing(g, problem, rounding)) is not None:
+        return weighted
     if (smoothed := _smoothed_and_weighted(g, problem, rounding)) is not None:
         return smoothed
     for name, candidate in _candidates(problem):
         factor = _factor(g, candidate) if np.count_nonzero(candidate) > 1 else 0
-        explained = factor > 0 and _norm(g - factor * candidate) < 0.05 * apart
+        explained = factor != 0 and _norm(g - factor * candidate) < 0.05 * apart
         if explained and _is_mistake(g, candidate, problem, 1 / factor, rounding):
             return name, EXPLANATIONS[name] + f" Besides, it is multiplied by {factor:.6g}."
     nearest = problem.truth / min(counts, key=lambda n: _distance(g, problem.truth / n))
     distance, unit = _distance(g, nearest), _unit(g)
+    if np.ptp(g) <= rounding.tolerance * np.abs(g).max():
+        return "one number everywhere", EXPLANATIONS["one number everywhere"].format(value=g.flat[0])
+    in_order = np.sort(g, None), np.sort(nearest, None)
+    if distance > 0.1 and g.size > 4 and np.allclose(*in_order, rtol=10 * rounding.tolerance, atol=rounding.least):
+        name = "right numbers in another order"
+        return name, EXPLANATIONS[name]
     if unit and distance < 0.1:
         note = f"{distance:.2g}"
         return "finite differences", EXPLANATIONS["finite differences"].format(value=unit, note=note)
@@ -239,7 +258,8 @@ def _where_from(factor: float, p: Problem) -> str:
         "a mean over the classes": 1 / classes,
         "a mean over positions that was taken twice": 1 / positions**2,
     }
-    return next((f": it is that of {habit}" for habit, k in habits.items() if abs(factor / k - 1) < 1e-3), "")
+    found = (f"that of {habit}" for habit, k in habits.items() if abs(factor / k - 1) < 1e-3)
+    return next(found, "and no mean over positions makes that factor")
 
 
 def _weighted(g: Vectors, p: Problem, rounding: "_Rounding", hot: Vectors) -> tuple[str, str] | None:
@@ -306,6 +326,35 @@ def _smoothed_and_weighted(g: Vectors, p: Problem, rounding: "_Rounding") -> tup
         return None
     smoothing_text = f"The targets are smoothed, with ε = {epsilon:.6g}. "
     return f"label smoothing and {found[0].split(' ', 2)[2].removeprefix('to ')}", smoothing_text + found[1]
+
+
+def _weighted_smoothing(g: Vectors, p: Problem, rounding: "_Rounding") -> tuple[str, str] | None:
+    """The verdict on Σ_j w_j q_j·o − w q for labels smoothed to q and weights w of classes, which PyTorch has, or None.
+
+    That is (b_y + Σ_j a_j) o − b_y·hot − a with the unknowns a = wε/C and b = w(1 − ε): linear in both.
+    """
+    live, classes = p.live[..., 0], p.z.shape[-1]
+    t, o, seen = p.t[live], p.o[live], g[live]
+    if not 3 <= classes <= 64 or len(t) < 4 or (np.count_nonzero(t, -1) != 1).any() or g[~live].any():
+        return None
+    eye = np.eye(classes)
+    of_a = np.repeat(o[:, :, None], classes, -1) - eye
+    of_b = (o - t)[:, :, None] * t[:, None, :]
+    design = np.concatenate([of_a, of_b], -1).reshape(-1, 2 * classes)
+    unknowns, *_ = np.linalg.lstsq(design, seen.reshape(-1), rcond=None)
+    a, b = unknowns[:classes], unknowns[classes:]
+    present = t.any(0)
+    quotients = a[present] * classes / np.where(b[present] == 0, np.nan, b[present])  # ε/(1 − ε) of each class
+    ratio = float(np.median(quotients))
+    fitted = np.zeros_like(g)
+    fitted[live] = (design @ unknowns).reshape(seen.shape)
+    if not 1e-4 < ratio < 1e4 or np.ptp(quotients) > 100 * rounding.tolerance * ratio or (a < 0).any():
+        return None
+    if not _is_mistake(g, fitted, p, 1, rounding):
+        return None
+    shown = ", ".join(f"{n}: {weight:.4g}" for n, weight in enumerate(a / a[a > 0].min()))
+    name = "class weights of smoothed targets"
+    return f"right up to {name}", EXPLANATIONS[name].format(epsilon=ratio / (1 + ratio), weights=shown)
 
 
 def _unit(g: Vectors) -> float:
@@ -449,14 +498,17 @@ def _how_wrong(g: Vectors, expected: Vectors, tolerance: float) -> str:
     own = _norms(expected)
     parts = (_norms(off) / np.where(own > 0, own, 1))[..., 0]
     position = tuple(int(i) for i in np.unravel_index(parts.argmax(), parts.shape))
+    where = f"position {position}, " if position else ""
+    worst = int(off[position].argmax())
+    shown = f"{g[position][worst]:.6g} where {expected[position][worst]:.6g} is right"
     largest_sum = np.abs(g.sum(-1)).max()
     sums = "are zero, as they must be"
     if largest_sum > tolerance * np.abs(g).max():
         sums = f"reach {largest_sum:.3g}, where they must be zero: moving all logits together changes no probability"
     return (
         f"This is no gradient of the cross-entropy that is known here: relative error "
-        f"{_distance(g, expected):.3g}. The largest difference, for the length of the vector, is at position "
-        f"{position}, class {int(off[position].argmax())}. Its sums over the classes {sums}."
+        f"{_distance(g, expected):.3g}. The largest difference, for the length of the vector, is at {where}class "
+        f"{worst}: {shown}. Its sums over the classes {sums}."
     )
 
 

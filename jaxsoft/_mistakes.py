@@ -18,13 +18,21 @@ EXPLANATIONS = {
     "all zero": "Every entry is zero, and the true gradient is not. The gradient of sum(softmax(z)) is zero "
     "everywhere, since the probabilities always sum to one: was that differentiated instead of the loss?",
     "opposite sign": "This is the true gradient with the opposite sign: descending along it climbs.",
-    "factor": "The direction is right and the length is not: this is {factor:.6g} times the gradient of the sum, and "
-    "no mean over positions makes that factor{note}.",
+    "factor": "The direction is right and the length is not: this is {factor:.6g} times the gradient of the sum, "
+    "{note}.",
     "class weights": "This is the gradient with a weight for each class, up to a common factor: {weights}.",
     "a mask": "This is the gradient of {count} of {positions} positions, times {factor:.6g}, and zero at the others: "
     "right if a mask was to leave these out.",
     "weights of positions": "This is the gradient with a weight for each position, from {low:.6g} to {high:.6g}: "
-    "right if these were to have such weights.",
+    "right if these were to have such weights. Of another loss than −log p it may look so, too.",
+    "class weights of smoothed targets": "This is the gradient for targets that are smoothed, with ε = {epsilon:.6g}, "
+    "and then weighted by class, as PyTorch does both, up to a common factor: {weights}.",
+    "right numbers in another order": "These are the numbers of the true gradient at other places: was it reshaped where "
+    "axes had to be exchanged, or flattened in another order?",
+    "one number everywhere": "Every entry is {value:.6g}: this may be a loss, or its mean, and is no gradient to logits.",
+    "softmax not applied": "This is z − t: softmax was not applied. The gradient is softmax(z) − t.",
+    "only the targets": "This is −t, the derivative of the loss to the logarithms of the probabilities. What these have "
+    "to do with the logits is left out: log-softmax's rule g − s Σg makes τo − t of it.",
     "weights that two classes cannot tell": "Each vector is its true gradient times a number of its own, from "
     "{low:.6g} to {high:.6g}: right if the positions have such weights. With two classes a mistake may look so, too.",
     "off-diagonal terms missing": "This is −t(1 − o), the chain rule along ∂o_j/∂z_j alone. Every output depends on "
@@ -290,6 +298,8 @@ CANDIDATES: dict[str, Callable[[Problem], Iterable[Vectors]]] = {
     "probabilities passed as logits": _of_probabilities,
     "softmax applied twice": _twice,
     **{f"{name} before softmax": _activated(name) for name in ACTIVATIONS},
+    "softmax not applied": lambda p: _spared_or_not(p, p.z - p.t),
+    "only the targets": lambda p: (-p.t,),
     "probabilities not normalised": lambda p: _spared_or_not(p, np.exp(p.z) - p.t),
     "argmax in place of the probabilities": _argmax,
     "logarithm missing": lambda p: ((p.t * p.o).sum(-1, keepdims=True) * p.truth,),

@@ -92,6 +92,8 @@ MISTAKES = {
     "binary cross-entropy of softmax's outputs": lambda z, o, t: jacobian_times(o, (1 - t) / (1 - o) - t / o),
     "binary cross-entropy to the probabilities": lambda z, o, t: (1 - t) / (1 - o) - t / o,
     "gradient to the probabilities with a plus": lambda z, o, t: t / o,
+    "softmax not applied": lambda z, o, t: z - t,
+    "only the targets": lambda z, o, t: -t,
 }
 # With one position these are the truth.
 OF_A_BATCH = {
@@ -291,7 +293,7 @@ def test_other_divisors_are_named(divisor, habit):
     z, labels, o, t = problem(24, 5)
     diagnosis = diagnose_gradient(z, labels, (o - t) / divisor)
     assert diagnosis.verdict == f"right up to a factor of {1 / divisor:.6g}"
-    assert f"no mean over positions makes that factor: it is that of {habit}." in str(diagnosis)
+    assert f"times the gradient of the sum, that of {habit}." in str(diagnosis)
 
 
 def test_probabilities_passed_as_logits():
@@ -332,6 +334,55 @@ def test_the_jacobian_itself_and_the_gradient_to_weights():
     features = np.random.default_rng(0).normal(size=(7, 4))
     with pytest.raises(ValueError, match=r"got \(4, 3\); weights of shape \(features, classes\) have another gradient"):
         diagnose_gradient(z, labels, features.T @ (o - t))
+
+
+def test_class_weights_of_smoothed_targets_as_in_pytorch():
+    z, labels, o, t = problem(30, 5)
+    q = WEIGHTS * (0.9 * t + 0.1 / 5)
+    gradient = (q.sum(1, keepdims=True) * o - q) / WEIGHTS[labels].sum()
+    np.testing.assert_allclose(
+        gradient,
+        jax.grad(lambda z: cross_entropy(z, labels, class_weights=WEIGHTS, label_smoothing=0.1))(z),
+        rtol=1e-10,
+    )
+    diagnosis = diagnose_gradient(z, labels, gradient)
+    assert diagnosis.verdict == "right up to class weights of smoothed targets"
+    assert "ε = 0.1," in str(diagnosis)
+    assert "0: 2, 1: 4, 2: 12, 3: 1, 4: 8" in str(diagnosis)
+
+
+def test_the_same_numbers_in_another_order_and_one_number_everywhere():
+    z, labels, o, t = problem(12, 5)
+    turned = np.ascontiguousarray((o - t).T).reshape(12, 5)
+    assert diagnose_gradient(z, labels, turned).verdict == "right numbers in another order"
+    assert diagnose_gradient(z, labels, np.full((12, 5), 0.7)).verdict == "one number everywhere"
+
+
+def test_labels_with_an_axis_of_length_one_and_whole_floats_are_labels():
+    z, labels, o, t = problem(12, 5)
+    for targets in (labels[:, None], labels.astype(np.float32), labels[:, None].astype(float)):
+        assert diagnose_gradient(z, targets, o - t).correct
+    images, gradient = (np.moveaxis(a.reshape(*IMAGES, 5), -1, 1) for a in (z, o - t))
+    assert diagnose_gradient(images, labels.reshape(3, 1, 2, 2).astype(np.float32), gradient, 1).correct
+
+
+def test_columns_of_which_each_class_is_the_label_once_at_most():
+    """Then the sums over the samples are 0 and 1, as they are where positions are ignored."""
+    z, _, o, _ = problem(4, 5)
+    t = np.eye(5)[[2, 0, 4, 1]]
+    diagnosis = diagnose_gradient(z.T, t.T, (o - t).T)
+    assert diagnosis.correct
+    assert "pass axis=0" in str(diagnosis)
+
+
+def test_half_precision_is_not_called_all_zero():
+    """What a label's p − 1 loses in bfloat16 is far above nothing."""
+    z = np.zeros((8, 64))
+    z[:, 0] = 9
+    o = softmax(z)
+    g = np.array((o / 8).astype(jnp.bfloat16))
+    g[:, 0] = (g[:, 0] - np.array(1 / 8, jnp.bfloat16)).astype(jnp.bfloat16)
+    assert diagnose_gradient(z, np.zeros(8, int), g).verdict != "all zero"
 
 
 def test_finite_differences_in_float32():
@@ -1003,7 +1054,7 @@ def test_law_no_perturbed_gradient_is_called_right(examples, sizes):
     [
         (lambda z, y, g: diagnose_gradient(z, y, g[:2]), ValueError, "gradient: expected the logits' shape (7, 3), got (2, 3)"),
         (lambda z, y, g: diagnose_gradient(z, y[:2], g), ValueError, "targets: expected integer labels of shape (7,) or one-hot of (7, 3), got (2,)"),
-        (lambda z, y, g: diagnose_gradient(z, y * 1.0, g), ValueError, "targets: expected the logits' shape (7, 3), got (7,); labels must be integers"),
+        (lambda z, y, g: diagnose_gradient(z, y + 0.5, g), ValueError, "targets: expected the logits' shape (7, 3), got (7,); labels must be integers"),
         (lambda z, y, g: diagnose_gradient(z, y > 0, g), ValueError, "targets: expected the logits' shape (7, 3), got (7,); labels must be integers"),
         (lambda z, y, g: diagnose_gradient(z, np.eye(3)[y] * np.nan, g), ValueError, "targets: expected finite numbers, got NaN or infinity"),
         (lambda z, y, g: diagnose_gradient(z, np.eye(3)[y], g, ignore_index=1), ValueError, "ignore_index: expected None with a distribution"),
