@@ -27,12 +27,12 @@ EXPLANATIONS = {
     "right if these were to have such weights. Of another loss than −log p it may look so, too.",
     "class weights of smoothed targets": "This is the gradient for targets that are smoothed, with ε = {epsilon:.6g}, "
     "and then weighted by class, as PyTorch does both, up to a common factor: {weights}.",
-    "right numbers in another order": "These are the numbers of the true gradient at other places: was it reshaped where "
-    "axes had to be exchanged, or flattened in another order?",
-    "one number everywhere": "Every entry is {value:.6g}: this may be a loss, or its mean, and is no gradient to logits.",
+    "right numbers in another order": "These are the numbers of the true gradient at other places: was it reshaped "
+    "where axes had to be exchanged, or flattened in another order?",
+    "one number everywhere": "Every entry is {value:.6g}: this may be a loss or its mean, and is no gradient to logits.",
     "softmax not applied": "This is z − t: softmax was not applied. The gradient is softmax(z) − t.",
-    "only the targets": "This is −t, the derivative of the loss to the logarithms of the probabilities. What these have "
-    "to do with the logits is left out: log-softmax's rule g − s Σg makes τo − t of it.",
+    "only the targets": "This is −t, the derivative of the loss to the logarithms of the probabilities. What these "
+    "have to do with the logits is left out: log-softmax's rule g − s Σg makes τo − t of it.",
     "weights that two classes cannot tell": "Each vector is its true gradient times a number of its own, from "
     "{low:.6g} to {high:.6g}: right if the positions have such weights. With two classes a mistake may look so, too.",
     "off-diagonal terms missing": "This is −t(1 − o), the chain rule along ∂o_j/∂z_j alone. Every output depends on "
