@@ -54,7 +54,8 @@ def cross_entropy(
         weights: weight of each position, or a mask of those that take part, broadcasting to the loss; 0
             leaves a position out like `ignore_index`.
         class_weights: weight c of each class, of shape (classes,).
-        where: booleans that broadcast to the logits' shape; False removes a class.
+        where: booleans that broadcast to the logits' shape; False removes a class. What a distribution has there costs
+            +inf: pass `jnp.where(where, targets, 0)` to leave it out.
         label_smoothing: ε in [0, 1]: targets become (1−ε)t + ε/classes, counting the classes left.
         z_loss: ζ ≥ 0, which draws lse towards 0. It is not weighted by class. Both may be traced, for
             schedules, and are constants.

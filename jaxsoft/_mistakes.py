@@ -29,7 +29,7 @@ EXPLANATIONS = {
     "and then weighted by class, as PyTorch does both, up to a common factor: {weights}.",
     "right numbers in another order": "These are the numbers of the true gradient at other places: was it reshaped "
     "where axes had to be exchanged, or flattened in another order?",
-    "one number everywhere": "Every entry is {value:.6g}: this may be a loss or its mean, and is no gradient to logits.",
+    "one number everywhere": "Every entry is {value:.6g}: this may be a loss or its mean, and is no gradient.",
     "softmax not applied": "This is z − t: softmax was not applied. The gradient is softmax(z) − t.",
     "only the targets": "This is −t, the derivative of the loss to the logarithms of the probabilities. What these "
     "have to do with the logits is left out: log-softmax's rule g − s Σg makes τo − t of it.",
