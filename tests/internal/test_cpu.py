@@ -236,6 +236,25 @@ def test_kernels_equal_the_plain_functions(shape, dtype, rng, monkeypatch):
     agree("log_softmax_vjp", "result", 16, of_g + np.exp(shifted) / total * of_g.sum(1, keepdims=True))
 
 
+@pytest.mark.parametrize("shape", [(40, 5, 2), (9, 70, 1)])
+def test_of_equal_leaders_one_is_left_out_of_the_sum(shape, rng):
+    """By the kernel of `moments`, and by the plain function that sums the leaders apart."""
+    z = np.rint(rng.normal(size=shape)).astype(F32)
+    z[0], z[1, 0], z[2, 1] = -np.inf, np.nan, np.inf
+    found, right = jax.jit(lambda z: (kernel("leading_sums", z), _statistics._leading_sums.__wrapped__((z,), AXES)))(z)
+    assert (np.sum(z == z.max(1, keepdims=True), 1) > 1).any()
+    for name, got, want in zip(("largest", "tail", "leader"), found, right, strict=True):
+        left = (
+            np.isfinite(z).any(1, keepdims=True)
+            & ~np.isnan(z).any(1, keepdims=True)
+            & (z < np.inf).all(1, keepdims=True)
+        )
+        assert_close("leading_sums", name, np.where(left, got, 0), np.where(left, want, 0), 16)
+    none = np.asarray(right[2])[0]
+    assert np.isneginf(none).all()
+    assert np.isneginf(np.asarray(found[2])[0]).all()
+
+
 @pytest.mark.parametrize(("shape", "dtype"), each_dtype(BATCHES))
 def test_the_bits_of_a_row_do_not_depend_on_its_batch(shape, dtype, rng):
     """The first, the fourth and the last seven, alone."""
