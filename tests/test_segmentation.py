@@ -26,7 +26,9 @@ from experiments._door import InputError, enter
 from experiments.segmentation import __main__ as segmentation
 from experiments.segmentation import streets
 from experiments.segmentation.__main__ import Config, run
+from experiments.segmentation.coding import Coding
 from experiments.segmentation.network import DEEPER, GROUPS, WIDTHS, apply_network, init_network, normalise
+from experiments.segmentation.photographs import class_names, read_folder, read_mask
 from experiments.segmentation.pictures import voc_palette
 from experiments.segmentation.scenes import VOID, Pair, digit_scenes, read_digits
 from experiments.segmentation.training import (
@@ -40,7 +42,6 @@ from experiments.segmentation.training import (
     recipe_of,
     score,
 )  # fmt: skip
-from experiments.segmentation.voc import class_names, read_mask, voc_folder
 from jaxsoft import cross_entropy
 
 pytestmark = [pytest.mark.scripts, pytest.mark.x32]
@@ -152,7 +153,7 @@ def test_every_class_occurs_and_every_digit_has_a_void_border():
 
 
 def test_batches_are_the_same_from_any_position(voc):
-    train, _, _ = voc_folder(voc, None)
+    train, *_ = read_folder(voc)
     all_of_them = batches(train, 2, 32, seed=5)
     expected = [next(all_of_them) for _ in range(6)]
     for start in (1, 4):
@@ -532,6 +533,18 @@ def test_an_output_folder_that_cannot_be_written_stops_the_script_in_one_line(vo
         ({"crop": 100_000}, "--crop: expected 32 to 2048 pixels, got 100000"),
         ({"classes": 256}, "--classes: expected an integer from 2 to 255, got 256"),
         ({"classes": 10}, "--classes: the digits have 11 with their background, got 10"),
+        (
+            {"void": (0,)},
+            "--values and --void: expected with a folder, --data DIR, alone: the digits have no masks",
+        ),
+        ({"data": "x", "void": (256,)}, "--void: expected integers from 0 to 255, as masks hold, got 256"),
+        ({"data": "x", "void": (1, 1)}, "--void: expected each value once, got 1 and 1"),
+        (
+            {"data": "x", "void": ()},
+            "--void: expected a value; where every value is a class, give them all to --values",
+        ),
+        ({"data": "x", "values": (1,)}, "--values: expected 2 to 255 values, got 1"),
+        ({"data": "x", "values": (1, 2), "classes": 3}, "--classes: --values gives the values of 2, got 3"),
         ({"learning_rate": 1e30}, "--learning-rate 1e+30: expected a finite loss, got nan at step"),
         (
             {"learning_rate": 3.4028e38, "steps": 1},
@@ -594,7 +607,7 @@ def test_bad_folders_are_one_line_naming_the_file(broken, tmp_path, file, spoil,
 
 def test_a_folder_without_lists_is_named(tmp_path):
     with pytest.raises(OSError, match="No such file") as caught:
-        voc_folder(tmp_path / "nowhere", None)
+        read_folder(tmp_path / "nowhere")
     assert caught.value.filename == str(tmp_path / "nowhere/ImageSets/Segmentation/train.txt")
 
 
@@ -603,7 +616,7 @@ def test_masks_of_void_alone_are_refused(broken):
         path = broken / f"SegmentationClass/{n}.png"
         Image.fromarray(np.full_like(read_mask(path), VOID)).save(path)
     with pytest.raises(InputError, match=r"val.txt: expected a labelled pixel in its masks, got 255 everywhere"):
-        voc_folder(broken, None)
+        read_folder(broken)
 
 
 def test_names_are_those_of_the_folder_or_of_voc(broken):
@@ -627,12 +640,90 @@ def test_the_palette_is_vocs():
 
 def test_streets_are_a_folder_of_eleven_named_classes(tmp_path):
     streets.run(streets.Config(train=6, val=2, out=tmp_path))
-    train, test, classes = voc_folder(tmp_path, None)
-    assert (len(train), len(test), classes) == (6, 2, 11)
-    assert class_names(tmp_path, classes) == tuple(streets.NAMES)
+    train, test, names = read_folder(tmp_path)
+    assert (len(train), len(test)) == (6, 2)
+    assert names == tuple(streets.NAMES)
     assert train[0].image.shape == (180, 240, 3)
 
 
 def test_classes_are_found_or_given(voc):
-    assert voc_folder(voc, None)[2] == 3
-    assert voc_folder(voc, 21)[2] == 21
+    assert read_folder(voc).names == ("0", "1", "2")
+    assert len(read_folder(voc, classes=21).names) == 21
+
+
+# Codings.
+
+
+def write_pair(folder, name, mask, image=None):
+    """A photograph, grey where none is given, and its mask."""
+    for part in ("JPEGImages", "SegmentationClass"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    mask = mask if isinstance(mask, Image.Image) else Image.fromarray(mask)
+    (image or Image.new("RGB", mask.size, "grey")).save(folder / f"JPEGImages/{name}.png")
+    mask.save(folder / f"SegmentationClass/{name}.png")
+
+
+def write_lists(folder, train=("0",), val=("0",)):
+    (folder / "ImageSets/Segmentation").mkdir(parents=True)
+    for part, names in (("train", train), ("val", val)):
+        (folder / f"ImageSets/Segmentation/{part}.txt").write_text("".join(f"{name}\n" for name in names))
+
+
+@pytest.fixture
+def masks_of(tmp_path):
+    """A folder of one photograph, whose mask has a column of each value."""
+
+    def write(*values):
+        write_pair(tmp_path / "data", "0", np.tile(np.repeat(np.uint8(values), 8), (40, 1)))
+        write_lists(tmp_path / "data")
+        return tmp_path / "data"
+
+    return write
+
+
+TRAIN = "ImageSets/Segmentation/train.txt: its masks hold"
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "message"),
+    [
+        ((0, 255), {"classes": 2}, f"{TRAIN} the values 0 (class 0) and 255 (void), fewer than two classes: where each value is a class, pass --values 0 255"),
+        ((0, 255), {}, f"{TRAIN} the values 0 (class 0) and 255 (void), fewer than two classes: where each value is a class, pass --values 0 255"),
+        ((0, 1), {"void": (0,)}, f"{TRAIN} the values 0 (void) and 1 (class 0), fewer than two classes: where each value is a class, pass --values 0 1"),
+        ((3,), {}, f"{TRAIN} the value 3 (class 3), fewer than two classes: all that is not the class has to be labelled too"),
+        ((0, 1, 9), {"values": (0, 1)}, "0.png: expected --values 0 1 or 255 (void), got 9"),
+        ((0, 255), {"values": (0, 1), "void": (7,)}, "0.png: expected --values 0 1 or 7 (void), got 255"),
+        ((0, 9), {"values": (0, 255)}, "0.png: expected --values 0 255, got 9"),
+        ((0, 1, 2, 3), {"classes": 2, "void": (0,)}, "0.png: expected labels below --classes 2 or 0 (void), got 3, which is class 2 without 0"),
+    ],
+)  # fmt: skip
+def test_masks_that_tell_nothing_apart_are_one_line(tmp_path, masks_of, values, options, message):
+    with pytest.raises(InputError) as caught:
+        run(config(tmp_path / "out", data=str(masks_of(*values)), **options))
+    assert str(caught.value).endswith(message)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "labels", "names"),
+    [
+        ((0, 255), {"values": (0, 255)}, (0, 1), ("0", "255")),  # a student's: black and white
+        ((0, 1, 10, 11), {"void": (11,)}, (0, 1, 10, VOID), tuple(map(str, range(11)))),  # SegNet's CamVid
+        ((0, 1, 2, 150), {"void": (0,)}, (VOID, 0, 1, 149), tuple(map(str, range(1, 151)))),  # ADE20K
+        ((0, 7, 9, 8), {"void": (0, 9), "values": (8, 7)}, (VOID, 1, VOID, 0), ("8", "7")),
+    ],
+)
+def test_values_are_classes_or_void_as_is_asked_for(masks_of, values, options, labels, names):
+    train, _, found = read_folder(masks_of(*values), Coding(**options))
+    np.testing.assert_array_equal(train[0].labels[0, ::8], labels)
+    assert found == names
+
+
+def test_black_and_white_masks_train_both_classes(tmp_path, masks_of):
+    summary = run(config(tmp_path / "out", data=str(masks_of(0, 255)), values=(0, 255)))
+    assert summary["valid_pixels"] == 640
+    assert len(summary["per_class_iou"]) == 2
+    (tmp_path / "out/summary.json").unlink()
+    other = config(tmp_path / "out", data=str(tmp_path / "data"), values=(255, 0), resume=True)
+    with pytest.raises(InputError, match=r"--values: .*checkpoints was written with \[0, 255\], got \[255, 0\]"):
+        run(other)

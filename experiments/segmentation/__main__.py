@@ -21,7 +21,9 @@ import pandas as pd
 
 from experiments._door import InputError, enter, make_folder, write_json
 from experiments._runs import check_options, train
+from experiments.segmentation.coding import DEFAULT, Coding
 from experiments.segmentation.network import DEEPER, WIDTHS, init_network
+from experiments.segmentation.photographs import read_folder
 from experiments.segmentation.pictures import (
     ROWS,
     digits_palette,
@@ -42,7 +44,6 @@ from experiments.segmentation.training import (
     score,
     train_step,
 )
-from experiments.segmentation.voc import class_names, voc_folder
 
 COLUMNS = ("step", "loss", "pixel_accuracy", "mean_iou", "held_out_pixel_accuracy", "held_out_mean_iou")
 HELD_OUT = 256
@@ -59,7 +60,13 @@ class Config:
     data: str = "digits"
     """"digits", or a folder in PASCAL VOC layout."""
     classes: int | None = None
-    """Classes of the folder's masks; the largest label + 1 where not given."""
+    """Classes of the folder's masks; up to the last that occurs where not given."""
+    void: tuple[int, ...] = DEFAULT.void
+    """Values in the masks that are no class: not trained on and not scored. The others are the classes 0, 1, ... in
+    their order: with --void 0, as for ADE20K, 1 is class 0."""
+    values: tuple[int, ...] = ()
+    """Values in the masks that are the classes 0, 1, ..., where they are not consecutive: 0 255 for masks of black and
+    white. Others than these and --void are refused."""
     steps: int | None = None
     """Gradient steps, each on one batch; 4000 of digits and 3000 of photographs where not given."""
     batch_size: int | None = None
@@ -110,14 +117,15 @@ def check(config: Chosen) -> None:
         raise InputError(f"--classes: expected an integer from 2 to 255, got {config.classes}")
     if config.data == "digits" and config.classes not in (None, len(NAMES)):
         raise InputError(f"--classes: the digits have {len(NAMES)} with their background, got {config.classes}")
+    if config.data == "digits" and Coding(config.values, config.void) != DEFAULT:
+        raise InputError("--values and --void: expected with a folder, --data DIR, alone: the digits have no masks")
 
 
 def read_data(config: Chosen) -> tuple[Source, Source, tuple[str, ...]]:
     """What to train on, what to test on and the names of the classes."""
     if config.data == "digits":
         return *digit_scenes(config.seed, config.crop, HELD_OUT), NAMES
-    train, test, classes = voc_folder(Path(config.data), config.classes)
-    return train, test, class_names(Path(config.data), classes)
+    return read_folder(Path(config.data), Coding(config.values, config.void), config.classes)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -147,7 +155,7 @@ def run(config: Config) -> dict[str, Any]:
 
     apart = ("out", "resume", "overwrite", "checkpoint_every")
     options = {name: value for name, value in asdict(config).items() if name not in apart}
-    options["classes"] = classes
+    options |= {"classes": classes, "void": list(config.void), "values": list(config.values)}
     begun = params, jax.jit(optimizer.init)(params)
     state, seconds = train(config, COLUMNS, options, begun, advance, "image", loader)
     params, _ = state

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image
 from tqdm import tqdm
 
 from experiments._door import InputError
-from experiments.segmentation.scenes import VOID, Pair
+from experiments.segmentation.coding import DEFAULT, Coding, check_coding, check_two_classes, check_values, sentence
+from experiments.segmentation.scenes import Pair
 
 NAMES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "table", "dog",
@@ -39,34 +40,48 @@ class Photographs:
     """Random access to the images and masks of a list, of whatever sizes they are."""
 
     files: tuple[Files, ...]
+    coding: Coding
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Pair:
         image, mask = self.files[index]
-        return Pair(read_pixels(image, "RGB"), read_mask(mask))
+        return Pair(read_pixels(image, "RGB"), self.coding.labels(read_mask(mask)))
 
 
-def voc_folder(folder: Path, classes: int | None) -> tuple[Photographs, Photographs, int]:
-    """What to train on, what to test on and the number of classes: the masks' largest label + 1 unless given."""
-    train, test = listed(folder, "train"), listed(folder, "val")
+class Folder(NamedTuple):
+    """What to train on, what to test on and what the classes are called."""
+
+    train: Photographs
+    test: Photographs
+    names: tuple[str, ...]
+
+
+def read_folder(folder: Path, coding: Coding = DEFAULT, classes: int | None = None) -> Folder:
+    """With as many classes as are given, or else up to the last that occurs."""
+    check_coding(coding, classes)
+    lists = {list_of(folder, name): listed(folder, name) for name in ("train", "val")}
+    train, test = lists.values()
     with tqdm(dict.fromkeys((*train, *test)), unit="image", desc="checking") as bar:
-        highest = {files: check(files, classes) for files in bar}
-    for name, part in (("train", train), ("val", test)):
-        if max(highest[files] for files in part) < 0:
-            raise InputError(f"{list_of(folder, name)}: expected a labelled pixel in its masks, got {VOID} everywhere")
-    found = classes or 1 + max(highest.values())
-    if found < 2:
-        raise InputError(f"{folder / 'SegmentationClass'}: expected masks of at least two classes, got one")
-    return Photographs(train), Photographs(test), found
+        counts = {files: count_values(files, coding, classes) for files in bar}
+    totals = {path: np.sum([counts[files] for files in part], 0) for path, part in lists.items()}
+    for path, total in totals.items():
+        if not coding.occurring(total):
+            values = sentence(map(str, np.flatnonzero(total)))
+            raise InputError(f"{path}: expected a labelled pixel in its masks, got {values} everywhere")
+    check_two_classes(list_of(folder, "train"), totals[list_of(folder, "train")], coding)
+    occurring = coding.occurring(np.sum(list(totals.values()), 0))
+    found = classes or len(coding.values) or 1 + occurring[-1]
+    names = class_names(folder, found, coding)
+    return Folder(Photographs(train, coding), Photographs(test, coding), names)
 
 
-def class_names(folder: Path, classes: int) -> tuple[str, ...]:
-    """From classes.txt; without one VOC's own, where there are as many, and else the labels."""
+def class_names(folder: Path, classes: int, coding: Coding = DEFAULT) -> tuple[str, ...]:
+    """From classes.txt; without one VOC's own, where there are as many, and else their values in the masks."""
     path = folder / "classes.txt"
     if not path.is_file():
-        return NAMES if classes == len(NAMES) else tuple(map(str, range(classes)))
+        return NAMES if coding == DEFAULT and classes == len(NAMES) else tuple(map(str, coding.classes[:classes]))
     try:
         names = tuple(path.read_text().strip().splitlines())
     except UnicodeDecodeError:
@@ -100,18 +115,17 @@ def listed(folder: Path, part: str) -> tuple[Files, ...]:
     return tuple(files)
 
 
-def check(files: Files, classes: int | None) -> int:
-    """The largest label of a pair that fits together, -1 where all is void."""
-    image, labels = read_pixels(files.image, "RGB"), read_mask(files.mask)
-    if labels.shape != image.shape[:2]:
-        height, width = labels.shape
+def count_values(files: Files, coding: Coding, classes: int | None) -> Int[np.ndarray, " 256"]:
+    """How many pixels have each value in the mask of a pair that fits together."""
+    image, values = read_pixels(files.image, "RGB"), read_mask(files.mask)
+    if values.shape != image.shape[:2]:
+        height, width = values.shape
         raise InputError(
             f"{files.mask}: expected the size of {files.image}, {image.shape[1]}×{image.shape[0]}, got {width}×{height}"
         )
-    highest = int(labels[labels != VOID].max(initial=0)) if (labels != VOID).any() else -1
-    if classes is not None and highest >= classes:
-        raise InputError(f"{files.mask}: expected labels below --classes {classes} or {VOID} (void), got {highest}")
-    return highest
+    counts = np.bincount(values.ravel(), minlength=256)
+    check_values(files.mask, np.flatnonzero(counts), coding, classes)
+    return counts
 
 
 def read_mask(path: Path) -> UInt8[np.ndarray, "h w"]:
