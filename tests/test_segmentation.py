@@ -8,7 +8,9 @@ import pathlib
 import resource
 import shutil
 import signal
+import struct
 import sys
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ import numpy as np
 import optax
 import pandas as pd
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from sklearn.datasets import load_digits
 from test_vocabulary import end_held
 
@@ -27,8 +29,9 @@ from experiments.segmentation import __main__ as segmentation
 from experiments.segmentation import streets
 from experiments.segmentation.__main__ import Config, run
 from experiments.segmentation.coding import Coding
+from experiments.segmentation.files import read_mask, read_photograph
 from experiments.segmentation.network import DEEPER, GROUPS, WIDTHS, apply_network, init_network, normalise
-from experiments.segmentation.photographs import class_names, read_folder, read_mask
+from experiments.segmentation.photographs import class_names, read_folder
 from experiments.segmentation.pictures import voc_palette
 from experiments.segmentation.scenes import VOID, Pair, digit_scenes, read_digits
 from experiments.segmentation.training import (
@@ -727,3 +730,89 @@ def test_black_and_white_masks_train_both_classes(tmp_path, masks_of):
     other = config(tmp_path / "out", data=str(tmp_path / "data"), values=(255, 0), resume=True)
     with pytest.raises(InputError, match=r"--values: .*checkpoints was written with \[0, 255\], got \[255, 0\]"):
         run(other)
+
+
+# Files.
+
+
+def turned(orientation):
+    """What a camera notes that is held so."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
+
+
+@pytest.mark.parametrize(
+    ("orientation", "turn"),
+    [(1, None), (3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_270), (8, Image.Transpose.ROTATE_90)],
+)
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_photographs_are_upright(tmp_path, orientation, turn, ending):
+    """As every viewer shows them: what is stored, turned as EXIF says."""
+    stored = Image.fromarray(np.repeat(np.arange(0, 240, 10, dtype=np.uint8), 16).reshape(16, 24)).convert("RGB")
+    stored.save(tmp_path / f"0.{ending}", exif=turned(orientation), quality=100, subsampling=0)
+    seen = stored if turn is None else stored.transpose(turn)
+    found = read_photograph(tmp_path / f"0.{ending}")
+    assert found.shape == (seen.height, seen.width, 3)
+    assert np.abs(found.astype(int) - np.asarray(seen)).max() < 16
+    np.testing.assert_allclose(found[[0, -1]].mean((1, 2)), np.asarray(seen)[[0, -1]].mean((1, 2)), atol=5)
+
+
+def test_a_mask_of_a_photograph_as_it_is_stored_is_one_line(tmp_path):
+    stored = Image.new("RGB", (40, 32))
+    write_pair(tmp_path, "0", Image.fromarray(RNG.integers(0, 2, (32, 40), np.uint8)))
+    stored.save(tmp_path / "JPEGImages/0.png", exif=turned(6))
+    write_lists(tmp_path)
+    with pytest.raises(InputError) as caught:
+        read_folder(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}/SegmentationClass/0.png: expected the size of {tmp_path}/JPEGImages/0.png, 32×40, got 40×32: "
+        "its EXIF orientation turns the photograph, and has to turn the mask"
+    )
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_grey_photographs_of_16_bits_keep_the_upper_8(tmp_path, ending):
+    stored = RNG.integers(0, 2**16, (5, 7), np.uint16)
+    Image.fromarray(stored).save(tmp_path / f"0.{ending}")
+    np.testing.assert_array_equal(read_photograph(tmp_path / f"0.{ending}"), np.stack([stored // 256] * 3, -1))
+
+
+def test_photographs_of_32_bits_are_one_line(tmp_path):
+    Image.fromarray(np.ones((5, 7), np.float32)).save(tmp_path / "0.tif")
+    with pytest.raises(InputError, match=r"0.tif: expected 8 or 16 bits a channel, got 32: save the photograph with"):
+        read_photograph(tmp_path / "0.tif")
+
+
+def write_grey(path, values, bits):
+    """PNG as its specification has it, for Pillow takes the labels to be stretched on the way out as well."""
+    height, width = values.shape
+    shifts = np.arange(bits - 1, -1, -1)
+    rows = np.packbits((values[..., None] >> shifts & 1).reshape(height, -1), 1)
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    chunks = [(b"IHDR", header), (b"IDAT", data), (b"IEND", b"")]
+    content = [struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x)) for name, x in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(content))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_masks_of_few_bits_hold_their_labels(tmp_path, bits):
+    values = RNG.integers(0, 2**bits, (9, 13), np.uint8)
+    write_grey(tmp_path / "0.png", values, bits)
+    np.testing.assert_array_equal(read_mask(tmp_path / "0.png"), values)
+    palette = Image.fromarray(values)
+    palette.putpalette([*range(256)] * 3)
+    palette.save(tmp_path / "1.png", bits=bits)
+    np.testing.assert_array_equal(read_mask(tmp_path / "1.png"), values)
+
+
+@pytest.mark.parametrize(("form", "ending"), [("JPEG", "jpg"), ("JPEG", "png"), ("WEBP", "webp")])
+def test_masks_with_losses_are_one_line(tmp_path, form, ending):
+    Image.fromarray(np.zeros((9, 13), np.uint8)).save(tmp_path / f"0.{ending}", form)
+    with pytest.raises(InputError) as caught:
+        read_mask(tmp_path / f"0.{ending}")
+    assert str(caught.value) == (
+        f"{tmp_path}/0.{ending}: expected a mask that is stored without loss, as PNG is, got {form}, whose values are "
+        "others than were drawn: export the mask anew"
+    )

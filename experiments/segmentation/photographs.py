@@ -1,7 +1,7 @@
 """A folder in the layout of PASCAL VOC, checked file by file before anything is trained on it.
 
     JPEGImages/NAME.jpg or .png
-    SegmentationClass/NAME.png      palette or 8-bit greyscale: the class of each pixel, 255 = void
+    SegmentationClass/NAME.png      palette or greyscale: the class of each pixel, 255 = void
     ImageSets/Segmentation/train.txt and val.txt, a NAME a line
     classes.txt                     where there is one: what label 0, 1, ... is called, a line each
 
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, UInt8
-from PIL import Image
+from jaxtyping import Int
 from tqdm import tqdm
 
 from experiments._door import InputError
 from experiments.segmentation.coding import DEFAULT, Coding, check_coding, check_two_classes, check_values, sentence
+from experiments.segmentation.files import is_turned, read_mask, read_photograph
 from experiments.segmentation.scenes import Pair
 
 NAMES = (
@@ -47,7 +47,7 @@ class Photographs:
 
     def __getitem__(self, index: int) -> Pair:
         image, mask = self.files[index]
-        return Pair(read_pixels(image, "RGB"), self.coding.labels(read_mask(mask)))
+        return Pair(read_photograph(image), self.coding.labels(read_mask(mask)))
 
 
 class Folder(NamedTuple):
@@ -117,29 +117,14 @@ def listed(folder: Path, part: str) -> tuple[Files, ...]:
 
 def count_values(files: Files, coding: Coding, classes: int | None) -> Int[np.ndarray, " 256"]:
     """How many pixels have each value in the mask of a pair that fits together."""
-    image, values = read_pixels(files.image, "RGB"), read_mask(files.mask)
+    image, values = read_photograph(files.image), read_mask(files.mask)
     if values.shape != image.shape[:2]:
         height, width = values.shape
-        raise InputError(
-            f"{files.mask}: expected the size of {files.image}, {image.shape[1]}×{image.shape[0]}, got {width}×{height}"
+        remedy = (
+            ": its EXIF orientation turns the photograph, and has to turn the mask" if is_turned(files.image) else ""
         )
+        expected = f"expected the size of {files.image}, {image.shape[1]}×{image.shape[0]}"
+        raise InputError(f"{files.mask}: {expected}, got {width}×{height}{remedy}")
     counts = np.bincount(values.ravel(), minlength=256)
     check_values(files.mask, np.flatnonzero(counts), coding, classes)
     return counts
-
-
-def read_mask(path: Path) -> UInt8[np.ndarray, "h w"]:
-    labels = read_pixels(path, None)
-    if labels.ndim != 2 or labels.dtype != np.uint8:
-        kind = f"{labels.shape[-1]} channels" if labels.ndim == 3 else f"pixels of {labels.dtype}"
-        raise InputError(f"{path}: expected a palette or 8-bit greyscale mask, got {kind}")
-    return labels
-
-
-def read_pixels(path: Path, mode: str | None) -> np.ndarray:
-    """Every pixel decoded; a palette image gives its indices unless a mode is asked for."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image if mode is None else image.convert(mode))
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot read the image: {error}") from None
