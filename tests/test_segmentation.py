@@ -29,10 +29,11 @@ from experiments.segmentation import __main__ as segmentation
 from experiments.segmentation import streets
 from experiments.segmentation.__main__ import Config, run
 from experiments.segmentation.coding import Coding
+from experiments.segmentation.colours import read_colours
 from experiments.segmentation.files import read_mask, read_photograph
 from experiments.segmentation.network import DEEPER, GROUPS, WIDTHS, apply_network, init_network, normalise
 from experiments.segmentation.photographs import class_names, read_folder
-from experiments.segmentation.pictures import voc_palette
+from experiments.segmentation.pictures import palette_of, voc_palette
 from experiments.segmentation.scenes import VOID, Pair, digit_scenes, read_digits
 from experiments.segmentation.training import (
     batches,
@@ -538,7 +539,7 @@ def test_an_output_folder_that_cannot_be_written_stops_the_script_in_one_line(vo
         ({"classes": 10}, "--classes: the digits have 11 with their background, got 10"),
         (
             {"void": (0,)},
-            "--values and --void: expected with a folder, --data DIR, alone: the digits have no masks",
+            "--values, --void and --colours: expected with a folder, --data DIR: the digits have no masks",
         ),
         ({"data": "x", "void": (256,)}, "--void: expected integers from 0 to 255, as masks hold, got 256"),
         ({"data": "x", "void": (1, 1)}, "--void: expected each value once, got 1 and 1"),
@@ -586,8 +587,8 @@ def save_mask(pixels):
     [
         (MASK, save_mask(np.zeros((40, 64), np.uint8)), "JPEGImages/1.png, 40×64, got 64×40"),
         (MASK, save_mask(np.full((64, 40), 200, np.uint8)), "expected labels below --classes 3 or 255 (void), got 200"),
-        (MASK, save_mask(np.zeros((64, 40, 3), np.uint8)), "expected a palette or 8-bit greyscale mask, got 3 channels"),
-        (MASK, save_mask(np.zeros((64, 40), np.uint16)), "expected a palette or 8-bit greyscale mask, got pixels of uint16"),
+        (MASK, save_mask(np.zeros((64, 40, 3), np.uint8)), "expected a palette or 8-bit greyscale mask, got 3 channels of the colours 0 0 0: pass --colours FILE with a line 'R G B name' for each"),
+        (MASK, save_mask(np.zeros((64, 40), np.uint16)), "expected a palette or 8-bit greyscale mask, got Pillow's mode I;16: save it in mode L, 8 bits a pixel"),
         (MASK, lambda path: path.unlink(), "no such file, listed in {folder}/ImageSets/Segmentation/train.txt, line 2"),
         (MASK, lambda path: os.truncate(path, 600), "cannot read the image: "),
         (IMAGE, lambda path: path.unlink(), "no such file, listed in {folder}/ImageSets/Segmentation/train.txt, line 1"),
@@ -730,6 +731,62 @@ def test_black_and_white_masks_train_both_classes(tmp_path, masks_of):
     other = config(tmp_path / "out", data=str(tmp_path / "data"), values=(255, 0), resume=True)
     with pytest.raises(InputError, match=r"--values: .*checkpoints was written with \[0, 255\], got \[255, 0\]"):
         run(other)
+
+
+# Colours.
+
+BLACK, RED, GREEN, BLUE = (0, 0, 0), (128, 0, 0), (0, 128, 0), (0, 0, 128)
+
+
+def write_coloured(folder, *colours, table, mode="RGB"):
+    """As `masks_of` has it, with the table of colours beside it."""
+    columns = np.repeat(np.uint8(colours), 8, 0)
+    write_pair(
+        folder / "data",
+        "0",
+        Image.fromarray(np.tile(columns, (40, 1, 1))).convert(mode, palette=Image.Palette.ADAPTIVE),
+    )
+    write_lists(folder / "data")
+    (folder / "colours.txt").write_text(table)
+    return {"data": str(folder / "data"), "colours": folder / "colours.txt"}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_coloured_masks_are_read_by_their_table(tmp_path, mode):
+    table = "\ufeff128 0 0 red thing\n\n0 0 0\tVoid\n0 128 0\n"
+    options = write_coloured(tmp_path, BLACK, RED, GREEN, table=table, mode=mode)
+    coding = read_colours(options["colours"])
+    train, _, names = read_folder(tmp_path / "data", coding)
+    np.testing.assert_array_equal(train[0].labels[0, ::8], [VOID, 0, 1])
+    assert names == ("red thing", "0 128 0")
+    assert palette_of(coding)[[VOID, 0, 1]].tolist() == [list(BLACK), list(RED), list(GREEN)]
+    assert len(run(config(tmp_path / "out", **options))["per_class_iou"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("colours", "table", "message"),
+    [
+        ((BLACK, BLUE), "0 0 0 a\n0 128 0 b\n", "0.png: expected the colours of --colours alone, got 0 0 128 in row 0, column 8, and 320 such pixels"),
+        ((BLACK, BLUE), "0 0 0 void\n0 0 128 b\n1 1 1 c\n", "train.txt: its masks hold the colours 0 0 0 (void) and 0 0 128 (class 0), fewer than two classes: all that is not the class has to be labelled too"),
+        ((BLACK,), "0 0 0\n0 0 300 b\n", "colours.txt, line 2: expected 'R G B name', three integers from 0 to 255, got '0 0 300 b'"),
+        ((BLACK,), "0 0\n", "colours.txt, line 1: expected 'R G B name', three integers from 0 to 255, got '0 0'"),
+        ((BLACK,), "0 0 0\n0 0 0 b\n", "colours.txt, line 2: expected each colour once, got 0 0 0 again"),
+        ((BLACK,), "0 0 0\n", "colours.txt: expected the colours of 2 to 255 classes, a line each, got 1"),
+    ],
+)  # fmt: skip
+def test_bad_colours_are_one_line(tmp_path, colours, table, message):
+    options = write_coloured(tmp_path, *colours, table=table)
+    with pytest.raises(InputError) as caught:
+        run(config(tmp_path / "out", **options))
+    assert str(caught.value).endswith(message)
+
+
+def test_colours_go_with_no_other_coding(tmp_path):
+    options = write_coloured(tmp_path, BLACK, RED, table="0 0 0\n128 0 0\n")
+    with pytest.raises(InputError, match="--colours: expected without --values and --void: its lines say what is void"):
+        run(config(tmp_path / "out", **options, void=(0,)))
+    with pytest.raises(InputError, match="--classes: --colours has the colours of 2, got 3"):
+        run(config(tmp_path / "out", **options, classes=3))
 
 
 # Files.

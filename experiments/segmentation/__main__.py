@@ -21,16 +21,17 @@ import pandas as pd
 
 from experiments._door import InputError, enter, make_folder, write_json
 from experiments._runs import check_options, train
-from experiments.segmentation.coding import DEFAULT, Coding
+from experiments.segmentation.coding import DEFAULT, Coding, check_coding
+from experiments.segmentation.colours import read_colours
 from experiments.segmentation.network import DEEPER, WIDTHS, init_network
 from experiments.segmentation.photographs import read_folder
 from experiments.segmentation.pictures import (
     ROWS,
     digits_palette,
+    palette_of,
     plot_classes,
     plot_examples,
     plot_loss,
-    voc_palette,
 )
 from experiments.segmentation.scenes import NAMES, digit_scenes
 from experiments.segmentation.training import (
@@ -69,6 +70,9 @@ class Config:
     white. Others than these and --void are refused."""
     steps: int | None = None
     """Gradient steps, each on one batch; 4000 of digits and 3000 of photographs where not given."""
+    colours: Path | None = None
+    """Text file with a line "R G B name" for each class, in their order, where masks are drawn in colours; a line named
+    void is no class."""
     batch_size: int | None = None
     """Images in a batch; 16 of digits and 4 photographs where not given."""
     learning_rate: float = 0.003
@@ -117,15 +121,24 @@ def check(config: Chosen) -> None:
         raise InputError(f"--classes: expected an integer from 2 to 255, got {config.classes}")
     if config.data == "digits" and config.classes not in (None, len(NAMES)):
         raise InputError(f"--classes: the digits have {len(NAMES)} with their background, got {config.classes}")
-    if config.data == "digits" and Coding(config.values, config.void) != DEFAULT:
-        raise InputError("--values and --void: expected with a folder, --data DIR, alone: the digits have no masks")
+    apart = Coding(config.values, config.void) != DEFAULT
+    if config.data == "digits" and (apart or config.colours):
+        raise InputError("--values, --void and --colours: expected with a folder, --data DIR: the digits have no masks")
+    if config.colours and apart:
+        raise InputError("--colours: expected without --values and --void: its lines say what is void")
 
 
-def read_data(config: Chosen) -> tuple[Source, Source, tuple[str, ...]]:
+def read_coding(config: Chosen) -> Coding:
+    coding = read_colours(config.colours) if config.colours else Coding(config.values, config.void)
+    check_coding(coding, config.classes)
+    return coding
+
+
+def read_data(config: Chosen, coding: Coding) -> tuple[Source, Source, tuple[str, ...]]:
     """What to train on, what to test on and the names of the classes."""
     if config.data == "digits":
         return *digit_scenes(config.seed, config.crop, HELD_OUT), NAMES
-    return read_folder(Path(config.data), Coding(config.values, config.void), config.classes)
+    return read_folder(Path(config.data), coding, config.classes)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -133,7 +146,8 @@ def run(config: Config) -> dict[str, Any]:
     config = choose(config)
     check(config)
     digits, crop = config.data == "digits", config.crop
-    train_on, test, names = read_data(config)
+    coding = read_coding(config)
+    train_on, test, names = read_data(config, coding)
     out = make_folder(config.out)
     classes = len(names)
     recipe = EVEN if digits else recipe_of(train_on, classes)
@@ -156,6 +170,7 @@ def run(config: Config) -> dict[str, Any]:
     apart = ("out", "resume", "overwrite", "checkpoint_every")
     options = {name: value for name, value in asdict(config).items() if name not in apart}
     options |= {"classes": classes, "void": list(config.void), "values": list(config.values)}
+    options["colours"] = [list(colour) for colour in coding.colours]
     begun = params, jax.jit(optimizer.init)(params)
     state, seconds = train(config, COLUMNS, options, begun, advance, "image", loader)
     params, _ = state
@@ -163,7 +178,7 @@ def run(config: Config) -> dict[str, Any]:
     summary = {**held_out, "steps": config.steps, "seconds": round(seconds, 3)}
     pairs = [test[n] for n in range(min(ROWS, len(test)))]
     predictions = [predict_whole(params, pair, recipe) for pair in pairs]
-    colors = digits_palette() if digits else voc_palette()
+    colors = digits_palette() if digits else palette_of(coding)
     plot_examples(pairs, predictions, names, colors, out / "examples.png")
     plot_classes(held_out["per_class_iou"], names, held_out["mean_iou"], out / "classes.png")
     plot_loss(pd.read_csv(out / "metrics.csv"), held_out, out / "loss.png")

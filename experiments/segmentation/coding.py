@@ -13,6 +13,8 @@ from experiments.segmentation.scenes import VOID
 
 NEITHER = -1
 
+Colour = tuple[int, int, int]
+
 
 @dataclass(frozen=True)
 class Coding:
@@ -20,6 +22,10 @@ class Coding:
 
     values: tuple[int, ...] = ()
     void: tuple[int, ...] = (VOID,)
+    colours: tuple[Colour, ...] = ()
+    """Of value 0, 1, ..., where masks have colours in place of values."""
+    names: tuple[str, ...] = ()
+    """Of value 0, 1, ..., empty where it has none."""
 
     @cached_property
     def classes(self) -> tuple[int, ...]:
@@ -41,9 +47,13 @@ class Coding:
         """The classes that have pixels, by how many have each value."""
         return sorted({int(label) for label in self.table[counts > 0]} - {VOID})
 
+    def word(self, value: int) -> str:
+        """What a value is called in masks."""
+        return in_words(self.colours[value]) if self.colours else str(value)
+
     def describe(self, value: int) -> str:
         label = self.table[value]
-        return f"{value} ({'void' if label == VOID else 'no class' if label == NEITHER else f'class {label}'})"
+        return f"{self.word(value)} ({'void' if label == VOID else f'class {label}'})"
 
 
 DEFAULT = Coding()
@@ -57,6 +67,8 @@ def check_coding(coding: Coding, classes: int | None) -> None:
                 raise InputError(f"--{name}: expected integers from 0 to 255, as masks hold, got {value}")
         if len(set(values)) < len(values):
             raise InputError(f"--{name}: expected each value once, got {sentence(map(str, values))}")
+    if coding.colours and classes not in (None, len(coding.values)):
+        raise InputError(f"--classes: --colours has the colours of {len(coding.values)}, got {classes}")
     if not coding.values and not coding.void:
         raise InputError("--void: expected a value; where every value is a class, give them all to --values")
     if coding.values and not 2 <= len(coding.values) <= VOID:
@@ -83,10 +95,11 @@ def check_two_classes(source: Path, counts: Int[np.ndarray, " 256"], coding: Cod
     values = [int(value) for value in np.flatnonzero(counts)]
     if len(coding.occurring(counts)) >= 2:
         return
-    found = f"the value{'s' * (len(values) > 1)} {sentence(map(coding.describe, values))}"
+    kind = ("colour" if coding.colours else "value") + "s" * (len(values) > 1)
+    found = f"the {kind} {sentence(map(coding.describe, values))}"
     remedy = (
         f"where each value is a class, pass --values {' '.join(map(str, values))}"
-        if len(values) > 1
+        if len(values) > 1 and not coding.colours
         else "all that is not the class has to be labelled too"
     )
     raise InputError(f"{source}: its masks hold {found}, fewer than two classes: {remedy}")
@@ -95,3 +108,7 @@ def check_two_classes(source: Path, counts: Int[np.ndarray, " 256"], coding: Cod
 def sentence(words: Iterable[str]) -> str:
     *most, last = words
     return f"{', '.join(most)} and {last}" if most else last
+
+
+def in_words(colour: Iterable[int]) -> str:
+    return " ".join(map(str, colour))

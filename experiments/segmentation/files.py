@@ -10,6 +10,8 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps
 
 from experiments._door import InputError
+from experiments.segmentation.coding import Colour
+from experiments.segmentation.colours import in_short, index_colours
 
 LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 """Formats that change values: between two classes they make pixels of others."""
@@ -26,8 +28,11 @@ def read_photograph(path: Path) -> UInt8[np.ndarray, "h w 3"]:
         return np.asarray(upright.convert("RGB"))
 
 
-def read_mask(path: Path) -> UInt8[np.ndarray, "h w"]:
-    """The values as they are stored: of a palette the indices, of grey in 1, 2 or 4 bits what these bits say."""
+def read_mask(path: Path, colours: tuple[Colour, ...] = ()) -> UInt8[np.ndarray, "h w"]:
+    """The values as they are stored: of a palette the indices, of grey in 1, 2 or 4 bits what these bits say.
+
+    Where there are colours, the place of each pixel's among them.
+    """
     with opened(path) as image:
         if image.format in LOSSY:
             raise InputError(
@@ -35,13 +40,22 @@ def read_mask(path: Path) -> UInt8[np.ndarray, "h w"]:
                 "others than were drawn: export the mask anew"
             )
         levels = 2 ** stored_bits(image) - 1
-        values = np.asarray(ImageOps.exif_transpose(image))
-        if image.mode == "1":
-            return values.astype(np.uint8)
-    if values.ndim != 2 or values.dtype != np.uint8:
-        kind = f"{values.shape[-1]} channels" if values.ndim == 3 else f"pixels of {values.dtype}"
-        raise InputError(f"{path}: expected a palette or 8-bit greyscale mask, got {kind}")
-    return values // (255 // levels)
+        upright = ImageOps.exif_transpose(image)
+    if colours:
+        return index_colours(np.asarray(upright.convert("RGB")), colours, path)
+    if upright.mode == "1":
+        return np.asarray(upright).astype(np.uint8)
+    if upright.mode not in ("P", "L"):
+        raise InputError(f"{path}: expected a palette or 8-bit greyscale mask, got {describe(upright)}")
+    return np.asarray(upright) // (255 // levels)
+
+
+def describe(mask: Image.Image) -> str:
+    """What a mask is that holds no labels, and how they are read or stored."""
+    if mask.mode in ("RGB", "RGBA"):
+        found = f"{len(mask.mode)} channels of the colours {in_short(np.asarray(mask.convert('RGB')))}"
+        return f"{found}: pass --colours FILE with a line 'R G B name' for each"
+    return f"Pillow's mode {mask.mode}: save it in mode L, 8 bits a pixel"
 
 
 def stored_bits(image: Image.Image) -> int:

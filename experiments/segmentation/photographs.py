@@ -17,7 +17,7 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from experiments._door import InputError
-from experiments.segmentation.coding import DEFAULT, Coding, check_coding, check_two_classes, check_values, sentence
+from experiments.segmentation.coding import DEFAULT, Coding, check_two_classes, check_values, sentence
 from experiments.segmentation.files import is_turned, read_mask, read_photograph
 from experiments.segmentation.scenes import Pair
 
@@ -47,7 +47,7 @@ class Photographs:
 
     def __getitem__(self, index: int) -> Pair:
         image, mask = self.files[index]
-        return Pair(read_photograph(image), self.coding.labels(read_mask(mask)))
+        return Pair(read_photograph(image), self.coding.labels(read_mask(mask, self.coding.colours)))
 
 
 class Folder(NamedTuple):
@@ -60,7 +60,6 @@ class Folder(NamedTuple):
 
 def read_folder(folder: Path, coding: Coding = DEFAULT, classes: int | None = None) -> Folder:
     """With as many classes as are given, or else up to the last that occurs."""
-    check_coding(coding, classes)
     lists = {list_of(folder, name): listed(folder, name) for name in ("train", "val")}
     train, test = lists.values()
     with tqdm(dict.fromkeys((*train, *test)), unit="image", desc="checking") as bar:
@@ -78,10 +77,13 @@ def read_folder(folder: Path, coding: Coding = DEFAULT, classes: int | None = No
 
 
 def class_names(folder: Path, classes: int, coding: Coding = DEFAULT) -> tuple[str, ...]:
-    """From classes.txt; without one VOC's own, where there are as many, and else their values in the masks."""
+    """From the colours or classes.txt; without them VOC's own, where there are as many; else what masks hold."""
+    words = tuple(coding.word(value) for value in coding.classes[:classes])
     path = folder / "classes.txt"
+    if any(coding.names):
+        return tuple(coding.names[value] or word for value, word in zip(coding.classes, words, strict=True))
     if not path.is_file():
-        return NAMES if coding == DEFAULT and classes == len(NAMES) else tuple(map(str, coding.classes[:classes]))
+        return NAMES if coding == DEFAULT and classes == len(NAMES) else words
     try:
         names = tuple(path.read_text().strip().splitlines())
     except UnicodeDecodeError:
@@ -117,7 +119,7 @@ def listed(folder: Path, part: str) -> tuple[Files, ...]:
 
 def count_values(files: Files, coding: Coding, classes: int | None) -> Int[np.ndarray, " 256"]:
     """How many pixels have each value in the mask of a pair that fits together."""
-    image, values = read_photograph(files.image), read_mask(files.mask)
+    image, values = read_photograph(files.image), read_mask(files.mask, coding.colours)
     if values.shape != image.shape[:2]:
         height, width = values.shape
         remedy = (
