@@ -733,6 +733,31 @@ def test_black_and_white_masks_train_both_classes(tmp_path, masks_of):
         run(other)
 
 
+@pytest.mark.parametrize(
+    ("values", "options", "line"),
+    [
+        ((0, 147, 220), {}, "3 of 221 classes occur: 0, 147, 220; --values 0 147 220 keeps these alone\n"),
+        ((0, 15, 20), {}, "3 of 21 classes occur: background, person, monitor\n"),
+        ((0, 1, 3), {"classes": 4}, "3 of 4 classes occur: 0, 1, 3\n"),
+        ((0, 3, 255), {"values": (0, 3, 4)}, "2 of 3 classes occur: 0, 3\n"),
+        ((0, 1, 3), {"void": (0,)}, "2 of 3 classes occur: 1, 3\n"),
+        ((0, 1, 2), {}, ""),
+    ],
+)
+def test_classes_that_never_occur_are_said(masks_of, capsys, values, options, line):
+    classes = options.pop("classes", None)
+    read_folder(masks_of(*values), Coding(**{"void": (VOID,)} | options), classes)
+    assert capsys.readouterr().out == line
+
+
+def test_classes_that_are_held_out_alone_are_said(masks_of, tmp_path, capsys):
+    masks_of(0, 1)
+    write_pair(tmp_path / "data", "1", np.tile(np.uint8([0, 1, 2]), (3, 1)))
+    (tmp_path / "data/ImageSets/Segmentation/val.txt").write_text("1\n")
+    read_folder(tmp_path / "data")
+    assert capsys.readouterr().out == "held out, but never trained on: 2\n"
+
+
 # Colours.
 
 BLACK, RED, GREEN, BLUE = (0, 0, 0), (128, 0, 0), (0, 128, 0), (0, 0, 128)

@@ -28,6 +28,9 @@ NAMES = (
 """What VOC calls its classes."""
 
 
+CLASSES = "classes.txt"
+
+
 class Files(NamedTuple):
     """An image and its mask."""
 
@@ -64,22 +67,28 @@ def read_folder(folder: Path, coding: Coding = DEFAULT, classes: int | None = No
     train, test = lists.values()
     with tqdm(dict.fromkeys((*train, *test)), unit="image", desc="checking") as bar:
         counts = {files: count_values(files, coding, classes) for files in bar}
-    totals = {path: np.sum([counts[files] for files in part], 0) for path, part in lists.items()}
-    for path, total in totals.items():
+    taught, held_out = (np.sum([counts[files] for files in part], 0) for part in (train, test))
+    for path, total in zip(lists, (taught, held_out), strict=True):
         if not coding.occurring(total):
-            values = sentence(map(str, np.flatnonzero(total)))
+            values = sentence(map(coding.word, np.flatnonzero(total)))
             raise InputError(f"{path}: expected a labelled pixel in its masks, got {values} everywhere")
-    check_two_classes(list_of(folder, "train"), totals[list_of(folder, "train")], coding)
-    occurring = coding.occurring(np.sum(list(totals.values()), 0))
-    found = classes or len(coding.values) or 1 + occurring[-1]
-    names = class_names(folder, found, coding)
+    check_two_classes(list_of(folder, "train"), taught, coding)
+    met = coding.occurring(taught + held_out)
+    names = class_names(folder, classes or len(coding.values) or 1 + met[-1], coding)
+    if len(met) < len(names):
+        shown = ", ".join(names[label] for label in met)
+        numbered = not classes and names == tuple(map(str, DEFAULT.classes[: len(names)]))
+        remedy = f"; --values {' '.join(names[label] for label in met)} keeps these alone" if numbered else ""
+        print(f"{len(met)} of {len(names)} classes occur: {shown}{remedy}")
+    if untaught := [names[label] for label in met if label not in coding.occurring(taught)]:
+        print(f"held out, but never trained on: {', '.join(untaught)}")
     return Folder(Photographs(train, coding), Photographs(test, coding), names)
 
 
 def class_names(folder: Path, classes: int, coding: Coding = DEFAULT) -> tuple[str, ...]:
     """From the colours or classes.txt; without them VOC's own, where there are as many; else what masks hold."""
     words = tuple(coding.word(value) for value in coding.classes[:classes])
-    path = folder / "classes.txt"
+    path = folder / CLASSES
     if any(coding.names):
         return tuple(coding.names[value] or word for value, word in zip(coding.classes, words, strict=True))
     if not path.is_file():
