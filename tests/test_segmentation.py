@@ -31,6 +31,7 @@ from experiments.segmentation.__main__ import Config, run
 from experiments.segmentation.coding import Coding
 from experiments.segmentation.colours import read_colours
 from experiments.segmentation.files import read_mask, read_photograph
+from experiments.segmentation.layouts import EXPECTED, IMAGES, MASKS
 from experiments.segmentation.network import DEEPER, GROUPS, WIDTHS, apply_network, init_network, normalise
 from experiments.segmentation.photographs import class_names, read_folder
 from experiments.segmentation.pictures import palette_of, voc_palette
@@ -609,10 +610,92 @@ def test_bad_folders_are_one_line_naming_the_file(broken, tmp_path, file, spoil,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_without_lists_is_named(tmp_path):
-    with pytest.raises(OSError, match="No such file") as caught:
-        read_folder(tmp_path / "nowhere")
-    assert caught.value.filename == str(tmp_path / "nowhere/ImageSets/Segmentation/train.txt")
+@pytest.mark.parametrize(
+    ("present", "message"),
+    [
+        (None, "{0}: no such folder, asked for with --data"),
+        ([], "{0}: expected {1}; got nothing"),
+        (["a/x.jpg", "b.png", ".hidden"], "{0}: expected {1}; got a/, b.png"),
+        ([f"{n}.png" for n in range(9)], "{0}: expected {1}; got 0.png, 1.png, 2.png, 3.png, 4.png, 5.png and 3 more"),
+        (["train.txt"], "{0}/train.txt: expected at least one name, got an empty list"),
+        (["val.txt"], "{0}/train.txt: no such list; train.txt and val.txt say what to train on and what to hold out"),
+        (["images/x.png", "masks/.DS_Store"], "{0}/images: expected a file of the same name in {0}/masks for each, got x here alone"),
+        (["images/x.png", "masks/x.png", "masks/y.gif"], "{0}/masks: expected a file of the same name in {0}/images for each, got y here alone"),
+        (["images/x.png", "masks/x.png"], "{0}/images: expected two photographs or more, one to be held out, got 1"),
+        (["images/x.txt", "labels/x.png"], "{0}/labels: expected a file of the same name in {0}/images for each, got x here alone"),
+    ],
+)  # fmt: skip
+def test_folders_of_no_layout_are_one_line(tmp_path, present, message):
+    folder = tmp_path / "data"
+    for name in [] if present is None else ["", *present]:
+        path = folder / name
+        (path if name == "" else path.parent).mkdir(parents=True, exist_ok=True)
+        if name:
+            path.write_text("")
+    with pytest.raises(InputError) as caught:
+        read_folder(folder)
+    assert str(caught.value) == message.format(folder, EXPECTED)
+
+
+def lay_out(folder, files, lists):
+    """Photographs and masks by their paths, each of two classes, the photograph as dark as it is its number."""
+    for n, (image, mask) in enumerate(files):
+        for path, pixels in ((image, np.full((20, 30, 3), n, np.uint8)), (mask, np.eye(20, 30, dtype=np.uint8))):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / path)
+    for path, text in lists.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+
+
+def numbers(photographs):
+    return [photographs[n].image[0, 0, 0] for n in range(len(photographs))]
+
+
+@pytest.mark.parametrize(
+    ("files", "lists"),
+    [
+        ([("JPEGImages/a b.JPG", "SegmentationClass/a b.PNG"), ("JPEGImages/1.jpeg", "SegmentationClass/1.png")],
+         {"ImageSets/Segmentation/train.txt": "\ufeffa b\n", "ImageSets/Segmentation/val.txt": "1.jpeg"}),
+        ([("images/a.png", "labels/a.tif"), ("images/b/1.png", "labels/b/1.gif")],
+         {"train.txt": "a\r\n", "val.txt": "\ufeffb/1.png\n"}),
+        ([("train/a.png", "trainannot/a.png"), ("val/1 2.JPG", "valannot/1 2.png")],
+         {"train.txt": "\ufeff/SegNet/CamVid/train/a.png /SegNet/CamVid/trainannot/a.png\n",
+          "val.txt": "\nval/1 2.JPG\tC:\\data\\valannot\\1 2.png\n"}),
+    ],
+)  # fmt: skip
+def test_lists_name_photographs_or_pairs_of_paths(tmp_path, files, lists):
+    lay_out(tmp_path, files, lists)
+    train, test, names = read_folder(tmp_path)
+    assert (numbers(train), numbers(test)) == ([0], [1])
+    assert names == ("0", "1")
+
+
+def test_a_pair_that_is_missing_is_one_line(tmp_path):
+    lay_out(tmp_path, [("a.png", "b.png")], {"train.txt": "a.png b.png\n", "val.txt": "\na.png x/c.png\n"})
+    with pytest.raises(InputError) as caught:
+        read_folder(tmp_path)
+    assert str(caught.value) == f"{tmp_path}/x/c.png: no such file, listed in {tmp_path}/val.txt, line 2"
+
+
+@pytest.mark.parametrize("masks", ["masks", "labels"])
+def test_without_lists_a_fifth_is_held_out_by_the_seed(tmp_path, capsys, masks):
+    lay_out(tmp_path, [(f"images/{n:02}.png", f"{masks}/{n:02}.png") for n in range(11)], {})
+    drawn = [read_folder(tmp_path, seed=seed) for seed in (0, 0, 1)]
+    assert capsys.readouterr().out.splitlines()[0] == "9 photographs to train on, 2 held out, as --seed 0 draws them"
+    first, again, other = ((numbers(train), numbers(test)) for train, test, _ in drawn)
+    assert first == again != other
+    assert sorted(first[0] + first[1]) == sorted(other[0] + other[1]) == list(range(11))
+
+
+def test_the_layouts_stand_in_the_help_and_in_the_docs(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["segmentation", "--help"])
+    with pytest.raises(SystemExit):
+        enter(Config, run, segmentation.__doc__)
+    page = (pathlib.Path(__file__).parents[1] / "docs/experiments.md").read_text()
+    for text in (capsys.readouterr().out, page):
+        for name in (*IMAGES, *MASKS, "ImageSets/Segmentation/train.txt", '"photograph.png mask.png"', "classes.txt"):
+            assert name in text
 
 
 def test_masks_of_void_alone_are_refused(broken):

@@ -2,9 +2,20 @@
 
 python -m experiments.segmentation --seed 0
 
-Trains on scenes of overlapping handwritten digits with a void border, or on any folder in PASCAL VOC layout
+Trains on scenes of overlapping handwritten digits with a void border, or on a folder of photographs and masks
 (--data DIR), through the cross-entropy of every pixel that is not void. After a kill, the same command with
 --resume ends in the same metrics and parameters, bit for bit, as the run that was left alone.
+
+The folder has one of three layouts, and in each perhaps classes.txt, the names of the classes, a line each:
+
+    JPEGImages/NAME.jpg                          PASCAL VOC's: photographs,
+    SegmentationClass/NAME.png                   the class of each pixel in a palette or in grey, 255 = void,
+    ImageSets/Segmentation/train.txt, val.txt    and what to train on and to hold out, a NAME a line
+
+    train.txt, val.txt                           SegNet's: for each photograph a line "photograph.png mask.png"
+
+    images/NAME.jpg                              without lists: a fifth of the photographs, drawn by --seed,
+    masks/NAME.png or labels/NAME.png            is held out
 
 Photographs are mirrored, scaled and lit at random, their colours normalised, rare classes counted for more, and the
 network for them is deeper. `python -m experiments.segmentation.streets` draws a folder to try that on.
@@ -59,7 +70,7 @@ class Config:
     """Options of the experiment."""
 
     data: str = "digits"
-    """"digits", or a folder in PASCAL VOC layout."""
+    """"digits", or a folder of photographs and masks in one of the layouts above."""
     classes: int | None = None
     """Classes of the folder's masks; up to the last that occurs where not given."""
     void: tuple[int, ...] = DEFAULT.void
@@ -81,7 +92,7 @@ class Config:
     """Pixels along each side of a scene, or of the window of a photograph, that is trained on; 64 of digits and 192
     of photographs where not given."""
     seed: int = 0
-    """Draws the held-out digits, the scenes, their order and the initial weights."""
+    """Draws what is held out where no list says it, the scenes, their order and the initial weights."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     resume: bool = False
@@ -138,7 +149,7 @@ def read_data(config: Chosen, coding: Coding) -> tuple[Source, Source, tuple[str
     """What to train on, what to test on and the names of the classes."""
     if config.data == "digits":
         return *digit_scenes(config.seed, config.crop, HELD_OUT), NAMES
-    return read_folder(Path(config.data), coding, config.classes)
+    return read_folder(Path(config.data), coding, config.classes, config.seed)
 
 
 def run(config: Config) -> dict[str, Any]:

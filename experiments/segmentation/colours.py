@@ -15,17 +15,15 @@ from jaxtyping import UInt8
 
 from experiments._door import InputError
 from experiments.segmentation.coding import Coding, Colour, in_words, sentence
+from experiments.segmentation.layouts import read_lines
 
 SHOWN = 4
 
 
 def read_colours(path: Path) -> Coding:
     """The value of a pixel in such a mask is taken to be the line of its colour."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: expected text, a line 'R G B name' for each class") from None
-    lines = {number: line.split(maxsplit=3) for number, line in enumerate(lines, 1) if line.strip()}
+    written = enumerate(read_lines(path, "a line 'R G B name' for each class"), 1)
+    lines = {number: line.split(maxsplit=3) for number, line in written if line.strip()}
     table: dict[Colour, str] = {}
     for number, (*parts, name) in ((number, [*line, ""][:4]) for number, line in lines.items()):
         if len(parts) != 3 or not all(part.isdecimal() and int(part) <= 255 for part in parts):
