@@ -36,6 +36,7 @@ from experiments.segmentation.network import DEEPER, GROUPS, WIDTHS, apply_netwo
 from experiments.segmentation.photographs import class_names, read_folder
 from experiments.segmentation.pictures import palette_of, voc_palette
 from experiments.segmentation.scenes import VOID, Pair, digit_scenes, read_digits
+from experiments.segmentation.trained import read_trained
 from experiments.segmentation.training import (
     batches,
     confusion,
@@ -310,7 +311,7 @@ def test_learns_a_folder_of_differing_sizes(whole):
     summary, out = whole
     assert_learnt(summary, out)
     assert {path.name for path in out.glob("*.*")} == {
-        "metrics.csv", "summary.json", "examples.png", "classes.png", "loss.png"
+        "metrics.csv", "network.json", "summary.json", "examples.png", "classes.png", "loss.png"
     }  # fmt: skip
 
 
@@ -561,6 +562,103 @@ def test_bad_options_are_one_line(tmp_path, options, message):
     with pytest.raises(InputError) as caught:
         run(config(tmp_path, **options))
     assert message in str(caught.value)
+
+
+def test_more_steps_are_refused_and_begun_with_the_parameters_of_the_run(voc, whole, tmp_path):
+    """The last are trained at a learning rate of 0: there is nothing to go on with but the parameters."""
+    _, out = whole
+    more = config(out, data=str(voc), resume=True, steps=9)
+    with pytest.raises(InputError) as caught:
+        run(more)
+    assert str(caught.value) == (
+        f"--steps: expected 7, over which the learning rate of {out} falls to 0, got 9: for more after it, begin "
+        f"another run with its parameters, --start {out} --out DIR"
+    )
+    options = config(tmp_path / "more", data=str(voc), start=out)
+    run(options)
+    first, last = (pd.read_csv(path / "metrics.csv")["loss"] for path in (options.out, out))
+    assert first.iloc[0] < last.iloc[0]
+    with pytest.raises(InputError, match=r"--start: .*more/checkpoints was written with .*, got None: resume takes"):
+        run(config(options.out, data=str(voc), resume=True))
+    with pytest.raises(InputError, match=r"--start: expected a run on photographs with 4 classes, got .*, of 3"):
+        run(config(tmp_path / "other", data=str(voc), start=out, classes=4))
+    with pytest.raises(InputError, match=r"other: expected a finished run, which holds summary.json and network.json"):
+        run(config(tmp_path / "third", data=str(voc), start=tmp_path / "other"))
+
+
+def test_a_run_of_an_earlier_version_does_not_go_on(voc, tmp_path, monkeypatch):
+    options = config(tmp_path, data=str(voc))
+    stopped_at(monkeypatch, options, 3)
+    record = read_record(tmp_path / "checkpoints", 2)
+    del record["options"]["void"]
+    save(tmp_path / "checkpoints", Checkpoint(3, {}, record))
+    with pytest.raises(InputError, match=r": expected a run of this version, got one of an earlier, which does not go"):
+        run(dataclasses.replace(options, resume=True))
+
+
+@pytest.mark.parametrize("predicting", [False, True])
+def test_an_interruption_before_the_first_checkpoint_is_not_gone_on_from(voc, tmp_path, monkeypatch, capfd, predicting):
+    def interrupt(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(_runs, "append", interrupt)
+    monkeypatch.setattr(segmentation, "read_trained", interrupt)
+    options = ["--predict=x.jpg"] if predicting else [f"--data={voc}", "--batch-size=2", "--crop=32"]
+    monkeypatch.setattr(sys, "argv", ["segmentation", *options, f"--out={tmp_path}"])
+    with pytest.raises(SystemExit) as ended:
+        enter(Config, run, None)
+    assert ended.value.code == 130
+    line = (
+        "interrupted" if predicting else "interrupted before the first checkpoint, of step 200; --resume begins again"
+    )
+    assert capfd.readouterr().err.splitlines()[-1] == line
+
+
+def test_a_run_predicts_photographs(whole, voc, tmp_path, capsys):
+    _, out = whole
+    exif = turned(6)
+    Image.fromarray(RNG.integers(0, 256, (50, 41, 3), np.uint8)).save(tmp_path / "new.jpg", exif=exif)
+    paths = (voc / "JPEGImages/0.jpg", tmp_path / "new.jpg")
+    run(Config(predict=paths, out=out))
+    trained = read_trained(out)
+    lines = capsys.readouterr().out.splitlines()
+    for path, line in zip(paths, lines, strict=True):
+        image = read_photograph(path)
+        classes = trained.classes(image)
+        written = read_mask(out / f"predictions/{path.stem}_mask.png")
+        np.testing.assert_array_equal(written, classes)
+        shares = {f"{n} {np.mean(classes == n):.1%}" for n in np.unique(classes)}
+        said, _, where = line.removeprefix(f"{path}: ").partition("; see ")
+        assert set(said.split(", ")) == shares
+        assert where == f"{out}/predictions/{path.stem}_mask.png and {path.stem}_overlay.png"
+        with Image.open(out / f"predictions/{path.stem}_overlay.png") as overlay:
+            blend = (image.astype(int) + voc_palette()[classes]) / 2
+            assert np.abs(np.asarray(overlay) - blend).max() <= 1
+    with np.load(out / "checkpoints/7/state.npz") as state:  # as the docs have it
+        np.testing.assert_array_equal(state["0/score/0"], trained.params["score"][0])
+
+
+def test_predicted_masks_have_the_values_and_colours_that_were_learnt_from(tmp_path, masks_of):
+    folder = masks_of(0, 255)
+    run(config(tmp_path / "out", data=str(folder), values=(0, 255)))
+    photograph = folder / "JPEGImages/0.png"
+    run(Config(predict=(photograph,), out=tmp_path / "out"))
+    assert set(np.unique(read_mask(tmp_path / "out/predictions/0_mask.png"))) <= {0, 255}
+    options = write_coloured(tmp_path / "second", BLACK, RED, GREEN, table="0 0 0 void\n128 0 0\n0 128 0\n")
+    run(config(tmp_path / "coloured", **options))
+    run(Config(predict=(photograph,), out=tmp_path / "coloured"))
+    with Image.open(tmp_path / "coloured/predictions/0_mask.png") as mask:
+        assert {colour for _, colour in mask.convert("RGB").getcolors()} <= {RED, GREEN}
+
+
+def test_predictions_of_one_name_or_without_a_run_are_one_line(whole, tmp_path):
+    _, out = whole
+    with pytest.raises(InputError, match="--predict: expected photographs of different names, got 2 of the name x"):
+        run(Config(predict=(pathlib.Path("a/x.jpg"), pathlib.Path("b/x.png")), out=out))
+    with pytest.raises(InputError, match=r"x.jpg: cannot read the image"):
+        run(Config(predict=(tmp_path / "x.jpg",), out=out))
+    with pytest.raises(InputError, match=r": expected a finished run, which holds summary.json and network.json"):
+        run(Config(predict=(tmp_path / "x.jpg",), out=tmp_path))
 
 
 # Folders.

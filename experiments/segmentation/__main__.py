@@ -22,14 +22,18 @@ network for them is deeper. `python -m experiments.segmentation.streets` draws a
 """
 
 import math
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pandas as pd
 
+from experiments._checkpoints import latest_whole, read_record, steps_of
 from experiments._door import InputError, enter, make_folder, write_json
 from experiments._runs import check_options, train
 from experiments.segmentation.coding import DEFAULT, Coding, check_coding
@@ -45,6 +49,7 @@ from experiments.segmentation.pictures import (
     plot_loss,
 )
 from experiments.segmentation.scenes import NAMES, digit_scenes
+from experiments.segmentation.trained import Trained, read_trained, write_predictions, write_trained
 from experiments.segmentation.training import (
     EVEN,
     Source,
@@ -59,6 +64,7 @@ from experiments.segmentation.training import (
 
 COLUMNS = ("step", "loss", "pixel_accuracy", "mean_iou", "held_out_pixel_accuracy", "held_out_mean_iou")
 HELD_OUT = 256
+CHECKPOINTS = "checkpoints"
 TIMES, FIRST = 20, 32
 """How often the first so many held-out images are scored on the way."""
 LARGEST_CROP = 2048
@@ -79,11 +85,11 @@ class Config:
     values: tuple[int, ...] = ()
     """Values in the masks that are the classes 0, 1, ..., where they are not consecutive: 0 255 for masks of black and
     white. Others than these and --void are refused."""
-    steps: int | None = None
-    """Gradient steps, each on one batch; 4000 of digits and 3000 of photographs where not given."""
     colours: Path | None = None
     """Text file with a line "R G B name" for each class, in their order, where masks are drawn in colours; a line named
     void is no class."""
+    steps: int | None = None
+    """Gradient steps, each on one batch; 4000 of digits and 3000 of photographs where not given."""
     batch_size: int | None = None
     """Images in a batch; 16 of digits and 4 photographs where not given."""
     learning_rate: float = 0.003
@@ -99,9 +105,13 @@ class Config:
     """Go on from the latest whole checkpoint in the folder of results."""
     overwrite: bool = False
     """Replace the run in the folder of results."""
+    start: Path | None = None
+    """Folder of a finished run with as many classes, whose parameters are begun with."""
+    predict: tuple[Path, ...] = ()
+    """Photographs whose pixels the finished run in --out names, in its folder predictions; nothing is trained."""
     out: Path = Path("out/segmentation")
     """Folder for metrics.csv (each training batch, before its step, and now and then held-out images after it),
-    summary.json, the pictures and the checkpoints."""
+    summary.json, the pictures, the checkpoints and network.json, what else a prediction needs."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +163,52 @@ def read_data(config: Chosen, coding: Coding) -> tuple[Source, Source, tuple[str
 
 
 def run(config: Config) -> dict[str, Any]:
+    """Train, or predict where that is asked for; an interruption is not said to be gone on from where it is not."""
+    try:
+        if config.predict:
+            write_predictions(read_trained(config.out), config.predict, config.out / "predictions")
+            return {}
+        return learn(config)
+    except KeyboardInterrupt:
+        if not config.predict and steps_of(config.out / CHECKPOINTS):
+            raise
+        first = f" before the first checkpoint, of step {config.checkpoint_every}; --resume begins again"
+        print("interrupted" + first * (not config.predict), file=sys.stderr)
+        sys.exit(130)
+
+
+def check_continued(config: Chosen, options: dict[str, Any]) -> None:
+    """Say why a run does not go on, where --resume asks for what it cannot."""
+    step = latest_whole(config.out / CHECKPOINTS) if config.resume else None
+    if step is None:
+        return
+    known = read_record(config.out / CHECKPOINTS, step)["options"]
+    if not options.keys() <= known.keys():
+        raise InputError(
+            f"{config.out}: expected a run of this version, got one of an earlier, which does not go on: begin again "
+            "with --overwrite, or choose another --out"
+        )
+    if known["steps"] != config.steps:
+        raise InputError(
+            f"--steps: expected {known['steps']}, over which the learning rate of {config.out} falls to 0, got "
+            f"{config.steps}: for more after it, begin another run with its parameters, --start {config.out} --out DIR"
+        )
+
+
+def start_with(config: Chosen, classes: int, widths: tuple[int, ...]) -> Any:
+    """Parameters drawn by the seed, or those of another run."""
+    fresh = jax.jit(init_network, static_argnums=(1, 2))(jax.random.key(config.seed), classes, widths)
+    if config.start is None:
+        return fresh
+    learnt = read_trained(config.start)
+    if jax.tree.map(jnp.shape, learnt.params) != jax.tree.map(jnp.shape, fresh):
+        kind = "the digits" if config.data == "digits" else "photographs"
+        got = f"got {config.start}, of {len(learnt.names)}"
+        raise InputError(f"--start: expected a run on {kind} with {classes} classes, {got}")
+    return jax.tree.map(jnp.asarray, learnt.params)
+
+
+def learn(config: Config) -> dict[str, Any]:
     """Train, write the results to `config.out` and return the summary."""
     config = choose(config)
     check(config)
@@ -165,7 +221,7 @@ def run(config: Config) -> dict[str, Any]:
     schedule = optax.warmup_cosine_decay_schedule(0, config.learning_rate, config.steps // 10, config.steps)
     optimizer = optax.adamw(schedule)
     widths = WIDTHS if digits else DEEPER
-    params = jax.jit(init_network, static_argnums=(1, 2))(jax.random.key(config.seed), classes, widths)
+    params = start_with(config, classes, widths)
     loader = batches(train_on, config.batch_size, crop, config.seed, augmented=not digits)
 
     def advance(state, step: int):
@@ -178,18 +234,23 @@ def run(config: Config) -> dict[str, Any]:
             scores.append({"pixel_accuracy": math.nan, "mean_iou": math.nan})
         return state, (float(loss), *(part[name] for part in scores for name in ("pixel_accuracy", "mean_iou")))
 
-    apart = ("out", "resume", "overwrite", "checkpoint_every")
+    apart = ("out", "resume", "overwrite", "checkpoint_every", "predict")
     options = {name: value for name, value in asdict(config).items() if name not in apart}
     options |= {"classes": classes, "void": list(config.void), "values": list(config.values)}
-    options["colours"] = [list(colour) for colour in coding.colours]
+    options |= {"colours": [list(colour) for colour in coding.colours], "start": config.start and str(config.start)}
+    check_continued(config, options)
     begun = params, jax.jit(optimizer.init)(params)
     state, seconds = train(config, COLUMNS, options, begun, advance, "image", loader)
     params, _ = state
     held_out = evaluate(params, test, recipe, classes)
     summary = {**held_out, "steps": config.steps, "seconds": round(seconds, 3)}
     pairs = [test[n] for n in range(min(ROWS, len(test)))]
-    predictions = [predict_whole(params, pair, recipe) for pair in pairs]
+    predictions = [predict_whole(params, pair.image, recipe) for pair in pairs]
     colors = digits_palette() if digits else palette_of(coding)
+    values = np.array(coding.classes[:classes], np.uint8)
+    by_value = colors.copy()
+    by_value[values] = colors[:classes]
+    write_trained(out, Trained(params, recipe, names, values, by_value), widths)
     plot_examples(pairs, predictions, names, colors, out / "examples.png")
     plot_classes(held_out["per_class_iou"], names, held_out["mean_iou"], out / "classes.png")
     plot_loss(pd.read_csv(out / "metrics.csv"), held_out, out / "loss.png")

@@ -25,7 +25,8 @@ from experiments._door import InputError
 IMAGES, MASKS = ("JPEGImages", "images"), ("SegmentationClass", "masks", "labels")
 EXPECTED = (
     "JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/train.txt and val.txt with a NAME a line; or train.txt "
-    "and val.txt with a line 'photograph.png mask.png' for each; or images/NAME.jpg and masks/NAME.png or labels/NAME.png"
+    "and val.txt with a line 'photograph.png mask.png' for each; or images/NAME.jpg and masks/NAME.png or "
+    "labels/NAME.png"
 )
 PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 LABELLED = (".png", ".tif", ".tiff", ".bmp", ".gif", ".jpg", ".jpeg", ".webp")
