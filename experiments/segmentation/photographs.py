@@ -12,7 +12,7 @@ from experiments._door import InputError
 from experiments.segmentation.coding import DEFAULT, Coding, check_two_classes, check_values, sentence
 from experiments.segmentation.files import is_turned, read_mask, read_photograph
 from experiments.segmentation.layouts import Files, find_parts, read_lines
-from experiments.segmentation.scenes import Pair
+from experiments.segmentation.scenes import VOID, Pair
 
 NAMES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "table", "dog",
@@ -60,14 +60,28 @@ def read_folder(folder: Path, coding: Coding = DEFAULT, classes: int | None = No
     check_two_classes(parts.train.source, taught, coding)
     met = coding.occurring(taught + held_out)
     names = class_names(folder, classes or len(coding.values) or 1 + met[-1], coding)
-    if len(met) < len(names):
-        shown = ", ".join(names[label] for label in met)
-        numbered = not classes and names == tuple(map(str, DEFAULT.classes[: len(names)]))
-        remedy = f"; --values {' '.join(names[label] for label in met)} keeps these alone" if numbered else ""
-        print(f"{len(met)} of {len(names)} classes occur: {shown}{remedy}")
+    print(f"{occurrence(met, names, numbered=not classes)}; {void_share(taught + held_out, coding)}")
     if untaught := [names[label] for label in met if label not in coding.occurring(taught)]:
         print(f"held out, but never trained on: {', '.join(untaught)}")
     return Folder(Photographs(parts.train.files, coding), Photographs(parts.test.files, coding), names)
+
+
+def occurrence(met: list[int], names: tuple[str, ...], numbered: bool) -> str:
+    """How many classes occur; which, where some do not; and, if these are their values, how to keep these alone."""
+    said = f"{len(met)} of {len(names)} classes occur"
+    if len(met) == len(names):
+        return said
+    values = [names[label] for label in met]
+    remedy = numbered and names == tuple(map(str, DEFAULT.classes[: len(names)]))
+    alone = f" (--values {' '.join(values)} keeps these alone)" if remedy else ""
+    return f"{said}: {', '.join(values)}{alone}"
+
+
+def void_share(counts: Int[np.ndarray, " 256"], coding: Coding) -> str:
+    """How much is no class: none of it, where masks have another value for it than is said."""
+    void = np.flatnonzero(coding.table == VOID).tolist()
+    share = f"{counts[void].sum() / counts.sum():.1%} of the pixels are void"
+    return f"{share} ({sentence(map(coding.word, void))})" if void else "no value is void"
 
 
 def class_names(folder: Path, classes: int, coding: Coding = DEFAULT) -> tuple[str, ...]:
