@@ -655,7 +655,7 @@ def test_predictions_of_one_name_or_without_a_run_are_one_line(whole, tmp_path):
     _, out = whole
     with pytest.raises(InputError, match="--predict: expected photographs of different names, got 2 of the name x"):
         run(Config(predict=(pathlib.Path("a/x.jpg"), pathlib.Path("b/x.png")), out=out))
-    with pytest.raises(InputError, match=r"x.jpg: cannot read the image"):
+    with pytest.raises(InputError, match=r"x.jpg: no such file$"):
         run(Config(predict=(tmp_path / "x.jpg",), out=out))
     with pytest.raises(InputError, match=r": expected a finished run, which holds summary.json and network.json"):
         run(Config(predict=(tmp_path / "x.jpg",), out=tmp_path))

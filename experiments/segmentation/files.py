@@ -76,5 +76,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             yield image
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: cannot read the image: {error}") from None
