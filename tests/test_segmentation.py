@@ -545,10 +545,6 @@ def test_an_output_folder_that_cannot_be_written_stops_the_script_in_one_line(vo
         ),
         ({"data": "x", "void": (256,)}, "--void: expected integers from 0 to 255, as masks hold, got 256"),
         ({"data": "x", "void": (1, 1)}, "--void: expected each value once, got 1 and 1"),
-        (
-            {"data": "x", "void": ()},
-            "--void: expected a value; where every value is a class, give them all to --values",
-        ),
         ({"data": "x", "values": (1,)}, "--values: expected 2 to 255 values, got 1"),
         ({"data": "x", "values": (1, 2), "classes": 3}, "--classes: --values gives the values of 2, got 3"),
         ({"learning_rate": 1e30}, "--learning-rate 1e+30: expected a finite loss, got nan at step"),

@@ -79,9 +79,9 @@ class Config:
     """"digits", or a folder of photographs and masks in one of the layouts above."""
     classes: int | None = None
     """Classes of the folder's masks; up to the last that occurs where not given."""
-    void: tuple[int, ...] = DEFAULT.void
-    """Values in the masks that are no class: not trained on and not scored. The others are the classes 0, 1, ... in
-    their order: with --void 0, as for ADE20K, 1 is class 0."""
+    void: tuple[int, ...] = ()
+    """Values in the masks that are no class: not trained on and not scored; 255 where not given. The others are the
+    classes 0, 1, ... in their order: with --void 0, as for ADE20K, 1 is class 0."""
     values: tuple[int, ...] = ()
     """Values in the masks that are the classes 0, 1, ..., where they are not consecutive: 0 255 for masks of black and
     white. Others than these and --void are refused."""
@@ -142,7 +142,7 @@ def check(config: Chosen) -> None:
         raise InputError(f"--classes: expected an integer from 2 to 255, got {config.classes}")
     if config.data == "digits" and config.classes not in (None, len(NAMES)):
         raise InputError(f"--classes: the digits have {len(NAMES)} with their background, got {config.classes}")
-    apart = Coding(config.values, config.void) != DEFAULT
+    apart = bool(config.values or config.void)
     if config.data == "digits" and (apart or config.colours):
         raise InputError("--values, --void and --colours: expected with a folder, --data DIR: the digits have no masks")
     if config.colours and apart:
@@ -150,7 +150,7 @@ def check(config: Chosen) -> None:
 
 
 def read_coding(config: Chosen) -> Coding:
-    coding = read_colours(config.colours) if config.colours else Coding(config.values, config.void)
+    coding = read_colours(config.colours) if config.colours else Coding(config.values, config.void or DEFAULT.void)
     check_coding(coding, config.classes)
     return coding
 

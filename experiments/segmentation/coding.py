@@ -69,8 +69,6 @@ def check_coding(coding: Coding, classes: int | None) -> None:
             raise InputError(f"--{name}: expected each value once, got {sentence(map(str, values))}")
     if coding.colours and classes not in (None, len(coding.values)):
         raise InputError(f"--classes: --colours has the colours of {len(coding.values)}, got {classes}")
-    if not coding.values and not coding.void:
-        raise InputError("--void: expected a value; where every value is a class, give them all to --values")
     if coding.values and not 2 <= len(coding.values) <= VOID:
         raise InputError(f"--values: expected 2 to {VOID} values, got {len(coding.values)}")
     if coding.values and classes not in (None, len(coding.values)):
