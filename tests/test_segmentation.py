@@ -8,7 +8,9 @@ import pathlib
 import resource
 import shutil
 import signal
+import struct
 import sys
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ import numpy as np
 import optax
 import pandas as pd
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from sklearn.datasets import load_digits
 from test_vocabulary import end_held
 
@@ -26,9 +28,15 @@ from experiments._door import InputError, enter
 from experiments.segmentation import __main__ as segmentation
 from experiments.segmentation import streets
 from experiments.segmentation.__main__ import Config, run
+from experiments.segmentation.coding import Coding
+from experiments.segmentation.colours import read_colours
+from experiments.segmentation.files import read_mask, read_photograph
+from experiments.segmentation.layouts import EXPECTED, IMAGES, MASKS
 from experiments.segmentation.network import DEEPER, GROUPS, WIDTHS, apply_network, init_network, normalise
-from experiments.segmentation.pictures import voc_palette
+from experiments.segmentation.photographs import class_names, read_folder
+from experiments.segmentation.pictures import palette_of, voc_palette
 from experiments.segmentation.scenes import VOID, Pair, digit_scenes, read_digits
+from experiments.segmentation.trained import read_trained
 from experiments.segmentation.training import (
     batches,
     confusion,
@@ -40,7 +48,6 @@ from experiments.segmentation.training import (
     recipe_of,
     score,
 )  # fmt: skip
-from experiments.segmentation.voc import class_names, read_mask, voc_folder
 from jaxsoft import cross_entropy
 
 pytestmark = [pytest.mark.scripts, pytest.mark.x32]
@@ -152,7 +159,7 @@ def test_every_class_occurs_and_every_digit_has_a_void_border():
 
 
 def test_batches_are_the_same_from_any_position(voc):
-    train, _, _ = voc_folder(voc, None)
+    train, *_ = read_folder(voc)
     all_of_them = batches(train, 2, 32, seed=5)
     expected = [next(all_of_them) for _ in range(6)]
     for start in (1, 4):
@@ -304,7 +311,7 @@ def test_learns_a_folder_of_differing_sizes(whole):
     summary, out = whole
     assert_learnt(summary, out)
     assert {path.name for path in out.glob("*.*")} == {
-        "metrics.csv", "summary.json", "examples.png", "classes.png", "loss.png"
+        "metrics.csv", "network.json", "summary.json", "examples.png", "classes.png", "loss.png"
     }  # fmt: skip
 
 
@@ -532,6 +539,14 @@ def test_an_output_folder_that_cannot_be_written_stops_the_script_in_one_line(vo
         ({"crop": 100_000}, "--crop: expected 32 to 2048 pixels, got 100000"),
         ({"classes": 256}, "--classes: expected an integer from 2 to 255, got 256"),
         ({"classes": 10}, "--classes: the digits have 11 with their background, got 10"),
+        (
+            {"void": (0,)},
+            "--values, --void and --colours: expected with a folder, --data DIR: the digits have no masks",
+        ),
+        ({"data": "x", "void": (256,)}, "--void: expected integers from 0 to 255, as masks hold, got 256"),
+        ({"data": "x", "void": (1, 1)}, "--void: expected each value once, got 1 and 1"),
+        ({"data": "x", "values": (1,)}, "--values: expected 2 to 255 values, got 1"),
+        ({"data": "x", "values": (1, 2), "classes": 3}, "--classes: --values gives the values of 2, got 3"),
         ({"learning_rate": 1e30}, "--learning-rate 1e+30: expected a finite loss, got nan at step"),
         (
             {"learning_rate": 3.4028e38, "steps": 1},
@@ -543,6 +558,103 @@ def test_bad_options_are_one_line(tmp_path, options, message):
     with pytest.raises(InputError) as caught:
         run(config(tmp_path, **options))
     assert message in str(caught.value)
+
+
+def test_more_steps_are_refused_and_begun_with_the_parameters_of_the_run(voc, whole, tmp_path):
+    """The last are trained at a learning rate of 0: there is nothing to go on with but the parameters."""
+    _, out = whole
+    more = config(out, data=str(voc), resume=True, steps=9)
+    with pytest.raises(InputError) as caught:
+        run(more)
+    assert str(caught.value) == (
+        f"--steps: expected 7, over which the learning rate of {out} falls to 0, got 9: for more after it, begin "
+        f"another run with its parameters, --start {out} --out DIR"
+    )
+    options = config(tmp_path / "more", data=str(voc), start=out)
+    run(options)
+    first, last = (pd.read_csv(path / "metrics.csv")["loss"] for path in (options.out, out))
+    assert first.iloc[0] < last.iloc[0]
+    with pytest.raises(InputError, match=r"--start: .*more/checkpoints was written with .*, got None: resume takes"):
+        run(config(options.out, data=str(voc), resume=True))
+    with pytest.raises(InputError, match=r"--start: expected a run on photographs with 4 classes, got .*, of 3"):
+        run(config(tmp_path / "other", data=str(voc), start=out, classes=4))
+    with pytest.raises(InputError, match=r"other: expected a finished run, which holds summary.json and network.json"):
+        run(config(tmp_path / "third", data=str(voc), start=tmp_path / "other"))
+
+
+def test_a_run_of_an_earlier_version_does_not_go_on(voc, tmp_path, monkeypatch):
+    options = config(tmp_path, data=str(voc))
+    stopped_at(monkeypatch, options, 3)
+    record = read_record(tmp_path / "checkpoints", 2)
+    del record["options"]["void"]
+    save(tmp_path / "checkpoints", Checkpoint(3, {}, record))
+    with pytest.raises(InputError, match=r": expected a run of this version, got one of an earlier, which does not go"):
+        run(dataclasses.replace(options, resume=True))
+
+
+@pytest.mark.parametrize("predicting", [False, True])
+def test_an_interruption_before_the_first_checkpoint_is_not_gone_on_from(voc, tmp_path, monkeypatch, capfd, predicting):
+    def interrupt(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(_runs, "append", interrupt)
+    monkeypatch.setattr(segmentation, "read_trained", interrupt)
+    options = ["--predict=x.jpg"] if predicting else [f"--data={voc}", "--batch-size=2", "--crop=32"]
+    monkeypatch.setattr(sys, "argv", ["segmentation", *options, f"--out={tmp_path}"])
+    with pytest.raises(SystemExit) as ended:
+        enter(Config, run, None)
+    assert ended.value.code == 130
+    line = (
+        "interrupted" if predicting else "interrupted before the first checkpoint, of step 200; --resume begins again"
+    )
+    assert capfd.readouterr().err.splitlines()[-1] == line
+
+
+def test_a_run_predicts_photographs(whole, voc, tmp_path, capsys):
+    _, out = whole
+    exif = turned(6)
+    Image.fromarray(RNG.integers(0, 256, (50, 41, 3), np.uint8)).save(tmp_path / "new.jpg", exif=exif)
+    paths = (voc / "JPEGImages/0.jpg", tmp_path / "new.jpg")
+    run(Config(predict=paths, out=out))
+    trained = read_trained(out)
+    lines = capsys.readouterr().out.splitlines()
+    for path, line in zip(paths, lines, strict=True):
+        image = read_photograph(path)
+        classes = trained.classes(image)
+        written = read_mask(out / f"predictions/{path.stem}_mask.png")
+        np.testing.assert_array_equal(written, classes)
+        shares = {f"{n} {np.mean(classes == n):.1%}" for n in np.unique(classes)}
+        said, _, where = line.removeprefix(f"{path}: ").partition("; see ")
+        assert set(said.split(", ")) == shares
+        assert where == f"{out}/predictions/{path.stem}_mask.png and {path.stem}_overlay.png"
+        with Image.open(out / f"predictions/{path.stem}_overlay.png") as overlay:
+            blend = (image.astype(int) + voc_palette()[classes]) / 2
+            assert np.abs(np.asarray(overlay) - blend).max() <= 1
+    with np.load(out / "checkpoints/7/state.npz") as state:  # as the docs have it
+        np.testing.assert_array_equal(state["0/score/0"], trained.params["score"][0])
+
+
+def test_predicted_masks_have_the_values_and_colours_that_were_learnt_from(tmp_path, masks_of):
+    folder = masks_of(0, 255)
+    run(config(tmp_path / "out", data=str(folder), values=(0, 255)))
+    photograph = folder / "JPEGImages/0.png"
+    run(Config(predict=(photograph,), out=tmp_path / "out"))
+    assert set(np.unique(read_mask(tmp_path / "out/predictions/0_mask.png"))) <= {0, 255}
+    options = write_coloured(tmp_path / "second", BLACK, RED, GREEN, table="0 0 0 void\n128 0 0\n0 128 0\n")
+    run(config(tmp_path / "coloured", **options))
+    run(Config(predict=(photograph,), out=tmp_path / "coloured"))
+    with Image.open(tmp_path / "coloured/predictions/0_mask.png") as mask:
+        assert {colour for _, colour in mask.convert("RGB").getcolors()} <= {RED, GREEN}
+
+
+def test_predictions_of_one_name_or_without_a_run_are_one_line(whole, tmp_path):
+    _, out = whole
+    with pytest.raises(InputError, match="--predict: expected photographs of different names, got 2 of the name x"):
+        run(Config(predict=(pathlib.Path("a/x.jpg"), pathlib.Path("b/x.png")), out=out))
+    with pytest.raises(InputError, match=r"x.jpg: no such file$"):
+        run(Config(predict=(tmp_path / "x.jpg",), out=out))
+    with pytest.raises(InputError, match=r": expected a finished run, which holds summary.json and network.json"):
+        run(Config(predict=(tmp_path / "x.jpg",), out=tmp_path))
 
 
 # Folders.
@@ -570,8 +682,8 @@ def save_mask(pixels):
     [
         (MASK, save_mask(np.zeros((40, 64), np.uint8)), "JPEGImages/1.png, 40×64, got 64×40"),
         (MASK, save_mask(np.full((64, 40), 200, np.uint8)), "expected labels below --classes 3 or 255 (void), got 200"),
-        (MASK, save_mask(np.zeros((64, 40, 3), np.uint8)), "expected a palette or 8-bit greyscale mask, got 3 channels"),
-        (MASK, save_mask(np.zeros((64, 40), np.uint16)), "expected a palette or 8-bit greyscale mask, got pixels of uint16"),
+        (MASK, save_mask(np.zeros((64, 40, 3), np.uint8)), "expected a palette or 8-bit greyscale mask, got 3 channels of the colours 0 0 0: pass --colours FILE with a line 'R G B name' for each"),
+        (MASK, save_mask(np.zeros((64, 40), np.uint16)), "expected a palette or 8-bit greyscale mask, got Pillow's mode I;16: save it in mode L, 8 bits a pixel"),
         (MASK, lambda path: path.unlink(), "no such file, listed in {folder}/ImageSets/Segmentation/train.txt, line 2"),
         (MASK, lambda path: os.truncate(path, 600), "cannot read the image: "),
         (IMAGE, lambda path: path.unlink(), "no such file, listed in {folder}/ImageSets/Segmentation/train.txt, line 1"),
@@ -592,10 +704,92 @@ def test_bad_folders_are_one_line_naming_the_file(broken, tmp_path, file, spoil,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_without_lists_is_named(tmp_path):
-    with pytest.raises(OSError, match="No such file") as caught:
-        voc_folder(tmp_path / "nowhere", None)
-    assert caught.value.filename == str(tmp_path / "nowhere/ImageSets/Segmentation/train.txt")
+@pytest.mark.parametrize(
+    ("present", "message"),
+    [
+        (None, "{0}: no such folder, asked for with --data"),
+        ([], "{0}: expected {1}; got nothing"),
+        (["a/x.jpg", "b.png", ".hidden"], "{0}: expected {1}; got a/, b.png"),
+        ([f"{n}.png" for n in range(9)], "{0}: expected {1}; got 0.png, 1.png, 2.png, 3.png, 4.png, 5.png and 3 more"),
+        (["train.txt"], "{0}/train.txt: expected at least one name, got an empty list"),
+        (["val.txt"], "{0}/train.txt: no such list; train.txt and val.txt say what to train on and what to hold out"),
+        (["images/x.png", "masks/.DS_Store"], "{0}/images: expected a file of the same name in {0}/masks for each, got x here alone"),
+        (["images/x.png", "masks/x.png", "masks/y.gif"], "{0}/masks: expected a file of the same name in {0}/images for each, got y here alone"),
+        (["images/x.png", "masks/x.png"], "{0}/images: expected two photographs or more, one to be held out, got 1"),
+        (["images/x.txt", "labels/x.png"], "{0}/labels: expected a file of the same name in {0}/images for each, got x here alone"),
+    ],
+)  # fmt: skip
+def test_folders_of_no_layout_are_one_line(tmp_path, present, message):
+    folder = tmp_path / "data"
+    for name in [] if present is None else ["", *present]:
+        path = folder / name
+        (path if name == "" else path.parent).mkdir(parents=True, exist_ok=True)
+        if name:
+            path.write_text("")
+    with pytest.raises(InputError) as caught:
+        read_folder(folder)
+    assert str(caught.value) == message.format(folder, EXPECTED)
+
+
+def lay_out(folder, files, lists):
+    """Photographs and masks by their paths, each of two classes, the photograph as dark as it is its number."""
+    for n, (image, mask) in enumerate(files):
+        for path, pixels in ((image, np.full((20, 30, 3), n, np.uint8)), (mask, np.eye(20, 30, dtype=np.uint8))):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / path)
+    for path, text in lists.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+
+
+def numbers(photographs):
+    return [photographs[n].image[0, 0, 0] for n in range(len(photographs))]
+
+
+@pytest.mark.parametrize(
+    ("files", "lists"),
+    [
+        ([("JPEGImages/a b.JPG", "SegmentationClass/a b.PNG"), ("JPEGImages/1.jpeg", "SegmentationClass/1.png")],
+         {"ImageSets/Segmentation/train.txt": "\ufeffa b\n", "ImageSets/Segmentation/val.txt": "1.jpeg"}),
+        ([("images/a.png", "labels/a.tif"), ("images/b/1.png", "labels/b/1.gif")],
+         {"train.txt": "a\r\n", "val.txt": "\ufeffb/1.png\n"}),
+        ([("train/a.png", "trainannot/a.png"), ("val/1 2.JPG", "valannot/1 2.png")],
+         {"train.txt": "\ufeff/SegNet/CamVid/train/a.png /SegNet/CamVid/trainannot/a.png\n",
+          "val.txt": "\nval/1 2.JPG\tC:\\data\\valannot\\1 2.png\n"}),
+    ],
+)  # fmt: skip
+def test_lists_name_photographs_or_pairs_of_paths(tmp_path, files, lists):
+    lay_out(tmp_path, files, lists)
+    train, test, names = read_folder(tmp_path)
+    assert (numbers(train), numbers(test)) == ([0], [1])
+    assert names == ("0", "1")
+
+
+def test_a_pair_that_is_missing_is_one_line(tmp_path):
+    lay_out(tmp_path, [("a.png", "b.png")], {"train.txt": "a.png b.png\n", "val.txt": "\na.png x/c.png\n"})
+    with pytest.raises(InputError) as caught:
+        read_folder(tmp_path)
+    assert str(caught.value) == f"{tmp_path}/x/c.png: no such file, listed in {tmp_path}/val.txt, line 2"
+
+
+@pytest.mark.parametrize("masks", ["masks", "labels"])
+def test_without_lists_a_fifth_is_held_out_by_the_seed(tmp_path, capsys, masks):
+    lay_out(tmp_path, [(f"images/{n:02}.png", f"{masks}/{n:02}.png") for n in range(11)], {})
+    drawn = [read_folder(tmp_path, seed=seed) for seed in (0, 0, 1)]
+    assert capsys.readouterr().out.splitlines()[0] == "9 photographs to train on, 2 held out, as --seed 0 draws them"
+    first, again, other = ((numbers(train), numbers(test)) for train, test, _ in drawn)
+    assert first == again != other
+    assert sorted(first[0] + first[1]) == sorted(other[0] + other[1]) == list(range(11))
+
+
+def test_the_layouts_stand_in_the_help_and_in_the_docs(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["segmentation", "--help"])
+    with pytest.raises(SystemExit):
+        enter(Config, run, segmentation.__doc__)
+    page = (pathlib.Path(__file__).parents[1] / "docs/experiments.md").read_text()
+    for text in (capsys.readouterr().out, page):
+        for name in (*IMAGES, *MASKS, "ImageSets/Segmentation/train.txt", '"photograph.png mask.png"', "classes.txt"):
+            assert name in text
 
 
 def test_masks_of_void_alone_are_refused(broken):
@@ -603,7 +797,7 @@ def test_masks_of_void_alone_are_refused(broken):
         path = broken / f"SegmentationClass/{n}.png"
         Image.fromarray(np.full_like(read_mask(path), VOID)).save(path)
     with pytest.raises(InputError, match=r"val.txt: expected a labelled pixel in its masks, got 255 everywhere"):
-        voc_folder(broken, None)
+        read_folder(broken)
 
 
 def test_names_are_those_of_the_folder_or_of_voc(broken):
@@ -627,12 +821,258 @@ def test_the_palette_is_vocs():
 
 def test_streets_are_a_folder_of_eleven_named_classes(tmp_path):
     streets.run(streets.Config(train=6, val=2, out=tmp_path))
-    train, test, classes = voc_folder(tmp_path, None)
-    assert (len(train), len(test), classes) == (6, 2, 11)
-    assert class_names(tmp_path, classes) == tuple(streets.NAMES)
+    train, test, names = read_folder(tmp_path)
+    assert (len(train), len(test)) == (6, 2)
+    assert names == tuple(streets.NAMES)
     assert train[0].image.shape == (180, 240, 3)
 
 
 def test_classes_are_found_or_given(voc):
-    assert voc_folder(voc, None)[2] == 3
-    assert voc_folder(voc, 21)[2] == 21
+    assert read_folder(voc).names == ("0", "1", "2")
+    assert len(read_folder(voc, classes=21).names) == 21
+
+
+# Codings.
+
+
+def write_pair(folder, name, mask, image=None):
+    """A photograph, grey where none is given, and its mask."""
+    for part in ("JPEGImages", "SegmentationClass"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    mask = mask if isinstance(mask, Image.Image) else Image.fromarray(mask)
+    (image or Image.new("RGB", mask.size, "grey")).save(folder / f"JPEGImages/{name}.png")
+    mask.save(folder / f"SegmentationClass/{name}.png")
+
+
+def write_lists(folder, train=("0",), val=("0",)):
+    (folder / "ImageSets/Segmentation").mkdir(parents=True)
+    for part, names in (("train", train), ("val", val)):
+        (folder / f"ImageSets/Segmentation/{part}.txt").write_text("".join(f"{name}\n" for name in names))
+
+
+@pytest.fixture
+def masks_of(tmp_path):
+    """A folder of one photograph, whose mask has a column of each value."""
+
+    def write(*values):
+        write_pair(tmp_path / "data", "0", np.tile(np.repeat(np.uint8(values), 8), (40, 1)))
+        write_lists(tmp_path / "data")
+        return tmp_path / "data"
+
+    return write
+
+
+TRAIN = "ImageSets/Segmentation/train.txt: its masks hold"
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "message"),
+    [
+        ((0, 255), {"classes": 2}, f"{TRAIN} the values 0 (class 0) and 255 (void), fewer than two classes: where each value is a class, pass --values 0 255"),
+        ((0, 255), {}, f"{TRAIN} the values 0 (class 0) and 255 (void), fewer than two classes: where each value is a class, pass --values 0 255"),
+        ((0, 1), {"void": (0,)}, f"{TRAIN} the values 0 (void) and 1 (class 0), fewer than two classes: where each value is a class, pass --values 0 1"),
+        ((3,), {}, f"{TRAIN} the value 3 (class 3), fewer than two classes: all that is not the class has to be labelled too"),
+        ((0, 1, 9), {"values": (0, 1)}, "0.png: expected --values 0 1 or 255 (void), got 9"),
+        ((0, 255), {"values": (0, 1), "void": (7,)}, "0.png: expected --values 0 1 or 7 (void), got 255"),
+        ((0, 9), {"values": (0, 255)}, "0.png: expected --values 0 255, got 9"),
+        ((0, 1, 2, 3), {"classes": 2, "void": (0,)}, "0.png: expected labels below --classes 2 or 0 (void), got 3, which is class 2 without 0"),
+    ],
+)  # fmt: skip
+def test_masks_that_tell_nothing_apart_are_one_line(tmp_path, masks_of, values, options, message):
+    with pytest.raises(InputError) as caught:
+        run(config(tmp_path / "out", data=str(masks_of(*values)), **options))
+    assert str(caught.value).endswith(message)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "labels", "names"),
+    [
+        ((0, 255), {"values": (0, 255)}, (0, 1), ("0", "255")),  # a student's: black and white
+        ((0, 1, 10, 11), {"void": (11,)}, (0, 1, 10, VOID), tuple(map(str, range(11)))),  # SegNet's CamVid
+        ((0, 1, 2, 150), {"void": (0,)}, (VOID, 0, 1, 149), tuple(map(str, range(1, 151)))),  # ADE20K
+        ((0, 7, 9, 8), {"void": (0, 9), "values": (8, 7)}, (VOID, 1, VOID, 0), ("8", "7")),
+    ],
+)
+def test_values_are_classes_or_void_as_is_asked_for(masks_of, values, options, labels, names):
+    train, _, found = read_folder(masks_of(*values), Coding(**options))
+    np.testing.assert_array_equal(train[0].labels[0, ::8], labels)
+    assert found == names
+
+
+def test_black_and_white_masks_train_both_classes(tmp_path, masks_of):
+    summary = run(config(tmp_path / "out", data=str(masks_of(0, 255)), values=(0, 255)))
+    assert summary["valid_pixels"] == 640
+    assert len(summary["per_class_iou"]) == 2
+    (tmp_path / "out/summary.json").unlink()
+    other = config(tmp_path / "out", data=str(tmp_path / "data"), values=(255, 0), resume=True)
+    with pytest.raises(InputError, match=r"--values: .*checkpoints was written with \[0, 255\], got \[255, 0\]"):
+        run(other)
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "line"),
+    [
+        ((0, 147, 220), {}, "3 of 221 classes occur: 0, 147, 220 (--values 0 147 220 keeps these alone); 0.0% of the pixels are void (255)"),
+        ((0, 15, 20), {}, "3 of 21 classes occur: background, person, monitor; 0.0% of the pixels are void (255)"),
+        ((0, 1, 3, 255), {"classes": 4}, "3 of 4 classes occur: 0, 1, 3; 25.0% of the pixels are void (255)"),
+        ((0, 3, 255, 9), {"values": (0, 3, 4), "void": (255, 9)}, "2 of 3 classes occur: 0, 3; 50.0% of the pixels are void (9 and 255)"),
+        ((0, 1, 3), {"void": (0,)}, "2 of 3 classes occur: 1, 3; 33.3% of the pixels are void (0)"),
+        ((0, 255), {"values": (0, 255)}, "2 of 2 classes occur; no value is void"),
+        ((0, 1, 2), {}, "3 of 3 classes occur; 0.0% of the pixels are void (255)"),
+    ],
+)  # fmt: skip
+def test_classes_that_never_occur_are_said(masks_of, capsys, values, options, line):
+    classes = options.pop("classes", None)
+    read_folder(masks_of(*values), Coding(**options), classes)
+    assert capsys.readouterr().out == f"{line}\n"
+
+
+def test_classes_that_are_held_out_alone_are_said(masks_of, tmp_path, capsys):
+    masks_of(0, 1)
+    write_pair(tmp_path / "data", "1", np.tile(np.uint8([0, 1, 2]), (3, 1)))
+    (tmp_path / "data/ImageSets/Segmentation/val.txt").write_text("1\n")
+    read_folder(tmp_path / "data")
+    assert capsys.readouterr().out.endswith("\nheld out, but never trained on: 2\n")
+
+
+# Colours.
+
+BLACK, RED, GREEN, BLUE = (0, 0, 0), (128, 0, 0), (0, 128, 0), (0, 0, 128)
+
+
+def write_coloured(folder, *colours, table, mode="RGB"):
+    """As `masks_of` has it, with the table of colours beside it."""
+    columns = np.repeat(np.uint8(colours), 8, 0)
+    write_pair(
+        folder / "data",
+        "0",
+        Image.fromarray(np.tile(columns, (40, 1, 1))).convert(mode, palette=Image.Palette.ADAPTIVE),
+    )
+    write_lists(folder / "data")
+    (folder / "colours.txt").write_text(table)
+    return {"data": str(folder / "data"), "colours": folder / "colours.txt"}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_coloured_masks_are_read_by_their_table(tmp_path, mode):
+    table = "\ufeff128 0 0 red thing\n\n0 0 0\tVoid\n0 128 0\n"
+    options = write_coloured(tmp_path, BLACK, RED, GREEN, table=table, mode=mode)
+    coding = read_colours(options["colours"])
+    train, _, names = read_folder(tmp_path / "data", coding)
+    np.testing.assert_array_equal(train[0].labels[0, ::8], [VOID, 0, 1])
+    assert names == ("red thing", "0 128 0")
+    assert palette_of(coding)[[VOID, 0, 1]].tolist() == [list(BLACK), list(RED), list(GREEN)]
+    assert len(run(config(tmp_path / "out", **options))["per_class_iou"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("colours", "table", "message"),
+    [
+        ((BLACK, BLUE), "0 0 0 a\n0 128 0 b\n", "0.png: expected the colours of --colours alone, got 0 0 128 in row 0, column 8, and 320 such pixels"),
+        ((BLACK, BLUE), "0 0 0 void\n0 0 128 b\n1 1 1 c\n", "train.txt: its masks hold the colours 0 0 0 (void) and 0 0 128 (class 0), fewer than two classes: all that is not the class has to be labelled too"),
+        ((BLACK,), "0 0 0\n0 0 300 b\n", "colours.txt, line 2: expected 'R G B name', three integers from 0 to 255, got '0 0 300 b'"),
+        ((BLACK,), "0 0\n", "colours.txt, line 1: expected 'R G B name', three integers from 0 to 255, got '0 0'"),
+        ((BLACK,), "0 0 0\n0 0 0 b\n", "colours.txt, line 2: expected each colour once, got 0 0 0 again"),
+        ((BLACK,), "0 0 0\n", "colours.txt: expected the colours of 2 to 255 classes, a line each, got 1"),
+    ],
+)  # fmt: skip
+def test_bad_colours_are_one_line(tmp_path, colours, table, message):
+    options = write_coloured(tmp_path, *colours, table=table)
+    with pytest.raises(InputError) as caught:
+        run(config(tmp_path / "out", **options))
+    assert str(caught.value).endswith(message)
+
+
+def test_colours_go_with_no_other_coding(tmp_path):
+    options = write_coloured(tmp_path, BLACK, RED, table="0 0 0\n128 0 0\n")
+    with pytest.raises(InputError, match="--colours: expected without --values and --void: its lines say what is void"):
+        run(config(tmp_path / "out", **options, void=(0,)))
+    with pytest.raises(InputError, match="--classes: --colours has the colours of 2, got 3"):
+        run(config(tmp_path / "out", **options, classes=3))
+
+
+# Files.
+
+
+def turned(orientation):
+    """What a camera notes that is held so."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
+
+
+@pytest.mark.parametrize(
+    ("orientation", "turn"),
+    [(1, None), (3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_270), (8, Image.Transpose.ROTATE_90)],
+)
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_photographs_are_upright(tmp_path, orientation, turn, ending):
+    """As every viewer shows them: what is stored, turned as EXIF says."""
+    stored = Image.fromarray(np.repeat(np.arange(0, 240, 10, dtype=np.uint8), 16).reshape(16, 24)).convert("RGB")
+    stored.save(tmp_path / f"0.{ending}", exif=turned(orientation), quality=100, subsampling=0)
+    seen = stored if turn is None else stored.transpose(turn)
+    found = read_photograph(tmp_path / f"0.{ending}")
+    assert found.shape == (seen.height, seen.width, 3)
+    assert np.abs(found.astype(int) - np.asarray(seen)).max() < 16
+    np.testing.assert_allclose(found[[0, -1]].mean((1, 2)), np.asarray(seen)[[0, -1]].mean((1, 2)), atol=5)
+
+
+def test_a_mask_of_a_photograph_as_it_is_stored_is_one_line(tmp_path):
+    stored = Image.new("RGB", (40, 32))
+    write_pair(tmp_path, "0", Image.fromarray(RNG.integers(0, 2, (32, 40), np.uint8)))
+    stored.save(tmp_path / "JPEGImages/0.png", exif=turned(6))
+    write_lists(tmp_path)
+    with pytest.raises(InputError) as caught:
+        read_folder(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}/SegmentationClass/0.png: expected the size of {tmp_path}/JPEGImages/0.png, 32×40, got 40×32: "
+        "its EXIF orientation turns the photograph, and has to turn the mask"
+    )
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_grey_photographs_of_16_bits_keep_the_upper_8(tmp_path, ending):
+    stored = RNG.integers(0, 2**16, (5, 7), np.uint16)
+    Image.fromarray(stored).save(tmp_path / f"0.{ending}")
+    np.testing.assert_array_equal(read_photograph(tmp_path / f"0.{ending}"), np.stack([stored // 256] * 3, -1))
+
+
+def test_photographs_of_32_bits_are_one_line(tmp_path):
+    Image.fromarray(np.ones((5, 7), np.float32)).save(tmp_path / "0.tif")
+    with pytest.raises(InputError, match=r"0.tif: expected 8 or 16 bits a channel, got 32: save the photograph with"):
+        read_photograph(tmp_path / "0.tif")
+
+
+def write_grey(path, values, bits):
+    """PNG as its specification has it, for Pillow takes the labels to be stretched on the way out as well."""
+    height, width = values.shape
+    shifts = np.arange(bits - 1, -1, -1)
+    rows = np.packbits((values[..., None] >> shifts & 1).reshape(height, -1), 1)
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    chunks = [(b"IHDR", header), (b"IDAT", data), (b"IEND", b"")]
+    content = [struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x)) for name, x in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(content))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_masks_of_few_bits_hold_their_labels(tmp_path, bits):
+    values = RNG.integers(0, 2**bits, (9, 13), np.uint8)
+    write_grey(tmp_path / "0.png", values, bits)
+    np.testing.assert_array_equal(read_mask(tmp_path / "0.png"), values)
+    palette = Image.fromarray(values)
+    palette.putpalette([*range(256)] * 3)
+    palette.save(tmp_path / "1.png", bits=bits)
+    np.testing.assert_array_equal(read_mask(tmp_path / "1.png"), values)
+
+
+@pytest.mark.parametrize(("form", "ending"), [("JPEG", "jpg"), ("JPEG", "png"), ("WEBP", "webp")])
+def test_masks_with_losses_are_one_line(tmp_path, form, ending):
+    Image.fromarray(np.zeros((9, 13), np.uint8)).save(tmp_path / f"0.{ending}", form)
+    with pytest.raises(InputError) as caught:
+        read_mask(tmp_path / f"0.{ending}")
+    assert str(caught.value) == (
+        f"{tmp_path}/0.{ending}: expected a mask that is stored without loss, as PNG is, got {form}, whose values are "
+        "others than were drawn: export the mask anew"
+    )

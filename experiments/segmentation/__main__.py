@@ -2,35 +2,54 @@
 
 python -m experiments.segmentation --seed 0
 
-Trains on scenes of overlapping handwritten digits with a void border, or on any folder in PASCAL VOC layout
+Trains on scenes of overlapping handwritten digits with a void border, or on a folder of photographs and masks
 (--data DIR), through the cross-entropy of every pixel that is not void. After a kill, the same command with
 --resume ends in the same metrics and parameters, bit for bit, as the run that was left alone.
+
+The folder has one of three layouts, and in each perhaps classes.txt, the names of the classes, a line each:
+
+    JPEGImages/NAME.jpg                          PASCAL VOC's: photographs,
+    SegmentationClass/NAME.png                   the class of each pixel in a palette or in grey, 255 = void,
+    ImageSets/Segmentation/train.txt, val.txt    and what to train on and to hold out, a NAME a line
+
+    train.txt, val.txt                           SegNet's: for each photograph a line "photograph.png mask.png"
+
+    images/NAME.jpg                              without lists: a fifth of the photographs, drawn by --seed,
+    masks/NAME.png or labels/NAME.png            is held out
 
 Photographs are mirrored, scaled and lit at random, their colours normalised, rare classes counted for more, and the
 network for them is deeper. `python -m experiments.segmentation.streets` draws a folder to try that on.
 """
 
 import math
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pandas as pd
 
+from experiments._checkpoints import latest_whole, read_record, steps_of
 from experiments._door import InputError, enter, make_folder, write_json
 from experiments._runs import check_options, train
+from experiments.segmentation.coding import DEFAULT, Coding, check_coding
+from experiments.segmentation.colours import read_colours
 from experiments.segmentation.network import DEEPER, WIDTHS, init_network
+from experiments.segmentation.photographs import read_folder
 from experiments.segmentation.pictures import (
     ROWS,
     digits_palette,
+    palette_of,
     plot_classes,
     plot_examples,
     plot_loss,
-    voc_palette,
 )
 from experiments.segmentation.scenes import NAMES, digit_scenes
+from experiments.segmentation.trained import Trained, read_trained, write_predictions, write_trained
 from experiments.segmentation.training import (
     EVEN,
     Source,
@@ -42,10 +61,10 @@ from experiments.segmentation.training import (
     score,
     train_step,
 )
-from experiments.segmentation.voc import class_names, voc_folder
 
 COLUMNS = ("step", "loss", "pixel_accuracy", "mean_iou", "held_out_pixel_accuracy", "held_out_mean_iou")
 HELD_OUT = 256
+CHECKPOINTS = "checkpoints"
 TIMES, FIRST = 20, 32
 """How often the first so many held-out images are scored on the way."""
 LARGEST_CROP = 2048
@@ -57,9 +76,18 @@ class Config:
     """Options of the experiment."""
 
     data: str = "digits"
-    """"digits", or a folder in PASCAL VOC layout."""
+    """"digits", or a folder of photographs and masks in one of the layouts above."""
     classes: int | None = None
-    """Classes of the folder's masks; the largest label + 1 where not given."""
+    """Classes of the folder's masks; up to the last that occurs where not given."""
+    void: tuple[int, ...] = ()
+    """Values in the masks that are no class: not trained on and not scored; 255 where not given. The others are the
+    classes 0, 1, ... in their order: with --void 0, as for ADE20K, 1 is class 0."""
+    values: tuple[int, ...] = ()
+    """Values in the masks that are the classes 0, 1, ..., where they are not consecutive: 0 255 for masks of black and
+    white. Others than these and --void are refused."""
+    colours: Path | None = None
+    """Text file with a line "R G B name" for each class, in their order, where masks are drawn in colours; a line named
+    void is no class."""
     steps: int | None = None
     """Gradient steps, each on one batch; 4000 of digits and 3000 of photographs where not given."""
     batch_size: int | None = None
@@ -70,16 +98,20 @@ class Config:
     """Pixels along each side of a scene, or of the window of a photograph, that is trained on; 64 of digits and 192
     of photographs where not given."""
     seed: int = 0
-    """Draws the held-out digits, the scenes, their order and the initial weights."""
+    """Draws what is held out where no list says it, the scenes, their order and the initial weights."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     resume: bool = False
     """Go on from the latest whole checkpoint in the folder of results."""
     overwrite: bool = False
     """Replace the run in the folder of results."""
+    start: Path | None = None
+    """Folder of a finished run with as many classes, whose parameters are begun with."""
+    predict: tuple[Path, ...] = ()
+    """Photographs whose pixels the finished run in --out names, in its folder predictions; nothing is trained."""
     out: Path = Path("out/segmentation")
     """Folder for metrics.csv (each training batch, before its step, and now and then held-out images after it),
-    summary.json, the pictures and the checkpoints."""
+    summary.json, the pictures, the checkpoints and network.json, what else a prediction needs."""
 
 
 @dataclass(frozen=True)
@@ -110,29 +142,86 @@ def check(config: Chosen) -> None:
         raise InputError(f"--classes: expected an integer from 2 to 255, got {config.classes}")
     if config.data == "digits" and config.classes not in (None, len(NAMES)):
         raise InputError(f"--classes: the digits have {len(NAMES)} with their background, got {config.classes}")
+    apart = bool(config.values or config.void)
+    if config.data == "digits" and (apart or config.colours):
+        raise InputError("--values, --void and --colours: expected with a folder, --data DIR: the digits have no masks")
+    if config.colours and apart:
+        raise InputError("--colours: expected without --values and --void: its lines say what is void")
 
 
-def read_data(config: Chosen) -> tuple[Source, Source, tuple[str, ...]]:
+def read_coding(config: Chosen) -> Coding:
+    coding = read_colours(config.colours) if config.colours else Coding(config.values, config.void or DEFAULT.void)
+    check_coding(coding, config.classes)
+    return coding
+
+
+def read_data(config: Chosen, coding: Coding) -> tuple[Source, Source, tuple[str, ...]]:
     """What to train on, what to test on and the names of the classes."""
     if config.data == "digits":
         return *digit_scenes(config.seed, config.crop, HELD_OUT), NAMES
-    train, test, classes = voc_folder(Path(config.data), config.classes)
-    return train, test, class_names(Path(config.data), classes)
+    return read_folder(Path(config.data), coding, config.classes, config.seed)
 
 
 def run(config: Config) -> dict[str, Any]:
+    """Train, or predict where that is asked for; an interruption is not said to be gone on from where it is not."""
+    try:
+        if config.predict:
+            write_predictions(read_trained(config.out), config.predict, config.out / "predictions")
+            return {}
+        return learn(config)
+    except KeyboardInterrupt:
+        if not config.predict and steps_of(config.out / CHECKPOINTS):
+            raise
+        first = f" before the first checkpoint, of step {config.checkpoint_every}; --resume begins again"
+        print("interrupted" + first * (not config.predict), file=sys.stderr)
+        sys.exit(130)
+
+
+def check_continued(config: Chosen, options: dict[str, Any]) -> None:
+    """Say why a run does not go on, where --resume asks for what it cannot."""
+    step = latest_whole(config.out / CHECKPOINTS) if config.resume else None
+    if step is None:
+        return
+    known = read_record(config.out / CHECKPOINTS, step)["options"]
+    if not options.keys() <= known.keys():
+        raise InputError(
+            f"{config.out}: expected a run of this version, got one of an earlier, which does not go on: begin again "
+            "with --overwrite, or choose another --out"
+        )
+    if known["steps"] != config.steps:
+        raise InputError(
+            f"--steps: expected {known['steps']}, over which the learning rate of {config.out} falls to 0, got "
+            f"{config.steps}: for more after it, begin another run with its parameters, --start {config.out} --out DIR"
+        )
+
+
+def start_with(config: Chosen, classes: int, widths: tuple[int, ...]) -> Any:
+    """Parameters drawn by the seed, or those of another run."""
+    fresh = jax.jit(init_network, static_argnums=(1, 2))(jax.random.key(config.seed), classes, widths)
+    if config.start is None:
+        return fresh
+    learnt = read_trained(config.start)
+    if jax.tree.map(jnp.shape, learnt.params) != jax.tree.map(jnp.shape, fresh):
+        kind = "the digits" if config.data == "digits" else "photographs"
+        got = f"got {config.start}, of {len(learnt.names)}"
+        raise InputError(f"--start: expected a run on {kind} with {classes} classes, {got}")
+    return jax.tree.map(jnp.asarray, learnt.params)
+
+
+def learn(config: Config) -> dict[str, Any]:
     """Train, write the results to `config.out` and return the summary."""
     config = choose(config)
     check(config)
     digits, crop = config.data == "digits", config.crop
-    train_on, test, names = read_data(config)
+    coding = read_coding(config)
+    train_on, test, names = read_data(config, coding)
     out = make_folder(config.out)
     classes = len(names)
     recipe = EVEN if digits else recipe_of(train_on, classes)
     schedule = optax.warmup_cosine_decay_schedule(0, config.learning_rate, config.steps // 10, config.steps)
     optimizer = optax.adamw(schedule)
     widths = WIDTHS if digits else DEEPER
-    params = jax.jit(init_network, static_argnums=(1, 2))(jax.random.key(config.seed), classes, widths)
+    params = start_with(config, classes, widths)
     loader = batches(train_on, config.batch_size, crop, config.seed, augmented=not digits)
 
     def advance(state, step: int):
@@ -145,17 +234,23 @@ def run(config: Config) -> dict[str, Any]:
             scores.append({"pixel_accuracy": math.nan, "mean_iou": math.nan})
         return state, (float(loss), *(part[name] for part in scores for name in ("pixel_accuracy", "mean_iou")))
 
-    apart = ("out", "resume", "overwrite", "checkpoint_every")
+    apart = ("out", "resume", "overwrite", "checkpoint_every", "predict")
     options = {name: value for name, value in asdict(config).items() if name not in apart}
-    options["classes"] = classes
+    options |= {"classes": classes, "void": list(config.void), "values": list(config.values)}
+    options |= {"colours": [list(colour) for colour in coding.colours], "start": config.start and str(config.start)}
+    check_continued(config, options)
     begun = params, jax.jit(optimizer.init)(params)
     state, seconds = train(config, COLUMNS, options, begun, advance, "image", loader)
     params, _ = state
     held_out = evaluate(params, test, recipe, classes)
     summary = {**held_out, "steps": config.steps, "seconds": round(seconds, 3)}
     pairs = [test[n] for n in range(min(ROWS, len(test)))]
-    predictions = [predict_whole(params, pair, recipe) for pair in pairs]
-    colors = digits_palette() if digits else voc_palette()
+    predictions = [predict_whole(params, pair.image, recipe) for pair in pairs]
+    colors = digits_palette() if digits else palette_of(coding)
+    values = np.array(coding.classes[:classes], np.uint8)
+    by_value = colors.copy()
+    by_value[values] = colors[:classes]
+    write_trained(out, Trained(params, recipe, names, values, by_value), widths)
     plot_examples(pairs, predictions, names, colors, out / "examples.png")
     plot_classes(held_out["per_class_iou"], names, held_out["mean_iou"], out / "classes.png")
     plot_loss(pd.read_csv(out / "metrics.csv"), held_out, out / "loss.png")

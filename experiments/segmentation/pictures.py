@@ -10,6 +10,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 
 from experiments._style import BLUE, GREEN, GREY, ORANGE, PALE, WIDE, many_colors, plt, save
+from experiments.segmentation.coding import Coding
 from experiments.segmentation.scenes import VOID, Pair
 
 ROWS = 4
@@ -28,6 +29,14 @@ def voc_palette() -> Palette:
     """That of PASCAL VOC, which the bits of a label make: cream for void."""
     bits = np.arange(256)[:, None, None] >> np.arange(24).reshape(8, 3) & 1  # label, place, channel
     return (bits << np.arange(7, -1, -1)[:, None]).sum(1).astype(np.uint8)
+
+
+def palette_of(coding: Coding) -> Palette:
+    """The colours of the masks, and VOC's where they have none."""
+    colors = voc_palette()
+    for colour, label in zip(coding.colours, coding.table, strict=False):
+        colors[label] = colour
+    return colors
 
 
 def plot_examples(

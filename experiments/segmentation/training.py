@@ -120,11 +120,11 @@ def predict(params, images: UInt8[Array, "n h w 3"], recipe: Recipe) -> UInt8[Ar
     return jnp.argmax(logits_of(params, images, recipe), axis=-1).astype(jnp.uint8)
 
 
-def predict_whole(params, pair: Pair, recipe: Recipe) -> UInt8[np.ndarray, "h w"]:
+def predict_whole(params, image: UInt8[np.ndarray, "h w 3"], recipe: Recipe) -> UInt8[np.ndarray, "h w"]:
     """The classes of one image, its edges repeated up to multiples so that images of many sizes share compilations."""
-    height, width = pair.labels.shape
-    image = np.pad(pair.image, ((0, -height % MULTIPLE), (0, -width % MULTIPLE), (0, 0)), mode="edge")
-    return np.asarray(predict(params, image[None], recipe))[0, :height, :width]
+    height, width, _ = image.shape
+    padded = np.pad(image, ((0, -height % MULTIPLE), (0, -width % MULTIPLE), (0, 0)), mode="edge")
+    return np.asarray(predict(params, padded[None], recipe))[0, :height, :width]
 
 
 def confusion(
@@ -156,5 +156,5 @@ def evaluate(params, source: Source, recipe: Recipe, classes: int, most: int | N
     total = np.zeros((classes, classes), int)
     for n in range(min(len(source), most or len(source))):
         pair = source[n]
-        total += confusion(pair.labels, predict_whole(params, pair, recipe), classes)
+        total += confusion(pair.labels, predict_whole(params, pair.image, recipe), classes)
     return score(total)

@@ -1,0 +1,82 @@
+"""The pixels of photographs and masks, as their files mean them."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import ExifTags, Image, ImageOps
+
+from experiments._door import InputError
+from experiments.segmentation.coding import Colour
+from experiments.segmentation.colours import in_short, index_colours
+
+LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
+"""Formats that change values: between two classes they make pixels of others."""
+
+
+def read_photograph(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+    """Upright, as its EXIF orientation says, in 8 bits a channel: of 16 the upper ones, and grey as three of a kind."""
+    with opened(path) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode in ("I", "F"):
+            raise InputError(f"{path}: expected 8 or 16 bits a channel, got 32: save the photograph with as many")
+        if upright.mode.startswith("I;16"):
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        return np.asarray(upright.convert("RGB"))
+
+
+def read_mask(path: Path, colours: tuple[Colour, ...] = ()) -> UInt8[np.ndarray, "h w"]:
+    """The values as they are stored: of a palette the indices, of grey in 1, 2 or 4 bits what these bits say.
+
+    Where there are colours, the place of each pixel's among them.
+    """
+    with opened(path) as image:
+        if image.format in LOSSY:
+            raise InputError(
+                f"{path}: expected a mask that is stored without loss, as PNG is, got {image.format}, whose values are "
+                "others than were drawn: export the mask anew"
+            )
+        levels = 2 ** stored_bits(image) - 1
+        upright = ImageOps.exif_transpose(image)
+    if colours:
+        return index_colours(np.asarray(upright.convert("RGB")), colours, path)
+    if upright.mode == "1":
+        return np.asarray(upright).astype(np.uint8)
+    if upright.mode not in ("P", "L"):
+        raise InputError(f"{path}: expected a palette or 8-bit greyscale mask, got {describe(upright)}")
+    return np.asarray(upright) // (255 // levels)
+
+
+def describe(mask: Image.Image) -> str:
+    """What a mask is that holds no labels, and how they are read or stored."""
+    if mask.mode in ("RGB", "RGBA"):
+        found = f"{len(mask.mode)} channels of the colours {in_short(np.asarray(mask.convert('RGB')))}"
+        return f"{found}: pass --colours FILE with a line 'R G B name' for each"
+    return f"Pillow's mode {mask.mode}: save it in mode L, 8 bits a pixel"
+
+
+def stored_bits(image: Image.Image) -> int:
+    """Of each grey pixel in the file, before Pillow stretches them over 8."""
+    tiles = getattr(image, "tile", ()) if image.mode == "L" else ()
+    raw = re.search(r"\bL;([24])\b", str(tiles))
+    return int(raw[1]) if raw else 8
+
+
+def is_turned(path: Path) -> bool:
+    """Whether a photograph is shown otherwise than it is stored."""
+    with opened(path) as image:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            yield image
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: cannot read the image: {error}") from None
