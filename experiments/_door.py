@@ -64,7 +64,7 @@ def command() -> str | None:
 def end_of(error: BaseException, config: object) -> End | None:
     """How an exception ends a script: None where it is a fault of the script, whose traceback is wanted."""
     if isinstance(error, KeyboardInterrupt):
-        return End("interrupted; --resume goes on" if hasattr(config, "resume") else "interrupted", 130)
+        return End(f"interrupted{_what_resumes(config)}", 130)
     if isinstance(error, ScriptError):
         return End(f"error: {error}", 1)
     if isinstance(error, OSError):
@@ -74,6 +74,17 @@ def end_of(error: BaseException, config: object) -> End | None:
     ):
         return End(f"error: not enough memory: {' '.join(str(error).split())[:200] or 'for an object of Python'}", 1)
     return None
+
+
+def _what_resumes(config: object) -> str:
+    """What --resume would do after an interruption, of a script that has it."""
+    if not hasattr(config, "resume") or getattr(config, "predict", ()):
+        return ""
+    first, out = getattr(config, "checkpoint_every", None), getattr(config, "out", Path())
+    # Of a cluster only process 0 has the folder of results.
+    if first is None or getattr(config, "process_id", None) or any(out.glob("**/checkpoints/*")):
+        return "; --resume goes on"
+    return f" before the first checkpoint, of step {first}; --resume begins again"
 
 
 def check_counts(config: object, *names: str) -> None:

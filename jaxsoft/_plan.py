@@ -8,7 +8,6 @@ from jax.core import max_dim, min_dim
 from jaxtyping import DTypeLike
 
 from jaxsoft._checks import as_integer, as_option
-from jaxsoft._cpu import native_kernels
 from jaxsoft._dtypes import compute_dtype
 from jaxsoft._targets import REDUCTIONS, Reduction
 
@@ -70,10 +69,11 @@ def plan_linear_cross_entropy(
 
     tile bytes = rows · classes · (logit + gradient),  training operations = 6·N·D·V, with "none" 8·N·D·V
 
-    On a CPU a tile has as many rows as 256 MiB hold, without native kernels half as many, 2048 at most. On an
-    accelerator it has 1024, whatever their width: so many hide the adding up of the kernel's gradient behind its
-    product. There, in half precision and for N ≤ 2·D, that gradient in float32 would take more than those of all logits
-    in half precision: these are kept, and each input's gradient is one product at the end.
+    On a CPU a tile has as many rows as 256 MiB hold, 2048 at most; without native kernels half as many, which is not
+    counted here, since to know it a device is needed. On an accelerator it has 1024, whatever their width: so many hide
+    the adding up of the kernel's gradient behind its product. There, in half precision and for N ≤ 2·D, that gradient
+    in float32 would take more than those of all logits in half precision: these are kept, and each input's gradient is
+    one product at the end.
 
     Args:
         positions: N, of one device where the data are sharded.
@@ -155,9 +155,7 @@ def plan_tile(
     kernel_moves: bool = True,
 ) -> Tile:
     """As many rows as the budget allows and the platform likes, shared evenly among tiles."""
-    # Without kernels XLA's CPU writes out what the plain formula sums.
-    copies = distributions or (platform == "cpu" and not native_kernels().loaded)
-    row = bytes_of_row(classes, dtype, copies)
+    row = bytes_of_row(classes, dtype, distributions)
     known = isinstance(classes, int)  # of unknown sizes tiles have the most rows that they may have
     if platform == "cpu":
         budget = CPU_BUDGET if memory_budget is None else memory_budget

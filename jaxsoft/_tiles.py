@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxsoft._cpu import native_kernels
 from jaxsoft._dtypes import compute_dtype
 from jaxsoft._plan import Platform, Tile, plan_tile
 from jaxsoft._platform import by_platform
@@ -228,13 +229,14 @@ def _put(rows: Array, results: Results, values: Values) -> Results:
 def _tile(platform: Platform, tiling: Tiling, layer: Layer, operands: Any, *, kernel_moves: bool = True) -> Tile:
     (positions, width), classes = layer.features.shape, layer.kernel.shape[tiling.class_axis]
     dtype = layer.features.dtype
+    writes_out = platform == "cpu" and not native_kernels().loaded  # what the plain formula sums
     return plan_tile(
         platform,
         positions,
         width,
         classes,
         dtype,
-        operands.is_wide or tiling.reading.copies,
+        operands.is_wide or tiling.reading.copies or writes_out,
         tiling.memory_budget,
         kernel_moves,
     )

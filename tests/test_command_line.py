@@ -69,7 +69,10 @@ def test_ctrl_c_is_one_line_that_names_resume_where_there_is_one(ended, tmp_path
     monkeypatch.setattr(_door, "make_folder", lambda out: signal.raise_signal(signal.SIGINT))
     status, _, said = ended(script, f"--out={tmp_path}/out")
     assert status == 130
-    assert said.splitlines()[-1] == ("interrupted; --resume goes on" if script in RESUMED else "interrupted")
+    first = 200 if script == "segmentation" else 250
+    resumes = f" before the first checkpoint, of step {first}; --resume begins again"
+    resumes = "; --resume goes on" if script == "benchmark" else resumes if script in RESUMED else ""
+    assert said.splitlines()[-1] == f"interrupted{resumes}"
     assert "Traceback" not in said
 
 

@@ -396,7 +396,9 @@ def end(options, step, method, ending):
         assert process.returncode == -signal.SIGKILL
     elif ending == "Ctrl-C":
         assert process.returncode == 130
-        assert told.endswith("\ninterrupted; --resume goes on\n")
+        first = f" before the first checkpoint, of step {options.checkpoint_every}; --resume begins again"
+        goes_on = (options.out / "checkpoints").exists()
+        assert told.endswith(f"\ninterrupted{'; --resume goes on' if goes_on else first}\n")
         assert "Traceback" not in told
     else:
         assert process.returncode == 1

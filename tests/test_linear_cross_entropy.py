@@ -2,6 +2,8 @@
 
 import functools
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 import reference
-from jaxsoft import checked, cross_entropy, linear_cross_entropy, native_kernels, plan_linear_cross_entropy
+from jaxsoft import checked, cross_entropy, linear_cross_entropy, plan_linear_cross_entropy
 
 SIZES = [(37, 8, 101), (130, 16, 2049), (1064, 24, 301), (1, 3, 2), (5, 4, 128_256)]
 FORMED_ALONG, FORMED_BACKWARD = "smooth", "each"  # gradients of a scalar, and those of "none"
@@ -539,8 +541,7 @@ def test_the_loop_ends_with_the_last_position_that_takes_part():
 
 
 def test_plan():
-    row = 8 * 3001 * (1 if native_kernels().loaded else 2)
-    plan = plan_linear_cross_entropy(1064, 24, 3001, memory_budget=row * 100)
+    plan = plan_linear_cross_entropy(1064, 24, 3001, memory_budget=8 * 3001 * 100)
     assert (plan.rows, plan.tiles) == (97, 11)  # as many tiles as 100 rows need, of equal size
     assert plan.flops == 2 * 1064 * 24 * 3001
     assert plan.training_flops == 3 * plan.flops
@@ -549,6 +550,15 @@ def test_plan():
     each = plan_linear_cross_entropy(10, 3, 7, "bfloat16", reduction="none", distributions=True)
     assert each.training_flops == 4 * each.flops
     assert each.gradient_bytes == 3 * (10 * 2 + 7 * 4)
+
+
+def test_to_plan_for_a_platform_no_device_is_needed():
+    """A process of a cluster has none before it has met the others."""
+    program = (
+        "from jaxsoft import plan_linear_cross_entropy as plan; from jax._src import xla_bridge; "
+        "plan(8, 4, 9, platform='cpu'); assert not xla_bridge.backends_are_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

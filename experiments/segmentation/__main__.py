@@ -22,7 +22,6 @@ network for them is deeper. `python -m experiments.segmentation.streets` draws a
 """
 
 import math
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ import numpy as np
 import optax
 import pandas as pd
 
-from experiments._checkpoints import latest_whole, read_record, steps_of
+from experiments._checkpoints import latest_whole, read_record
 from experiments._door import InputError, enter, make_folder, write_json
 from experiments._runs import check_options, train
 from experiments.segmentation.coding import DEFAULT, Coding, check_coding
@@ -163,18 +162,11 @@ def read_data(config: Chosen, coding: Coding) -> tuple[Source, Source, tuple[str
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Train, or predict where that is asked for; an interruption is not said to be gone on from where it is not."""
-    try:
-        if config.predict:
-            write_predictions(read_trained(config.out), config.predict, config.out / "predictions")
-            return {}
-        return learn(config)
-    except KeyboardInterrupt:
-        if not config.predict and steps_of(config.out / CHECKPOINTS):
-            raise
-        first = f" before the first checkpoint, of step {config.checkpoint_every}; --resume begins again"
-        print("interrupted" + first * (not config.predict), file=sys.stderr)
-        sys.exit(130)
+    """Train, or predict where that is asked for."""
+    if config.predict:
+        write_predictions(read_trained(config.out), config.predict, config.out / "predictions")
+        return {}
+    return learn(config)
 
 
 def check_continued(config: Chosen, options: dict[str, Any]) -> None:
