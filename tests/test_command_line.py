@@ -1,7 +1,7 @@
 """The command line that all scripts share: its usage, and the one line in which each ends."""
 
-import runpy
 import re
+import runpy
 import signal
 import sys
 import warnings

@@ -624,12 +624,14 @@ def test_a_label_out_of_range_is_nan_and_nothing_else():
     def run(x):
         return (
             linear_log_probs(x, w, labels, b, entropy=True),
+            linear_cross_entropy(x, w, labels, b, reduction="none", with_statistics=True)[1].label,
             jax.grad(lambda x: linear_log_probs(x, w, labels, b).label.sum())(x),
             [linear_cross_entropy(x, w, SparseTargets(indices, q, o), b, reduction="none") for o in OUTSIDE],
         )
 
-    found, slope, losses = run(x)
-    assert np.isnan(found.label).nonzero()[0].tolist() == [3]
+    found, beside, slope, losses = run(x)
+    for label in (found.label, beside):
+        assert np.isnan(label).nonzero()[0].tolist() == [3]
     assert np.isfinite(found.entropy).all()
     assert np.isnan(slope).any(1).nonzero()[0].tolist() == [3]
     with pytest.raises(ValueError, match=r"labels\[3\] is 203: expected a label in \[0, 203\)"):

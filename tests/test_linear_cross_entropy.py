@@ -550,6 +550,11 @@ def test_plan():
     each = plan_linear_cross_entropy(10, 3, 7, "bfloat16", reduction="none", distributions=True)
     assert each.training_flops == 4 * each.flops
     assert each.gradient_bytes == 3 * (10 * 2 + 7 * 4)
+    kept = [
+        plan_linear_cross_entropy(4096, 4096, 32_000, "bfloat16", memory_budget=budget, platform="gpu").kept_bytes
+        for budget in (66_000_000, 4096 * 32_000 * 2 + 256 * 32_000 * 8)
+    ]
+    assert kept == [0, 4096 * 32_000 * 2]  # within the budget or not at all
 
 
 def test_to_plan_for_a_platform_no_device_is_needed():
