@@ -23,6 +23,7 @@ from jaxsoft._statistics import Statistics, block_statistics, scaled_exponential
 from jaxsoft._targets import Options, Reduction, as_targets, count_positions, position_weights, read_targets
 
 Outside = Literal["tail", "renormalise", "nothing"]
+NONE = -(2**31)  # the index of what is no class, or again one of before: it is in no block
 
 
 @jax.tree_util.register_dataclass
@@ -207,8 +208,7 @@ def read_sparse_targets(
     wrong = jnp.any(~inside & (probs != 0), axis, keepdims=True) & ~idle
     share = jnp.where(wrong, 0, counted) / jnp.where(wrong, 0, 1).astype(dtype)  # 0/0: there is no other way to object
     count, square = count_positions(counted, counted, options, reduction, examples, batch)
-    none = jnp.iinfo(jnp.int32).min  # before the first block
-    ids = jnp.where(is_first, indices.astype(jnp.int32) - first_class(shape[axis], axis_name), none)
+    ids = jnp.where(is_first, indices.astype(jnp.int32) - first_class(shape[axis], axis_name), NONE)
     return Chosen(ids, q, share, square), count
 
 
@@ -307,18 +307,23 @@ def sparse_losses(outside: Outside, rounding: float) -> Reading:
         tail = jnp.sum(jnp.where(leads, 0, jnp.exp(below)), axis, keepdims=True)
         others = block_statistics(_others(logits, chosen, axis), axes, axis_name=axis_name)
         rest = None
-        sizes = chosen.classes.shape[axis], all_classes(logits.shape[axis], axis_name)
-        are_all = all(isinstance(size, int) for size in sizes) and sizes[0] >= sizes[1]  # of a symbol nobody knows
-        if outside == "tail" and not are_all:
+        if outside == "tail":
             rest = 1 - jnp.sum(chosen.spread, axis, keepdims=True)
             rest = jnp.where(rest > max(rounding, 8 * float(jnp.finfo(rest.dtype).eps)), rest, 0)
+            count, classes = chosen.classes.shape[axis], all_classes(logits.shape[axis], axis_name)
+            if not all(isinstance(n, int) for n in (count, classes)) or count >= classes:
+                different = jnp.sum(chosen.classes != NONE, axis, keepdims=True)
+                rest = jnp.where(different == classes, 0, rest)  # then there is no other class, and q is a distribution
         return Sparse(Statistics(largest, tail, of_lead - largest), others, below, leads, rest)
 
     def values(chosen: Chosen, sparse: Sparse, axes: Axes) -> Values:
         q, each = chosen.spread, sparse.surprise
         of_chosen, of_others = _surprises(sparse.log_odds)
         each = each if within_alone else each + of_chosen
-        losses = jnp.sum(q * jnp.where(q == 0, 0, each), axes, keepdims=True)
+        # A class without weight costs nothing, at −inf too. What is added is 0 and has the derivative to a probability.
+        held = lax.stop_gradient(q)
+        cost = held * jnp.where(q == 0, 0, each) + (q - held) * jnp.where(jnp.isfinite(each), each, 0)
+        losses = jnp.sum(cost, axes, keepdims=True)
         if sparse.rest is not None:
             losses += sparse.rest * jnp.where(sparse.rest == 0, 0, of_others)
         share = lax.stop_gradient(chosen.share)
@@ -345,7 +350,7 @@ def sparse_losses(outside: Outside, rounding: float) -> Reading:
             share * jnp.sum(jnp.where(mask, q, 0), axis, keepdims=True) for mask in (sparse.leads, ~sparse.leads)
         )
         together, alone = _probs(log_odds)
-        to_odds = jnp.zeros_like(share) if within_alone else -(of_lead + beside_lead) * alone
+        to_odds = 0 * share if within_alone else -(of_lead + beside_lead) * alone  # NaN beside a class that is none
         if sparse.rest is not None:
             to_odds += share * sparse.rest * together
         to_chosen, to_others = to_odds, -to_odds

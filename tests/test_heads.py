@@ -499,6 +499,43 @@ def test_sparse_targets_far_from_all_other_classes_in_other_dtypes(dtype):
     np.testing.assert_allclose(slope.astype(float), [0.5, *-others], rtol=4e-3 if dtype == jnp.bfloat16 else 1e-14)
 
 
+def test_as_many_indices_as_classes_may_leave_others():
+    """Where some are padding, or come twice."""
+    z, given = np.array([0.0, 1, 2]), {"plain": ([0, 1], [0.5, 0.2]), "padded": ([0, 1, -1], [0.5, 0.2, 0.0])}
+    given["twice"] = [0, 1, 1], [0.5, 0.1, 0.1]
+    run = jax.jit(
+        lambda z: {k: cross_entropy(z, SparseTargets(np.array(i), np.array(q))) for k, (i, q) in given.items()}
+    )
+    log_p = z - np.log(np.exp(z).sum())
+    expected = -0.5 * log_p[0] - 0.2 * log_p[1] - 0.3 * log_p[2]
+    for name, loss in run(z).items():
+        np.testing.assert_allclose(loss, expected, rtol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+def test_a_value_moves_with_a_probability_of_zero(outside):
+    z, q, direction = np.array([0.0, 1, 2]), np.array([0.5, 0.0]), np.array([0.0, 1.0])
+
+    @jax.jit
+    def run(q):
+        loss = jax.value_and_grad(lambda q: cross_entropy(z, SparseTargets(np.array([0, 1]), q, outside)))
+        (_, gradient), (moved, _) = jax.jvp(loss, (q,), (direction,))
+        return gradient, moved
+
+    gradient, moved = run(q)
+    assert abs(gradient[1]) > 0.1
+    np.testing.assert_allclose(moved, gradient[1], rtol=1e-12)
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+def test_a_class_that_is_none_alone_has_no_gradient_but_nan(outside):
+    z, targets = np.array([0.0, 1, 2]), SparseTargets(np.array([5]), np.array([1.0]), outside)
+    for options in ({}, {"z_loss": 1.0}):
+        value, gradient = jax.value_and_grad(functools.partial(cross_entropy, targets=targets, **options))(z)
+        assert np.isnan(value)
+        assert np.isnan(gradient).all()
+
+
 def test_all_classes_are_the_distribution():
     p = problem(*SIZES[0])
     x, w, b, _ = on_variables(p, np.float32)
