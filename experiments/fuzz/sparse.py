@@ -185,8 +185,8 @@ class SparseLoss(PositionLoss):
         if self.renormalised:
             mean = where(self.q.value == 0, 0.0, self.q * costs).sum(keepdims=True)
             found = (costs - mean) / self.whole
-            # Divided by the mass once more where it is differentiated, terms may be too large for the dtype.
-            size = np.where(self.taken, np.abs(costs.value), 0).max(-1, keepdims=True) / self.whole.value**2
+            # Differentiated twice it is divided by the cube of the mass: terms may be too large for the dtype.
+            size = np.where(self.taken, np.abs(costs.value) + 1, 1).max(-1, keepdims=True) / self.whole.value**3
             vague = self.doubtful | ~(size < 1e-3 * self.largest)
         else:
             of_odds = where(self.rest.value == 0, surprise(self.odds), -self.odds)

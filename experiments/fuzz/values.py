@@ -278,7 +278,7 @@ class Draw:
         order = rng.random((sets, count, min(classes, np.iinfo(dtype).max + 1)))
         if z is not None:
             sign = rng.choice([-1.0, 1.0, 0.0], p=[0.2, 0.4, 0.4], size=row)
-            order = np.where(sign == 0, order, sign * z[..., : order.shape[-1]])
+            order = np.where(sign == 0, order, sign * np.nan_to_num(z[..., : order.shape[-1]]))
         order = np.argsort(-order, -1)
         y = order[..., np.arange(frame.classes) % order.shape[-1]]
         twice = self.some(0.3, 1, 1) & (rng.random(shape) < 0.3)
