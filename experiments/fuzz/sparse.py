@@ -117,6 +117,11 @@ class SparseLoss(PositionLoss):
         """What all probabilities are divided by to be shares."""
         return where(self.mass.value == 0, 1.0, self.mass)
 
+    @property
+    def nowhere(self) -> np.ndarray:
+        """Where mass is left to no class."""
+        return self.others.empty[..., None] & (self.rest.value != 0)
+
     @cached_property
     def costs(self) -> Measured:
         """−log of what each class has of its group, to full precision at the one that leads."""
@@ -226,17 +231,16 @@ class SparseLoss(PositionLoss):
 
     def of_logits(self, gradient: Measured, *, first: bool) -> Expected:
         """Of a group of which no class is left the gradient is only finite."""
-        nowhere = self.others.empty[..., None] & (self.rest.value != 0)
-        vague = np.where(self.taken, self.group.empty[..., None], nowhere)
+        vague = np.where(self.taken, self.group.empty[..., None], self.nowhere)
         found = super().of_logits(finite(gradient, vague), first=first)
         found.judged = self.freed(found, self.bare if first else vague)
         return found
 
     def bend(self, g: np.ndarray, v: np.ndarray | Measured, targets: np.ndarray | None) -> Expected:
-        """Where a class without probability may be given some, the loss has no second derivative that is said."""
+        """Where what has no probability is given mass, the second derivative of the loss is not said."""
         found = super().bend(g, v, targets)
         if targets is not None:
-            found.judged = self.freed(found, self.doubtful | some(self.gone, keepdims=True))
+            found.judged = self.freed(found, self.doubtful | self.nowhere | some(self.gone, keepdims=True))
         return found
 
     def freed(self, found: Expected, unsaid: np.ndarray) -> np.ndarray:
