@@ -74,6 +74,8 @@ class SparseLoss(PositionLoss):
         # Where none of the chosen is left the others have all probability, whatever their logits.
         has_rest = (self.rest.value[..., 0] != 0) & ~self.group.empty
         self.has_mass = some(self.q.value != 0) | has_rest | (chosen.z_loss[..., 0] != 0)
+        # Mass without a class costs +inf, beside a NaN too.
+        self.rows.has_nan = self.rows.has_nan & ~self.group.empty & ~self.nowhere[..., 0]
         if self.renormalised:  # of which the others' logits are no part, but of the lse
             self.unsaid |= self.broken & ~self.group.bad & (chosen.z_loss[..., 0] == 0)
         self.leave_out_faults(chosen)
