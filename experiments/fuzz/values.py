@@ -351,7 +351,8 @@ class Draw:
         x = np.where((temper == "nan and inf")[:, None, None] & (rng.random((*x.shape[:2], 1)) < 0.3), np.nan, x)
         x = np.where(self.idle[..., None] & self.some(0.6, 1, 1), rng.choice([np.nan, np.inf, 1.0], size=x.shape), x)
         self.put("features", x.reshape(self.shape("features")))
-        scales = [0.01, 1.0, 3.0, 20.0, *([100.0] if program.is_sparse else [])]
+        narrow = "float16" in (program.dtypes["features"], program.dtypes["kernel"])  # which holds no such gradients
+        scales = [0.01, 1.0, 3.0, 20.0, *([100.0] if program.is_sparse and not narrow else [])]
         scale = rng.choice(scales, size=(program.sets, 1, 1)) / np.sqrt(width)
         w = rng.normal(size=(program.sets, width, frame.classes)) * scale
         self.put("kernel", w if program.arrays["kernel"][0] == "d" else w.swapaxes(-1, -2))
