@@ -191,7 +191,8 @@ def sharded(program: Program, fn: Callable, arguments: int) -> Callable:
     variables = {name: spec(program.arrays[name]) for name in program.variables}
     constants = {name: spec(layout) for name, layout in program.arrays.items() if name not in variables}
     outputs = tuple(spec(layout) for layout, _ in program.outputs)
-    inputs = (variables, constants, outputs, variables)[:arguments]
+    tangents = {name: s for name, s in variables.items() if not program.dtypes[name].startswith("int")}
+    inputs = (variables, constants, outputs, tangents)[:arguments]
     results: Any = outputs
     if arguments == 4:
         results = {
