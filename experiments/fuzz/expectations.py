@@ -3,6 +3,7 @@
 from functools import cached_property
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.fuzz.formulas import EXACT, FREE, Expected, Rows
@@ -205,9 +206,10 @@ class LossCase(Case):
     def sparse_loss_of(self, z: Measured, removed: np.ndarray, dtype: Any) -> PositionLoss:
         indices, probs = (self.target_frame.rows(self.inputs[n]) for n in ("target_indices", "target_probs"))
         rounding = 2 * Unit.of(self.program.dtypes["target_probs"]).roundoff
+        held = self.program.compute, jnp.dtype(self.program.dtypes["target_probs"])
         chosen = Chosen(
             indices.astype(np.int64), probs.astype(self.wide), self.program.options["outside"], rounding,
-            float(np.finfo(self.program.compute).max), self.weights, self.scalar("z_loss", 0.0),
+            min(float(jnp.finfo(d).max) for d in held), self.weights, self.scalar("z_loss", 0.0),
         )  # fmt: skip
         return SparseLoss(z, removed, chosen, self.program.options["reduction"], self.unit, dtype)
 

@@ -19,7 +19,7 @@ class Chosen:
     probs: np.ndarray  # (S, N, K), at least 0, but anything where a position takes no part
     outside: str
     rounding: float  # of the dtype of the probabilities: what they leave is no mass if it is no more
-    largest: float  # of the dtype that sums are in
+    largest: float  # number that sums and gradients can hold
     weights: np.ndarray  # (S, N)
     z_loss: np.ndarray  # (S, 1, 1)
 
