@@ -51,11 +51,20 @@ def public(name: str) -> Callable:
     return found
 
 
+def keywords(program: Program, arrays: dict) -> dict[str, Any]:
+    """The arrays and options of a program as its function takes them."""
+    given = arrays | program.options
+    if program.is_sparse:
+        parts = (given.pop(name) for name in ("target_indices", "target_probs", "outside"))
+        given["targets"] = jaxsoft.SparseTargets(*parts)
+    return given
+
+
 def compiled(program: Program) -> Callable:
     fn, lanes = public(program.function), program.lanes > 1
 
     def outputs(variables: dict, constants: dict) -> tuple:
-        found = fn(**variables, **constants, **program.options)
+        found = fn(**keywords(program, variables | constants))
         found = found if isinstance(found, tuple) else (found,)
         if "data" in program.mesh and not program.outputs[0][0]:
             return tuple(lax.psum(f, "data") for f in found)
@@ -182,7 +191,8 @@ def sharded(program: Program, fn: Callable, arguments: int) -> Callable:
     variables = {name: spec(program.arrays[name]) for name in program.variables}
     constants = {name: spec(layout) for name, layout in program.arrays.items() if name not in variables}
     outputs = tuple(spec(layout) for layout, _ in program.outputs)
-    inputs = (variables, constants, outputs, variables)[:arguments]
+    tangents = {name: s for name, s in variables.items() if not program.dtypes[name].startswith("int")}
+    inputs = (variables, constants, outputs, tangents)[:arguments]
     results: Any = outputs
     if arguments == 4:
         results = {

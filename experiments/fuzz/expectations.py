@@ -3,14 +3,16 @@
 from functools import cached_property
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.fuzz.formulas import EXACT, FREE, Expected, Rows
 from experiments.fuzz.layers import CaffeLoss, Jacobian, MultinomialLogistic, SoftmaxProduct
-from experiments.fuzz.losses import Layer, Loss, Targets
+from experiments.fuzz.losses import Layer, Loss, PositionLoss, Targets
 from experiments.fuzz.measured import Measured, Unit
 from experiments.fuzz.normalisers import LogSoftmax, LogSumExp, Normaliser, Softmax
 from experiments.fuzz.programs import CAFFE_LOSSES, NORMALISERS, Program
+from experiments.fuzz.sparse import Chosen, SparseLoss
 from experiments.fuzz.values import Frame, Values
 
 NORMALISING: dict[str, type[Normaliser]] = {
@@ -153,11 +155,21 @@ class NormaliserCase(Case):
 class LossCase(Case):
     """What both losses make of their options."""
 
-    loss: Loss
+    loss: PositionLoss
+
+    @cached_property
+    def of_targets(self) -> str:
+        """What of the targets may be a variable."""
+        return "target_probs" if self.program.is_sparse else "targets"
+
+    @cached_property
+    def target_frame(self) -> Frame:
+        """That of a distribution, or of the probabilities of sparse targets."""
+        return Frame(self.program, self.program.arrays[self.of_targets])
 
     @cached_property
     def label(self) -> np.ndarray | None:
-        if self.program.arrays["targets"] != self.program.positions:
+        if self.program.is_sparse or self.program.arrays["targets"] != self.program.positions:
             return None
         return self.frame.positions(self.inputs["targets"])
 
@@ -178,9 +190,11 @@ class LossCase(Case):
         option = self.inputs.get(name, self.program.options.get(name, default))
         return np.broadcast_to(np.asarray(option, self.wide), self.frame.sets).reshape(-1, 1, 1)
 
-    def loss_of(self, z: Measured, removed: np.ndarray, dtype: Any) -> Loss:
+    def loss_of(self, z: Measured, removed: np.ndarray, dtype: Any) -> PositionLoss:
         part = (self.weights != 0)[..., None]
         z = Measured(np.where(part, z.value, 0), z.error, self.unit)  # what takes no part may be anything
+        if self.program.is_sparse:
+            return self.sparse_loss_of(z, removed, dtype)
         label = None if self.label is None else self.label.astype(np.int64)
         spread = None if label is not None else self.frame.rows(self.inputs["targets"]).astype(self.wide)
         targets = Targets(
@@ -188,6 +202,16 @@ class LossCase(Case):
             self.scalar("z_loss", 0.0), ~removed,
         )  # fmt: skip
         return Loss(Rows(z, removed), targets, self.program.options["reduction"], self.unit, dtype)
+
+    def sparse_loss_of(self, z: Measured, removed: np.ndarray, dtype: Any) -> PositionLoss:
+        indices, probs = (self.target_frame.rows(self.inputs[n]) for n in ("target_indices", "target_probs"))
+        rounding = 2 * Unit.of(self.program.dtypes["target_probs"]).roundoff
+        held = self.program.compute, jnp.dtype(self.program.dtypes["target_probs"])
+        chosen = Chosen(
+            indices.astype(np.int64), probs.astype(self.wide), self.program.options["outside"], rounding,
+            min(float(jnp.finfo(d).max) for d in held), self.weights, self.scalar("z_loss", 0.0),
+        )  # fmt: skip
+        return SparseLoss(z, removed, chosen, self.program.options["reduction"], self.unit, dtype)
 
     @property
     def g(self) -> np.ndarray:
@@ -197,8 +221,16 @@ class LossCase(Case):
 
     @property
     def spread(self) -> np.ndarray | None:
-        """The change of a distribution."""
-        return self.frame.rows(self.tangents["targets"]) if "targets" in self.tangents else None
+        """The change of a distribution or of probabilities."""
+        change = self.tangents.get(self.of_targets)
+        return None if change is None else self.target_frame.rows(change)
+
+    def to_targets(self, e: Expected) -> Gradients:
+        """The gradient to them, which labels have not."""
+        if self.of_targets not in self.program.variables:
+            return {}
+        frame = self.target_frame
+        return {self.of_targets: Expected(e.number.map(frame.back), frame.back(e.everywhere))}
 
     def value(self) -> tuple[Expected, ...]:
         return (self.of_positions(self.loss.value()),)
@@ -216,14 +248,14 @@ class DenseCase(LossCase):
 
     def pull(self, *, linear: bool) -> Gradients:
         to_targets = self.loss.pull_targets(self.g, linear=linear)
-        return {"logits": self.back(self.loss.pull(self.g)), "targets": self.back(to_targets)}
+        return {"logits": self.back(self.loss.pull(self.g))} | self.to_targets(to_targets)
 
     def push(self) -> tuple[Expected, ...]:
         return (self.of_positions(self.loss.push(self.v, self.spread)),)
 
     def bend(self) -> Gradients:
-        bends = self.loss.bend(self.g, self.v, self.spread), self.loss.bend_targets(self.g, self.v)
-        return {name: self.back(e) for name, e in zip(("logits", "targets"), bends, strict=True)}
+        of_targets = self.loss.bend_targets(self.g, self.v, self.spread)
+        return {"logits": self.back(self.loss.bend(self.g, self.v, self.spread))} | self.to_targets(of_targets)
 
 
 class LayerCase(LossCase):
@@ -271,7 +303,7 @@ class LayerCase(LossCase):
 
     def pull(self, *, linear: bool) -> Gradients:
         found = self.given(self.layer.pull(self.loss.pull(self.g)))
-        return found | {"targets": self.back(self.loss.pull_targets(self.g, linear=linear))}
+        return found | self.to_targets(self.loss.pull_targets(self.g, linear=linear))
 
     def push(self) -> tuple[Expected, ...]:
         return (self.of_positions(self.loss.push(self.along * self.layer.slope, self.spread)),)
@@ -280,7 +312,7 @@ class LayerCase(LossCase):
         v = self.along * self.layer.slope
         turned = self.loss.bend(self.g, v, self.spread)
         found = self.given(self.layer.bend(self.loss.pull(self.g), turned, self.along, *self.changes))
-        return found | {"targets": self.back(self.loss.bend_targets(self.g, v))}
+        return found | self.to_targets(self.loss.bend_targets(self.g, v, self.spread))
 
 
 class CaffeCase(Case):

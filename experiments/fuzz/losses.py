@@ -24,52 +24,56 @@ class Targets:
     left: np.ndarray  # (S, N, C): classes that smoothing shares among
 
 
-class Loss:
-    """τ·lse − Σ_j q_j z_j + ζ·lse² of every position, reduced."""
+class PositionLoss:
+    """A loss of every position and ζ·lse², weighted and reduced; what the loss is, its heirs say."""
 
-    def __init__(self, rows: Rows, targets: Targets, reduction: str, unit: Unit, dtype: Any):
+    has_mass: np.ndarray  # (S, N): where a logit that is no number has to be seen
+
+    def __init__(self, rows: Rows, weights: np.ndarray, z_loss: np.ndarray, reduction: str, unit: Unit, dtype: Any):
         self.rows, self.reduction, self.unit, self.dtype = rows, reduction, unit, dtype
-        classes = rows.removed.shape[-1]
-        self.part = targets.weights != 0
-        self.z_loss = targets.z_loss
-        given = targets.class_weights
-        self.by_class = np.ones((1, 1, classes)) if given is None else given[:, None, :]
-        self.by_target = self.measured(1 - targets.smoothing) * self.by_class  # ∂q_j/∂t_j
-        counts = np.maximum(targets.left.sum(-1, keepdims=True), 1)
-        shared = self.measured(np.where(targets.left, self.by_class, 0)) / counts
-        self.spread = shared * targets.smoothing
-        if targets.distribution is not None:
-            self.outside = np.zeros_like(self.part)
-            self.onehot = np.zeros(rows.removed.shape, bool)
-            self.spread = self.spread + self.by_target * targets.distribution
-            self.hot = self.measured(np.zeros((*self.part.shape, 1)))
-        else:
-            label = targets.label
-            assert label is not None
-            self.outside = self.part & ((label < 0) | (label >= classes))
-            self.onehot = label[..., None] == np.arange(classes)
-            self.hot = where(self.onehot, self.by_target, 0.0).sum(keepdims=True)
-        self.counted = self.measured(targets.weights)
-        by_label = 1.0 if targets.label is None else np.where(self.onehot, self.by_class, 0).sum(-1)
+        self.part, self.z_loss = weights != 0, z_loss
+        self.outside = np.zeros_like(self.part)  # positions with a target that is no class
+        self.unknown = False  # whether the others' share beside such a position is not said
+        self.counted = self.measured(weights)
         self.loss_share, self.square_share = self.counted, self.counted
         if reduction == "mean":
-            for_loss = self.one(np.where(self.part, targets.weights * by_label, 0).sum(-1, keepdims=True))
-            for_square = self.one(targets.weights.sum(-1, keepdims=True))
-            if given is None and targets.label is not None:
-                for_loss = for_square
-            self.loss_share, self.square_share = self.counted / for_loss, self.counted / for_square
-        # The mean's denominator when a label that is no class has no class weight: not said.
-        self.unknown = reduction == "mean" and given is not None
-        has_targets = (self.hot.value[..., 0] != 0) | some(self.spread.value != 0)
-        self.has_mass = has_targets | (targets.z_loss[..., 0] != 0)
+            self.loss_share = self.square_share = self.counted / self.one(weights.sum(-1, keepdims=True))
         self.broken = self.part & rows.bad
         self.unsaid = np.zeros_like(self.broken)  # positions of which nothing is expected
+
+    def each(self) -> Measured:
+        """The loss of each position."""
+        raise NotImplementedError
+
+    def slope(self) -> Measured:
+        """Its derivative to the logits."""
+        raise NotImplementedError
+
+    def turn(self, v: Measured, targets: np.ndarray | None) -> Measured:
+        """The derivative of `slope` along a change of the logits and one of the targets."""
+        raise NotImplementedError
+
+    def along(self, targets: np.ndarray) -> tuple[Measured, np.ndarray]:
+        """The derivative of the loss along a change of the targets, and where it is not said."""
+        raise NotImplementedError
+
+    def pull_targets(self, g: np.ndarray, *, linear: bool = False) -> Expected:
+        """The gradient to the targets."""
+        raise NotImplementedError
+
+    def bend_targets(self, g: np.ndarray, v: np.ndarray | Measured, targets: np.ndarray | None) -> Expected:
+        """The derivative of that gradient."""
+        raise NotImplementedError
 
     def measured(self, array: Any) -> Measured:
         return Measured(np.asarray(array), 0, self.unit)
 
     def one(self, count: np.ndarray) -> Measured:
         return self.measured(np.where(count == 0, 1, count))
+
+    def left(self, v: np.ndarray | Measured) -> Measured:
+        """A change of the logits without that of removed classes."""
+        return where(self.rows.removed, 0.0, self.counted.exact(v))
 
     def reduced(self, each: Measured, judged: np.ndarray, needed: np.ndarray) -> Expected:
         """`each` position's term; `needed` NaN."""
@@ -81,10 +85,8 @@ class Loss:
 
     def value(self) -> Expected:
         rows = self.rows
-        at_label = where(self.hot.value == 0, 0.0, self.hot * rows.label_surprise(self.onehot))[..., 0]
-        loss = at_label + where(self.spread.value == 0, 0.0, self.spread * rows.surprise).sum()
         lse = where(rows.empty, 0.0, rows.lse[..., 0])
-        each = loss * self.loss_share + lse * lse * self.z_loss[..., 0] * self.square_share
+        each = self.each() * self.loss_share + lse * lse * self.z_loss[..., 0] * self.square_share
         each = where(self.part & ~rows.bad, each, 0.0)
         needed = self.outside | (self.part & rows.has_nan & self.has_mass)
         judged = np.where(self.broken, np.where(self.has_mass, NOT_FINITE, FREE), EXACT)
@@ -96,13 +98,10 @@ class Loss:
         each = np.where(self.part, g if self.reduction == "none" else g[:, None], 0)
         return (self.loss_share * each)[..., None], (self.square_share * each)[..., None]
 
-    def slopes(self) -> tuple[Measured, Measured]:
-        """The derivative of loss and of ζ·lse² to the logits."""
-        rows = self.rows
-        of_loss = rows.label_gradient(self.onehot) * self.hot
-        of_loss = of_loss + (rows.p * self.spread.sum(keepdims=True) - self.spread)
-        lse = where(rows.empty[..., None], 0.0, rows.lse)
-        return of_loss, rows.p * lse * (2 * self.z_loss)
+    def square_slope(self) -> Measured:
+        """The derivative of ζ·lse² to the logits."""
+        lse = where(self.rows.empty[..., None], 0.0, self.rows.lse)
+        return self.rows.p * lse * (2 * self.z_loss)
 
     def of_logits(self, gradient: Measured, *, first: bool) -> Expected:
         """A gradient to the logits with its edges."""
@@ -119,8 +118,84 @@ class Loss:
         return Expected(gradient, np.where(free, FREE, EXACT))
 
     def pull(self, g: np.ndarray) -> Expected:
-        (for_loss, for_square), (of_loss, of_square) = self.shares(g), self.slopes()
-        return self.of_logits(of_loss * for_loss + of_square * for_square, first=True)
+        for_loss, for_square = self.shares(g)
+        return self.of_logits(self.slope() * for_loss + self.square_slope() * for_square, first=True)
+
+    def push(self, v: np.ndarray | Measured, targets: np.ndarray | None) -> Expected:
+        rows, v = self.rows, self.left(v)
+        along = (self.slope() * v).sum()
+        judged = np.where(self.part & (rows.bad | rows.empty | self.outside), FREE, EXACT)
+        if targets is not None:
+            of_targets, unsaid = self.along(targets)
+            along = along + of_targets
+            judged = np.where(self.part & unsaid, FREE, judged)
+        if self.unknown:
+            judged = np.where(some(self.outside)[:, None], FREE, judged)
+        each = along * self.loss_share + (self.square_slope() * v).sum() * self.square_share
+        return self.reduced(where(self.part & (judged != FREE), each, 0.0), judged, np.zeros_like(self.part))
+
+    def bend(self, g: np.ndarray, v: np.ndarray | Measured, targets: np.ndarray | None) -> Expected:
+        """The derivative of `pull` along v and along a change of the targets."""
+        rows, (for_loss, for_square), v = self.rows, self.shares(g), self.left(v)
+        lse = where(rows.empty[..., None], 0.0, rows.lse)
+        turn = (rows.p * rows.dot(v)).rounded(self.dtype) + rows.derivative(v, self.dtype) * lse
+        of_square = turn * (2 * self.z_loss)
+        return self.of_logits(self.turn(v, targets) * for_loss + of_square * for_square, first=False)
+
+
+class Loss(PositionLoss):
+    """τ·lse − Σ_j q_j z_j."""
+
+    def __init__(self, rows: Rows, targets: Targets, reduction: str, unit: Unit, dtype: Any):
+        super().__init__(rows, targets.weights, targets.z_loss, reduction, unit, dtype)
+        classes = rows.removed.shape[-1]
+        given = targets.class_weights
+        self.by_class = np.ones((1, 1, classes)) if given is None else given[:, None, :]
+        self.by_target = self.measured(1 - targets.smoothing) * self.by_class  # ∂q_j/∂t_j
+        counts = np.maximum(targets.left.sum(-1, keepdims=True), 1)
+        shared = self.measured(np.where(targets.left, self.by_class, 0)) / counts
+        self.spread = shared * targets.smoothing
+        if targets.distribution is not None:
+            self.onehot = np.zeros(rows.removed.shape, bool)
+            self.spread = self.spread + self.by_target * targets.distribution
+            self.hot = self.measured(np.zeros((*self.part.shape, 1)))
+        else:
+            label = targets.label
+            assert label is not None
+            self.outside = self.part & ((label < 0) | (label >= classes))
+            self.onehot = label[..., None] == np.arange(classes)
+            self.hot = where(self.onehot, self.by_target, 0.0).sum(keepdims=True)
+        if reduction == "mean" and given is not None and targets.label is not None:
+            by_label = np.where(self.onehot, self.by_class, 0).sum(-1)
+            for_loss = self.one(np.where(self.part, targets.weights * by_label, 0).sum(-1, keepdims=True))
+            self.loss_share = self.counted / for_loss
+        # The mean's denominator when a label that is no class has no class weight: not said.
+        self.unknown = reduction == "mean" and given is not None
+        has_targets = (self.hot.value[..., 0] != 0) | some(self.spread.value != 0)
+        self.has_mass = has_targets | (targets.z_loss[..., 0] != 0)
+
+    def each(self) -> Measured:
+        rows = self.rows
+        at_label = where(self.hot.value == 0, 0.0, self.hot * rows.label_surprise(self.onehot))[..., 0]
+        return at_label + where(self.spread.value == 0, 0.0, self.spread * rows.surprise).sum()
+
+    def slope(self) -> Measured:
+        of_label = self.rows.label_gradient(self.onehot) * self.hot
+        return of_label + (self.rows.p * self.spread.sum(keepdims=True) - self.spread)
+
+    def turn(self, v: Measured, targets: np.ndarray | None) -> Measured:
+        rows = self.rows
+        turn = rows.derivative(v, self.dtype, self.onehot) * self.hot
+        turn = turn + rows.derivative(v, self.dtype) * self.spread.sum(keepdims=True)
+        if targets is not None:
+            change = where(rows.removed, 0.0, self.by_target * targets)
+            turn = turn + (rows.p * change.sum(keepdims=True)).rounded(self.dtype) - change.rounded(self.dtype)
+        return turn
+
+    def along(self, targets: np.ndarray) -> tuple[Measured, np.ndarray]:
+        rows, fixed = self.rows, (self.by_target.value == 0) | self.rows.removed
+        moved = where(fixed, 0.0, self.by_target * rows.surprise * targets).sum()
+        return moved, some(np.isinf(rows.surprise.value) & ~fixed)
 
     def pull_targets(self, g: np.ndarray, *, linear: bool = False) -> Expected:
         """To a distribution: −c_j (1 − ε) log p_j."""
@@ -131,38 +206,8 @@ class Loss:
         infinite = np.isinf(self.rows.surprise.value) & ~self.rows.removed & linear
         return Expected(gradient, np.where((self.broken[..., None] & ~self.rows.removed) | infinite, FREE, EXACT))
 
-    def push(self, v: np.ndarray | Measured, targets: np.ndarray | None) -> Expected:
-        rows = self.rows
-        of_loss, of_square = self.slopes()
-        v = where(rows.removed, 0.0, self.hot.exact(v))
-        along = (of_loss * v).sum()
-        judged = np.where(self.part & (rows.bad | rows.empty | self.outside), FREE, EXACT)
-        if targets is not None:
-            fixed = (self.by_target.value == 0) | rows.removed
-            along = along + where(fixed, 0.0, self.by_target * rows.surprise * targets).sum()
-            infinite = self.part & some(np.isinf(rows.surprise.value) & ~fixed)
-            judged = np.where(infinite, FREE, judged)
-        if self.unknown:
-            judged = np.where(some(self.outside)[:, None], FREE, judged)
-        each = along * self.loss_share + (of_square * v).sum() * self.square_share
-        return self.reduced(where(self.part & (judged != FREE), each, 0.0), judged, np.zeros_like(self.part))
-
-    def bend(self, g: np.ndarray, v: np.ndarray | Measured, targets: np.ndarray | None) -> Expected:
-        """The derivative of `pull` along v and along a change of the targets."""
-        rows, (for_loss, for_square) = self.rows, self.shares(g)
-        v = where(rows.removed, 0.0, self.hot.exact(v))
-        turn = rows.derivative(v, self.dtype)
-        of_loss = rows.derivative(v, self.dtype, self.onehot) * self.hot + turn * self.spread.sum(keepdims=True)
-        if targets is not None:
-            change = where(rows.removed, 0.0, self.by_target * targets)
-            of_loss = of_loss + (rows.p * change.sum(keepdims=True)).rounded(self.dtype) - change.rounded(self.dtype)
-        lse = where(rows.empty[..., None], 0.0, rows.lse)
-        of_square = ((rows.p * rows.dot(v)).rounded(self.dtype) + turn * lse) * (2 * self.z_loss)
-        return self.of_logits(of_loss * for_loss + of_square * for_square, first=False)
-
-    def bend_targets(self, g: np.ndarray, v: np.ndarray | Measured) -> Expected:
-        for_loss, _ = self.shares(g)
-        v = where(self.rows.removed, 0.0, self.hot.exact(v))
+    def bend_targets(self, g: np.ndarray, v: np.ndarray | Measured, targets: np.ndarray | None) -> Expected:
+        (for_loss, _), v = self.shares(g), self.left(v)
         gradient = for_loss * self.by_target * (self.rows.dot(v) - v)
         gradient = where(self.rows.removed, 0.0, gradient)
         unsaid = self.broken[..., None] | np.isinf(self.rows.surprise.value)

@@ -15,8 +15,12 @@ FUNCTIONS = (
     "cross_entropy", "linear_cross_entropy", "softmax", "cross_entropy", "linear_cross_entropy", "log_softmax",
     "cross_entropy", "linear_cross_entropy", "logsumexp", "cross_entropy", "linear_cross_entropy", *CAFFE_LOSSES,
     "cross_entropy", "linear_cross_entropy", "softmax_vjp", "softmax_jacobian", "caffe.multinomial_logistic_loss",
-    "caffe.softmax",
+    "caffe.softmax", "sparse_cross_entropy", "sparse_linear_cross_entropy", "sparse_cross_entropy",
+    "sparse_linear_cross_entropy",
 )  # fmt: skip
+# The losses of `SparseTargets`, and the functions that they are called by.
+SPARSE = {"sparse_cross_entropy": "cross_entropy", "sparse_linear_cross_entropy": "linear_cross_entropy"}
+OUTSIDE = ("tail", "tail", "renormalise", "nothing")
 DERIVATIVES = ("value", "vjp", "grad", "linear at 0", "transpose", "jvp of grad", "vjp of grad")
 WRAPS = (
     "eager",
@@ -32,7 +36,10 @@ WRAPS = (
 )
 SHARDED = ("shard_map", "grad in shard_map")
 # Arrays of which the table of coverage shows the dtype, and options that it counts.
-SHOWN = ("logits", "x", "probs", "features", "kernel", "bias", "targets", "labels", "weights")
+SHOWN = (
+    "logits", "x", "probs", "features", "kernel", "bias", "targets", "labels", "weights", "target_indices",
+    "target_probs",
+)  # fmt: skip
 COUNTED = (
     "where", "keepdims", "axis_name", "weights", "class_weights", "ignore_index", "label_smoothing", "z_loss",
     "soft_cap", "temperature", "kernel_axis", "bias", "ignore_label", "normalization", "normalize", "loss_weight",
@@ -43,7 +50,7 @@ Layout = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Program:
-    """One compiled program; an axis is named c0, c1 … of the classes, p0, p1 … of the positions, d, "1" or "all"."""
+    """One compiled program; an axis is named c0, c1 … of the classes, p0, p1 … of the positions, k, d, "1" or "all"."""
 
     seed: int
     index: int
@@ -62,6 +69,15 @@ class Program:
     in_axes: dict[str, int | None]  # under vmap: where an array has its lanes; None: they share it
     mesh: dict[str, int]  # devices along "classes" and "data"
     sharded_position: str | None
+
+    @property
+    def is_sparse(self) -> bool:
+        return "target_indices" in self.arrays
+
+    @property
+    def subject(self) -> str:
+        """The entry of `FUNCTIONS` that it is."""
+        return f"sparse_{self.function}" if self.is_sparse else self.function
 
     @property
     def logits(self) -> Layout:
@@ -98,7 +114,7 @@ class Program:
 
     def traits(self) -> list[tuple[str, str]]:
         """What the table of coverage counts."""
-        found = [("function", self.function), ("transformation", self.wrap), ("derivative", self.derivative)]
+        found = [("function", self.subject), ("transformation", self.wrap), ("derivative", self.derivative)]
         found += [("mode", "x64" if self.x64 else "x32"), ("rank of the logits", str(len(self.logits)))]
         found += [(f"dtype of {name}", self.dtypes[name]) for name in self.arrays if name in SHOWN]
         found += [("reduction", self.options["reduction"])] if "reduction" in self.options else []
@@ -106,6 +122,10 @@ class Program:
             if name in self.arrays or name in self.options:
                 traced = name in self.arrays and not self.arrays[name]
                 found.append(("option", f"{name}, traced" if traced else name))
+        if self.is_sparse:
+            chosen = self.sizes["k"]
+            few = "1" if chosen == 1 else "some" if chosen < self.classes else "as many as there are or more"
+            found += [("outside of sparse targets", self.options["outside"]), ("classes of sparse targets", few)]
         bounds = {"classes": (1, 16, 999), "positions": (0, 1, 999)}
         for name, count in (("classes", self.classes), ("positions", self.count)):
             low, middle, high = bounds[name]
@@ -132,7 +152,8 @@ def chance(rng: np.random.Generator, probability: float) -> bool:
 
 def draw_program(seed: int, index: int, sets: int) -> Program:
     rng = np.random.default_rng([seed, index])
-    function = FUNCTIONS[index % len(FUNCTIONS)]
+    subject = FUNCTIONS[index % len(FUNCTIONS)]
+    function = SPARSE.get(subject, subject)
     derivative, wrap = pick(rng, DERIVATIVES), pick(rng, WRAPS)
     shardable = function in (*NORMALISERS[:3], *LOSSES)
     if wrap in SHARDED and not (shardable and chance(rng, 0.6)):
@@ -160,7 +181,7 @@ def draw_program(seed: int, index: int, sets: int) -> Program:
         seed, index, function, sizes, {}, {}, (), (), {}, wrap, derivative, x64, sets, 1, {}, mesh, sharded_position
     )  # fmt: skip
     if function in LOSSES:
-        program = draw_loss(rng, program, layout, dtype)
+        program = draw_loss(rng, program, layout, dtype, sparse=subject in SPARSE)
     elif function in NORMALISERS:
         program = draw_normaliser(rng, program, layout, dtype)
     else:
@@ -258,7 +279,7 @@ def draw_normaliser(rng: np.random.Generator, program: Program, layout: Layout, 
     return replace(program, arrays=arrays, dtypes=dtypes, variables=(name,), options=options, outputs=((out, result),))
 
 
-def draw_loss(rng: np.random.Generator, program: Program, layout: Layout, dtype: str) -> Program:
+def draw_loss(rng: np.random.Generator, program: Program, layout: Layout, dtype: str, *, sparse: bool) -> Program:
     arrays: dict[str, Layout] = {}
     dtypes: dict[str, str] = {}
     options: dict[str, Any] = {"reduction": pick(rng, ("none", "sum", "mean"))}
@@ -283,7 +304,14 @@ def draw_loss(rng: np.random.Generator, program: Program, layout: Layout, dtype:
         arrays["logits"], dtypes["logits"], variables = layout, dtype, ["logits"]
         at = layout.index("c0")
         options["axis"] = at - len(layout) if chance(rng, 0.5) else at
-    if chance(rng, 0.6):
+    sizes = program.sizes | {"all": program.sizes["c0"]}
+    if sparse:
+        dtypes["target_indices"], sizes["k"] = draw_chosen(rng, sizes, positions)
+        dtypes["target_probs"] = pick(rng, (dtype, dtype, "float32", "bfloat16"))
+        arrays["target_indices"] = arrays["target_probs"] = tuple("k" if n == "c0" else n for n in layout)
+        variables.append("target_probs")
+        options["outside"] = pick(rng, OUTSIDE)
+    elif chance(rng, 0.6):
         arrays["targets"] = positions
         signed = ("int32", "int32", "int64", "int8", "int16", "uint8", "uint32")
         dtypes["targets"] = pick(rng, signed)
@@ -298,12 +326,12 @@ def draw_loss(rng: np.random.Generator, program: Program, layout: Layout, dtype:
     if chance(rng, 0.4):
         arrays["weights"] = broadcasting(rng, positions)
         dtypes["weights"] = pick(rng, ("float32", "float32", "int32", dtype, "bool", "bool"))
-    if chance(rng, 0.35):
+    if not sparse and chance(rng, 0.35):
         arrays["class_weights"], dtypes["class_weights"] = ("all",), pick(rng, ("float32", "int32"))
     if chance(rng, 0.3):
         arrays["where"] = ("c0",) if linear else broadcasting(rng, layout, keep="c0" if program.mesh else "")
         dtypes["where"] = "bool"
-    if chance(rng, 0.45):
+    if not sparse and chance(rng, 0.45):
         options["label_smoothing"] = pick(rng, (0.1, 0.1, 0.5, 1.0, 1e-3))
     if chance(rng, 0.35):
         options["z_loss"] = pick(rng, (1e-4, 0.1, 1.0))
@@ -315,7 +343,6 @@ def draw_loss(rng: np.random.Generator, program: Program, layout: Layout, dtype:
         options["axis_name"] = "classes"
     if "data" in program.mesh and options["reduction"] == "mean":
         options["reduction"] = "sum"
-    sizes = program.sizes | {"all": program.sizes["c0"]}
     program = replace(program, sizes=sizes, arrays=arrays, dtypes=dtypes, variables=tuple(variables), options=options)
     if linear:
         shards, devices = program.mesh.get("classes", 1), program.mesh.get("data", 1)
@@ -323,6 +350,16 @@ def draw_loss(rng: np.random.Generator, program: Program, layout: Layout, dtype:
         options["memory_budget"] = row * int(rng.integers(1, max(program.count // devices, 1) + 2))
     out = positions if options["reduction"] == "none" else ()
     return replace(program, outputs=((out, program.compute.name),))
+
+
+def draw_chosen(rng: np.random.Generator, sizes: dict[str, int], positions: Layout) -> tuple[str, int]:
+    """The dtype of the indices of sparse targets, and how many there are at a position."""
+    dtype = pick(rng, ("int32", "int32", "int64", "int8", "int16", "uint8", "uint32"))
+    classes, count = sizes["c0"], math.prod(sizes[n] for n in positions)
+    # All classes, and more, some of which come twice, only where their comparisons with each other are not too many.
+    most = classes if classes**2 * max(count, 1) <= 100_000 else min(classes, 16)
+    some = int(rng.integers(1, most + 1))
+    return dtype, pick(rng, (1, min(some, 4), some, some, most, most + 2))
 
 
 def draw_layer(rng: np.random.Generator, program: Program, layout: Layout, dtype: str) -> Program:

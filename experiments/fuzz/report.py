@@ -33,12 +33,12 @@ class Report:
             self.coverage["values", temper] += count
         for verdict in trial.verdicts.values():
             self.numbers += verdict.compared
-            key = program.function, program.dtypes[program.variables[0]]
+            key = program.subject, program.dtypes[program.variables[0]]
             self.worst[key] = max(self.worst[key], verdict.worst)
         if not wrong.any():
             return ""
         again += "" if trial.refusal else f" --case {int(wrong.argmax())}"
-        said = f"{again}\n    {program.function}, {program.wrap}, {program.derivative}: {trial.reason}"
+        said = f"{again}\n    {program.subject}, {program.wrap}, {program.derivative}: {trial.reason}"
         self.failures.append(f"{said}\n    {program}\n")
         return said
 

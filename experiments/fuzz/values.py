@@ -1,5 +1,6 @@
 """Sets of values for a program: logits of every temper, labels in and out of range, cotangents, directions."""
 
+import math
 from dataclasses import dataclass, field
 
 import jax.numpy as jnp
@@ -30,10 +31,12 @@ class Values:
 class Frame:
     """The arrays of a program seen as (sets, positions, classes), and back."""
 
-    def __init__(self, program: Program):
-        self.program, self.full = program, program.logits
-        self.sets, self.count, self.classes = program.sets, program.count, program.classes
-        self.at = [n for n, name in enumerate(self.full) if name.startswith("c")]
+    def __init__(self, program: Program, layout: Layout | None = None):
+        """Of the logits or of another layout, whose axes that are no positions are its classes."""
+        self.program, self.full = program, program.logits if layout is None else layout
+        self.at = [n for n, name in enumerate(self.full) if not name.startswith("p")]
+        self.sets, self.count = program.sets, program.count
+        self.classes = math.prod(program.sizes[self.full[n]] for n in self.at)
 
     def broadcast(self, array: np.ndarray, full: Layout) -> np.ndarray:
         shape = self.program.shape(full)
@@ -51,9 +54,9 @@ class Frame:
         return self.broadcast(array, self.program.positions).reshape(self.sets, self.count)
 
     def back(self, array: np.ndarray) -> np.ndarray:
-        """From (S, N, C) to the layout of the logits."""
+        """From (S, N, C) to the layout."""
         sizes = self.program.sizes
-        shape = [sizes[n] for n in self.program.positions] + [sizes[n] for n in self.full if n.startswith("c")]
+        shape = [sizes[n] for n in self.program.positions] + [sizes[self.full[n]] for n in self.at]
         last = tuple(range(-len(self.at), 0))
         return np.moveaxis(array.reshape(self.sets, *shape), last, [a + 1 for a in self.at])
 
@@ -117,16 +120,25 @@ class Draw:
         self.values.tempers = chosen.astype(object)
         return chosen
 
-    def logits(self, dtype: str, lead: np.ndarray, *, squared: bool) -> np.ndarray:
-        """Rows (S, N, C), each of a regime; of a set's temper, what is not finite or huge."""
+    def onehot(self, lead: np.ndarray) -> np.ndarray:
+        return np.arange(self.frame.classes) == lead[..., None]
+
+    def logits(self, dtype: str, ahead: np.ndarray, *, squared: bool) -> np.ndarray:
+        """Rows (S, N, C), each of a regime; of a set's temper, what is not finite or huge.
+
+        `ahead` or far behind all others are a label or the classes of sparse targets.
+        """
         rng, (sets, count, classes) = self.rng, self.removed.shape
         regime = rng.integers(len(REGIMES), size=(sets, count, 1))
         base = rng.normal(size=(sets, count, classes))
         narrow = dtype == "float16"
         offset = rng.uniform(-1e4, 1e4, (sets, count, 1))
-        at_lead = np.arange(classes) == lead[..., None]
-        others = np.where(at_lead, -np.inf, 0.3 * base).max(-1, keepdims=True, initial=-1.0)
-        margin = np.where(at_lead, others + rng.uniform(-80, 80, (sets, count, 1)), 0.3 * base)
+        if self.program.is_sparse:
+            margin = self.apart(base, ahead)
+            regime = np.where(rng.random(regime.shape) < 0.4, REGIMES.index("margin"), regime)
+        else:
+            others = np.where(ahead, -np.inf, 0.3 * base).max(-1, keepdims=True, initial=-1.0)
+            margin = np.where(ahead, others + rng.uniform(-80, 80, (sets, count, 1)), 0.3 * base)
         constant = np.broadcast_to(offset, base.shape)
         tiny = (1e-6 if narrow else 1e-30) * base
         rows = [3 * base, 1e-3 * base, tiny, 30 * base, constant + base, margin, np.rint(base), constant]  # REGIMES
@@ -148,6 +160,21 @@ class Draw:
         spoil = self.some(0.6, 1, 1)
         return np.where((self.removed | self.idle[..., None]) & spoil, junk, z)
 
+    def apart(self, base: np.ndarray, ahead: np.ndarray) -> np.ndarray:
+        """Two groups of classes, either of which leads by as much as e^200, or neither, and single classes.
+
+        Sums relative to the largest logit of all underflow, and within a group those beside a class that leads it.
+        """
+        rng, shape = self.rng, (*base.shape[:2], 1)
+        near = rng.choice([0.0, 0.3, 3.0], size=shape) * base
+        between = rng.uniform(-200, 200, shape) * rng.choice([1.0, 1.0, 0.005], size=shape)
+        z = near + np.where(ahead, between, 0)
+        for group in (ahead, ~ahead):
+            one = np.where(group, rng.random(base.shape), -1).argmax(-1)
+            alone = self.onehot(one) & group & (rng.random(shape) < 0.4)
+            z = np.where(alone, z + rng.uniform(-200, 200, shape), z)
+        return z
+
     def normaliser(self) -> None:
         self.mask()
         (name,) = self.program.variables
@@ -156,8 +183,22 @@ class Draw:
         if dtype == "int32":
             z = self.rng.integers(-50, 50, self.removed.shape)
         else:
-            z = self.logits(dtype, lead, squared=False)
+            z = self.logits(dtype, self.onehot(lead), squared=False)
         self.put(name, self.frame.back(z))
+
+    @property
+    def keeps_wide(self) -> bool:
+        """Whether labels are seen as they are, which JAX narrows before where they are traced."""
+        return self.program.wrap == "eager" or self.program.x64
+
+    def beyond(self, dtype: str) -> list[int]:
+        """What is no class and held by the dtype of labels."""
+        integers, classes = np.iinfo("int32" if dtype.startswith("float") else dtype), self.frame.classes
+        values = [-1, -2, classes, classes + 3, -100, 127, 2**31 - 1, -(2**31), 200, 255, 2**32 - 1]
+        if self.keeps_wide and not dtype.startswith("float"):
+            values += [2**32, 2**32 + classes - 1, -(2**32), 2**40 + 1]
+        low, high = (integers.min, integers.max) if self.keeps_wide or dtype != "int64" else (-(2**31), 2**31 - 1)
+        return [v for v in values if low <= v <= high and not 0 <= v < classes]
 
     def labels(self, name: str, ignore: int | None) -> np.ndarray:
         """In range, ignored and, in some sets, neither; (S, N) as the dtype holds them."""
@@ -165,12 +206,7 @@ class Draw:
         shape = self.shape(name)
         integers = np.iinfo("int32" if dtype.startswith("float") else dtype)
         y = rng.integers(min(classes, integers.max + 1), size=shape)
-        beyond = [-1, -2, classes, classes + 3, -100, 127, 2**31 - 1, -(2**31), 200, 255, 2**32 - 1]
-        wide = self.program.wrap == "eager" or self.program.x64  # else JAX narrows labels before they are seen
-        if wide and not dtype.startswith("float"):
-            beyond += [2**32, 2**32 + classes - 1, -(2**32), 2**40 + 1]
-        low, high = (integers.min, integers.max) if wide or dtype != "int64" else (-(2**31), 2**31 - 1)
-        beyond = [v for v in beyond if low <= v <= high and not 0 <= v < classes]
+        beyond, wide = self.beyond(dtype), self.keeps_wide
         tail = (1,) * (len(shape) - 1)
         if beyond:
             stray = self.some(0.2, *tail) & (rng.random(shape) < 0.3)
@@ -199,6 +235,9 @@ class Draw:
             whole = program.dtypes["class_weights"] == "int32"
             by_class = rng.integers(0, 3, shape) if whole else rng.uniform(0.2, 2, shape)
             self.put("class_weights", np.where(self.some(0.3, 1) & (rng.random(shape) < 0.4), 0, by_class))
+        if program.is_sparse:
+            self.sparse_loss()
+            return
         lead = rng.integers(frame.classes, size=self.idle.shape)
         if program.arrays["targets"] == program.positions:
             ignore = program.options.get("ignore_index")
@@ -208,13 +247,71 @@ class Draw:
             lead = np.where(rng.random(y.shape) < 0.6, y, lead)
         else:
             self.put("targets", frame.back(self.distribution(lead)))
-        for name, choices in TRACED.items():
-            if name in program.arrays:
-                self.put(name, rng.choice(choices, size=program.sets))
+        self.traced()
         if program.function == "cross_entropy":
-            self.put("logits", frame.back(self.logits(program.dtypes["logits"], lead, squared=program.has("z_loss"))))
+            self.dense(self.onehot(lead))
         else:
-            self.layer_inputs()
+            self.lead(self.layer_inputs())
+
+    def traced(self) -> None:
+        for name, choices in TRACED.items():
+            if name in self.program.arrays:
+                self.put(name, self.rng.choice(choices, size=self.program.sets))
+
+    def dense(self, ahead: np.ndarray) -> None:
+        z = self.logits(self.program.dtypes["logits"], ahead, squared=self.program.has("z_loss"))
+        self.put("logits", self.frame.back(z))
+
+    def sparse_loss(self) -> None:
+        """Of a layer the logits come first, of which classes that lead or trail are chosen; else the classes."""
+        self.traced()
+        if self.program.function == "cross_entropy":
+            self.dense(self.chosen(None))
+        else:
+            self.chosen(self.layer_inputs())
+
+    def chosen(self, z: np.ndarray | None) -> np.ndarray:
+        """Draw the indices and probabilities of sparse targets; which classes they are, (S, N, C)."""
+        rng, program, (sets, count, classes) = self.rng, self.program, self.removed.shape
+        frame, dtype = Frame(program, program.arrays["target_indices"]), program.dtypes["target_indices"]
+        shape, row = (sets, count, frame.classes), (sets, count, 1)
+        order = rng.random((sets, count, min(classes, np.iinfo(dtype).max + 1)))
+        if z is not None:
+            sign = rng.choice([-1.0, 1.0, 0.0], p=[0.2, 0.4, 0.4], size=row)
+            order = np.where(sign == 0, order, sign * np.nan_to_num(z[..., : order.shape[-1]]))
+        order = np.argsort(-order, -1)
+        y = order[..., np.arange(frame.classes) % order.shape[-1]]
+        twice = self.some(0.3, 1, 1) & (rng.random(shape) < 0.3)
+        y = np.where(twice, np.take_along_axis(y, rng.integers(frame.classes, size=shape), -1), y)
+        q = self.masses(shape)
+        beyond = self.beyond(dtype)
+        if beyond:
+            pads = self.some(0.4, 1, 1) & (rng.random(shape) < rng.choice([0.2, 0.6, 1.0], p=[0.6, 0.3, 0.1], size=row))
+            strays = self.some(0.15, 1, 1) & (rng.random(row) < 0.3) & (rng.random(shape) < 0.5)
+            y = np.where(strays | pads, np.where(rng.random(shape) < 0.6, beyond[0], rng.choice(beyond, size=shape)), y)
+            q = np.where(pads & ~strays, 0, q)
+        names = ("target_indices", "target_probs")
+        if all(program.in_axes.get(name, 0) is not None for name in names):  # else others may count where these do not
+            spoil = self.idle[..., None] & self.some(0.5, 1, 1)
+            q = np.where(spoil, rng.choice([np.nan, np.inf, 0.3], size=shape), q)
+            y = np.where(spoil & bool(beyond), beyond[-1] if beyond else 0, y)
+        y, q = (frame.rows(self.put(name, frame.back(a))) for name, a in zip(names, (y, q), strict=True))
+        found = np.zeros((sets, count, classes + 1), bool)
+        y = y.astype(np.int64)
+        np.put_along_axis(found, np.where((y >= 0) & (y < classes), y, classes), True, -1)
+        return found[..., :classes]
+
+    def masses(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Probabilities that leave nothing, something or nearly all to the other classes; some of them 0."""
+        rng, program = self.rng, self.program
+        raw = rng.gamma(0.7, size=shape) + 1e-6
+        raw = np.where(self.some(0.4, 1, 1) & (rng.random(shape) < 0.3), 0, raw)
+        normal = raw / np.maximum(raw.sum(-1, keepdims=True), 1e-6)
+        onehot = (normal == normal.max(-1, keepdims=True)).astype(float)
+        tiny = 1e-6 if program.dtypes["target_probs"] == "float16" else 1e-10
+        more = 0.9 if program.options["outside"] == "tail" else 4.0
+        kinds = [normal, rng.uniform(0.02, 0.98, (*shape[:2], 1)) * normal, onehot, tiny * normal, more * normal]
+        return np.choose(rng.integers(len(kinds), size=(*shape[:2], 1)), kinds) if raw.size else raw
 
     def distribution(self, lead: np.ndarray) -> np.ndarray:
         rng, shape = self.rng, self.removed.shape
@@ -229,21 +326,20 @@ class Draw:
         kinds = [normal, onehot, sparse, tiny * normal, normal * (rng.random(shape) < 0.6)]
         return np.choose(kind, kinds) if raw.size else raw
 
-    def lead(self, x: np.ndarray, w: np.ndarray, b: np.ndarray) -> None:
+    def lead(self, z: np.ndarray) -> None:
         """Give some positions the label that leads, by which exact tails are seen."""
         shared = self.program.in_axes.get("targets", 0) is None
         if shared or self.program.arrays["targets"] != self.program.positions:
             return
         y = self.values.inputs["targets"]
-        with np.errstate(all="ignore"):
-            z = np.nan_to_num(x) @ w + b
         first = np.where(self.removed, -np.inf, z).argmax(-1).reshape(y.shape)
         inside = (y >= 0) & (y < self.frame.classes) & (y != self.program.options.get("ignore_index"))
         held = first <= np.iinfo(y.dtype).max
         chosen = inside & held & ~self.idle.reshape(y.shape) & (self.rng.random(y.shape) < 0.4)
         self.values.inputs["targets"] = np.where(chosen, first, y).astype(y.dtype)
 
-    def layer_inputs(self) -> None:
+    def layer_inputs(self) -> np.ndarray:
+        """Draw the layer and its features; roughly their logits, (S, N, C)."""
         rng, program, frame = self.rng, self.program, self.frame
         width = program.sizes["d"]
         temper = rng.choice(("tame", "padded", "nan and inf"), p=[0.6, 0.25, 0.15], size=program.sets)
@@ -255,7 +351,9 @@ class Draw:
         x = np.where((temper == "nan and inf")[:, None, None] & (rng.random((*x.shape[:2], 1)) < 0.3), np.nan, x)
         x = np.where(self.idle[..., None] & self.some(0.6, 1, 1), rng.choice([np.nan, np.inf, 1.0], size=x.shape), x)
         self.put("features", x.reshape(self.shape("features")))
-        scale = rng.choice([0.01, 1.0, 3.0, 20.0], size=(program.sets, 1, 1)) / np.sqrt(width)
+        narrow = "float16" in (program.dtypes["features"], program.dtypes["kernel"])  # which holds no such gradients
+        scales = [0.01, 1.0, 3.0, 20.0, *([100.0] if program.is_sparse and not narrow else [])]
+        scale = rng.choice(scales, size=(program.sets, 1, 1)) / np.sqrt(width)
         w = rng.normal(size=(program.sets, width, frame.classes)) * scale
         self.put("kernel", w if program.arrays["kernel"][0] == "d" else w.swapaxes(-1, -2))
         b = np.zeros((program.sets, frame.classes))
@@ -263,7 +361,8 @@ class Draw:
             share = rng.choice([0.2, 0.8, 1.0], p=[0.6, 0.3, 0.1], size=(program.sets, 1))
             gone = (temper == "padded")[:, None] & (rng.random(b.shape) < share)
             b = self.put("bias", np.where(gone, -np.inf, rng.normal(size=b.shape))).astype(np.float64)
-        self.lead(x, w, b[:, None, :])
+        with np.errstate(all="ignore"):
+            return np.nan_to_num(x) @ w + b[:, None, :]
 
     def layer(self) -> None:
         rng, program, frame = self.rng, self.program, self.frame
@@ -273,7 +372,7 @@ class Draw:
             ignored = y == ignore if ignore is not None else np.zeros(y.shape, bool)
             self.idle = ignored
             lead = np.where(np.isfinite(y), y, 0).astype(np.int64)
-            self.put("logits", frame.back(self.logits(program.dtypes["logits"], lead, squared=False)))
+            self.put("logits", frame.back(self.logits(program.dtypes["logits"], self.onehot(lead), squared=False)))
             if "loss_weight" in program.arrays:
                 self.put("loss_weight", rng.choice([0.5, 1.0, 2.0, 0.0], size=program.sets))
             if "infogain" in program.arrays:
