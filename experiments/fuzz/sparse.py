@@ -78,21 +78,6 @@ class SparseLoss(PositionLoss):
         self.rows.has_nan = self.rows.has_nan & ~self.group.empty & ~self.nowhere[..., 0]
         if self.renormalised:  # of which the others' logits are no part, but of the lse
             self.unsaid |= self.broken & ~self.group.bad & (chosen.z_loss[..., 0] == 0)
-        self.leave_out_faults(chosen)
-
-    def leave_out_faults(self, chosen: Chosen) -> None:
-        """Three faults of the library, reported and not mended yet: without them a search would find nothing else.
-
-        With as many indices as classes, some of them padding or twice, "tail" forgets the rest. The derivative of the
-        value along a change of a probability of 0 is 0 in forward over reverse mode. Beside a class that is no class
-        the gradient to the logits that are not chosen is not NaN with "renormalise".
-        """
-        most = chosen.indices.shape[-1] >= self.rows.removed.shape[-1]
-        forgotten = self.part & (self.rest.value[..., 0] != 0) & most
-        self.unsaid |= forgotten
-        self.broken |= forgotten
-        self.stuck = some(self.taken & (self.q.value == 0))
-        self.bare = self.outside[..., None] & ~self.taken & self.renormalised
 
     def dense(self, array: np.ndarray) -> Measured:
         """From the chosen classes to all: 0 at others, a sum where one comes twice."""
@@ -203,7 +188,7 @@ class SparseLoss(PositionLoss):
     def along(self, targets: np.ndarray) -> tuple[Measured, np.ndarray]:
         slopes, unsaid = self.to_probs()
         moved = where(self.taken & ~unsaid, slopes * self.change(targets), 0.0).sum()
-        return moved, some(unsaid | self.gone) | self.stuck
+        return moved, some(unsaid | self.gone)
 
     def of_probs(self, gradient: Measured, unsaid: np.ndarray, *, first: bool) -> Expected:
         """A gradient to all classes as one to the probabilities, with its edges."""
@@ -235,7 +220,8 @@ class SparseLoss(PositionLoss):
         """Of a group of which no class is left the gradient is only finite."""
         vague = np.where(self.taken, self.group.empty[..., None], self.nowhere)
         found = super().of_logits(finite(gradient, vague), first=first)
-        found.judged = self.freed(found, self.bare if first else vague)
+        if not first:
+            found.judged = self.freed(found, vague)
         return found
 
     def bend(self, g: np.ndarray, v: np.ndarray | Measured, targets: np.ndarray | None) -> Expected:
