@@ -708,6 +708,13 @@ def test_removed_classes():
     assert slopes[0][0, 1] == 0
 
 
+def test_a_removed_class_has_no_part_in_an_entropy():
+    value, slope = jax.jit(jax.value_and_grad(entropy))(np.array([1, 2, -np.inf]))
+    left, of_left = jax.jit(jax.value_and_grad(entropy))(np.array([1.0, 2]))
+    np.testing.assert_allclose(value, left, rtol=1e-14)
+    np.testing.assert_allclose(slope, [*of_left, 0], rtol=1e-14)
+
+
 def test_removed_classes_of_a_divergence():
     @jax.jit
     def of_kinds(student, teacher):

@@ -342,6 +342,16 @@ def test_batch_axes_join_what_types_say(plain_of_one_device):
     assert f"tensor<{POSITIONS // 4}x{WIDTH}xf32>" not in of_device
 
 
+def test_the_axis_that_a_spec_names_is_to_be_divided():
+    with jax.set_mesh(make_mesh(AxisType.Auto, (8,))):
+        loss = functools.partial(linear_cross_entropy, kernel=KERNEL, batch_axes=P(None, "data"))
+        assert np.isfinite(loss(FEATURES[:24].reshape(3, 8, -1), targets=LINEAR["labels"][:24].reshape(3, 8) * 0))
+        with pytest.raises(
+            ValueError, match="features: expected an axis 1 of positions that the 8 devices of 'data' divide"
+        ):
+            loss(FEATURES[:24].reshape(8, 3, -1), targets=LINEAR["labels"][:24].reshape(8, 3))
+
+
 def test_a_spec_shards_each_axis_of_the_positions(plain_of_one_device):
     with jax.set_mesh(make_mesh(AxisType.Auto, (4, 2))):
         losses = jax.jit(functools.partial(mean_loss, reduction="none", batch_axes=P("data", "model")))(*SEQUENCES)
