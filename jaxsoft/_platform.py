@@ -47,19 +47,22 @@ def on(**programs: Program) -> Callable[[Function], Function]:
     return decorate
 
 
-def by_platform(plain: Callable[[Any, Any, Any], Results]) -> Function:
+def by_platform(formula: Function) -> Callable[[Callable[[Any, Any, Any], Results]], Function]:
     """Have `plain(platform, arrays, static)` know whether it is compiled for "cpu", "gpu" or "tpu".
 
-    A CPU's is what is mapped and differentiated.
+    A CPU's is what is mapped, and `formula(arrays, static)`, which returns the same, what is differentiated.
     """
 
-    def choose(platform: str, context: LoweringRuleContext, types: Any, static: Any) -> Function:
-        return functools.partial(plain, platform)
+    def decorate(plain: Callable[[Any, Any, Any], Results]) -> Function:
+        def choose(platform: str, context: LoweringRuleContext, types: Any, static: Any) -> Function:
+            return functools.partial(plain, platform)
 
-    names = {"cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
-    choices = {name: functools.partial(choose, platform) for name, platform in names.items()}
-    on_cpu = functools.update_wrapper(functools.partial(plain, "cpu"), plain)
-    return as_primitive(lambda *_: None, choices)(on_cpu)
+        names = {"cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
+        choices = {name: functools.partial(choose, platform) for name, platform in names.items()}
+        on_cpu = functools.update_wrapper(functools.partial(plain, "cpu"), plain)
+        return as_primitive(lambda *_: None, choices, formula)(on_cpu)
+
+    return decorate
 
 
 def _is_local(context: LoweringRuleContext) -> bool:

@@ -19,14 +19,15 @@ Function = Callable[[Any, Any], Results]
 def as_primitive(
     batch: Callable[[int, Any, Any, Any], tuple[Results, tuple[int, ...]] | None],
     programs: Mapping[str, Callable[[mlir.LoweringRuleContext, Any, Any], Function]] | None = None,
+    formula: Function | None = None,
 ) -> Callable[[Function], Function]:
     """Give `fn(arrays, static)`, which returns a tuple of arrays, another form under `jax.vmap`, or on a platform.
 
     `batch(size, axes, arrays, static)`, `axes` of the structure of `arrays` with None where one is not mapped, returns
     the mapped results and their mapped axes, or None to leave `fn` to `jax.vmap`. `programs` gives for the name of a
     platform what chooses the function that is compiled there, given where it will run and the arrays' types. Neither
-    has to be differentiated: derivatives are those of `fn`, in any mode and to any order. Of a primitive a user's own
-    `checkify` sees the results, not what is inside.
+    has to be differentiated: derivatives are those of the `formula`, or of `fn` where there is none, in any mode and to
+    any order. Of a primitive a user's own `checkify` sees the results, not what is inside.
     """
 
     def decorate(fn: Function) -> Function:
@@ -35,6 +36,9 @@ def as_primitive(
 
         def call(*leaves: Array, tree: Any, static: Hashable) -> Results:
             return fn(jax.tree.unflatten(tree, leaves), static)
+
+        def of_formula(*leaves: Array, tree: Any, static: Hashable) -> Results:
+            return (formula or fn)(jax.tree.unflatten(tree, leaves), static)
 
         def batched(leaves, axes, *, tree, static):
             (size,) = {leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True) if axis is not None}
@@ -50,7 +54,7 @@ def as_primitive(
 
             def of_moving(*moving: Array) -> Results:  # the others stay constants, and cost no derivative
                 given = iter(moving)
-                return call(*(next(given) if m else p for m, p in zip(moves, primals, strict=True)), **params)
+                return of_formula(*(next(given) if m else p for m, p in zip(moves, primals, strict=True)), **params)
 
             moving, their_tangents = ([v for v, m in zip(vs, moves, strict=True) if m] for vs in (primals, tangents))
             results, of_results = jax.jvp(of_moving, moving, their_tangents)

@@ -48,8 +48,10 @@ class Variables(NamedTuple):
     spread: Any = None
 
 
-# Each loop is fast and cannot be differentiated, hence a rule: that of the same sum as a scan. A layer among the
-# operands stands for its logits, which a tile has in its place.
+# Each loop is fast and cannot be differentiated, hence a rule: that of the same sum as a scan. It is a `custom_jvp` for
+# `checked`, which looks into what is compiled, and once more that of the primitive: inside of a scan JAX forgets a
+# `custom_jvp` once it has differentiated in reverse. A layer among the operands stands for its logits, which a tile has
+# in its place.
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -58,7 +60,11 @@ def tiled_values(tiling: Tiling, layer: Layer, operands: Any) -> Values:
     return _as_values(tiling, _fold_values((layer, operands), tiling))
 
 
-@by_platform
+def _values_formula(arrays: tuple[Layer, Any], tiling: Tiling) -> Results:
+    return tuple(jax.tree.leaves(_scanned_values(tiling, tiling.reading, *arrays)))
+
+
+@by_platform(_values_formula)
 def _fold_values(platform: Platform, arrays: tuple[Layer, Any], tiling: Tiling) -> Results:
     layer, operands = arrays
 
@@ -89,7 +95,11 @@ def tiled_gradients(
     return _as_values(tiling, results[:count]), gradients
 
 
-@by_platform
+def _gradients_formula(arrays: tuple[Layer, Any, Results], static: tuple[Tiling, Variables]) -> Results:
+    return tuple(jax.tree.leaves(_scanned_gradients(*static, *arrays)))
+
+
+@by_platform(_gradients_formula)
 def _fold_gradients(
     platform: Platform, arrays: tuple[Layer, Any, Results], static: tuple[Tiling, Variables]
 ) -> Results:
@@ -164,26 +174,30 @@ def _fold_gradients(
 
 @tiled_gradients.defjvp
 def _tiled_gradients_jvp(tiling: Tiling, wanted: Variables, primals, tangents):
-    def values_and_gradients(layer: Layer, operands: Any, cotangents: Results) -> tuple[Values, Variables]:
-        # Of the kernel in the dtype to compute in: the gradients of all tiles are summed in that of the variable.
-        wide = compute_dtype(layer.features.dtype)
-        every = _variables(layer._replace(kernel=layer.kernel.astype(wide)), operands)
+    return jax.jvp(functools.partial(_scanned_gradients, tiling, wanted), primals, tangents)
 
-        def total(chosen: Variables) -> tuple[Array, Values]:
-            x, w, b, spread = (old if new is None else new for new, old in zip(chosen, every, strict=True))
-            changed = layer._replace(features=x, kernel=w, bias=b)
-            reading = functools.partial(read, tiling.reading)
-            values = _scanned_values(tiling, reading, changed, operands._replace(spread=spread))
-            weighed = (jnp.sum(c * value) for c, value in zip(cotangents, values[0], strict=True))
-            return functools.reduce(operator.add, weighed), values
 
-        chosen = Variables(*(v if w else None for v, w in zip(every, wanted, strict=True)))
-        gradients, values = jax.grad(total, has_aux=True)(chosen)
-        if gradients.features is not None and tiling.axis_name is not None:  # in the dtype of the loop's
-            gradients = gradients._replace(features=gradients.features.astype(wide))
-        return values, gradients
+def _scanned_gradients(
+    tiling: Tiling, wanted: Variables, layer: Layer, operands: Any, cotangents: Results
+) -> tuple[Values, Variables]:
+    """`tiled_gradients` of the values as a scan, which JAX can differentiate again."""
+    # Of the kernel in the dtype to compute in: the gradients of all tiles are summed in that of the variable.
+    wide = compute_dtype(layer.features.dtype)
+    every = _variables(layer._replace(kernel=layer.kernel.astype(wide)), operands)
 
-    return jax.jvp(values_and_gradients, primals, tangents)
+    def total(chosen: Variables) -> tuple[Array, Values]:
+        x, w, b, spread = (old if new is None else new for new, old in zip(chosen, every, strict=True))
+        changed = layer._replace(features=x, kernel=w, bias=b)
+        reading = functools.partial(read, tiling.reading)
+        values = _scanned_values(tiling, reading, changed, operands._replace(spread=spread))
+        weighed = (jnp.sum(c * value) for c, value in zip(cotangents, values[0], strict=True))
+        return functools.reduce(operator.add, weighed), values
+
+    chosen = Variables(*(v if w else None for v, w in zip(every, wanted, strict=True)))
+    gradients, values = jax.grad(total, has_aux=True)(chosen)
+    if gradients.features is not None and tiling.axis_name is not None:  # in the dtype of the loop's
+        gradients = gradients._replace(features=gradients.features.astype(wide))
+    return values, gradients
 
 
 def _variables(layer: Layer, operands: Any) -> Variables:

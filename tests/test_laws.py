@@ -375,6 +375,30 @@ def test_padding_is_still_in_second_derivatives_inside_a_scan(targets):
     assert_padding_keeps_still(jax.grad(moved))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_inside_a_scan_have_derivatives_where_positions_may_be_left_out(reduction):
+    """Of loops over as many tiles as there are positions, which nobody knows when they are traced."""
+    x, labels = X.reshape(2, 3, 3), LABELS.reshape(2, 3)
+    weights = np.array([[1.0, 0, 2], [0.5, 0, 0]])
+
+    def mapped(loss, x, w):
+        each = jax.lax.map(lambda of: loss(of[0], w, of[1], weights=of[2], reduction=reduction), (x, labels, weights))
+        return jnp.sum(jnp.cos(each))
+
+    @jax.jit
+    def run(x, w):
+        def products(loss):
+            gradients = jax.grad(functools.partial(mapped, loss), (0, 1))
+            return jax.vjp(gradients, x, w)[1]((jnp.cos(x), jnp.sin(w)))
+
+        return [
+            products(loss) for loss in (linear_cross_entropy, lambda x, w, *a, **of: cross_entropy(x @ w, *a, **of))
+        ]
+
+    for got, want in zip(*run(x, W), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
+
+
 def test_shards_that_are_all_nan_have_no_normaliser():
     mesh = jax.make_mesh((2,), ("classes",), axis_types=(jax.sharding.AxisType.Auto,))
     layout = jax.sharding.PartitionSpec("classes")
