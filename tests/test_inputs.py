@@ -180,10 +180,9 @@ def test_smoothing_shares_among_the_classes_of_a_padded_vocabulary(targets, soft
         np.testing.assert_allclose(value, formula, rtol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["soft_cap", "temperature"])
-def test_a_traced_zero_is_not_above_zero(name):
-    with pytest.raises(ValueError, match=f"{name} is 0.0: expected a finite number above 0"):
-        checked(jax.jit(lambda number: linear(X, W, B, LABELS, **{name: number})))(np.float64(0))
+def test_a_traced_zero_is_not_above_zero():
+    with pytest.raises(ValueError, match="soft_cap is 0.0: expected a finite number above 0"):
+        checked(jax.jit(lambda number: linear(X, W, B, LABELS, soft_cap=number)))(np.float64(0))
 
 
 MASK = np.array([False, True, False, False, False, False])
