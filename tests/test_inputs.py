@@ -181,7 +181,7 @@ def test_smoothing_shares_among_the_classes_of_a_padded_vocabulary(targets, soft
 
 
 def test_a_traced_zero_is_not_above_zero():
-    with pytest.raises(ValueError, match="soft_cap is 0.0: expected a finite number above 0"):
+    with pytest.raises(ValueError, match=r"soft_cap is 0\.0: expected a finite number above 0"):
         checked(jax.jit(lambda number: linear(X, W, B, LABELS, soft_cap=number)))(np.float64(0))
 
 
