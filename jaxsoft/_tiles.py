@@ -126,7 +126,8 @@ def _fold_gradients(
         logits, to_products = jax.vjp(lambda products: _to_logits(products, layer), _products(tiling, x, layer))
         statistics = reading.statistics(logits, (1,), t, tiling.axis_name)
         values = _put(rows, values, reading.values(t, statistics, (1,)))
-        if platform == "cpu" and tiling.axis_name is None:  # of shards both would be typed as differing
+        # Not over shards, of which both would be typed as differing.
+        if platform == "cpu" and tiling.axis_name is None and not native_kernels().loaded:
             # Without it XLA would keep the exponentials of the statistics for the gradient, as large as the logits.
             logits, statistics = lax.optimization_barrier((logits, statistics))
         to_logits, of_spread = reading.gradients(logits, t, statistics, (1,), c, in_place=not wanted.spread)
