@@ -104,11 +104,11 @@ def as_array(name: str, value: ArrayLike) -> Array:
         raise TypeError(f"{name}: expected an array, got {type(value).__name__}") from None
 
 
-def refuse_mask(name: str, value: object) -> None:
-    """NumPy makes an array of a masked one by dropping the mask."""
+def refuse_mask(name: str, value: object, ignored: str = "ignore_index") -> None:
+    """NumPy drops the mask of a masked array; `ignored` is the option that leaves labels out."""
     if isinstance(value, np.ma.MaskedArray):
         is_label = name in ("targets", "labels") and value.dtype.kind in "iu"
-        instead = f"{name}.filled(-1) with ignore_index=-1" if is_label else f"{name}.filled(...)"
+        instead = f"{name}.filled(-1) with {ignored}=-1" if is_label else f"{name}.filled(...)"
         raise TypeError(f"{name}: expected an array without a mask, got a NumPy masked array: pass {instead}")
 
 

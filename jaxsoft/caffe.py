@@ -256,7 +256,7 @@ def _nan_unless(valid: Bool[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..
 def _read_labels(labels: Labels, shape: tuple[int, ...], axis: int, ignore_label: int | None) -> Int[Array, "..."]:
     """The class of each position, IGNORED or NO_CLASS."""
     # Read in NumPy what is not yet JAX's, which would narrow it: 2³² + 1 is not class 1.
-    refuse_mask("labels", labels)
+    refuse_mask("labels", labels, "ignore_label")
     xp = jnp if isinstance(labels, jax.Array) else np
     given: Any = xp.asarray(labels)
     classes, positions = shape[axis], shape[:axis] + shape[axis + 1 :]

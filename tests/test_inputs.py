@@ -218,20 +218,20 @@ def test_a_mask_of_numpy_is_refused(call, name):
 
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize(
-    ("call", "name"),
+    ("call", "name", "option"),
     [
-        (lambda: cross_entropy(Z, MASKED_LABELS, ignore_index=-1), "targets"),
-        (lambda: linear_cross_entropy(X, W, MASKED_LABELS), "targets"),
-        (lambda: linear_log_probs(X, W, MASKED_LABELS), "labels"),
-        (lambda: caffe.softmax_with_loss(Z, MASKED_LABELS), "labels"),
-        (lambda: caffe.infogain_loss(Z, MASKED_LABELS, np.eye(5)), "labels"),
-        (lambda: diagnose_gradient(Z, MASKED_LABELS, Z), "targets"),
+        (lambda: cross_entropy(Z, MASKED_LABELS, ignore_index=-1), "targets", "ignore_index"),
+        (lambda: linear_cross_entropy(X, W, MASKED_LABELS), "targets", "ignore_index"),
+        (lambda: linear_log_probs(X, W, MASKED_LABELS), "labels", "ignore_index"),
+        (lambda: caffe.softmax_with_loss(Z, MASKED_LABELS), "labels", "ignore_label"),
+        (lambda: caffe.infogain_loss(Z, MASKED_LABELS, np.eye(5)), "labels", "ignore_label"),
+        (lambda: diagnose_gradient(Z, MASKED_LABELS, Z), "targets", "ignore_index"),
     ],
 )
-def test_masked_labels_are_refused_and_the_remedy_named(call, name, x64):
+def test_masked_labels_are_refused_and_the_remedy_named(call, name, option, x64):
     with (
         jax.enable_x64(x64),
-        pytest.raises(TypeError, match=rf"^{name}: .*: pass {name}\.filled\(-1\) with ignore_index=-1"),
+        pytest.raises(TypeError, match=rf"^{name}: .*: pass {name}\.filled\(-1\) with {option}=-1"),
     ):
         call()
 

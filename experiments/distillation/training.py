@@ -243,7 +243,7 @@ def bytes_a_word(name: str, stored: Stored, head: Any) -> float | None:
 
 @functools.partial(jax.jit, static_argnums=2)
 def sums(params: Any, batch: Batch, memory_budget: int) -> tuple[Array, ...]:
-    """Of a batch the loss, the entropy, the words that were the likeliest, and the known words."""
+    """The loss of a batch, its entropy, the most likely words and the known words."""
     labels = jnp.asarray(batch.targets)
     loss, found = linear_cross_entropy(
         features_of(params, jnp.asarray(batch.contexts)),

@@ -356,7 +356,7 @@ def draw_chosen(rng: np.random.Generator, sizes: dict[str, int], positions: Layo
     """The dtype of the indices of sparse targets, and how many there are at a position."""
     dtype = pick(rng, ("int32", "int32", "int64", "int8", "int16", "uint8", "uint32"))
     classes, count = sizes["c0"], math.prod(sizes[n] for n in positions)
-    # All classes, and more, some of which come twice, only where their comparisons with each other are not too many.
+    # As many as there are classes, and more with duplicates, only where K² comparisons per position are not too many.
     most = classes if classes**2 * max(count, 1) <= 100_000 else min(classes, 16)
     some = int(rng.integers(1, most + 1))
     return dtype, pick(rng, (1, min(some, 4), some, some, most, most + 2))

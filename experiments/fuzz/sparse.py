@@ -16,7 +16,7 @@ class Chosen:
     """Some classes and their probabilities; S sets of values, N positions, K of C classes."""
 
     indices: np.ndarray  # (S, N, K), any integer
-    probs: np.ndarray  # (S, N, K), at least 0, but anything where a position takes no part
+    probs: np.ndarray  # (S, N, K), at least 0, but anything where the position is ignored
     outside: str
     rounding: float  # of the dtype of the probabilities: what they leave is no mass if it is no more
     largest: float  # number that sums and gradients can hold
@@ -74,9 +74,9 @@ class SparseLoss(PositionLoss):
         # Where none of the chosen is left the others have all probability, whatever their logits.
         has_rest = (self.rest.value[..., 0] != 0) & ~self.group.empty
         self.has_mass = some(self.q.value != 0) | has_rest | (chosen.z_loss[..., 0] != 0)
-        # Mass without a class costs +inf, beside a NaN too.
+        # Mass without a class costs +inf, even if another logit is NaN.
         self.rows.has_nan = self.rows.has_nan & ~self.group.empty & ~self.nowhere[..., 0]
-        if self.renormalised:  # of which the others' logits are no part, but of the lse
+        if self.renormalised:  # the other classes' logits are in its lse alone
             self.unsaid |= self.broken & ~self.group.bad & (chosen.z_loss[..., 0] == 0)
 
     def dense(self, array: np.ndarray) -> Measured:
@@ -217,7 +217,7 @@ class SparseLoss(PositionLoss):
         return self.of_probs(bend * for_loss, unsaid | self.gone, first=False)
 
     def of_logits(self, gradient: Measured, *, first: bool) -> Expected:
-        """Of a group of which no class is left the gradient is only finite."""
+        """The gradient of a group without any class left is expected to be finite, no more."""
         vague = np.where(self.taken, self.group.empty[..., None], self.nowhere)
         found = super().of_logits(finite(gradient, vague), first=first)
         if not first:

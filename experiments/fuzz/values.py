@@ -161,9 +161,9 @@ class Draw:
         return np.where((self.removed | self.idle[..., None]) & spoil, junk, z)
 
     def apart(self, base: np.ndarray, ahead: np.ndarray) -> np.ndarray:
-        """Two groups of classes, either of which leads by as much as e^200, or neither, and single classes.
+        """Two groups of classes with a margin of up to ±200 between them, or none, and single classes far apart.
 
-        Sums relative to the largest logit of all underflow, and within a group those beside a class that leads it.
+        Sums relative to the largest logit of all underflow, and so do those of a group with one leading class.
         """
         rng, shape = self.rng, (*base.shape[:2], 1)
         near = rng.choice([0.0, 0.3, 3.0], size=shape) * base
@@ -263,7 +263,7 @@ class Draw:
         self.put("logits", self.frame.back(z))
 
     def sparse_loss(self) -> None:
-        """Of a layer the logits come first, of which classes that lead or trail are chosen; else the classes."""
+        """A layer's logits are drawn before the classes, which are the leading or trailing ones; else the classes first."""
         self.traced()
         if self.program.function == "cross_entropy":
             self.dense(self.chosen(None))

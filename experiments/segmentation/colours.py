@@ -4,8 +4,7 @@
     128 64 128 road
     0 0 192
 
-A line a class, in their order: red, green, blue and perhaps a name. Those named void, of which there may be several or
-none, are no class.
+One line per class, in their order: red, green, blue and perhaps a name. Lines named void are no class.
 """
 
 from pathlib import Path
