@@ -263,7 +263,7 @@ class Draw:
         self.put("logits", self.frame.back(z))
 
     def sparse_loss(self) -> None:
-        """A layer's logits are drawn before the classes, which are the leading or trailing ones; else the classes first."""
+        """A layer's logits are drawn before the classes, leading or trailing ones; else the classes first."""
         self.traced()
         if self.program.function == "cross_entropy":
             self.dense(self.chosen(None))
