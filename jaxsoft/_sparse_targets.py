@@ -18,7 +18,7 @@ from jaxsoft._losses import LOSSES
 from jaxsoft._meshes import Names, lay_beside
 from jaxsoft._platform import Axes
 from jaxsoft._readings import Reading, Values, scale_gradient, taking_part
-from jaxsoft._shards import AxisName, all_classes, first_class
+from jaxsoft._shards import AxisName, all_classes, first_class, sum_shards
 from jaxsoft._statistics import Statistics, block_statistics, scaled_exponentials
 from jaxsoft._targets import Options, Reduction, as_targets, count_positions, position_weights, read_targets
 
@@ -312,7 +312,8 @@ def sparse_losses(outside: Outside, rounding: float) -> Reading:
             rest = jnp.where(rest > max(rounding, 8 * float(jnp.finfo(rest.dtype).eps)), rest, 0)
             count, classes = chosen.classes.shape[axis], all_classes(logits.shape[axis], axis_name)
             if not all(isinstance(n, int) for n in (count, classes)) or count >= classes:
-                different = jnp.sum(chosen.classes != NONE, axis, keepdims=True)
+                inside = (chosen.classes >= 0) & (chosen.classes < logits.shape[axis])
+                different = sum_shards(jnp.sum(inside, axis, keepdims=True), axis_name)
                 rest = jnp.where(different == classes, 0, rest)  # then there is no other class, and q is a distribution
         return Sparse(Statistics(largest, tail, of_lead - largest), others, below, leads, rest)
 

@@ -277,6 +277,33 @@ def test_second_order_far_below_the_leading_class(whole_bend, mesh, name):
         assert (np.abs(np.asarray(sharded(FAR, cotangent, along, *arguments)) - expected) <= bound).all()
 
 
+@pytest.mark.parametrize("linear", [False, True])
+def test_sparse_targets_of_every_class_leave_nothing_to_the_others(mesh, linear):
+    """Whatever they sum to: of all classes they are a distribution, and the devices have to see that together."""
+    order = np.argsort(rng.random((12, 40)), 1)
+    probs = np.take_along_axis(0.9 * DISTRIBUTION, order, 1)
+    own, every, of_rows = PartitionSpec(None, "classes"), PartitionSpec(), PartitionSpec(rows(mesh))
+    of_layer, names = (FEATURES, KERNEL), (("data",) if rows(mesh) else ())
+
+    def loss(targets, *of_logits, **more):
+        fn = jaxsoft.linear_cross_entropy if linear else jaxsoft.cross_entropy
+        return fn(*of_logits, targets, reduction="sum", **more)
+
+    def sharded(order, probs, *of_logits):
+        def total(*of_logits):
+            return loss(jaxsoft.SparseTargets(order, probs), *of_logits, axis_name="classes")
+
+        found = jax.value_and_grad(total, tuple(range(len(of_logits))))(*of_logits)
+        return jax.lax.psum(found[0], names) if names else found[0], found[1]
+
+    given, specs = ((LOGITS,), (PartitionSpec(rows(mesh), "classes"),))
+    if linear:
+        given, specs = of_layer, (of_rows, own)
+    mapped = over_shards(mesh, sharded, (of_rows, of_rows, *specs), (every, specs))
+    whole = jax.jit(jax.value_and_grad(functools.partial(loss, 0.9 * DISTRIBUTION), tuple(range(len(given)))))
+    close(mapped(order, probs, *given), whole(*given))
+
+
 def test_a_label_beyond_the_last_shard_is_nan(mesh):
     spec = PartitionSpec(rows(mesh), "classes")
     labels = np.maximum(LABELS, 0)

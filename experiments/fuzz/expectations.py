@@ -306,7 +306,13 @@ class LayerCase(LossCase):
         return found | self.to_targets(self.loss.pull_targets(self.g, linear=linear))
 
     def push(self) -> tuple[Expected, ...]:
-        return (self.of_positions(self.loss.push(self.along * self.layer.slope, self.spread)),)
+        found = self.loss.push(self.along * self.layer.slope, self.spread)
+        if self.program.derivative == "transpose" and self.program.options["reduction"] != "none":
+            # Transposed, the change meets a gradient that is kept in the dtype of the products, before any mean.
+            share = self.loss.loss_share.value / np.where(self.weights == 0, 1, self.weights)
+            each = share * np.abs(self.along.value).sum(-1)
+            found.number.error = found.number.error + Unit.of(self.layer.product).tiny * np.nansum(each, -1)
+        return (self.of_positions(found),)
 
     def bend(self) -> Gradients:
         v = self.along * self.layer.slope
