@@ -12,10 +12,11 @@ from importlib.metadata import version
 import jax
 
 import jaxsoft
+from jaxsoft._jax_internals import lacking
 
 
 def installation() -> str:
-    """Versions, the devices that JAX runs on by default, and the CPU's kernels, a line each."""
+    """Versions, the devices that JAX runs on by default, the CPU's kernels, and what JAX lacks, a line each."""
     versions = {
         "jaxsoft": jaxsoft.__version__,
         "jax": jax.__version__,
@@ -28,6 +29,7 @@ def installation() -> str:
             *(f"{name} {version}" for name, version in versions.items()),
             f"devices: {', '.join(f'{count} × {kind}' for kind, count in devices.items())}",
             str(jaxsoft.native_kernels()),
+            *(f"this JAX lacks {what}: the plain formula runs in its place" for what in lacking()),
         ]
     )
 

@@ -29,9 +29,9 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoft._dtypes import widen
+from jaxsoft._jax_internals import Function, Results, manual_axes
 from jaxsoft._platform import Axes
-from jaxsoft._primitive import Function, Results
-from jaxsoft._shards import vary, varying
+from jaxsoft._shards import vary
 from jaxsoft._targets import is_label
 
 KERNEL = 1 << 14  # classes up to which XLA makes one kernel of a softmax, which has its row in registers, on an H100
@@ -68,7 +68,7 @@ def _block_sums(arrays: tuple[Array, Array | None, Array | None], axes: Axes) ->
         sums.append(jnp.where(is_label(logits, index, axes), z, 0))
     if spread is not None:
         sums += [jnp.broadcast_to(spread, z.shape), jnp.where(spread == 0, 0, largest - z)]
-    sums = vary(tuple(sums), varying(sums))
+    sums = vary(tuple(sums), manual_axes(sums))
     units = tuple(jnp.asarray(unit, z.dtype) for unit in (lowest, *(0.0 for _ in sums[1:])))
     summed = lax.reduce(sums, units, _merge_spread if spread is not None else _merge, [axis % z.ndim for axis in axes])
     largest, tail, *rest = (jnp.expand_dims(array, axes) for array in summed)

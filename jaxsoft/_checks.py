@@ -11,17 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 from jax.experimental import checkify
 from jaxtyping import Array, ArrayLike, Bool, Float
+
+from jaxsoft._jax_internals import Tracer, checking
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Option = TypeVar("Option")
-
-# A context that is part of the key of every `jax.jit` cache. The checks are traced only inside it:
-# their effect, even discarded, would cost every other compiled call JAX's fast dispatch (0.1 ms).
-_checking = jax.make_user_context(default_value=False)
 
 
 def checked(fn: Callable[P, R]) -> Callable[P, R]:
@@ -64,7 +61,7 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
             raise TypeError(
                 "checked: expected concrete arrays, got traced ones; wrap checked around jit, grad and vmap"
             )
-        with _checking(True):
+        with checking(True):
             error, result = run(*args, **kwargs)
         message = error.get()
         if message is not None:
@@ -76,7 +73,7 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
 
 def is_checking() -> bool:
     """Whether this is traced or run inside `checked`."""
-    return _checking.value
+    return checking.value
 
 
 def check_values(name: str, values: Array, valid: Bool[Array, "..."], expected: str) -> None:

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxsoft._dtypes import compute_dtype
+from jaxsoft._jax_internals import Function, Results, primitives_fail
 from jaxsoft._platform import Axes, Program
-from jaxsoft._primitive import Function, Results
 
 SWITCH = "JAXSOFT_NATIVE"  # 0: never, 1: where they are faster, always or a library's file: wherever they can run
 LIBRARY = "libjaxsoft_native"
@@ -73,6 +73,8 @@ def native_kernels() -> NativeKernels:
     """
     if _MODE == "0":
         return NativeKernels(False, f"turned off by {SWITCH}=0")
+    if reason := primitives_fail():
+        return NativeKernels(False, f"JAX {jax.__version__} has changed: {reason}")
     # In an editable installation the package has two folders: the sources', and that of what was built.
     folders = [Path(folder) / "native" for folder in sys.modules["jaxsoft"].__path__]
     built = [folder / f"{LIBRARY}.{end}" for folder in folders for end in ("so", "dylib")]

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxsoft._checks import as_axis, as_integer, refuse_mask
+from jaxsoft._jax_internals import Tracer
 from jaxsoft._mistakes import CANDIDATES, CAUSES, EXPLANATIONS, FITS, Problem, Vectors, solve
 
 # What a right gradient may be off by, relative to the length of each of its vectors, by the bits of its mantissa.

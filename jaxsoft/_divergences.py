@@ -6,13 +6,13 @@ from typing import Literal, NamedTuple, cast, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from jaxsoft._checks import as_array, as_floating, as_mask, as_option, broadcast, check_values
 from jaxsoft._classes import Axis, along_one_axis
 from jaxsoft._dtypes import is_removed, widen
 from jaxsoft._heads import Inputs, as_head, read_positions
+from jaxsoft._jax_internals import Tracer
 from jaxsoft._meshes import BatchAxes, broadcast_like, lay_like
 from jaxsoft._platform import Axes
 from jaxsoft._readings import Positions, Reading, Values, read, taking_part

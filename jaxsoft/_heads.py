@@ -7,12 +7,12 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike
 
 from jaxsoft._checks import as_axis, as_floating, as_integer, as_mask, as_number, check_values, is_checking
 from jaxsoft._dtypes import compute_dtype
+from jaxsoft._jax_internals import Results, as_primitive, knows_manual_axes, manual_axes
 from jaxsoft._losses import LOSSES
 from jaxsoft._meshes import (
     BatchAxes,
@@ -27,9 +27,8 @@ from jaxsoft._meshes import (
     reshard,
 )
 from jaxsoft._plan import check_budget
-from jaxsoft._primitive import Results, as_primitive
 from jaxsoft._readings import Positions, Reading, Values, scale_gradient, to_operands
-from jaxsoft._shards import AxisName, all_classes, as_axis_name, is_whole, unsharded, vary, varying
+from jaxsoft._shards import AxisName, all_classes, as_axis_name, is_whole, unsharded, vary
 from jaxsoft._sparse_targets import SparseTargets, read_any_targets
 from jaxsoft._targets import Options, Reduction, count_positions, position_weights, reduce_losses, sum_positions
 from jaxsoft._tiles import Layer, Tiling, Variables, tiled_gradients, tiled_values
@@ -167,7 +166,8 @@ def read_positions(inputs: Inputs, static: Static) -> Results:
     """What is read from the logits of every position, or a loss of them all and what is read beside it."""
     features, kernel = inputs.layer.features, inputs.layer.kernel
     layout = head_layout(features, kernel, static.class_axis, static.batch_axes, static.blocks, static.examples)
-    if layout is None or is_checking():  # whose errors JAX cannot carry out of a shard_map
+    # The errors of checks JAX cannot carry out of a shard_map, in which types must say what varies, or sums go wrong.
+    if layout is None or is_checking() or not knows_manual_axes(features):
         return _on_device(jax.tree.map(everywhere, inputs), static)
     return _over_mesh(layout, inputs, static)
 
@@ -255,8 +255,8 @@ def _on_device(inputs: Inputs, static: Static) -> Results:
 
     check_budget(classes, features.dtype, flat.is_wide or static.reading.copies, static.memory_budget)
     skips = static.ignore_index is not None or options.weights is not None
-    axes = varying((layer, flat))
-    summed = Variables(*(axes - varying(v) for v in (layer.features, layer.kernel, layer.bias, flat.spread)))
+    axes = manual_axes((layer, flat))
+    summed = Variables(*(axes - manual_axes(v) for v in (layer.features, layer.kernel, layer.bias, flat.spread)))
     if is_whole(flat.spread, static.axis_name):  # and so is its gradient
         summed = summed._replace(spread=unsharded(summed.spread, static.axis_name))
     tiling = Tiling(static.reading, static.memory_budget, static.class_axis, static.axis_name, skips)
@@ -376,8 +376,8 @@ _each.defvjp(_each_fwd, _each_bwd, symbolic_zeros=True)
 
 
 def _instantiate(cotangent: Any) -> Array:
-    is_zero = isinstance(cotangent, SymbolicZero)
-    return jnp.zeros(cotangent.shape, cast(Any, cotangent.dtype)) if is_zero else cotangent
+    """A cotangent as an array, which a symbolic zero is not."""
+    return cotangent if isinstance(cotangent, jax.Array) else jnp.zeros(cotangent.shape, cotangent.dtype)
 
 
 def _wanted(*primals) -> tuple[Variables, tuple[Layer, Any]]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from jaxsoft._jax_internals import type_sharding
 from jaxsoft._shards import AxisName
 
 BatchAxes = str | Sequence[str] | PartitionSpec | None
@@ -20,8 +21,8 @@ def stated_sharding(array: Array | jax.ShapeDtypeStruct) -> NamedSharding | None
     """What an array's type says of its sharding; None where no axis of its mesh is explicit."""
     if isinstance(array, jax.ShapeDtypeStruct):
         return None
-    sharding = jax.typeof(array).sharding
-    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+    sharding = type_sharding(array)
+    return sharding if sharding is not None and AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def lay_like(array: Array, like: Array | jax.ShapeDtypeStruct, *absent: int) -> Array:

@@ -4,11 +4,11 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.core import max_dim, min_dim
 from jaxtyping import DTypeLike
 
 from jaxsoft._checks import as_integer, as_option
 from jaxsoft._dtypes import compute_dtype
+from jaxsoft._jax_internals import max_dim, min_dim
 from jaxsoft._targets import REDUCTIONS, Reduction
 
 Platform = Literal["cpu", "gpu", "tpu"]

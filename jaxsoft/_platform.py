@@ -9,10 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters.mlir import LoweringRuleContext, ShardingContext, SPMDAxisContext
 from jaxtyping import Array
 
-from jaxsoft._primitive import Function, Results, as_primitive
+from jaxsoft._jax_internals import Function, Results, as_primitive, is_on_one_device
 
 Axes = tuple[int, ...]  # the class axes, counted from the end: a mapped axis comes before them
 Program = Callable[[bool, Any, Axes], Function | None]
@@ -28,8 +27,8 @@ def on(**programs: Program) -> Callable[[Function], Function]:
     """
 
     def decorate(plain: Function) -> Function:
-        def choose(program: Program, context: LoweringRuleContext, types: Any, axes: Axes) -> Function:
-            return program(_is_local(context), types, axes) or plain
+        def choose(program: Program, context: Any, types: Any, axes: Axes) -> Function:
+            return program(is_on_one_device(context), types, axes) or plain
 
         def mapped(size: int, mapped_axes: Any, arrays: Any, axes: Axes) -> tuple[Results, tuple[int, ...]]:
             def lead(array: Array, axis: int | None) -> Array:
@@ -54,7 +53,7 @@ def by_platform(formula: Function) -> Callable[[Callable[[Any, Any, Any], Result
     """
 
     def decorate(plain: Callable[[Any, Any, Any], Results]) -> Function:
-        def choose(platform: str, context: LoweringRuleContext, types: Any, static: Any) -> Function:
+        def choose(platform: str, context: Any, types: Any, static: Any) -> Function:
             return functools.partial(plain, platform)
 
         names = {"cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
@@ -63,15 +62,6 @@ def by_platform(formula: Function) -> Callable[[Callable[[Any, Any, Any], Result
         return as_primitive(lambda *_: None, choices, formula)(on_cpu)
 
     return decorate
-
-
-def _is_local(context: LoweringRuleContext) -> bool:
-    if context.module_context.lowering_parameters.for_export:  # to be run on devices that are not known
-        return False
-    devices = context.module_context.axis_context
-    if isinstance(devices, SPMDAxisContext):
-        return set(devices.manual_axes) == set(devices.mesh.axis_names)
-    return isinstance(devices, ShardingContext) and devices.num_devices == 1
 
 
 def from_end(axes: Axes, array: Array) -> Axes:

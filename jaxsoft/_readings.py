@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxsoft._jax_internals import Results
 from jaxsoft._meshes import broadcast_like
 from jaxsoft._platform import Axes
-from jaxsoft._primitive import Results
 from jaxsoft._shards import AxisName
 
 Values = tuple[Results, Results]  # with the classes' axis of length one or so: what is differentiated, what is not

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxsoft._jax_internals import manual_axes
+
 AxisName = Hashable | Sequence[Hashable] | None  # one mesh axis or several; None where the classes are not sharded
 Tree = TypeVar("Tree")
 
@@ -18,7 +20,7 @@ def as_axis_name(axis_name: AxisName, name: str, array: Array) -> AxisName:
         return None
     names = tuple(axis_name) if isinstance(axis_name, list | tuple) else (axis_name,)
     try:
-        tracked = varying(lax.axis_index(names))
+        tracked = manual_axes(lax.axis_index(names))
     except NameError:
         tracked = frozenset()
     # Untracked, JAX would divide the cotangent of a loss that is equal on all shards by their number.
@@ -28,7 +30,7 @@ def as_axis_name(axis_name: AxisName, name: str, array: Array) -> AxisName:
             "(linear_cross_entropy takes that of a mesh set by jax.set_mesh too), "
             f"got {axis_name!r}"
         )
-    if not tracked <= varying(array):
+    if not tracked <= manual_axes(array):
         raise ValueError(
             f"{name}: expected one block of the classes on each device along {axis_name!r}, got copies of all"
         )
@@ -56,11 +58,6 @@ def max_shards(array: Array, axis_name: AxisName) -> Array:
     return largest + 0 / jnp.where(is_nan > 0, 0, 1).astype(array.dtype)  # `debug_nans` stops at a literal NaN
 
 
-def varying(tree: object) -> frozenset:
-    """The mesh axes over which any array of `tree` may differ from device to device."""
-    return frozenset().union(*(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(tree)))
-
-
 def unsharded(axes: frozenset, axis_name: AxisName) -> frozenset:
     """Those of `axes` over which a sum over the shards of `axis_name` still differs."""
     return axes - frozenset(axis_name if isinstance(axis_name, tuple) else ())
@@ -68,14 +65,14 @@ def unsharded(axes: frozenset, axis_name: AxisName) -> frozenset:
 
 def is_whole(array: Array, axis_name: AxisName) -> bool:
     """Whether an array of each position's own is the same on all shards, not one block of something on each."""
-    return isinstance(axis_name, tuple) and not varying(array) & frozenset(axis_name)
+    return isinstance(axis_name, tuple) and not manual_axes(array) & frozenset(axis_name)
 
 
 def vary(tree: Tree, axes: frozenset) -> Tree:
     """`tree` with every array typed as differing over `axes`; in reverse mode the gradients are summed over them."""
 
     def cast(leaf: Array) -> Array:
-        missing = tuple(axes - varying(leaf))
+        missing = tuple(axes - manual_axes(leaf))
         return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(cast, tree)

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from jaxsoft._checks import as_array, as_floating, as_option, check_values
 from jaxsoft._classes import put, take
 from jaxsoft._dtypes import compute_dtype, is_removed
+from jaxsoft._jax_internals import Tracer
 from jaxsoft._losses import LOSSES
 from jaxsoft._meshes import Names, lay_beside
 from jaxsoft._platform import Axes

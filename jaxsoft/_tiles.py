@@ -12,11 +12,11 @@ from jaxtyping import Array
 
 from jaxsoft._cpu import native_kernels
 from jaxsoft._dtypes import compute_dtype
+from jaxsoft._jax_internals import Results, manual_axes
 from jaxsoft._plan import Platform, Tile, plan_tile
 from jaxsoft._platform import by_platform
-from jaxsoft._primitive import Results
 from jaxsoft._readings import Reading, Values, read
-from jaxsoft._shards import AxisName, is_whole, unsharded, vary, varying
+from jaxsoft._shards import AxisName, is_whole, unsharded, vary
 
 
 class Layer(NamedTuple):
@@ -149,7 +149,7 @@ def _fold_gradients(
         if not wanted:
             return None
         whole = array is operands.spread and is_whole(array, tiling.axis_name)
-        axes = unsharded(varying(layer), tiling.axis_name) if whole else varying(layer)
+        axes = unsharded(manual_axes(layer), tiling.axis_name) if whole else manual_axes(layer)
         return vary(jnp.zeros(array.shape, dtype), axes)
 
     dtypes = Variables(features_dtype, dtype, dtype, dtype)
@@ -159,7 +159,7 @@ def _fold_gradients(
     kept = None
     if tile.deferred:
         shape = -(-layer.features.shape[0] // tile.rows) * tile.rows, layer.kernel.shape[tiling.class_axis]
-        kept = vary(jnp.zeros(shape, x_dtype), varying(layer))
+        kept = vary(jnp.zeros(shape, x_dtype), manual_axes(layer))
     start = _blank(tiling, layer, operands), none_yet, kept
     values, found, kept = _over_tiles(platform, tiling, tile.rows, operands, step, start)
     if kept is not None:
@@ -227,7 +227,7 @@ def _blank_values(tiling: Tiling, layer: Layer) -> Values:
 
 def _blank(tiling: Tiling, layer: Layer, operands: Any) -> Results:
     """The values of positions that take no part, typed as what the devices read."""
-    axes = unsharded(varying((layer, operands)), tiling.axis_name)
+    axes = unsharded(manual_axes((layer, operands)), tiling.axis_name)
     return vary(tuple(jax.tree.leaves(_blank_values(tiling, layer))), axes)
 
 

@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from jaxsoft._checks import as_array, as_floating, as_integer, broadcast, check_values
+from jaxsoft._jax_internals import Tracer
 from jaxsoft._softmax import logsumexp, softmax
 
 __all__ = [

@@ -1,0 +1,246 @@
+"""Every name of JAX that a release may move or change without notice, in this one module, and what is done without it.
+
+A primitive gives a function rules of its own where JAX would only look into it. Where this JAX lacks what primitives
+are made of, or makes something else of it, the functions run as they are: slower, never wrong.
+"""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+from jaxtyping import Array
+
+Results = tuple[Array, ...]
+Function = Callable[[Any, Any], Results]
+
+
+class _Context(threading.local):
+    """The place of `jax.make_user_context`. JAX's caches do not know of this one, and are emptied when it changes."""
+
+    value = False
+
+    @contextlib.contextmanager
+    def __call__(self, value: bool) -> Iterator[None]:
+        before, self.value = self.value, value
+        jax.clear_caches()
+        try:
+            yield
+        finally:
+            self.value = before
+            jax.clear_caches()
+
+
+def _tracer() -> type:
+    """The class of traced values, from one of them."""
+    seen = []
+    jax.eval_shape(seen.append, jax.ShapeDtypeStruct((), "float32"))
+    return next(kind for kind in type(seen[0]).__mro__ if kind.__name__ == "Tracer")
+
+
+# Whether a call is traced or run inside `checked`, which is part of the key of every `jax.jit` cache. Checks are traced
+# only inside it: their effect, even discarded, would cost every other compiled call JAX's fast dispatch (0.1 ms).
+checking = jax.make_user_context(default_value=False) if hasattr(jax, "make_user_context") else _Context()
+if TYPE_CHECKING:
+    from jax.core import Tracer
+else:
+    Tracer = getattr(jax.core, "Tracer", None) or _tracer()
+# The larger and the smaller of two sizes, which may be symbols of `jax.export`; without these they may not.
+max_dim, min_dim = getattr(jax.core, "max_dim", max), getattr(jax.core, "min_dim", min)
+
+
+def type_sharding(array: Any) -> Any:
+    """The sharding that an array's type states; None where this JAX's types state none."""
+    return getattr(jax.typeof(array), "sharding", None)
+
+
+def knows_manual_axes(array: Any) -> bool:
+    """Whether an array's type says over which mesh axes of a `shard_map` it varies."""
+    return hasattr(jax.typeof(array), "mat")
+
+
+def manual_axes(tree: object) -> frozenset:
+    """The mesh axes over which any array of `tree` may differ from device to device inside a `shard_map`."""
+    types = [jax.typeof(leaf) for leaf in jax.tree.leaves(tree)]
+    return frozenset().union(*(kind.mat.varying for kind in types if hasattr(kind, "mat")))
+
+
+def is_on_one_device(context: Any) -> bool:
+    """Whether what is lowered in this context runs on one device, as inside a `shard_map`; False where JAX says not."""
+    try:
+        from jax.interpreters.mlir import ShardingContext, SPMDAxisContext
+
+        if context.module_context.lowering_parameters.for_export:  # to be run on devices that are not known
+            return False
+        devices = context.module_context.axis_context
+        if isinstance(devices, SPMDAxisContext):
+            return set(devices.manual_axes) == set(devices.mesh.axis_names)
+        return isinstance(devices, ShardingContext) and devices.num_devices == 1
+    except (ImportError, AttributeError):
+        return False
+
+
+def as_primitive(
+    batch: Callable[[int, Any, Any, Any], tuple[Results, tuple[int, ...]] | None],
+    programs: Mapping[str, Callable[[Any, Any, Any], Function]] | None = None,
+    formula: Function | None = None,
+) -> Callable[[Function], Function]:
+    """Give `fn(arrays, static)`, which returns a tuple of arrays, another form under `jax.vmap`, or on a platform.
+
+    `batch(size, axes, arrays, static)`, `axes` of the structure of `arrays` with None where one is not mapped, returns
+    the mapped results and their mapped axes, or None to leave `fn` to `jax.vmap`. `programs` gives for the name of a
+    platform what chooses the function that is compiled there, given where it will run, the arrays' types and `static`.
+    Neither has to be differentiated: derivatives are those of the `formula`, or of `fn` where there is none, in any
+    mode and to any order. Of a primitive a user's own `checkify` sees the results, not what is inside.
+    """
+
+    def decorate(fn: Function) -> Function:
+        plain = fn if formula is None else _with_derivative_of(formula, fn)
+        make = functools.cache(lambda: _bind(fn, batch, programs or {}, formula))
+
+        @functools.wraps(fn)
+        def wrapper(arrays: Any, static: Hashable) -> Results:
+            leaves, tree = jax.tree.flatten(arrays)
+            # Nothing concrete is mapped or compiled, and `checkify` looks into no primitive it does not know.
+            if checking.value or not any(isinstance(leaf, Tracer) for leaf in leaves):
+                return plain(arrays, static)
+            if primitives_fail():
+                return (formula or fn)(arrays, static)
+            return tuple(make()(*leaves, tree=tree, static=static))
+
+        return wrapper
+
+    return decorate
+
+
+def _with_derivative_of(formula: Function, fn: Function) -> Function:
+    """`fn` with the derivative of a formula that has the same values."""
+    plain = jax.custom_jvp(fn, nondiff_argnums=(1,))
+
+    @plain.defjvp
+    def differentiate(static: Hashable, primals: tuple[Any], tangents: tuple[Any]) -> tuple[Results, Results]:
+        return jax.jvp(lambda arrays: formula(arrays, static), primals, tangents)
+
+    return plain
+
+
+def _bind(fn: Function, batch: Callable, programs: Mapping[str, Callable], formula: Function | None) -> Callable:
+    """The function that adds a primitive with these rules to what is traced."""
+    from jax.extend.core import Primitive
+    from jax.interpreters.ad import Zero, instantiate_zeros, is_undefined_primal, primitive_jvps, primitive_transposes
+    from jax.interpreters.batching import primitive_batchers
+    from jax.interpreters.mlir import lower_fun, register_lowering
+
+    primitive = Primitive(fn.__name__)
+    primitive.multiple_results = True
+
+    def call(*leaves: Array, tree: Any, static: Hashable) -> Results:
+        return fn(jax.tree.unflatten(tree, leaves), static)
+
+    def abstract(*types, tree, static):
+        return jax.make_jaxpr(fn, static_argnums=1)(jax.tree.unflatten(tree, types), static).out_avals
+
+    def batched(leaves, axes, *, tree, static):
+        (size,) = {leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True) if axis is not None}
+        results = batch(size, jax.tree.unflatten(tree, axes), jax.tree.unflatten(tree, leaves), static)
+        if results is not None:
+            return results
+        by_jax = jax.vmap(functools.partial(call, tree=tree, static=static), in_axes=axes)(*leaves)
+        return by_jax, (0,) * len(by_jax)
+
+    def differentiate(primals, tangents, *, tree, static):
+        perturbed = [not isinstance(tangent, Zero) for tangent in tangents]
+
+        def of_perturbed(*values: Array) -> Results:  # the others stay constants, and cost no derivative
+            given = iter(values)
+            leaves = (next(given) if moves else primal for moves, primal in zip(perturbed, primals, strict=True))
+            return (formula or fn)(jax.tree.unflatten(tree, leaves), static)
+
+        moving, their_tangents = (
+            [v for v, moves in zip(values, perturbed, strict=True) if moves] for values in (primals, tangents)
+        )
+        results, tangents_out = jax.jvp(of_perturbed, moving, their_tangents)
+        # The value may come from another program; with a formula both come from that, which would be computed twice.
+        return results if formula or not programs else bind(*primals, tree=tree, static=static), tangents_out
+
+    def transpose(cotangents, *leaves, tree, static):
+        unknown = [is_undefined_primal(leaf) for leaf in leaves]
+
+        def of_unknown(*values: Array) -> Results:
+            given = iter(values)
+            known = (next(given) if is_unknown else leaf for is_unknown, leaf in zip(unknown, leaves, strict=True))
+            return call(*known, tree=tree, static=static)
+
+        types = (leaf.aval for leaf, is_unknown in zip(leaves, unknown, strict=True) if is_unknown)
+        pulled = iter(jax.linear_transpose(of_unknown, *types)(tuple(map(instantiate_zeros, cotangents))))
+        return [next(pulled) if is_unknown else None for is_unknown in unknown]
+
+    def lower(choose: Callable) -> Callable:
+        def rule(context, *values, tree, static):
+            chosen = choose(context, jax.tree.unflatten(tree, context.avals_in), static)
+            program = lambda *leaves: chosen(jax.tree.unflatten(tree, leaves), static)  # noqa: E731
+            return lower_fun(program, multiple_results=True)(context, *values)
+
+        return rule
+
+    primitive.def_impl(call)
+    primitive.def_abstract_eval(abstract)
+    primitive_batchers[primitive] = batched
+    primitive_jvps[primitive] = differentiate
+    primitive_transposes[primitive] = transpose
+    register_lowering(primitive, lower_fun(call, multiple_results=True))
+    for platform, choose in programs.items():
+        register_lowering(primitive, lower(choose), platform=platform)
+    bind = primitive.bind
+    return bind
+
+
+@functools.cache
+def primitives_fail() -> str:
+    """Why primitives cannot be used with this JAX; empty where they can."""
+    failed: list[str] = []
+
+    def attempt() -> None:
+        try:
+            _try_primitive()
+        except Exception as error:  # whatever a changed JAX raises
+            failed.append(f"{type(error).__name__}: {error}".splitlines()[0])
+
+    # In a thread of its own nothing is traced, no mesh is set, and no mode of JAX is on.
+    thread = threading.Thread(target=attempt)
+    thread.start()
+    thread.join()
+    return failed[0] if failed else ""
+
+
+def _try_primitive() -> None:
+    """Trace every rule of a primitive; nothing is compiled, which might need a device."""
+
+    def double(arrays: tuple[Array], static: Hashable) -> Results:
+        return (arrays[0] + arrays[0],)
+
+    choose = {"cpu": lambda context, types, static: double}
+    bind = _bind(double, lambda *_: None, choose, None)
+    tree = jax.tree.structure((0,))
+    number = jax.ShapeDtypeStruct((), "float32")
+
+    def each(x: Array) -> Array:
+        return bind(x, tree=tree, static=())[0]
+
+    with jax.disable_jit(False):
+        jax.eval_shape(jax.grad(lambda x: jnp.sum(jax.vmap(each)(jnp.stack([x, x])))), number)
+        jax.eval_shape(lambda x: jax.linear_transpose(each, x)(x), number)
+
+
+def lacking() -> list[str]:
+    """What this JAX lacks of what is used where it is there, a phrase each."""
+    lacks = [f"primitives ({reason})"] if (reason := primitives_fail()) else []
+    lacks += ["jax.make_user_context"] if isinstance(checking, _Context) else []
+    number = jax.ShapeDtypeStruct((), "float32")
+    lacks += ["the manual axes of a type"] if not knows_manual_axes(number) else []
+    lacks += ["the sharding of a type"] if type_sharding(number) is None else []
+    return lacks + [f"jax.core.{name}" for name in ("Tracer", "max_dim", "min_dim") if not hasattr(jax.core, name)]
