@@ -3,19 +3,19 @@
 from importlib.metadata import version
 
 from jaxsoft import caffe, energy
-from jaxsoft._checks import checked
-from jaxsoft._cpu import NativeKernels, native_kernels
+from jaxsoft._arrays.checks import checked
 from jaxsoft._cross_entropy import cross_entropy
-from jaxsoft._diagnosis import Diagnosis, diagnose_gradient
 from jaxsoft._divergences import kl_divergence, linear_kl_divergence
+from jaxsoft._doctor.diagnosis import Diagnosis, diagnose_gradient
 from jaxsoft._entropy import entropy
+from jaxsoft._formula.sparse import SparseTargets
+from jaxsoft._linear.plan import Plan, plan_linear_cross_entropy
 from jaxsoft._linear_cross_entropy import linear_cross_entropy
 from jaxsoft._linear_log_probs import LogProbs, linear_log_probs
 from jaxsoft._linear_top_k import TopK, linear_top_k
 from jaxsoft._mlp import apply_mlp, init_mlp
-from jaxsoft._plan import Plan, plan_linear_cross_entropy
+from jaxsoft._platform.cpu import NativeKernels, native_kernels
 from jaxsoft._softmax import log_softmax, logsumexp, softmax, softmax_jacobian, softmax_vjp
-from jaxsoft._sparse_targets import SparseTargets
 
 __version__ = version("jaxsoft")
 

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from jaxsoft._checks import as_array, as_floating, as_mask, as_option, check_values
-from jaxsoft._classes import Axis, along_one_axis
-from jaxsoft._dtypes import compute_dtype
-from jaxsoft._meshes import lay_like
-from jaxsoft._readings import Values, read
-from jaxsoft._shards import AxisName, all_classes, as_axis_name
-from jaxsoft._sparse_targets import SparseTargets, as_any_targets, losses_of, read_any_targets
-from jaxsoft._targets import REDUCTIONS, Options, Reduction, read_options, reduce_losses
+from jaxsoft._arrays.checks import as_array, as_option, check_values
+from jaxsoft._arrays.classes import Axis, dense_arguments, remove_classes
+from jaxsoft._arrays.dtypes import compute_dtype
+from jaxsoft._arrays.sharding import AxisName, all_classes
+from jaxsoft._formula.head import Values, evaluate
+from jaxsoft._formula.losses import check_targets, loss_head, target_operands
+from jaxsoft._formula.sparse import SparseTargets
+from jaxsoft._formula.targets import REDUCTIONS, Averaging, LogitsType, Options, Reduction, as_options
 
 
 def cross_entropy(
@@ -100,21 +100,15 @@ def cross_entropy(
     for computer vision" (2016) for smoothing; A. Chowdhery et al., "PaLM" (2022) for the z-loss.
     Weighting and averaging follow PyTorch's `cross_entropy`.
     """
-    logits = as_floating("logits", logits)
-    mask = None if where is None else lay_like(as_mask("where", where, logits.shape), logits)
     targets = targets if isinstance(axis, int) or isinstance(targets, SparseTargets) else as_array("targets", targets)
-    axis, logits, (mask, targets) = along_one_axis(axis, axis_name, logits, mask, targets)
-    if logits.shape[axis] == 0:
-        raise ValueError(f"logits: expected at least one class along axis {axis}, got shape {logits.shape}")
-    axis_name = as_axis_name(axis_name, "logits", logits)
-    classes = all_classes(logits.shape[axis], axis_name)
-    options = read_options(weights, class_weights, mask, label_smoothing, z_loss, compute_dtype(logits.dtype))
-    labels, ignore_index = as_any_targets(targets, classes, options, ignore_index)
+    z, class_axis, mask, axis_name, (targets,) = dense_arguments(logits, axis, where, axis_name, targets)
+    options = as_options(weights, class_weights, mask, label_smoothing, z_loss, compute_dtype(z.dtype))
+    checked, ignore_index = check_targets(targets, all_classes(z.shape[class_axis], axis_name), options, ignore_index)
     return _cross_entropy(
-        logits,
-        labels,
+        z,
+        checked,
         options,
-        axis=axis,
+        axis=class_axis,
         ignore_index=ignore_index,
         reduction=as_option("reduction", reduction, REDUCTIONS),
         axis_name=axis_name,
@@ -132,17 +126,10 @@ def _cross_entropy(
     reduction: Reduction,
     axis_name: AxisName,
 ) -> Array:
-    operands, count = read_any_targets(
-        targets,
-        logits,
-        axis,
-        options,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        axis_name=axis_name,
-    )
-    if options.where is not None:
-        logits = jnp.where(options.where, logits, -jnp.inf)
-    check_values("logits", logits, ~jnp.isnan(logits) | (operands.share == 0), "a number")
-    (losses,), _ = cast(Values, read(losses_of(targets), logits, operands, axis, axis_name))
-    return reduce_losses(losses, reduction, count, axis)
+    averaging = Averaging(reduction)
+    of_logits = LogitsType(logits, axis, axis_name)
+    operands, denominator = target_operands(targets, of_logits, options, averaging, ignore_index)
+    logits = remove_classes(logits, options.where)
+    check_values("logits", logits, ~jnp.isnan(logits) | (operands.position_weight == 0), "a number")
+    (losses,), _ = cast(Values, evaluate(loss_head(targets), logits, operands, axis, axis_name))
+    return averaging.reduce(losses, denominator, axis)

@@ -8,24 +8,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from jaxsoft._checks import as_array, as_floating, as_mask, as_option, broadcast, check_values
-from jaxsoft._classes import Axis, along_one_axis
-from jaxsoft._dtypes import is_removed, widen
-from jaxsoft._heads import Inputs, as_head, read_positions
-from jaxsoft._jax_internals import Tracer
-from jaxsoft._meshes import BatchAxes, broadcast_like, lay_like
-from jaxsoft._platform import Axes
-from jaxsoft._readings import Positions, Reading, Values, read, taking_part
-from jaxsoft._shards import AxisName, as_axis_name, sum_shards
-from jaxsoft._statistics import Statistics, block_statistics
-from jaxsoft._targets import (
-    REDUCTIONS,
-    Options,
-    Reduction,
-    count_positions,
-    position_weights,
-    reduce_losses,
-)
+from jaxsoft._arrays.checks import as_array, as_floating, as_option, broadcast, check_values
+from jaxsoft._arrays.classes import Axis, dense_arguments, remove_classes
+from jaxsoft._arrays.dtypes import is_removed, widen
+from jaxsoft._arrays.sharding import AxisName, broadcast_like, shard_like, sum_shards
+from jaxsoft._formula.head import Head, Positions, Values, evaluate, freeze_ignored
+from jaxsoft._formula.statistics import Statistics, block_statistics, weighted
+from jaxsoft._formula.targets import REDUCTIONS, Averaging, LogitsType, Options, Reduction, position_weights
+from jaxsoft._jax_internals import Results, Tracer
+from jaxsoft._linear.args import Execution, HeadArgs, Scaling, check_head
+from jaxsoft._linear.mesh import BatchAxes
+from jaxsoft._linear.run import run_head
 
 Kind = Literal["forward", "reverse", "jensen-shannon"]
 
@@ -84,31 +77,26 @@ def kl_divergence(
     the Shannon entropy" (1991); between them for distillation, R. Agarwal et al., "On-policy distillation of language
     models" (2024).
     """
-    z, of_teacher = as_floating("logits", logits), as_floating("teacher_logits", teacher_logits)
-    if z.shape != of_teacher.shape:
-        raise ValueError(f"teacher_logits: expected the logits' shape {z.shape}, got {of_teacher.shape}")
-    if where is not None:
-        mask = lay_like(as_mask("where", where, z.shape), z)
-        z, of_teacher = jnp.where(mask, z, -jnp.inf), jnp.where(mask, of_teacher, -jnp.inf)
-    axis, z, (of_teacher,) = along_one_axis(axis, axis_name, z, of_teacher)
-    if z.shape[axis] == 0:
-        raise ValueError(f"logits: expected at least one class along axis {axis}, got shape {z.shape}")
-    axis_name = as_axis_name(axis_name, "logits", z)
-    reduction = as_option("reduction", reduction, REDUCTIONS)
-    share = jnp.expand_dims(position_weights(weights, z, axis), axis)
-    check_values("logits", z, ~jnp.isnan(z) | (share == 0), "a number")
-    check_values("teacher_logits", of_teacher, ~jnp.isnan(of_teacher) | (share == 0), "a number")
-    positions = Positions(share, lax.stop_gradient(lay_like(of_teacher, z)))
-    return _kl_divergence(z, positions, _as_reading(kind, beta), axis, reduction, axis_name)
+    of_teacher = as_floating("teacher_logits", teacher_logits)
+    shape = jnp.shape(as_floating("logits", logits))
+    if of_teacher.shape != shape:
+        raise ValueError(f"teacher_logits: expected the logits' shape {shape}, got {of_teacher.shape}")
+    z, class_axis, mask, axis_name, (of_teacher,) = dense_arguments(logits, axis, where, axis_name, of_teacher)
+    z, of_teacher = remove_classes(z, mask), remove_classes(of_teacher, mask)
+    averaging = Averaging(as_option("reduction", reduction, REDUCTIONS))
+    weight = jnp.expand_dims(position_weights(weights, LogitsType(z, class_axis, axis_name)), class_axis)
+    check_values("logits", z, ~jnp.isnan(z) | (weight == 0), "a number")
+    check_values("teacher_logits", of_teacher, ~jnp.isnan(of_teacher) | (weight == 0), "a number")
+    positions = Positions(weight, lax.stop_gradient(shard_like(of_teacher, z)))
+    return _kl_divergence(z, positions, _divergence_head(kind, beta), class_axis, averaging, axis_name)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _kl_divergence(
-    logits: Array, positions: Positions, reading: Reading, axis: int, reduction: Reduction, axis_name: AxisName
+    logits: Array, positions: Positions, head: Head, axis: int, averaging: Averaging, axis_name: AxisName
 ) -> Array:
-    count, _ = count_positions(positions.share, positions.share, Options(), reduction, 0, ())
-    (losses,), _ = cast(Values, read(reading, logits, positions, axis, axis_name))
-    return reduce_losses(losses, reduction, count, axis)
+    (losses,), _ = cast(Values, evaluate(head, logits, positions, axis, axis_name))
+    return averaging.reduce(losses, averaging.denominator(positions.position_weight), axis)
 
 
 def linear_kl_divergence(
@@ -177,45 +165,42 @@ def linear_kl_divergence(
 
     Source: as `kl_divergence`.
     """
-    more = (temperature, kernel_axis, memory_budget, axis_name, batch_axes)
-    head = as_head(features, kernel, bias, where, soft_cap, *more)
-    of_teacher = as_head(teacher_features, teacher_kernel, teacher_bias, where, teacher_soft_cap, *more, "teacher_")
-    positions = head.layer.features.shape[:-1]
-    if of_teacher.layer.features.shape[:-1] != positions:
-        got = of_teacher.layer.features.shape
-        raise ValueError(f"teacher_features: expected the positions of features {positions} and a width, got {got}")
-    if of_teacher.classes != head.classes:
-        raise ValueError(f"teacher_kernel: expected the kernel's {head.classes} classes, got {of_teacher.classes}")
+    execution = Execution(kernel_axis, memory_budget, axis_name, batch_axes)
+    args = check_head(features, kernel, bias, where, Scaling(soft_cap, temperature), execution)
+    of_teacher = teacher_features, teacher_kernel, teacher_bias, where, Scaling(teacher_soft_cap, temperature)
+    teacher = check_head(*of_teacher, execution, prefix="teacher_")
+    positions, shape = args.layer.features.shape[:-1], teacher.layer.features.shape
+    if shape[:-1] != positions:
+        raise ValueError(f"teacher_features: expected the positions of features {positions} and a width, got {shape}")
+    if teacher.classes != args.classes:
+        raise ValueError(f"teacher_kernel: expected the kernel's {args.classes} classes, got {teacher.classes}")
     if weights is not None:
         weights = broadcast("weights", as_array("weights", weights), positions)
-    static = head.static._replace(
-        reading=_as_reading(kind, beta),
-        reduction=as_option("reduction", reduction, REDUCTIONS),
-    )
-    teacher = lax.stop_gradient(of_teacher.layer)
-    (loss,) = read_positions(Inputs(head.layer, None, Options(weights), teacher), static)
+    averaging = Averaging(as_option("reduction", reduction, REDUCTIONS))
+    config = args.config._replace(head=_divergence_head(kind, beta), averaging=averaging)
+    (loss,) = run_head(HeadArgs(args.layer, None, Options(weights), lax.stop_gradient(teacher.layer)), config)
     return loss[..., 0] if reduction == "none" else loss
 
 
-def _as_reading(kind: Kind, beta: float) -> Reading:
+def _divergence_head(kind: Kind, beta: float) -> Head:
     if as_option("kind", kind, get_args(Kind)) != "jensen-shannon":
-        return divergences(kind, 0.5)
+        return _divergence(kind, 0.5)
     if isinstance(beta, Tracer):
         raise TypeError("beta: expected a number known when the function is traced, got a traced value")
     if not 0 < float(beta) < 1:
         # Divided by β, or 1 − β, it tends to these; itself it tends to 0.
         instead = {0.0: "; elsewhere that means kind='forward'", 1.0: "; elsewhere that means kind='reverse'"}
         raise ValueError(f"beta: expected a number between 0 and 1, got {beta}{instead.get(float(beta), '')}")
-    return divergences(kind, float(beta))
+    return _divergence(kind, float(beta))
 
 
-class Divergence(NamedTuple):
-    """Statistics of both, and what is summed with them."""
+class DivergenceStatistics(NamedTuple):
+    """Statistics of student and teacher, the divergence, and the part of it that is a mean under the student."""
 
     student: Statistics
     teacher: Statistics
-    total: Array
-    of_student: Array  # the divergence from the student alone to the other, as its gradient has it
+    divergence: Array
+    under_student: Array
 
     @property
     def none_left(self) -> Array:
@@ -224,66 +209,64 @@ class Divergence(NamedTuple):
 
 
 @functools.cache
-def divergences(kind: Kind, beta: float) -> Reading:
-    """The divergences of a kind from the logits that stand beside those that are read."""
+def _divergence(kind: Kind, beta: float) -> Head:
+    """The head of the divergences of a kind from the teacher's logits."""
 
-    def as_wide(positions: Positions, logits: Array) -> Array:
-        return cast(Array, positions.beside).astype(widen(logits).dtype)
+    def statistics(logits: Array, axis: int, positions: Positions, axis_name: AxisName) -> DivergenceStatistics:
+        z_t = _teacher_logits(positions, logits)
+        student, teacher = (block_statistics(z, axis, axis_name=axis_name) for z in (logits, z_t))
+        s, t, r = _ratios(logits, z_t, student, teacher)
 
-    def ratios(logits: Array, beside: Array, student: Statistics, teacher: Statistics) -> tuple[Array, Array, Array]:
-        """s, t and log s/t; 0 for a class that is removed from both."""
-        z, z_t = widen(logits), beside
-        s = jnp.exp(z - student.largest) / student.total
-        t = jnp.exp(z_t - teacher.largest) / teacher.total
-        shift = (student.largest - teacher.largest) + (jnp.log(student.total) - jnp.log(teacher.total))
-        removed = is_removed(z) & is_removed(z_t)
-        return s, t, jnp.where(removed, 0, jnp.where(removed, 0, z) - jnp.where(removed, 0, z_t) - shift)
+        def summed(p: Array, q: Array, x: Array) -> Array:
+            return sum_shards(jnp.sum(_terms(p, q, x), axis, keepdims=True), axis_name)
 
-    def statistics(logits: Array, axes: Axes, positions: Positions, axis_name: AxisName) -> Divergence:
-        beside = as_wide(positions, logits)
-        student, teacher = (block_statistics(z, axes, axis_name=axis_name) for z in (logits, beside))
-        s, t, r = ratios(logits, beside, student, teacher)
-
-        def summed(terms: Array) -> Array:
-            return sum_shards(jnp.sum(terms, axes, keepdims=True), axis_name)
-
-        if kind == "forward":
-            total = summed(_terms(t, s, r))
-            return Divergence(student, teacher, total, total)
-        if kind == "reverse":
-            total = summed(_terms(s, t, -r))
-            return Divergence(student, teacher, total, total)
+        if kind != "jensen-shannon":
+            divergence = summed(t, s, r) if kind == "forward" else summed(s, t, -r)
+            return DivergenceStatistics(student, teacher, divergence, divergence)
         m = beta * t + (1 - beta) * s
-        one, other = summed(_terms(t, m, _mixed(r, beta))), summed(_terms(s, m, _mixed(-r, 1 - beta)))
-        return Divergence(student, teacher, beta * one + (1 - beta) * other, other)
+        of_teacher, of_student = summed(t, m, _mixed(r, beta)), summed(s, m, _mixed(-r, 1 - beta))
+        return DivergenceStatistics(student, teacher, beta * of_teacher + (1 - beta) * of_student, of_student)
 
-    def values(positions: Positions, found: Divergence, axes: Axes) -> Values:
-        share = lax.stop_gradient(positions.share)
-        return (jnp.where((share == 0) | found.none_left, 0, share * found.total),), ()
+    def values(positions: Positions, statistics: DivergenceStatistics, axis: int) -> Values:
+        weight = lax.stop_gradient(positions.position_weight)
+        return (jnp.where((weight == 0) | statistics.none_left, 0, weight * statistics.divergence),), ()
 
     def gradients(
         logits: Array,
         positions: Positions,
-        found: Divergence,
-        axes: Axes,
-        cotangents: tuple[Array],
-        *,
-        in_place: bool = False,
+        statistics: DivergenceStatistics,
+        axis: int,
+        cotangents: Results,
+        in_place: bool,
     ) -> tuple[Array, None]:
-        idle, (logits, positions) = positions.idle | found.none_left, taking_part(logits, positions)
-        share = jnp.where(idle, 0, cotangents[0]) * positions.share
-        s, t, r = ratios(logits, as_wide(positions, logits), found.student, found.teacher)
+        ignored = positions.ignored | statistics.none_left
+        logits, positions = freeze_ignored(logits, positions)
+        scale = jnp.where(ignored, 0, cotangents[0]) * positions.position_weight
+        s, t, r = _ratios(logits, _teacher_logits(positions, logits), statistics.student, statistics.teacher)
         if kind == "forward":
             gradient = s - t
         elif kind == "reverse":
-            gradient = jnp.where(s == 0, 0, s * (jnp.where(s == 0, 0, r) - found.of_student))
+            gradient = weighted(s, r - statistics.under_student)
         else:
-            x = _mixed(-r, 1 - beta)
-            gradient = (1 - beta) * jnp.where(s == 0, 0, s * (jnp.where(s == 0, 0, -x) - found.of_student))
-        gradient = jnp.where(broadcast_like(idle, gradient), 0, share * gradient)
+            gradient = (1 - beta) * weighted(s, -_mixed(-r, 1 - beta) - statistics.under_student)
+        gradient = jnp.where(broadcast_like(ignored, gradient), 0, scale * gradient)
         return gradient.astype(logits.dtype), None
 
-    return Reading(statistics, values, gradients)
+    return Head(statistics, values, gradients)
+
+
+def _teacher_logits(positions: Positions, logits: Array) -> Array:
+    return cast(Array, positions.teacher).astype(widen(logits).dtype)
+
+
+def _ratios(logits: Array, z_t: Array, student: Statistics, teacher: Statistics) -> tuple[Array, Array, Array]:
+    """s, t and log s/t; 0 for a class that is removed from both."""
+    z = widen(logits)
+    s = jnp.exp(z - student.max_logit) / student.positive_sum
+    t = jnp.exp(z_t - teacher.max_logit) / teacher.positive_sum
+    shift = (student.max_logit - teacher.max_logit) + (jnp.log(student.positive_sum) - jnp.log(teacher.positive_sum))
+    removed = is_removed(z) & is_removed(z_t)
+    return s, t, jnp.where(removed, 0, jnp.where(removed, 0, z) - jnp.where(removed, 0, z_t) - shift)
 
 
 def _mixed(r: Array, beta: float) -> Array:

@@ -7,15 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from jaxsoft._checks import as_floating, as_mask, check_values
-from jaxsoft._classes import Axis, along_one_axis
-from jaxsoft._dtypes import widen
-from jaxsoft._meshes import broadcast_like, lay_like
-from jaxsoft._moments import Moments, block_moments
-from jaxsoft._platform import Axes
-from jaxsoft._readings import Positions, Reading, Values, read, taking_part
-from jaxsoft._shards import AxisName, as_axis_name
-from jaxsoft._targets import is_label, position_weights
+from jaxsoft._arrays.checks import check_values
+from jaxsoft._arrays.classes import Axis, dense_arguments, remove_classes
+from jaxsoft._arrays.sharding import AxisName
+from jaxsoft._formula.head import Head, Positions, Values, evaluate, freeze_ignored
+from jaxsoft._formula.moments import Moments, block_moments, moment_gradients
+from jaxsoft._formula.targets import LogitsType, position_weights
+from jaxsoft._jax_internals import Results
 
 
 def entropy(
@@ -57,68 +55,32 @@ def entropy(
 
     Source: C. E. Shannon, "A mathematical theory of communication" (1948).
     """
-    array = as_floating("logits", logits)
-    if where is not None:
-        array = jnp.where(lay_like(as_mask("where", where, array.shape), array), array, -jnp.inf)
-    axis, array, _ = along_one_axis(axis, axis_name, array)
-    if array.shape[axis] == 0:
-        raise ValueError(f"logits: expected at least one class along axis {axis}, got shape {array.shape}")
-    check_values("logits", array, ~jnp.isnan(array), "a number")
-    axis_name = as_axis_name(axis_name, "logits", array)
-    return _entropy(array, axis, axis_name)
+    dense = dense_arguments(logits, axis, where, axis_name)
+    z = remove_classes(dense.logits, dense.mask)
+    check_values("logits", z, ~jnp.isnan(z), "a number")
+    return _entropy(z, dense.axis, dense.axis_name)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _entropy(logits: Array, axis: int, axis_name: AxisName) -> Array:
-    everywhere = Positions(jnp.expand_dims(position_weights(None, logits, axis), axis))
-    (found,), _ = cast(Values, read(ENTROPIES, logits, everywhere, axis, axis_name))
-    return jnp.squeeze(found, axis)
+    positions = Positions(jnp.expand_dims(position_weights(None, LogitsType(logits, axis)), axis))
+    (entropies,), _ = cast(Values, evaluate(ENTROPY, logits, positions, axis, axis_name))
+    return jnp.squeeze(entropies, axis)
 
 
-def entropy_gradients(
-    logits: Array,
-    moments: Moments,
-    axes: Axes,
-    to_lse: Array | float,
-    to_entropy: Array,
-    idle: Array,
-    label: Array | None = None,
-    at_label: Array | None = None,
-) -> Array:
-    """p_j (b − h (log p_j + H)) for the cotangents b of lse and h of H, but `at_label` at the label.
-
-    log p_j + H is G − (m − z_j), for G = Σ_j p_j (m − z_j): the logarithm that both have is not subtracted.
-    """
-    statistics, total = moments.statistics, moments.statistics.total
-    below = statistics.largest - widen(logits)
-    exponentials = jnp.exp(-below)
-    below = jnp.where(exponentials == 0, 0, below)
-    result = exponentials * ((to_lse - to_entropy * moments.mean_gap) / total + to_entropy / total * below)
-    if label is not None:
-        result = jnp.where(is_label(logits, label, axes), broadcast_like(cast(Array, at_label), result), result)
-    return jnp.where(broadcast_like(idle, result), 0, result).astype(logits.dtype)
-
-
-def _statistics(logits: Array, axes: Axes, positions: Positions, axis_name: AxisName) -> Moments:
-    (axis,) = axes
+def _statistics(logits: Array, axis: int, positions: Positions, axis_name: AxisName) -> Moments:
     return block_moments(logits, axis, axis_name)
 
 
-def _values(positions: Positions, moments: Moments, axes: Axes) -> Values:
-    return (jnp.where(positions.idle, 0, moments.entropy),), ()
+def _values(positions: Positions, moments: Moments, axis: int) -> Values:
+    return (jnp.where(positions.ignored, 0, moments.entropy),), ()
 
 
 def _gradients(
-    logits: Array,
-    positions: Positions,
-    moments: Moments,
-    axes: Axes,
-    cotangents: tuple[Array],
-    *,
-    in_place: bool = False,
+    logits: Array, positions: Positions, moments: Moments, axis: int, cotangents: Results, _: bool
 ) -> tuple[Array, None]:
-    idle, (logits, _) = positions.idle, taking_part(logits, positions)
-    return entropy_gradients(logits, moments, axes, 0.0, jnp.where(idle, 0, cotangents[0]), idle), None
+    ignored, logits = positions.ignored, freeze_ignored(logits, positions)[0]
+    return moment_gradients(logits, moments, 0.0, jnp.where(ignored, 0, cotangents[0]), ignored, axis), None
 
 
-ENTROPIES = Reading(_statistics, _values, _gradients)
+ENTROPY = Head(_statistics, _values, _gradients)

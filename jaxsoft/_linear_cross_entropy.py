@@ -4,14 +4,16 @@ from typing import Any
 
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from jaxsoft._checks import as_option, broadcast
-from jaxsoft._dtypes import compute_dtype
-from jaxsoft._heads import Inputs, as_head, read_positions
+from jaxsoft._arrays.checks import as_option, broadcast
+from jaxsoft._arrays.dtypes import compute_dtype
+from jaxsoft._arrays.sharding import AxisName
+from jaxsoft._formula.losses import check_targets, loss_head
+from jaxsoft._formula.sparse import SparseTargets
+from jaxsoft._formula.targets import REDUCTIONS, Averaging, Reduction, as_options
+from jaxsoft._linear.args import Execution, HeadArgs, Scaling, check_head
+from jaxsoft._linear.mesh import BatchAxes
+from jaxsoft._linear.run import run_head
 from jaxsoft._linear_log_probs import LogProbs, with_log_probs
-from jaxsoft._meshes import BatchAxes
-from jaxsoft._shards import AxisName
-from jaxsoft._sparse_targets import SparseTargets, as_any_targets, losses_of
-from jaxsoft._targets import REDUCTIONS, Reduction, read_options
 
 
 def linear_cross_entropy(
@@ -128,27 +130,24 @@ def linear_cross_entropy(
     the memory argument, E. Wijmans et al., "Cut your losses in large-vocabulary language models" (2024);
     the soft cap, Gemma Team, "Gemma 2" (2024).
     """
-    head = as_head(
-        features, kernel, bias, where, soft_cap, temperature, kernel_axis, memory_budget, axis_name, batch_axes
-    )
-    layer = head.layer
-    wide = compute_dtype(layer.features.dtype)
-    options = read_options(weights, class_weights, head.mask, label_smoothing, z_loss, wide)
+    execution = Execution(kernel_axis, memory_budget, axis_name, batch_axes)
+    args = check_head(features, kernel, bias, where, Scaling(soft_cap, temperature), execution)
+    x = args.layer.features
+    options = as_options(weights, class_weights, args.mask, label_smoothing, z_loss, compute_dtype(x.dtype))
     if options.weights is not None:  # an array, of all positions, for `vmap`
-        options = options._replace(weights=broadcast("weights", options.weights, layer.features.shape[:-1]))
-    read, ignore_index = as_any_targets(targets, head.classes, options, ignore_index)
-    is_sparse = isinstance(read, SparseTargets)
-    labelled = not is_sparse and read.ndim < layer.features.ndim
-    reading = losses_of(read)
-    static = head.static._replace(
-        reading=with_log_probs(reading, labelled) if with_statistics else reading,
-        reduction=as_option("reduction", reduction, REDUCTIONS),
+        options = options._replace(weights=broadcast("weights", options.weights, x.shape[:-1]))
+    checked, ignore_index = check_targets(targets, args.classes, options, ignore_index)
+    has_labels = not isinstance(checked, SparseTargets) and checked.ndim < x.ndim
+    head = loss_head(checked)
+    config = args.config._replace(
+        head=with_log_probs(head, has_labels) if with_statistics else head,
+        averaging=Averaging(as_option("reduction", reduction, REDUCTIONS)),
         ignore_index=ignore_index,
     )
-    loss, *beside = read_positions(Inputs(layer, read, options), static)
+    loss, *constants = run_head(HeadArgs(args.layer, checked, options), config)
     if reduction == "none":
         loss = loss[..., 0]
     if not with_statistics:
         return loss
-    *label, lse, entropy, argmax = (array[..., 0] for array in beside)
-    return loss, LogProbs(label[0] if labelled else None, lse, argmax, entropy)
+    *label, lse, entropy, argmax = (array[..., 0] for array in constants)
+    return loss, LogProbs(label[0] if has_labels else None, lse, argmax, entropy)

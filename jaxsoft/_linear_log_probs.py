@@ -7,17 +7,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from jaxsoft._classes import take
-from jaxsoft._entropy import entropy_gradients
-from jaxsoft._heads import Inputs, as_head, read_positions
-from jaxsoft._meshes import BatchAxes
-from jaxsoft._moments import Moments, block_moments
-from jaxsoft._platform import Axes
-from jaxsoft._readings import Reading, Values, taking_part
-from jaxsoft._shards import AxisName, first_class, sum_shards
-from jaxsoft._sparse_targets import SparseTargets
-from jaxsoft._statistics import Statistics, scaled_exponentials
-from jaxsoft._targets import Targets, as_targets
+from jaxsoft._arrays.classes import take
+from jaxsoft._arrays.sharding import AxisName, first_class, sum_shards
+from jaxsoft._formula.head import Head, Values, freeze_ignored
+from jaxsoft._formula.moments import Moments, block_moments, moment_gradients
+from jaxsoft._formula.sparse import SparseTargets
+from jaxsoft._formula.statistics import Statistics, scaled_exponentials
+from jaxsoft._formula.targets import Targets, labels_as_array
+from jaxsoft._jax_internals import Results
+from jaxsoft._linear.args import Execution, HeadArgs, Scaling, check_head
+from jaxsoft._linear.mesh import BatchAxes
+from jaxsoft._linear.run import run_head
 
 
 class LogProbs(NamedTuple):
@@ -26,7 +26,7 @@ class LogProbs(NamedTuple):
     Such are ignored, or of weight 0; beside a loss also those whose label is of a class of weight 0.
     """
 
-    label: Float[Array, "*positions"] | None
+    label_log_prob: Float[Array, "*positions"] | None
     """log p of the label; None where there are no labels."""
     logsumexp: Float[Array, "*positions"]
     """log Σ_j exp(z_j)."""
@@ -92,7 +92,7 @@ def linear_log_probs(
         >>> from jaxsoft import linear_log_probs
         >>> x, w = jnp.linspace(-1, 1, 6).reshape(3, 2), jnp.linspace(-2, 1, 8).reshape(2, 4)
         >>> found = linear_log_probs(x, w, jnp.array([0, 3, 1]), entropy=True)
-        >>> for label, best, entropy in zip(found.label, found.argmax, found.entropy):
+        >>> for label, best, entropy in zip(found.label_log_prob, found.argmax, found.entropy):
         ...     print(f"{label:.4f} {best} {entropy:.4f}")
         -0.6341 0 1.1414
         -1.3863 2 1.3863
@@ -101,110 +101,111 @@ def linear_log_probs(
     Source: R. J. Williams, "Simple statistical gradient-following algorithms for connectionist reinforcement
     learning" (1992) for what they are differentiated for.
     """
-    head = as_head(
-        features, kernel, bias, where, soft_cap, temperature, kernel_axis, memory_budget, axis_name, batch_axes
-    )
+    execution = Execution(kernel_axis, memory_budget, axis_name, batch_axes)
+    args = check_head(features, kernel, bias, where, Scaling(soft_cap, temperature), execution)
     if isinstance(labels, SparseTargets):
         raise TypeError("labels: expected integers, got SparseTargets: cross-entropies take these")
-    y, ignore_index = as_targets(labels, head.classes, ignore_index, "labels")
+    y, ignore_index = labels_as_array(labels, args.classes, ignore_index, "labels")
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise TypeError(f"labels: expected integers, got dtype {y.dtype}")
-    if y.shape != head.layer.features.shape[:-1]:
-        raise ValueError(f"labels: expected shape {head.layer.features.shape[:-1]}, got {y.shape}")
-    static = head.static._replace(reading=log_probs(bool(entropy)), ignore_index=ignore_index, targets_name="labels")
-    label, lse, *rest = (a[..., 0] for a in read_positions(Inputs(head.layer, y), static))
+    positions = args.layer.features.shape[:-1]
+    if y.shape != positions:
+        raise ValueError(f"labels: expected shape {positions}, got {y.shape}")
+    head = _log_probs(bool(entropy))
+    config = args.config._replace(head=head, ignore_index=ignore_index, targets_name="labels")
+    label, lse, *rest = (a[..., 0] for a in run_head(HeadArgs(args.layer, y), config))
     return LogProbs(label, lse, rest[-1], rest[0] if entropy else None)
 
 
-def _around(logits: Array, targets: Targets, axis: int, axis_name: AxisName) -> tuple[Moments, Statistics]:
+def _around_label(logits: Array, axis: int, targets: Targets, axis_name: AxisName) -> tuple[Moments, Statistics]:
     """Moments, and from these the statistics of the label."""
     assert targets.label is not None
     moments = block_moments(logits, axis, axis_name)
-    # On the shard that has it: what is known of an index beside another shard's would differ between devices.
-    of_block = targets.label == moments.lead - first_class(logits.shape[axis], axis_name)
-    leads = sum_shards(of_block.astype(jnp.int32), axis_name) > 0
-    of_label, _ = take(logits, targets.label, axis, axis_name)
-    return moments, moments.around(leads, of_label)
+    # Compared on the shard that has the label: elsewhere the result would differ between devices.
+    in_block = targets.label == moments.leader - first_class(logits.shape[axis], axis_name)
+    leads = sum_shards(in_block.astype(jnp.int32), axis_name) > 0
+    label_logit, _ = take(logits, targets.label, axis, axis_name)
+    return moments, moments.around(leads, label_logit)
 
 
 @functools.cache
-def log_probs(with_entropy: bool) -> Reading:
-    """Label and lse, with the entropy or without, and the argmax."""
+def _log_probs(with_entropy: bool) -> Head:
+    """The head of the label's log-probability and lse, with the entropy or without, and the argmax."""
 
-    def statistics(logits: Array, axes: Axes, targets: Targets, axis_name: AxisName) -> tuple[Moments, Statistics]:
-        (axis,) = axes
-        return _around(logits, targets, axis, axis_name)
-
-    def values(targets: Targets, found: tuple[Moments, Statistics], axes: Axes) -> Values:
-        moments, of_label = found
-        hot = lax.stop_gradient(targets.hot)
-        label = jnp.where(hot == 0, 0, -hot * of_label.surprise)
-        lse = jnp.where(targets.idle, 0, moments.statistics.logsumexp)
-        moving = (label, lse, jnp.where(targets.idle, 0, moments.entropy)) if with_entropy else (label, lse)
-        return moving, (jnp.where(targets.idle, -1, moments.lead),)
+    def values(targets: Targets, statistics: tuple[Moments, Statistics], axis: int) -> Values:
+        moments, of_label = statistics
+        weight = lax.stop_gradient(targets.label_weight)
+        label_log_prob = jnp.where(weight == 0, 0, -weight * of_label.nll)
+        numbers = (moments.statistics.logsumexp, *((moments.entropy,) if with_entropy else ()))
+        numbers = (jnp.where(targets.ignored, 0, number) for number in numbers)
+        return (label_log_prob, *numbers), (jnp.where(targets.ignored, -1, moments.leader),)
 
     def gradients(
         logits: Array,
         targets: Targets,
-        found: tuple[Moments, Statistics],
-        axes: Axes,
-        cotangents: tuple[Array, ...],
-        *,
-        in_place: bool = False,
+        statistics: tuple[Moments, Statistics],
+        axis: int,
+        cotangents: Results,
+        in_place: bool,
     ) -> tuple[Array, None]:
-        idle, (logits, targets) = targets.idle, taking_part(logits, targets)
-        to_label, to_lse, *to_entropy = (jnp.where(idle, 0, c) for c in cotangents)
-        to_label *= targets.hot
-        (moments, of_label), total = found, found[0].statistics.total
-        factor = to_lse - to_label
-        if not to_entropy:
-            at_label = (to_lse * jnp.exp(of_label.label) + to_label * of_label.tail) / total
-            largest = moments.statistics.largest
-            scaled = scaled_exponentials(
-                logits, largest, factor / total, axes, idle, targets.label, at_label, in_place=in_place
-            )
-            return scaled, None
-        (h,) = to_entropy
-        exponential = jnp.exp(of_label.label)
-        below = jnp.where(exponential == 0, 0, of_label.label)
-        at_label = (exponential * (to_lse - h * (moments.mean_gap + below)) + to_label * of_label.tail) / total
-        return entropy_gradients(logits, moments, axes, factor, h, idle, targets.label, at_label), None
+        ignored, (logits, targets) = targets.ignored, freeze_ignored(logits, targets)
+        grad_label, grad_lse, *rest = (jnp.where(ignored, 0, c) for c in cotangents)
+        grad_label *= targets.label_weight
+        moments, of_label = statistics
+        factor = grad_lse - grad_label
+        if rest:
+            (grad_entropy,) = rest
+            gap = jnp.where(jnp.exp(of_label.label_logit) == 0, 0, of_label.label_logit)
+            mass = grad_lse - grad_entropy * (moments.mean_gap + gap)
+            at_label = of_label.label_gradient(mass, -grad_label)
+            label = {"label": targets.label, "at_label": at_label}
+            return moment_gradients(logits, moments, factor, grad_entropy, ignored, axis, **label), None
+        scaled = scaled_exponentials(
+            logits,
+            moments.statistics.max_logit,
+            factor / moments.statistics.positive_sum,
+            (axis,),
+            ignored=ignored,
+            label=targets.label,
+            at_label=of_label.label_gradient(grad_lse, -grad_label),
+            in_place=in_place,
+        )
+        return scaled, None
 
-    def blank(positions: int, dtype: Any) -> Values:
+    def init_output(positions: int, dtype: Any) -> Values:
         zeros = jnp.zeros((positions, 1), dtype)
         return (zeros,) * (3 if with_entropy else 2), (jnp.full((positions, 1), -1, jnp.int32),)
 
-    return Reading(statistics, values, gradients, blank)
+    return Head(_around_label, values, gradients, init_output)
 
 
 @functools.cache
-def with_log_probs(losses: Reading, labelled: bool) -> Reading:
-    """Losses, and beside them what is not differentiated: the log-probability of labels, lse, argmax and entropy."""
+def with_log_probs(loss: Head, has_labels: bool) -> Head:
+    """The head of a loss, and as constants the log-probability of labels, lse, entropy and argmax."""
 
-    def statistics(logits: Array, axes: Axes, targets: Any, axis_name: AxisName) -> Any:
-        (axis,) = axes
-        if labelled:
-            moments, of_label = _around(logits, targets, axis, axis_name)
+    def statistics(logits: Array, axis: int, targets: Any, axis_name: AxisName) -> Any:
+        if has_labels:
+            moments, of_label = _around_label(logits, axis, targets, axis_name)
         else:
             moments, of_label = block_moments(logits, axis, axis_name), None
-        again = not labelled or targets.spread is not None  # or no sum is taken again
-        of_losses = losses.statistics(logits, axes, targets, axis_name) if again else of_label
-        return of_losses, moments, of_label
+        again = not has_labels or targets.target_weights is not None  # otherwise no sum is taken again
+        of_loss = loss.statistics(logits, axis, targets, axis_name) if again else of_label
+        return of_loss, moments, of_label
 
-    def values(targets: Any, found: Any, axes: Axes) -> Values:
-        of_losses, moments, of_label = found
-        moving, _ = losses.values(targets, of_losses, axes)
-        idle, beside = targets.idle, (moments.statistics.logsumexp, moments.entropy)
-        if labelled:
-            beside = (0 * targets.share - of_label.surprise, *beside)  # NaN where the label is none
-        beside = tuple(jnp.where(idle, 0, value) for value in beside)
-        return moving, lax.stop_gradient((*beside, jnp.where(idle, -1, moments.lead)))
+    def values(targets: Any, statistics: Any, axis: int) -> Values:
+        of_loss, moments, of_label = statistics
+        variable, _ = loss.values(targets, of_loss, axis)
+        constants = (moments.statistics.logsumexp, moments.entropy)
+        if has_labels:
+            constants = (0 * targets.position_weight - of_label.nll, *constants)  # NaN where the label is no class
+        constants = tuple(jnp.where(targets.ignored, 0, number) for number in constants)
+        return variable, lax.stop_gradient((*constants, jnp.where(targets.ignored, -1, moments.leader)))
 
-    def gradients(logits: Array, targets: Any, found: Any, axes: Axes, cotangents: Any, **options: bool) -> Any:
-        return losses.gradients(logits, targets, found[0], axes, cotangents, **options)
+    def gradients(logits: Array, targets: Any, statistics: Any, axis: int, cotangents: Results, in_place: bool) -> Any:
+        return loss.gradients(logits, targets, statistics[0], axis, cotangents, in_place)
 
-    def blank(positions: int, dtype: Any) -> Values:
+    def init_output(positions: int, dtype: Any) -> Values:
         zeros = jnp.zeros((positions, 1), dtype)
-        return (zeros,), (*(zeros,) * (3 if labelled else 2), jnp.full((positions, 1), -1, jnp.int32))
+        return (zeros,), (*(zeros,) * (3 if has_labels else 2), jnp.full((positions, 1), -1, jnp.int32))
 
-    return Reading(statistics, values, gradients, blank)
+    return Head(statistics, values, gradients, init_output)

@@ -7,17 +7,18 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from jaxsoft._checks import as_integer
-from jaxsoft._classes import put
-from jaxsoft._dtypes import is_removed
-from jaxsoft._heads import Inputs, as_head, read_positions
-from jaxsoft._meshes import BatchAxes
-from jaxsoft._platform import Axes
-from jaxsoft._readings import Positions, Reading, Values, taking_part
-from jaxsoft._shards import AxisName, first_class, sum_shards
-from jaxsoft._sparse_targets import Outside, SparseTargets
-from jaxsoft._statistics import Statistics, block_statistics, scaled_exponentials
-from jaxsoft._targets import Targets
+from jaxsoft._arrays.checks import as_integer
+from jaxsoft._arrays.classes import put
+from jaxsoft._arrays.dtypes import is_removed
+from jaxsoft._arrays.sharding import AxisName, first_class, sum_shards
+from jaxsoft._formula.head import Head, Positions, Values, freeze_ignored
+from jaxsoft._formula.sparse import Outside, SparseTargets
+from jaxsoft._formula.statistics import Statistics, block_statistics, scaled_exponentials
+from jaxsoft._formula.targets import Targets
+from jaxsoft._jax_internals import Results
+from jaxsoft._linear.args import Execution, HeadArgs, Scaling, check_head
+from jaxsoft._linear.mesh import BatchAxes
+from jaxsoft._linear.run import run_head
 
 
 class TopK(NamedTuple):
@@ -89,78 +90,83 @@ def linear_top_k(
     Source: a teacher's largest logits as what is stored of it, X. Tan et al., "Multilingual neural machine
     translation with knowledge distillation" (2019).
     """
-    head = as_head(
-        features, kernel, bias, where, soft_cap, temperature, kernel_axis, memory_budget, axis_name, batch_axes
-    )
-    if not 1 <= as_integer("k", k) <= head.classes:
-        raise ValueError(f"k: expected an integer from 1 to the {head.classes} classes, got {k}")
-    log_probs, lse, indices = read_positions(Inputs(head.layer), head.static._replace(reading=_largest(int(k))))
+    execution = Execution(kernel_axis, memory_budget, axis_name, batch_axes)
+    args = check_head(features, kernel, bias, where, Scaling(soft_cap, temperature), execution)
+    if not 1 <= as_integer("k", k) <= args.classes:
+        raise ValueError(f"k: expected an integer from 1 to the {args.classes} classes, got {k}")
+    log_probs, lse, indices = run_head(HeadArgs(args.layer), args.config._replace(head=_top_k(int(k))))
     return TopK(log_probs, indices, lse[..., 0])
 
 
-class Largest(NamedTuple):
+class TopKStats(NamedTuple):
     """Statistics whose label is the class with the largest logit, and the k largest logits."""
 
     statistics: Statistics
-    at: Array  # z_k − m
+    logits: Array  # z_k − m
     classes: Array  # among those of all shards
-    first: Array | int  # of these the first of this one
+    first_class: Array | int  # of this shard
+
+
+def _candidates(logits: Array, k: int, axis_name: AxisName) -> tuple[Array, Array]:
+    """The k largest logits of all shards, and their classes."""
+    # Without the barriers XLA fuses the slices with its own, no longer recognises a top-k, and sorts all classes. One
+    # barrier around both results would have the same effect.
+    count = min(k, logits.shape[1])
+    top, classes = map(lax.optimization_barrier, lax.top_k(logits, count))
+    classes = classes.astype(jnp.int32) + first_class(logits.shape[1], axis_name)
+    if axis_name is None:
+        return top, classes
+    shards = lax.axis_size(axis_name)  # their candidates side by side, in the order of the classes
+    mine = lax.broadcasted_iota(jnp.int32, (1, shards * count), 1) // count == lax.axis_index(axis_name)
+
+    def gather(array: Array) -> Array:  # as a sum, which is the same on every device
+        return sum_shards(jnp.where(mine, jnp.tile(array, (1, shards)), 0), axis_name)
+
+    top, chosen = lax.top_k(gather(top), k)
+    return top, jnp.take_along_axis(gather(classes), chosen, 1)
 
 
 @functools.cache
-def _largest(k: int) -> Reading:
-    def statistics(logits: Array, axes: Axes, positions: Positions, axis_name: AxisName) -> Largest:
-        (axis,) = axes
-        # Or XLA merges slices of the results with its own, takes them no longer for a top-k, and sorts all classes.
-        count = min(k, logits.shape[axis])
-        top, classes = map(lax.optimization_barrier, lax.top_k(logits, count))  # one by one: a barrier of both ends it
+def _top_k(k: int) -> Head:
+    def statistics(logits: Array, axis: int, positions: Positions, axis_name: AxisName) -> TopKStats:
         first = first_class(logits.shape[axis], axis_name)
-        classes = classes.astype(jnp.int32) + first
-        if axis_name is not None:  # the blocks' candidates side by side, in the order of the classes
-            shards = lax.axis_size(axis_name)
-            mine = lax.broadcasted_iota(jnp.int32, (1, shards * count), 1) // count == lax.axis_index(axis_name)
+        top, classes = _candidates(logits, k, axis_name)
+        leader = Targets(label=classes[:, :1] - first)
+        found = block_statistics(logits, axis, leader, axis_name)
+        return TopKStats(found, top.astype(found.max_logit.dtype) - found.max_logit, classes, first)
 
-            def gather(array: Array) -> Array:  # as a sum, which is the same on every device
-                return sum_shards(jnp.where(mine, jnp.tile(array, (1, shards)), 0), axis_name)
-
-            top, chosen = lax.top_k(gather(top), k)
-            classes = jnp.take_along_axis(gather(classes), chosen, 1)
-        lead = Targets(label=lax.slice_in_dim(classes, 0, 1, axis=1) - first)
-        found = block_statistics(logits, axes, lead, axis_name)
-        return Largest(found, top.astype(found.largest.dtype) - found.largest, classes, first)
-
-    def values(positions: Positions, found: Largest, axes: Axes) -> Values:
-        log_probs = found.at - found.statistics.log_total
-        return (log_probs, found.statistics.logsumexp), (found.classes,)
+    def values(positions: Positions, top: TopKStats, axis: int) -> Values:
+        return (top.logits - top.statistics.log_sum, top.statistics.logsumexp), (top.classes,)
 
     def gradients(
-        logits: Array,
-        positions: Positions,
-        found: Largest,
-        axes: Axes,
-        cotangents: tuple[Array, Array],
-        *,
-        in_place: bool = False,
+        logits: Array, positions: Positions, top: TopKStats, axis: int, cotangents: Results, in_place: bool
     ) -> tuple[Array, None]:
-        (axis,), s = axes, found.statistics
-        idle, (logits, _) = positions.idle, taking_part(logits, positions)
-        g, to_lse = cotangents
-        removed = is_removed(found.at)
-        g = jnp.where(removed, 0, g)
-        first, others = g[:, :1], g[:, 1:]
-        mass = to_lse - jnp.sum(others, axis, keepdims=True)
-        factor = (mass - first) / s.total
-        at_lead = (mass * jnp.exp(s.label) + first * s.tail) / s.total
-        block = found.classes - found.first
-        to_logits = scaled_exponentials(logits, s.largest, factor, axes, idle, block[:, :1], at_lead, in_place=in_place)
+        ignored, logits = positions.ignored, freeze_ignored(logits, positions)[0]
+        statistics, (grad_log_probs, grad_lse) = top.statistics, cotangents
+        removed = is_removed(top.logits)
+        grad_log_probs = jnp.where(removed, 0, grad_log_probs)
+        grad_leader, grad_others = grad_log_probs[:, :1], grad_log_probs[:, 1:]
+        mass = grad_lse - jnp.sum(grad_others, axis, keepdims=True)
+        factor = (mass - grad_leader) / statistics.positive_sum
+        block = top.classes - top.first_class
+        grad_logits = scaled_exponentials(
+            logits,
+            statistics.max_logit,
+            factor,
+            (axis,),
+            ignored=ignored,
+            label=block[:, :1],
+            at_label=statistics.label_gradient(mass, -grad_leader),
+            in_place=in_place,
+        )
         if k > 1:
-            at_others = factor * jnp.exp(found.at[:, 1:]) + others
-            to_logits = put(to_logits, jnp.where(removed[:, 1:], -1, block[:, 1:]), at_others, axis)
-        return to_logits, None
+            at_others = factor * jnp.exp(top.logits[:, 1:]) + grad_others
+            grad_logits = put(grad_logits, jnp.where(removed[:, 1:], -1, block[:, 1:]), at_others, axis)
+        return grad_logits, None
 
-    def blank(positions: int, dtype: Any) -> Values:
-        moving = jnp.zeros((positions, k), dtype), jnp.zeros((positions, 1), dtype)
-        return moving, (jnp.full((positions, k), -1, jnp.int32),)
+    def init_output(positions: int, dtype: Any) -> Values:
+        variable = jnp.zeros((positions, k), dtype), jnp.zeros((positions, 1), dtype)
+        return variable, (jnp.full((positions, k), -1, jnp.int32),)
 
     # XLA adds a bias to the products once for the search, and once more where the gradient is put.
-    return Reading(statistics, values, gradients, blank, copies=True)
+    return Head(statistics, values, gradients, init_output, copies=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 from jaxtyping import Array, ArrayLike, Float, Key
 
-from jaxsoft._checks import as_floating, as_integer
+from jaxsoft._arrays.checks import as_floating, as_integer
 
 Layer = dict[str, Array]
 

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from jaxsoft import _cpu
-from jaxsoft._checks import as_axes, as_floating, as_mask, check_values
-from jaxsoft._dtypes import widen
-from jaxsoft._meshes import lay_like
-from jaxsoft._platform import Axes, from_end, on
-from jaxsoft._shards import AxisName, as_axis_name, sum_shards
-from jaxsoft._statistics import Statistics, block_statistics, leading_statistics, scaled_exponentials
+from jaxsoft._arrays.checks import as_axes, as_floating, as_mask, check_values
+from jaxsoft._arrays.classes import remove_classes
+from jaxsoft._arrays.dtypes import widen
+from jaxsoft._arrays.sharding import AxisName, as_axis_name, shard_like, sum_shards
+from jaxsoft._formula.statistics import Statistics, block_statistics, leading_statistics, scaled_exponentials
+from jaxsoft._platform import cpu
+from jaxsoft._platform.dispatch import Axes, from_end, with_platform_impl
 
 
 def softmax(
@@ -88,15 +88,15 @@ def _softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array,
         (probs,) = _probs((logits,), from_end(axes, logits))
     else:
         statistics = block_statistics(logits, axes, axis_name=axis_name)
-        probs = scaled_exponentials(logits, statistics.largest, 1 / statistics.total, axes)
+        probs = scaled_exponentials(logits, statistics.max_logit, 1 / statistics.positive_sum, axes)
     return probs, probs
 
 
-@on(cpu=_cpu.softmax)
+@with_platform_impl(cpu=cpu.softmax)
 def _probs(arrays: tuple[Array], axes: Axes) -> tuple[Array]:
     (logits,) = arrays
     statistics = block_statistics(logits, axes)
-    return ((jnp.exp(widen(logits) - statistics.largest) / statistics.total).astype(logits.dtype),)
+    return ((jnp.exp(widen(logits) - statistics.max_logit) / statistics.positive_sum).astype(logits.dtype),)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -149,7 +149,7 @@ def softmax_vjp(
     s, g = as_floating("probs", probs), as_floating("cotangent", cotangent)
     if s.shape != g.shape:
         raise ValueError(f"cotangent: expected the shape of probs {s.shape}, got {g.shape}")
-    axes, g = as_axes(axis, s.ndim), lay_like(g, s)
+    axes, g = as_axes(axis, s.ndim), shard_like(g, s)
     axis_name = as_axis_name(axis_name, "probs", s)
     if axis_name is None:
         return _compiled_pullback(s, g, from_end(axes, s))
@@ -164,7 +164,7 @@ def _compiled_pullback(probs: Array, cotangent: Array, axes: Axes) -> Array:
     return _pulled_back((probs, cotangent), axes)[0]
 
 
-@on(cpu=_cpu.softmax_vjp)
+@with_platform_impl(cpu=cpu.softmax_vjp)
 def _pulled_back(arrays: tuple[Array, Array], axes: Axes) -> tuple[Array]:
     s = widen(arrays[0])
     g = arrays[1].astype(s.dtype)
@@ -262,20 +262,20 @@ def _log_softmax(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _log_softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, tuple[Array, Array, Array]]:
     if axis_name is None:
-        log_probs, largest, total = _log_probs((logits,), from_end(axes, logits))
+        log_probs, max_logit, total = _log_probs((logits,), from_end(axes, logits))
     else:
         statistics = block_statistics(logits, axes, axis_name=axis_name)
-        largest, total = statistics.largest, statistics.total
-        log_probs = (widen(logits) - largest - jnp.log(total)).astype(logits.dtype)
-    return log_probs, (logits, largest, total)
+        max_logit, total = statistics.max_logit, statistics.positive_sum
+        log_probs = (widen(logits) - max_logit - jnp.log(total)).astype(logits.dtype)
+    return log_probs, (logits, max_logit, total)
 
 
-@on(cpu=_cpu.log_softmax)
+@with_platform_impl(cpu=cpu.log_softmax)
 def _log_probs(arrays: tuple[Array], axes: Axes) -> tuple[Array, Array, Array]:
     (logits,) = arrays
     statistics = block_statistics(logits, axes)
-    log_probs = widen(logits) - statistics.largest - jnp.log(statistics.total)
-    return log_probs.astype(logits.dtype), statistics.largest, statistics.total
+    log_probs = widen(logits) - statistics.max_logit - jnp.log(statistics.positive_sum)
+    return log_probs.astype(logits.dtype), statistics.max_logit, statistics.positive_sum
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -284,18 +284,18 @@ def _log_softmax_bwd(
 ) -> tuple[Array]:
     if axis_name is None:
         return (_log_pulled_back((*residuals, cotangent), from_end(axes, cotangent))[0],)
-    logits, largest, total = residuals
+    logits, max_logit, total = residuals
     g = widen(cotangent)
     summed = sum_shards(jnp.sum(g, axes, keepdims=True), axis_name)
     minus_one = -jnp.ones_like(summed)
-    return (scaled_exponentials(logits, largest, -summed / total, axes, share=minus_one, spread=g),)
+    return (scaled_exponentials(logits, max_logit, -summed / total, axes, position_weight=minus_one, target_weights=g),)
 
 
-@on(cpu=_cpu.log_softmax_vjp)
+@with_platform_impl(cpu=cpu.log_softmax_vjp)
 def _log_pulled_back(arrays: tuple[Array, ...], axes: Axes) -> tuple[Array]:
-    logits, largest, total, g = map(widen, arrays)
+    logits, max_logit, total, g = map(widen, arrays)
     # From the logits, not from the result: rounded to half precision its exponentials would not sum to one.
-    probs = jnp.exp(logits - largest) / total
+    probs = jnp.exp(logits - max_logit) / total
     return ((g - probs * jnp.sum(g, axes, keepdims=True)).astype(arrays[0].dtype),)
 
 
@@ -366,7 +366,7 @@ def _logsumexp_bwd(
     logits, statistics = residuals
     # Where no class is left nothing moves, whatever the cotangent.
     g = jnp.where(statistics.exp_sum == 0, 0, widen(cotangent))
-    return (scaled_exponentials(logits, statistics.largest, g / statistics.total, axes),)
+    return (scaled_exponentials(logits, statistics.max_logit, g / statistics.positive_sum, axes),)
 
 
 _logsumexp.defvjp(_logsumexp_fwd, _logsumexp_bwd)
@@ -382,9 +382,7 @@ def _prepare(
     """
     array = as_floating("logits", logits)
     axes = as_axes(axis, array.ndim)
-    mask = None
-    if where is not None:
-        mask = lay_like(as_mask("where", where, array.shape), array)
-        array = jnp.where(mask, array, -jnp.inf)
+    mask = None if where is None else shard_like(as_mask("where", where, array.shape), array)
+    array = remove_classes(array, mask)
     check_values("logits", array, ~jnp.isnan(array), "a number")
     return array, axes, mask

@@ -15,13 +15,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from jaxsoft import _softmax
-from jaxsoft._checks import as_axis, as_floating, as_integer, check_values, is_checking, refuse_mask
+from jaxsoft._arrays.checks import as_axis, as_floating, as_integer, check_values, refuse_mask
+from jaxsoft._arrays.dtypes import at_least_int32, compute_dtype, nan_unless
 from jaxsoft._cross_entropy import cross_entropy
-from jaxsoft._dtypes import compute_dtype
-from jaxsoft._targets import equals
+from jaxsoft._formula.targets import equals
 
 __all__ = ["infogain_loss", "multinomial_logistic_loss", "softmax", "softmax_with_loss"]
 
@@ -185,7 +185,7 @@ def infogain_loss(
     check_values("infogain", h, jnp.isfinite(h), "a finite number")
     ignored = jnp.expand_dims(label == IGNORED, axis)
     at_label = h.reshape(classes, classes)[jnp.maximum(label, 0)]
-    gains = jnp.moveaxis(_nan_unless(label != NO_CLASS, dtype)[..., None] * at_label, -1, axis)
+    gains = jnp.moveaxis(nan_unless(label != NO_CLASS, dtype)[..., None] * at_label, -1, axis)
     # Masked before the logarithm, for its gradient, and after, for its value.
     log_probs = _softmax.log_softmax(jnp.where(ignored, 0, z.astype(dtype)), axis)
     log_probs = _at_least(log_probs, math.log(LOG_THRESHOLD))
@@ -231,7 +231,7 @@ def multinomial_logistic_loss(probs: Float[ArrayLike, "..."], labels: Labels) ->
     p = p.reshape(samples, math.prod(p.shape[1:])).astype(compute_dtype(p.dtype))
     label = _read_labels(labels, p.shape, 1, None)
     at_label = jnp.take_along_axis(p, jnp.maximum(label, 0)[:, None], 1, mode="promise_in_bounds")[:, 0]
-    at_label *= _nan_unless(label != NO_CLASS, p.dtype)
+    at_label *= nan_unless(label != NO_CLASS, p.dtype)
     return -jnp.sum(jnp.log(_at_least(at_label, LOG_THRESHOLD))) / max(samples, 1)
 
 
@@ -246,11 +246,6 @@ def _at_least(x: Array, floor: float) -> Array:
 @_at_least.defjvp
 def _at_least_jvp(floor: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     return _at_least(*primals, floor), *tangents
-
-
-def _nan_unless(valid: Bool[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
-    """1, or NaN: a root of −1, since `jax_debug_nans` finds a literal NaN even where it is not selected."""
-    return jnp.sqrt(jnp.where(valid, 1, -1).astype(dtype))
 
 
 def _read_labels(labels: Labels, shape: tuple[int, ...], axis: int, ignore_label: int | None) -> Int[Array, "..."]:
@@ -269,7 +264,7 @@ def _read_labels(labels: Labels, shape: tuple[int, ...], axis: int, ignore_label
         raise ValueError(f"labels: expected {shape[0]} as first dimension like the scores, got shape {given.shape}")
     integers = jnp.issubdtype(given.dtype, jnp.integer)
     if integers:
-        y = given.astype(np.int32) if given.dtype.itemsize < 4 else given  # int8 cannot be compared with 200
+        y = at_least_int32(given)
     elif jnp.issubdtype(given.dtype, jnp.floating):
         y = xp.trunc(given.astype(compute_dtype(given.dtype)))
     else:
@@ -280,12 +275,7 @@ def _read_labels(labels: Labels, shape: tuple[int, ...], axis: int, ignore_label
         index = as_integer("ignore_label", ignore_label)
         ignored = equals(y, index) if xp is jnp and integers else y == (index if integers else float(index))
         allowed += f" or ignore_label={ignore_label}"
-    valid = inside | ignored
-    if xp is jnp:
-        check_values("labels", given, valid, allowed)
-    elif is_checking() and not valid.all():
-        first = np.unravel_index(valid.argmin(), valid.shape)
-        raise ValueError(f"labels[{', '.join(map(str, first))}] is {given[first]}: expected {allowed}")
+    check_values("labels", given, inside | ignored, allowed)
     label = xp.where(inside, y, 0).astype(np.int32)  # NO_CLASS does not fit into every dtype
     label = xp.where(ignored, IGNORED, xp.where(inside, label, NO_CLASS))
     return jnp.asarray(label).reshape(positions)

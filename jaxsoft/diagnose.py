@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxsoft._diagnosis import diagnose_gradient
+from jaxsoft._doctor.diagnosis import diagnose_gradient
 
 NAMES = ("logits", "targets", "gradient")
 

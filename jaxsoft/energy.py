@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
-from jaxsoft._checks import as_array, as_floating, as_integer, broadcast, check_values
+from jaxsoft._arrays.checks import as_array, as_floating, as_integer, broadcast, check_values
+from jaxsoft._arrays.dtypes import at_least_int32
 from jaxsoft._jax_internals import Tracer
 from jaxsoft._softmax import logsumexp, softmax
 
@@ -236,7 +237,7 @@ def hopfield_asynchronous(
         raise TypeError(f"order: expected integers, got dtype {visits.dtype}")
     if visits.ndim != 1:
         raise ValueError(f"order: expected one dimension, got shape {visits.shape}")
-    visits = visits.astype(jnp.int32) if visits.dtype.itemsize < 4 else visits  # int8 cannot be compared with 200
+    visits = at_least_int32(visits)
     exists = (visits >= 0) & (visits < units)
     check_values("state", s, jnp.abs(s) == 1, "-1 or 1")
     check_values("order", visits, exists, f"a unit in [0, {units})")

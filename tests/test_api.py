@@ -42,7 +42,9 @@ CALLS = {
     "linear_kl_divergence": lambda z: jaxsoft.linear_kl_divergence(
         z, np.eye(6, dtype=np.float32)[:, :4], z[:3], np.eye(3, 4, dtype=np.float32)
     ),
-    "linear_log_probs": lambda z: jaxsoft.linear_log_probs(z, np.eye(6, dtype=np.float32)[:, :4], np.array(1)).label,
+    "linear_log_probs": lambda z: (
+        jaxsoft.linear_log_probs(z, np.eye(6, dtype=np.float32)[:, :4], np.array(1)).label_log_prob
+    ),
     "linear_top_k": lambda z: jaxsoft.linear_top_k(z, np.eye(6, dtype=np.float32)[:, :4], 2).log_probs,
     "log_softmax": jaxsoft.log_softmax,
     "logsumexp": jaxsoft.logsumexp,

@@ -114,7 +114,7 @@ def logits_of(x, w, b, *, soft_cap=None, temperature=1.0, where=None):
 def log_probs_head(p, **options):
     def ours(x, w, b, q):
         found = linear_log_probs(x, w, p.labels, b, entropy=True, **options)
-        return found.label, found.logsumexp, found.entropy
+        return found.label_log_prob, found.logsumexp, found.entropy
 
     return ours, lambda z, q: naive_log_probs(z, p)
 
@@ -122,7 +122,7 @@ def log_probs_head(p, **options):
 def plain_log_probs_head(p, **options):
     def ours(x, w, b, q):
         found = linear_log_probs(x, w, p.labels, b, **options)
-        return found.label, found.logsumexp
+        return found.label_log_prob, found.logsumexp
 
     return ours, lambda z, q: naive_log_probs(z, p)[:2]
 
@@ -340,17 +340,17 @@ def test_log_probabilities_and_entropies_of_nearly_certain_rows():
     def run(logits):
         def numbers(kernel, **more):  # gradients to the logits are those to a kernel of one feature a row
             found = linear_log_probs(np.eye(8, dtype=np.float32), kernel, np.ones(8, int), **more)
-            return (found.label, found.logsumexp, found.entropy), found
+            return (found.label_log_prob, found.logsumexp, found.entropy), found
 
         _, pullback, of = jax.vjp(functools.partial(numbers, entropy=True), logits, has_aux=True)
         slopes = [pullback(tuple(np.full(8, n == m, np.float32) for m in range(3)))[0] for n in range(3)]
-        slopes.append(jax.grad(lambda z: jnp.sum(numbers(z)[1].label))(logits))
+        slopes.append(jax.grad(lambda z: jnp.sum(numbers(z)[1].label_log_prob))(logits))
         return of, entropy(logits), slopes
 
     found, dense, slopes = jax.tree.map(np.asarray, run(z.astype(np.float32)))
-    np.testing.assert_allclose(found.label, label.astype(float), rtol=1e-5)
+    np.testing.assert_allclose(found.label_log_prob, label.astype(float), rtol=1e-5)
     np.testing.assert_allclose(found.entropy, of_entropy.astype(float), rtol=1e-5)
-    assert (found.label <= 0).all()
+    assert (found.label_log_prob <= 0).all()
     np.testing.assert_array_equal(found.argmax, z.argmax(1))
     np.testing.assert_allclose(dense, found.entropy, rtol=1e-6)
     p = e / e.sum(1, keepdims=True)
@@ -610,7 +610,7 @@ def test_ignored_positions():
     def run(padded, w):
         def ours(x, w):
             found = linear_log_probs(x, w, labels, b, ignore_index=-100, entropy=True)
-            return (found.label, found.logsumexp, found.entropy), found
+            return (found.label_log_prob, found.logsumexp, found.entropy), found
 
         _, pullback, found = jax.vjp(ours, padded, w, has_aux=True)
         rng = np.random.default_rng(0)
@@ -621,7 +621,7 @@ def test_ignored_positions():
     for got, want in zip(found, left, strict=True):
         np.testing.assert_allclose(got[~ignored], want, rtol=1e-13)
     assert (found.argmax[ignored] == -1).all()
-    for value in (found.label, found.logsumexp, found.entropy):
+    for value in (found.label_log_prob, found.logsumexp, found.entropy):
         assert (value[ignored] == 0).all()
     assert (to_x[ignored] == 0).all()
     assert np.isfinite(to_w).all()
@@ -661,13 +661,13 @@ def test_a_label_out_of_range_is_nan_and_nothing_else():
     def run(x):
         return (
             linear_log_probs(x, w, labels, b, entropy=True),
-            linear_cross_entropy(x, w, labels, b, reduction="none", with_statistics=True)[1].label,
-            jax.grad(lambda x: linear_log_probs(x, w, labels, b).label.sum())(x),
+            linear_cross_entropy(x, w, labels, b, reduction="none", with_statistics=True)[1].label_log_prob,
+            jax.grad(lambda x: linear_log_probs(x, w, labels, b).label_log_prob.sum())(x),
             [linear_cross_entropy(x, w, SparseTargets(indices, q, o), b, reduction="none") for o in OUTSIDE],
         )
 
     found, beside, slope, losses = run(x)
-    for label in (found.label, beside):
+    for label in (found.label_log_prob, beside):
         assert np.isnan(label).nonzero()[0].tolist() == [3]
     assert np.isfinite(found.entropy).all()
     assert np.isnan(slope).any(1).nonzero()[0].tolist() == [3]
@@ -696,7 +696,7 @@ def test_removed_classes():
 
     of_removed = [np.array([[1.0, 2.0, last]] * 2) for last in (np.nan, 0)]
     found, none, top, slopes = jax.tree.map(np.asarray, run(w, *of_removed))
-    np.testing.assert_array_equal(found.label[1], -np.inf)
+    np.testing.assert_array_equal(found.label_log_prob[1], -np.inf)
     np.testing.assert_array_equal(found.argmax, [1, 1])
     np.testing.assert_array_equal(none.logsumexp, -np.inf)
     np.testing.assert_array_equal(none.entropy, 0)
@@ -888,7 +888,7 @@ def test_checked_sees_the_teacher():
 
 def test_no_positions():
     w = np.ones((2, 5))
-    assert linear_log_probs(np.ones((0, 2)), w, np.zeros(0, int)).label.shape == (0,)
+    assert linear_log_probs(np.ones((0, 2)), w, np.zeros(0, int)).label_log_prob.shape == (0,)
     assert linear_top_k(np.ones((3, 0, 2)), w, 2).log_probs.shape == (3, 0, 2)
     assert linear_kl_divergence(np.ones((0, 2)), w, np.ones((0, 2)), w) == 0
 
@@ -908,7 +908,7 @@ def test_statistics_beside_the_loss(several):
 
     def beside(w, **more):
         loss_of, found = loss(w, labels, ignore_index=-100, with_statistics=True, **more)
-        return jnp.sum(loss_of) + jnp.sum(found.entropy) + jnp.sum(found.label), (loss_of, found)
+        return jnp.sum(loss_of) + jnp.sum(found.entropy) + jnp.sum(found.label_log_prob), (loss_of, found)
 
     @jax.jit
     def run(w):
@@ -929,7 +929,7 @@ def test_statistics_beside_the_loss(several):
         np.testing.assert_array_equal(found.argmax, want.argmax)
     for (got, found), wanted in of_targets:
         np.testing.assert_allclose(got, wanted, rtol=1e-12)
-        assert found.label is None
+        assert found.label_log_prob is None
         np.testing.assert_allclose(found.entropy, of_logits, rtol=1e-10)
 
 
@@ -1159,7 +1159,7 @@ def test_dense_functions_on_an_explicit_mesh():
         (lambda x, w, p: kl_divergence(x, x, kind="jensen-shannon", beta=1), ValueError, "beta: expected a number between 0 and 1, got 1"),
         (lambda x, w, p: kl_divergence(x[:, :0], x[:, :0]), ValueError, "logits: expected at least one class along axis 1, got shape (37, 0)"),
         (lambda x, w, p: entropy(x[:, :0]), ValueError, "logits: expected at least one class along axis 1, got shape (37, 0)"),
-        (lambda x, w, p: cross_entropy(x, SparseTargets(p.indices[:, :0], p.probs[:, :0])), ValueError, "targets.indices: expected at least one class a position, got shape (37, 0)"),
+        (lambda x, w, p: cross_entropy(x, SparseTargets(p.indices[:, :0], p.probs[:, :0])), ValueError, "targets.indices: expected at least one class per position, got shape (37, 0)"),
         (lambda x, w, p: linear_log_probs(x, w, SparseTargets(p.indices, p.probs)), TypeError, "labels: expected integers, got SparseTargets"),
         (lambda x, w, p: linear_cross_entropy(x, w, linear_top_k(x, w, 2)), TypeError, "targets: expected an array or SparseTargets, got TopK: pass targets.as_targets()"),
         (lambda x, w, p: kl_divergence(x, x, kind="jensen-shannon", beta=0), ValueError, "got 0; elsewhere that means kind='forward'"),

@@ -302,7 +302,7 @@ def test_several_class_axes_over_shards_are_refused():
     mesh = jax.make_mesh((2,), ("classes",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("classes")
     with pytest.raises(
-        ValueError, match=r"axis: expected one axis where the classes are laid over 'classes', got \(0, 1\)"
+        ValueError, match=r"axis: expected one axis where the classes are sharded over 'classes', got \(0, 1\)"
     ):
         jax.shard_map(
             lambda z: entropy(z, (0, 1), axis_name="classes"),

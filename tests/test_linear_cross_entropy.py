@@ -577,7 +577,7 @@ def test_lowers_for_accelerators(platform):
     ("call", "error", "message"),
     [
         (lambda x, w, b, y: linear_cross_entropy(x, w.T, y), ValueError, r"kernel: expected shape (4, classes) with at least one class, got (13, 4); for a kernel of shape (classes, features) pass kernel_axis=0"),
-        (lambda x, w, b, y: linear_cross_entropy(x, w, y, b[:3]), ValueError, r"bias: expected shape (13,), one number a class, got (3,)"),
+        (lambda x, w, b, y: linear_cross_entropy(x, w, y, b[:3]), ValueError, r"bias: expected shape (13,), one number per class, got (3,)"),
         (lambda x, w, b, y: linear_cross_entropy(x[0, 0], w, y), ValueError, r"features: expected at least one axis, the features, got a scalar"),
         (lambda x, w, b, y: linear_cross_entropy(x, w, y[:2]), ValueError, r"targets: expected integer labels of shape (21,)"),
         (lambda x, w, b, y: linear_cross_entropy(x, w, y, soft_cap=0), ValueError, r"soft_cap: expected a finite number above 0, got 0"),

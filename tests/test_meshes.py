@@ -347,7 +347,7 @@ def test_the_axis_that_a_spec_names_is_to_be_divided():
         loss = functools.partial(linear_cross_entropy, kernel=KERNEL, batch_axes=P(None, "data"))
         assert np.isfinite(loss(FEATURES[:24].reshape(3, 8, -1), targets=LINEAR["labels"][:24].reshape(3, 8) * 0))
         with pytest.raises(
-            ValueError, match="features: expected an axis 1 of positions that the 8 devices of 'data' divide"
+            ValueError, match="features: axis 1 of 3 positions cannot be split evenly over the 8 devices of 'data'"
         ):
             loss(FEATURES[:24].reshape(8, 3, -1), targets=LINEAR["labels"][:24].reshape(8, 3))
 
@@ -454,9 +454,9 @@ def test_devices_share_the_work_and_tell_each_other_no_more_than_they_must(kind,
         ({"batch_axes": ("data", "data")}, r"batch_axes: expected different names of mesh axes, got \('data', 'data'\)"),
         ({"batch_axes": "data", "axis_name": "data"}, "axis_name: expected no axis that batch_axes names, got"),
         ({"axis_name": "rows"}, r"linear_cross_entropy takes that of a mesh set by jax.set_mesh too\), got 'rows'"),
-        ({"axis_name": ("data", "model"), "kernel": KERNEL[:, :46]}, r"kernel: expected classes that the 8 devices of \('data', 'model'\) divide, got 46"),
+        ({"axis_name": ("data", "model"), "kernel": KERNEL[:, :46]}, r"kernel: 46 classes cannot be split evenly over the 8 devices of \('data', 'model'\)"),
         ({"batch_axes": P("data", "model")}, "batch_axes: expected names for at most 1 axes of positions"),
-        ({"batch_axes": ("data", "model")}, r"features: expected an axis 0 of positions that the 8 devices of \('data', 'model'\) divide, got shape \(12, 8\)"),
+        ({"batch_axes": ("data", "model")}, r"features: axis 0 of 12 positions cannot be split evenly over the 8 devices of \('data', 'model'\)"),
     ],
 )  # fmt: skip
 def test_bad_axes_are_one_line(options, message):

@@ -227,6 +227,9 @@ class SparseLoss(PositionLoss):
     def bend(self, g: np.ndarray, v: np.ndarray | Measured, targets: np.ndarray | None) -> Expected:
         """Where what has no probability is given mass, the second derivative of the loss is not said."""
         found = super().bend(g, v, targets)
+        # In reverse over reverse the cotangents of the chosen classes are sums with that of the one that leads.
+        size = np.where(np.isfinite(found.number.value), np.abs(found.number.value), 0).max(-1, keepdims=True)
+        found.number.error = found.number.error + self.unit.roundoff * size
         if targets is not None:
             found.judged = self.freed(found, self.doubtful | self.nowhere | some(self.gone, keepdims=True))
         return found

@@ -39,7 +39,7 @@ def log_probs_of(
     features: Float[Array, "*positions D"], kernel: Float[Array, "D V"], labels: Int[Array, "*positions"], **head: Any
 ) -> Float[Array, "*positions"]:
     """ℓ of each label, and 0 where it is ignored."""
-    log_probs = linear_log_probs(features, kernel, labels, ignore_index=IGNORED, **head).label
+    log_probs = linear_log_probs(features, kernel, labels, ignore_index=IGNORED, **head).label_log_prob
     assert log_probs is not None  # there are labels
     return log_probs
 
@@ -120,7 +120,7 @@ def loss_with_metrics(
     )
     known = labels != IGNORED
     each = {
-        "cross_entropy": -found.label,
+        "cross_entropy": -found.label_log_prob,
         "z_loss": z_loss * found.logsumexp**2,
         "entropy": found.entropy,
         "accuracy": (found.argmax == labels.astype(found.argmax.dtype)).astype(loss.dtype),

@@ -11,16 +11,17 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxsoft
 import reference
-from jaxsoft import _accelerator, _statistics, _tiles
-from jaxsoft._dtypes import compute_dtype
-from jaxsoft._losses import LOSSES
-from jaxsoft._platform import on
-from jaxsoft._targets import Targets
+from jaxsoft._arrays.dtypes import compute_dtype
+from jaxsoft._formula import statistics
+from jaxsoft._formula.targets import Targets
+from jaxsoft._linear import args, tiles
+from jaxsoft._platform import accelerator
+from jaxsoft._platform.dispatch import with_platform_impl
 
 MARGINS = (-60.0, -20, -5, -1, -0.1, 0, 0.1, 1, 5, 10, 17, 30, 60, 80)
 
 
-PLAIN = _statistics._block_sums.__wrapped__
+PLAIN = statistics._block_sums.__wrapped__
 
 
 def programs(cases):
@@ -28,7 +29,7 @@ def programs(cases):
 
     def both(every):
         by_end = ((arrays, tuple(axis % arrays[0].ndim - arrays[0].ndim for axis in axes)) for arrays, axes in every)
-        return [(_accelerator._block_sums(*case), PLAIN(*case)) for case in by_end]
+        return [(accelerator._block_sums(*case), PLAIN(*case)) for case in by_end]
 
     every_axes = [axes for _, axes in cases]
     return jax.jit(lambda arrays: both(zip(arrays, every_axes, strict=True)))([arrays for arrays, _ in cases])
@@ -136,11 +137,11 @@ def test_the_loss_stays_accurate_at_every_margin(classes):
     expected = np.log1p(np.sum(np.where(np.arange(classes) == label, 0, np.exp(wide)), 1))
 
     largest, tail, of_label = in_lanes(logits, label)
-    statistics = _statistics.Statistics(largest, tail, of_label - largest)
-    surprise = np.split(np.asarray(statistics.surprise[:, 0]), len(orders))
+    found = statistics.Statistics(largest, tail, of_label - largest)
+    surprise = np.split(np.asarray(found.nll[:, 0]), len(orders))
     for order, got, want in zip(orders, surprise, np.split(expected, len(orders)), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=order)
-    assert np.all(statistics.exp_sum >= 1)
+    assert np.all(found.exp_sum >= 1)
 
 
 def in_lanes(logits, label, lanes=32):
@@ -150,12 +151,12 @@ def in_lanes(logits, label, lanes=32):
     by_lane = logits.reshape(len(logits), -1, lanes).swapaxes(1, 2)
     place = np.arange(lanes)[None, :] + np.zeros((len(logits), 1), int)
     local = np.where(place == label % lanes, label // lanes, -1)[..., None].astype(np.int32)
-    largest, tail, of_label = _accelerator._block_sums((by_lane, jnp.asarray(local), None), (-1,))
+    largest, tail, of_label = accelerator._block_sums((by_lane, jnp.asarray(local), None), (-1,))
     # As the reduction does, relative to the largest rounded up.
     raised = tail * jnp.exp(largest - jnp.ceil(largest))
     sums = (largest, raised, jnp.where(local >= 0, of_label, 0))
     units = tuple(jnp.float32(unit) for unit in (jnp.finfo(jnp.float32).min, 0, 0))
-    largest, raised, of_label = lax.reduce(sums, units, _accelerator._merge, (1, 2))
+    largest, raised, of_label = lax.reduce(sums, units, accelerator._merge, (1, 2))
     return tuple(a[:, None] for a in (largest, raised / jnp.exp(largest - jnp.ceil(largest)), of_label))
 
 
@@ -163,7 +164,7 @@ def in_lanes(logits, label, lanes=32):
 def test_the_largest_alone_is_one_exactly():
     z = (np.random.default_rng(0).normal(size=(512, 1)) * 30).astype(np.float32)
     # Operation by operation: one program for a CPU has exponentials of a vector, and others of a number by itself.
-    _, tail = _accelerator._block_sums((jnp.asarray(np.concatenate([z, z - 50], 1)), None, None), (-1,))
+    _, tail = accelerator._block_sums((jnp.asarray(np.concatenate([z, z - 50], 1)), None, None), (-1,))
     np.testing.assert_array_equal(tail, 1)
 
 
@@ -253,24 +254,23 @@ def test_a_label_and_its_block_may_vary_over_different_axes():
     P = PartitionSpec
 
     def fn(z, y):
-        statistics = _statistics.block_statistics(z, (1,), Targets(label=y), ("classes",))
-        return statistics.surprise
+        return statistics.block_statistics(z, 1, Targets(label=y), ("classes",)).nll
 
     mapped = jax.shard_map(fn, mesh=mesh, in_specs=(P(None, "classes"), P("rows", None)), out_specs=P("rows", None))
     shapes = jax.ShapeDtypeStruct((1, 48), jnp.float32), jax.ShapeDtypeStruct((2, 1), jnp.int32)
     assert largest_reductions(lowered(mapped, "tpu", *shapes), 24) == 1
 
 
-def loops(platform, wanted, tiling, *arrays):
+def loops(platform, needs_grad, config, *arrays):
     """Each loss, their gradients, and each loss alone, by the loops that are compiled for a platform."""
-    of = {name: getattr(_tiles, name).__wrapped__.__wrapped__ for name in ("_fold_gradients", "_fold_values")}
-    return *of["_fold_gradients"](platform, arrays, (tiling, wanted)), *of["_fold_values"](platform, arrays[:2], tiling)
+    gradients, values = (fn.__wrapped__.__wrapped__ for fn in (tiles.tiled_gradients, tiles.tiled_values))
+    return *gradients(platform, arrays, (config, needs_grad)), *values(platform, arrays[:2], config)
 
 
 WANTED = {
-    "all": _tiles.Variables(True, True, True, False),
-    "features": _tiles.Variables(True, False, False, False),
-    "kernel": _tiles.Variables(False, True, False, False),
+    "all": args.DiffArgs(True, True, True, False),
+    "features": args.DiffArgs(True, False, False, False),
+    "kernel": args.DiffArgs(False, True, False, False),
 }
 HALF, WHOLE = jnp.dtype("bfloat16"), jnp.dtype("float32")
 LAYERS = {"half": (HALF, 400, True), "narrow": (HALF, 4, False), "whole": (WHOLE, 400, False)}  # dtype, width, deferred
@@ -297,13 +297,13 @@ def test_the_loops_of_an_accelerator_are_those_of_a_cpu(of, wanted, skips, class
     hot = share.copy()
     hot[5] = 0  # of a class that weighs nothing
     x = np.where(hot == 0, np.float32(np.nan), x).astype(dtype)
-    layer = _tiles.Layer(x, (w if class_axis else w.T).astype(dtype), b, None, None)
+    layer = args.LinearParams(x, (w if class_axis else w.T).astype(dtype), b, None, None)
     targets = Targets(label, hot, None, share)
-    tiling = _tiles.Tiling(LOSSES, None, class_axis, None, skips)
+    config = args.HeadConfig(class_axis, None, None, None, (), may_ignore=skips)
     arrays = layer, targets, (rng.normal(size=(positions, 1)).astype(np.float32),)
-    assert _tiles._tile("gpu", tiling, layer, targets).deferred == deferred
+    assert tiles._tile("gpu", layer, targets, config).deferred == deferred
     platforms = "gpu", "tpu", "cpu"
-    *found, expected = jax.jit(lambda *a: [loops(platform, WANTED[wanted], tiling, *a) for platform in platforms])(
+    *found, expected = jax.jit(lambda *a: [loops(platform, WANTED[wanted], config, *a) for platform in platforms])(
         *arrays
     )
     for platform, results in zip(platforms, found, strict=False):
@@ -330,7 +330,7 @@ def test_derivatives_are_those_of_the_plain_formula(monkeypatch):
         return jax.jit(lambda z: (jax.value_and_grad(fn)(z), jax.hessian(fn)(z), jax.vmap(fn)(z[None])))(z)
 
     plain = results()
-    monkeypatch.setattr(_statistics, "_block_sums", on(cpu=lambda *_: _accelerator._block_sums)(PLAIN))
+    monkeypatch.setattr(statistics, "_block_sums", with_platform_impl(cpu=lambda *_: accelerator._block_sums)(PLAIN))
     jax.clear_caches()
     assert "stablehlo.ceil" in jax.jit(fn).lower(z).as_text()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), results(), plain)

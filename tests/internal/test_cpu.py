@@ -9,15 +9,17 @@ import pytest
 
 import jaxsoft
 import reference
-from jaxsoft import _cpu, _moments, _softmax, _statistics
+from jaxsoft import _softmax
+from jaxsoft._formula import moments, statistics
+from jaxsoft._platform import cpu
 
 pytestmark = pytest.mark.skipif(not jaxsoft.native_kernels().loaded, reason=str(jaxsoft.native_kernels()))
 
 SEAMS = {
-    "statistics": _statistics._block_sums,
-    "moments": _moments._block_moments,
-    "gradient": _statistics._in_new_place,
-    "gradient_in_place": _statistics._in_place,
+    "statistics": statistics._block_sums,
+    "moments": moments._block_moments,
+    "gradient": statistics._in_new_place,
+    "gradient_in_place": statistics._in_place,
     "softmax": _softmax._probs,
     "log_softmax": _softmax._log_probs,
     "softmax_vjp": _softmax._pulled_back,
@@ -78,7 +80,7 @@ def each_dtype(shapes):
 
 @pytest.fixture(autouse=True)
 def whatever_the_size(monkeypatch):
-    monkeypatch.setattr(_cpu, "_LEAST", 0)
+    monkeypatch.setattr(cpu, "_LEAST", 0)
 
 
 @pytest.fixture
@@ -88,7 +90,7 @@ def rng():
 
 def kernel(name, *arrays):
     """The program in place of the plain function."""
-    run = getattr(_cpu, name)(True, arrays, AXES)
+    run = getattr(cpu, name)(True, arrays, AXES)
     assert run is not None, name
     return run(arrays, AXES)
 
@@ -145,16 +147,21 @@ def every_kernel(run, z, g, largest, rest, probs=None, total=None):
         found.update({(name + options, result): v for result, v in zip(results.split(), values, strict=True)})
 
     for with_spread, spread in (("", None), (" weights", of_all), (" shared weights", of_first)):
-        of_weights = "" if spread is None else " weight gap"
+        of_weights = "" if spread is None else " weight_sum weighted_gap"
         for with_label, y in (("", None), (" label", label)):
             options = f" with{with_label}{with_spread}" if y is not None or spread is not None else ""
-            add("statistics", (z, y, spread), "largest tail" + with_label + of_weights, options)
+            add(
+                "statistics",
+                (z, y, spread),
+                "max_logit sum_others" + (" label_logit" if with_label else "") + of_weights,
+                options,
+            )
             targets = y, None if y is None else at_label, None if spread is None else share, spread
             add("gradient", (z, largest, factor, idle, *targets), options=options)
             add("gradient_in_place", (z, largest, factor, None, *targets), options=options)
-    add("moments", (z,), "largest tail label gap lead")
+    add("moments", (z,), "max_logit sum_others leader_logit gap leader")
     add("softmax", (z,))
-    add("log_softmax", (z,), "result largest total")
+    add("log_softmax", (z,), "result max_logit total")
     add("softmax_vjp", (found["softmax", "result"] if probs is None else probs, g))
     add("log_softmax_vjp", (z, largest, found["log_softmax", "total"] if total is None else total, g))
     return found
@@ -162,8 +169,8 @@ def every_kernel(run, z, g, largest, rest, probs=None, total=None):
 
 @jax.jit
 def by_kernels(*arrays):
-    moments = _moments.block_moments(arrays[0], 1)
-    return every_kernel(kernel, *arrays), (moments.statistics.logsumexp, moments.entropy, moments.lead)
+    found = moments.block_moments(arrays[0], 1)
+    return every_kernel(kernel, *arrays), (found.statistics.logsumexp, found.entropy, found.leader)
 
 
 @jax.jit
@@ -190,7 +197,7 @@ def test_kernels_equal_the_plain_functions(shape, dtype, rng, monkeypatch):
     finite = np.isfinite(largest)
     shifted = wide(np.where(finite, z.astype(compute) - largest, z))
     probs, total = wide(found["softmax", "result"]), wide(found["log_softmax", "total"])
-    monkeypatch.setattr(_cpu, "_LEAST", sys.maxsize)  # a plain function may call another one
+    monkeypatch.setattr(cpu, "_LEAST", sys.maxsize)  # a plain function may call another one
     right = plainly(shifted, wide(g), wide(np.where(finite, 0, largest)), [wide(a) for a in rest], probs, total)
     right = jax.tree.map(np.asarray, right)
 
@@ -201,13 +208,13 @@ def test_kernels_equal_the_plain_functions(shape, dtype, rng, monkeypatch):
 
     at_labels = np.take_along_axis(z, np.clip(label, 0, classes - 1), 1).astype(compute)
     for kernel, result in found:
-        if result == "largest" and kernel != "moments":
+        if result == "max_logit" and kernel != "moments":
             agree(kernel, result, 0, lost=0, expected=largest)
         elif kernel.startswith("statistics"):
-            if result == "label":
+            if result == "label_logit":
                 agree(kernel, result, 0, lost=1, expected=at_labels)
             else:
-                agree(kernel, result, 16, where=~np.isnan(largest) if result == "gap" else True)
+                agree(kernel, result, 16, where=~np.isnan(largest) if result == "weighted_gap" else True)
         elif kernel.startswith("gradient"):
             weights = spread[:1, :, :1] if "shared" in kernel else spread if "weights" in kernel else None
             scale = 0.0 if weights is None else np.abs(right[kernel, result]) + np.abs(wide(share) * weights)
@@ -216,10 +223,10 @@ def test_kernels_equal_the_plain_functions(shape, dtype, rng, monkeypatch):
     left = finite & (z > -np.inf).any(1, keepdims=True)
     lead = wide(z).argmax(1, keepdims=True).astype(np.int32)
     # Without what leads every other exponential may be 0 below the smallest normal number, in the gap times up to 709.
-    agree("moments", "tail", 16, lost=8 + classes, where=left)
+    agree("moments", "sum_others", 16, lost=8 + classes, where=left)
     agree("moments", "gap", 16, lost=709 * classes, where=left)
-    for result, expected in (("largest", largest), ("label", largest), ("lead", lead)):
-        agree("moments", result, 0, lost=1 if result == "label" else 0, expected=expected, where=left)
+    for result, expected in (("max_logit", largest), ("leader_logit", largest), ("leader", lead)):
+        agree("moments", result, 0, lost=1 if result == "leader_logit" else 0, expected=expected, where=left)
     # Elsewhere what is made of them: NaN, infinities, 0, no class.
     assert_close(
         "moments", "logsumexp", np.where(left, 0, logsumexp), np.where(left, 0, np.where(finite, -np.inf, largest)), 0
@@ -241,9 +248,9 @@ def test_of_equal_leaders_one_is_left_out_of_the_sum(shape, rng):
     """By the kernel of `moments`, and by the plain function that sums the leaders apart."""
     z = np.rint(rng.normal(size=shape)).astype(F32)
     z[0], z[1, 0], z[2, 1] = -np.inf, np.nan, np.inf
-    found, right = jax.jit(lambda z: (kernel("leading_sums", z), _statistics._leading_sums.__wrapped__((z,), AXES)))(z)
+    found, right = jax.jit(lambda z: (kernel("leading_sums", z), statistics._leading_sums.__wrapped__((z,), AXES)))(z)
     assert (np.sum(z == z.max(1, keepdims=True), 1) > 1).any()
-    for name, got, want in zip(("largest", "tail", "leader"), found, right, strict=True):
+    for name, got, want in zip(("max_logit", "sum_others", "leader"), found, right, strict=True):
         left = (
             np.isfinite(z).any(1, keepdims=True)
             & ~np.isnan(z).any(1, keepdims=True)
@@ -290,8 +297,8 @@ def test_a_kernel_takes_no_array_that_it_would_read_beyond():
     """Mixed dtypes and broadcast weights: it looks at neither."""
     logits, one = np.zeros((4, 300), np.float32), np.zeros((4, 1), np.float32)
     for spread, taken in ((logits, True), (logits[:1], True), (logits[:2], False), (one, False), (wide(logits), False)):
-        assert (_cpu.statistics(True, (logits, None, spread), (-1,)) is not None) == taken
-    assert _cpu.statistics(True, (logits, one, None), (-1,)) is None
+        assert (cpu.statistics(True, (logits, None, spread), (-1,)) is not None) == taken
+    assert cpu.statistics(True, (logits, one, None), (-1,)) is None
 
 
 def test_under_second_derivatives(rng):

@@ -17,13 +17,13 @@ Axes = tuple[int, ...]  # the class axes, counted from the end: a mapped axis co
 Program = Callable[[bool, Any, Axes], Function | None]
 
 
-def on(**programs: Program) -> Callable[[Function], Function]:
+def with_platform_impl(**programs: Program) -> Callable[[Function], Function]:
     """Give `plain(arrays, axes)`, which returns a tuple of arrays, another program on each platform that is named.
 
     All arrays have one rank, those without classes a length of one in their place, and so have the results.
-    `program(local, types, axes)` is asked when a call is compiled, and returns the function to compile, or None to
-    leave the call to `plain`. `local` says whether the arrays lie on one device, as inside a `shard_map`; others XLA
-    has yet to lay over several, and it can do so with its own operations alone.
+    `program(single_device, types, axes)` is asked when a call is compiled, and returns the function to compile, or None
+    to leave the call to `plain`. `single_device` says whether the arrays lie on one device, as inside a `shard_map`;
+    others XLA has yet to shard, which it can do with its own operations alone.
     """
 
     def decorate(plain: Function) -> Function:
@@ -31,16 +31,10 @@ def on(**programs: Program) -> Callable[[Function], Function]:
             return program(is_on_one_device(context), types, axes) or plain
 
         def mapped(size: int, mapped_axes: Any, arrays: Any, axes: Axes) -> tuple[Results, tuple[int, ...]]:
-            def lead(array: Array, axis: int | None) -> Array:
-                return jnp.broadcast_to(array, (size, *array.shape)) if axis is None else jnp.moveaxis(array, axis, 0)
-
-            # None marks an axis that is not mapped as well as an array that is absent.
-            leaves, tree = jax.tree.flatten(arrays)
-            results = seam(jax.tree.unflatten(tree, map(lead, leaves, tree.flatten_up_to(mapped_axes))), axes)
+            results = seam(mapped_axis_first(size, mapped_axes, arrays), axes)
             return results, (0,) * len(results)
 
-        choices = {name: functools.partial(choose, program) for name, program in programs.items()}
-        seam = as_primitive(mapped, choices)(plain)
+        seam = as_primitive(mapped, {name: functools.partial(choose, p) for name, p in programs.items()})(plain)
         return seam
 
     return decorate
@@ -49,7 +43,7 @@ def on(**programs: Program) -> Callable[[Function], Function]:
 def by_platform(formula: Function) -> Callable[[Callable[[Any, Any, Any], Results]], Function]:
     """Have `plain(platform, arrays, static)` know whether it is compiled for "cpu", "gpu" or "tpu".
 
-    A CPU's is what is mapped, and `formula(arrays, static)`, which returns the same, what is differentiated.
+    The CPU's program is what is mapped, and `formula(arrays, static)`, which returns the same, what is differentiated.
     """
 
     def decorate(plain: Callable[[Any, Any, Any], Results]) -> Function:
@@ -62,6 +56,16 @@ def by_platform(formula: Function) -> Callable[[Callable[[Any, Any, Any], Result
         return as_primitive(lambda *_: None, choices, formula)(on_cpu)
 
     return decorate
+
+
+def mapped_axis_first(size: int, axes: Any, arrays: Any) -> Any:
+    """Arrays with the axis that is mapped in front, and so broadcast where none is, which None marks."""
+    leaves, tree = jax.tree.flatten(arrays)  # None marks an array that is absent, too
+
+    def move(array: Array, axis: int | None) -> Array:
+        return jnp.broadcast_to(array, (size, *array.shape)) if axis is None else jnp.moveaxis(array, axis, 0)
+
+    return jax.tree.unflatten(tree, map(move, leaves, tree.flatten_up_to(axes)))
 
 
 def from_end(axes: Axes, array: Array) -> Axes:

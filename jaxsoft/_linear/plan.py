@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
-from jaxsoft._checks import as_integer, as_option
-from jaxsoft._dtypes import compute_dtype
+from jaxsoft._arrays.checks import as_integer, as_option
+from jaxsoft._arrays.dtypes import compute_dtype
+from jaxsoft._formula.targets import REDUCTIONS, Reduction
 from jaxsoft._jax_internals import max_dim, min_dim
-from jaxsoft._targets import REDUCTIONS, Reduction
 
 Platform = Literal["cpu", "gpu", "tpu"]
 
@@ -115,7 +115,7 @@ def plan_linear_cross_entropy(
         raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
     wide, narrow = compute_dtype(dtype).itemsize, dtype.itemsize
     check_budget(classes, dtype, distributions, memory_budget)
-    tile = plan_tile(platform, positions, features, classes, dtype, distributions, memory_budget)
+    tile = plan_tile(platform, (positions, features, classes), dtype, distributions, memory_budget)
     product = 2 * positions * features * classes
     return Plan(
         tiles=-(-positions // tile.rows),
@@ -146,15 +146,15 @@ def check_budget(classes: int, dtype: jnp.dtype, distributions: bool, memory_bud
 
 def plan_tile(
     platform: Platform,
-    positions: int,
-    features: int,
-    classes: int,
+    shape: tuple[int, int, int],
     dtype: jnp.dtype,
     distributions: bool,
     memory_budget: int | None,
+    *,
     kernel_moves: bool = True,
 ) -> Tile:
-    """As many rows as the budget allows and the platform likes, shared evenly among tiles."""
+    """As many rows as the budget allows and the platform likes, shared evenly among tiles; shape is (N, D, V)."""
+    positions, features, classes = shape
     row = bytes_of_row(classes, dtype, distributions)
     known = isinstance(classes, int)  # of unknown sizes tiles have the most rows that they may have
     if platform == "cpu":

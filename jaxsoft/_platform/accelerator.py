@@ -28,22 +28,22 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoft._dtypes import widen
+from jaxsoft._arrays.classes import is_label
+from jaxsoft._arrays.dtypes import widen
+from jaxsoft._arrays.sharding import pvary
 from jaxsoft._jax_internals import Function, Results, manual_axes
-from jaxsoft._platform import Axes
-from jaxsoft._shards import vary
-from jaxsoft._targets import is_label
+from jaxsoft._platform.dispatch import Axes
 
 KERNEL = 1 << 14  # classes up to which XLA makes one kernel of a softmax, which has its row in registers, on an H100
 FEW = 1 << 7  # classes below which a GPU's compiler may store what it is to reduce, as along any axis but the last
 
 
-def tpu_statistics(local: bool, types: Any, axes: Axes) -> Function | None:
+def tpu_statistics(single_device: bool, types: Any, axes: Axes) -> Function | None:
     # XLA's own operations need not be local. A TPU has no float64, and XLA does not end imitating it in a merge.
     return None if types[0].dtype == jnp.float64 else _block_sums
 
 
-def gpu_statistics(local: bool, types: Any, axes: Axes) -> Function | None:
+def gpu_statistics(single_device: bool, types: Any, axes: Axes) -> Function | None:
     logits, *targets = types
     sizes = [logits.shape[axis] for axis in axes]
     known = all(isinstance(size, int) for size in sizes)  # a symbol of `jax.export` serves every size
@@ -54,43 +54,44 @@ def gpu_statistics(local: bool, types: Any, axes: Axes) -> Function | None:
 
 
 def _block_sums(arrays: tuple[Array, Array | None, Array | None], axes: Axes) -> Results:
-    logits, label, spread = arrays
+    logits, label, target_weights = arrays
     lowest = float(jnp.finfo(logits.dtype).min)
     z = widen(logits)
-    largest = jnp.maximum(z, lowest)
-    tail = jnp.exp(z - jnp.ceil(largest))
-    sums = [largest, tail]
+    max_logit = jnp.maximum(z, lowest)
+    sum_others = jnp.exp(z - jnp.ceil(max_logit))
+    sums = [max_logit, sum_others]
     if label is not None:
         (axis,) = axes
-        sums[1] = jnp.where(is_label(logits, label, axes), 0, tail)
+        sums[1] = jnp.where(is_label(logits, label, axis), 0, sum_others)
         # In the same pass. A TPU gathers half precision from a copy of all logits in float32.
         index = jnp.clip(label, 0, logits.shape[axis] - 1)
-        sums.append(jnp.where(is_label(logits, index, axes), z, 0))
-    if spread is not None:
-        sums += [jnp.broadcast_to(spread, z.shape), jnp.where(spread == 0, 0, largest - z)]
-    sums = vary(tuple(sums), manual_axes(sums))
+        sums.append(jnp.where(is_label(logits, index, axis), z, 0))
+    if target_weights is not None:
+        sums += [jnp.broadcast_to(target_weights, z.shape), jnp.where(target_weights == 0, 0, max_logit - z)]
+    sums = pvary(tuple(sums), manual_axes(sums))
     units = tuple(jnp.asarray(unit, z.dtype) for unit in (lowest, *(0.0 for _ in sums[1:])))
-    summed = lax.reduce(sums, units, _merge_spread if spread is not None else _merge, [axis % z.ndim for axis in axes])
-    largest, tail, *rest = (jnp.expand_dims(array, axes) for array in summed)
-    # Divided by what its own logit contributed the largest is 1, and no sum in which it takes part is less.
-    return largest, tail / jnp.exp(largest - jnp.ceil(largest)), *rest
+    merge = _merge if target_weights is None else _merge_weighted
+    summed = lax.reduce(sums, units, merge, [axis % z.ndim for axis in axes])
+    max_logit, sum_others, *rest = (jnp.expand_dims(array, axes) for array in summed)
+    # Divided by its own exponential the largest logit contributes exactly 1, and no sum that contains it is less.
+    return max_logit, sum_others / jnp.exp(max_logit - jnp.ceil(max_logit)), *rest
 
 
 def _merge(one: Results, other: Results) -> Results:
     """The sums of two sets of classes, those of exponentials relative to the largest logit rounded up."""
-    (largest, tail, *sums), (its_largest, its_tail, *its_sums) = one, other
-    above = jnp.ceil(largest) - jnp.ceil(its_largest)
+    (max_logit, sum_others, *sums), (other_max, other_sum, *other_sums) = one, other
+    above = jnp.ceil(max_logit) - jnp.ceil(other_max)
     leads = above >= 0
-    scaled = jnp.exp(-jnp.abs(above)) * jnp.where(leads, its_tail, tail)
-    merged = jnp.where(leads, tail, its_tail) + scaled
-    return jnp.maximum(largest, its_largest), merged, *map(jnp.add, sums, its_sums)
+    scaled = jnp.exp(-jnp.abs(above)) * jnp.where(leads, other_sum, sum_others)
+    merged = jnp.where(leads, sum_others, other_sum) + scaled
+    return jnp.maximum(max_logit, other_max), merged, *map(jnp.add, sums, other_sums)
 
 
-def _merge_spread(one: Results, other: Results) -> Results:
-    """Also of Σ_j spread_j (m − z_j), the last, which grows by the weight times what the largest logit does."""
-    *merged, gap = _merge(one, other)
+def _merge_weighted(one: Results, other: Results) -> Results:
+    """The same and Σ_j q_j (m − z_j), the last, which grows by the weight times what the largest logit grows by."""
+    *merged, weighted_gap = _merge(one, other)
 
-    def moved(sums: Results) -> Array:
+    def growth(sums: Results) -> Array:
         return jnp.where(sums[-2] == 0, 0, sums[-2] * (merged[0] - sums[0]))
 
-    return *merged, gap + moved(one) + moved(other)
+    return *merged, weighted_gap + growth(one) + growth(other)

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxsoft._dtypes import compute_dtype
+from jaxsoft._arrays.dtypes import compute_dtype
 from jaxsoft._jax_internals import Function, Results, primitives_fail
-from jaxsoft._platform import Axes, Program
+from jaxsoft._platform.dispatch import Axes, Program
 
 SWITCH = "JAXSOFT_NATIVE"  # 0: never, 1: where they are faster, always or a library's file: wherever they can run
 LIBRARY = "libjaxsoft_native"
@@ -92,9 +92,9 @@ def native_kernels() -> NativeKernels:
     return NativeKernels(True, str(files[0]))
 
 
-def _of_statistics(axes: Axes, logits: Type, label: Type | None, spread: Type | None) -> Types:
+def _of_statistics(axes: Axes, logits: Type, label: Type | None, target_weights: Type | None) -> Types:
     number = _position(logits, axes)
-    return number, number, *(None if array is None else number for array in (label, spread, spread))
+    return number, number, *(None if array is None else number for array in (label, target_weights, target_weights))
 
 
 def _of_moments(axes: Axes, logits: Type) -> Types:
@@ -117,10 +117,10 @@ def _program(name: str, roles: str, results: Callable[..., Types], *, in_place: 
     XLA copies it before if it is read again.
     """
 
-    def choose(local: bool, types: Types, axes: Axes) -> Function | None:
+    def choose(single_device: bool, types: Types, axes: Axes) -> Function | None:
         logits, *others = types
         assert logits is not None
-        if not (local and _gains(logits, axes) and native_kernels().loaded):
+        if not (single_device and _gains(logits, axes) and native_kernels().loaded):
             return None
         given = ((role, array) for role, array in zip(roles.split(), others, strict=True) if array is not None)
         return run if all(_takes(role, array, logits, axes) for role, array in given) else None
@@ -138,9 +138,9 @@ def _program(name: str, roles: str, results: Callable[..., Types], *, in_place: 
     return choose
 
 
-statistics = _program("statistics", "label spread", _of_statistics)
+statistics = _program("statistics", "label weights", _of_statistics)
 moments = _program("moments", "", _of_moments)
-OF_GRADIENT = "position position mask label position position spread"
+OF_GRADIENT = "position position mask label position position weights"
 gradient = _program("gradient", OF_GRADIENT, _like_first)
 gradient_in_place = _program("gradient", OF_GRADIENT, _like_first, in_place=True)
 softmax = _program("softmax", "", _like_first)
@@ -149,9 +149,9 @@ softmax_vjp = _program("softmax_vjp", "like", _like_first)
 log_softmax_vjp = _program("log_softmax_vjp", "position position like", _like_first)
 
 
-def leading_sums(local: bool, types: tuple[Type], axes: Axes) -> Function | None:
+def leading_sums(single_device: bool, types: tuple[Type], axes: Axes) -> Function | None:
     """The first three results of `moments`."""
-    run = moments(local, types, axes)
+    run = moments(single_device, types, axes)
     return None if run is None else lambda arrays, axes: run(arrays, axes)[:3]
 
 
@@ -167,7 +167,7 @@ def _takes(role: str, array: Type, logits: Type, axes: Axes) -> bool:
     if role == "like":
         return (array.shape, array.dtype) == (logits.shape, logits.dtype)
     dtype = {"label": jnp.int32, "mask": jnp.bool_}.get(role, compute_dtype(logits.dtype))
-    if role != "spread":
+    if role != "weights":
         return (array.shape, array.dtype) == (_position(logits, axes).shape, dtype)
     first, ahead = logits.ndim + axes[0], logits.shape[: axes[0]]
     # One weight a class may be shared by consecutive vectors: by all, or under `vmap` by those of one example.
@@ -186,7 +186,7 @@ def _position(logits: Type, axes: Axes) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(shape), compute_dtype(logits.dtype))
 
 
-def log1p(local: bool, types: tuple[Type], axes: Axes) -> Function:
+def log1p(single_device: bool, types: tuple[Type], axes: Axes) -> Function:
     """log(1 + x) of x ≥ 0 as log u + (x − (u − 1)) / u, u being 1 + x as it is rounded (W. Kahan's correction).
 
     XLA's own chooses between two formulas, and where a choice follows its CPU makes both for each number alone: that

@@ -4,7 +4,7 @@ import functools
 import math
 import numbers
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ParamSpec, TypeVar
 
 import jax
@@ -76,14 +76,29 @@ def is_checking() -> bool:
     return checking.value
 
 
-def check_values(name: str, values: Array, valid: Bool[Array, "..."], expected: str) -> None:
+def check_values(name: str, values: Array | np.ndarray, valid: Bool[ArrayLike, "..."], expected: str) -> None:
     """Under `checked`, fail with the first of `values` that is not valid; otherwise do nothing."""
     if not is_checking() or not values.size:
         return
+    if isinstance(values, np.ndarray):
+        refuse_values(name, values, np.asarray(valid), expected)
+        return
     first = jnp.argmin(valid)
     index = jnp.unravel_index(first, values.shape)
-    where = "[" + ", ".join("{}" for _ in index) + "]" if index else ""
-    checkify.check(jnp.all(valid), f"{name}{where} is {{}}: expected {expected}", *index, values.reshape(-1)[first])
+    message = f"{_entry(name, ['{}' for _ in index])} is {{}}: expected {expected}"
+    checkify.check(jnp.all(valid), message, *index, values.reshape(-1)[first])
+
+
+def refuse_values(name: str, values: np.ndarray, valid: np.ndarray, expected: str) -> None:
+    """Fail with the first of NumPy's `values` that is not valid."""
+    if not valid.all():
+        first = np.unravel_index(valid.argmin(), valid.shape)
+        raise ValueError(f"{_entry(name, map(str, first))} is {values[first]}: expected {expected}")
+
+
+def _entry(name: str, index: Iterable[str]) -> str:
+    indices = ", ".join(index)
+    return f"{name}[{indices}]" if indices else name
 
 
 def as_array(name: str, value: ArrayLike) -> Array:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Int
 
-from jaxsoft._checks import as_axis, as_integer, refuse_mask
+from jaxsoft._arrays.checks import as_axis, as_integer, refuse_mask, refuse_values
+from jaxsoft._doctor.mistakes import CANDIDATES, CAUSES, EXPLANATIONS, FITS, Problem, Vectors, solve
 from jaxsoft._jax_internals import Tracer
-from jaxsoft._mistakes import CANDIDATES, CAUSES, EXPLANATIONS, FITS, Problem, Vectors, solve
 
 # What a right gradient may be off by, relative to the length of each of its vectors, by the bits of its mantissa.
 TOLERANCE = {52: 1e-4, 23: 1e-4, 10: 2e-3, 7: 2e-2}
@@ -554,12 +554,9 @@ def _read_labels(labels: np.ndarray, classes: int, ignore_index: int | None) -> 
         ignored |= (labels == marker) & (~inside | (ignore_index is not None))
     live = labels[~ignored]
     counted_from_one = bool(live.size and live.min() >= 1 and live.max() == classes)
-    strange = ~(inside | ignored)
-    if strange.any() and not counted_from_one:
-        index = tuple(int(i) for i in np.argwhere(strange)[0])
-        where = f"[{', '.join(map(str, index))}]" if index else ""
+    if not counted_from_one:
         named = "an ignored one (name it with ignore_index)" if ignore_index is None else f"ignore_index={ignore_index}"
-        raise ValueError(f"targets{where} is {labels[index]}: expected a label in [0, {classes}) or {named}")
+        refuse_values("targets", labels, inside | ignored, f"a label in [0, {classes}) or {named}")
     hot = np.arange(classes) + int(counted_from_one) == labels[..., None]
     return np.where(ignored[..., None], 0.0, hot), counted_from_one
 

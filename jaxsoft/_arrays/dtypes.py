@@ -1,0 +1,31 @@
+"""The dtype in which half precision is reduced, and numbers that are not finite."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype to reduce in: half precision is summed in float32."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def widen(array: Array) -> Array:
+    return array.astype(compute_dtype(array.dtype))
+
+
+def is_removed(logits: Array) -> Array:
+    """Where they are −inf, without an infinity to compare with, which JAX's `debug_infs` would stop at."""
+    return logits < jnp.finfo(logits.dtype).min
+
+
+def nan_unless(valid: Bool[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+    """1, or NaN: a compiled function has no other way to object to a value.
+
+    It is a root of −1, since JAX's `debug_nans` stops at a literal NaN even where that is not selected.
+    """
+    return jnp.sqrt(jnp.where(valid, 1, -1).astype(dtype))
+
+
+def at_least_int32(labels: Array) -> Array:
+    """Labels, of NumPy or JAX, in a dtype that can hold the number of classes to compare them with, as int8 cannot."""
+    return labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels

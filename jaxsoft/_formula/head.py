@@ -1,0 +1,140 @@
+"""A head: what is computed from the logits of every position, and the one rule by which any of it is differentiated."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxsoft._arrays.sharding import AxisName, PerPosition, broadcast_like
+from jaxsoft._jax_internals import Results
+
+Values = tuple[Results, Results]  # what is differentiated and what is not, the class axis of length one or so
+
+
+class Operands(Protocol):
+    """What a head takes in addition to logits: a NamedTuple of arrays of the logits' rank, or of another layer."""
+
+    @property
+    def ignored(self) -> Array:
+        """Where a position contributes nothing."""
+        ...
+
+    @property
+    def position_weight(self) -> Array:
+        """0 where a position is ignored; there may be others."""
+        ...
+
+    @property
+    def target_weights(self) -> Array | None:
+        """The one array of these that may be differentiated, if `weights_differentiable`."""
+        ...
+
+    @property
+    def weights_differentiable(self) -> bool: ...
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether one of the arrays is as large as the logits."""
+        ...
+
+
+def check_operands(operands: Any, rank: int) -> None:
+    """Refuse operands that do not keep to the protocol, which loops over tiles rely on."""
+    kind = type(operands).__name__
+    for name in ("ignored", "position_weight", "target_weights", "weights_differentiable", "is_wide"):
+        if not hasattr(operands, name):
+            raise TypeError(f"{kind}: expected the operands of a head to have {name}, see _formula/head.py")
+    for name, array in operands._asdict().items():
+        if isinstance(array, jax.Array) and array.ndim != rank:
+            raise TypeError(f"{kind}.{name}: expected the logits' rank {rank}, got shape {array.shape}")
+
+
+class Positions(NamedTuple):
+    """Operands of a head without targets: the weight of each position, and a teacher's logits or layer."""
+
+    position_weight: PerPosition
+    teacher: Any = None
+    target_weights: None = None
+
+    @property
+    def ignored(self) -> Array:
+        return self.position_weight == 0
+
+    @property
+    def is_wide(self) -> bool:
+        return self.teacher is not None
+
+    weights_differentiable = False
+
+
+def scalar_output(positions: int, dtype: Any) -> Values:
+    """The values of ignored positions, of a head that has one number for each."""
+    return (jnp.zeros((positions, 1), dtype),), ()
+
+
+class Head(NamedTuple):
+    """Something that is computed from logits and operands, such as a loss from targets: three short functions.
+
+    `statistics(logits, axis, operands, axis_name)` are sums over the classes, of all shards, `values(operands,
+    statistics, axis)` the results. `gradients(logits, operands, statistics, axis, cotangents, in_place)` are those of
+    Σ cotangent·value to the logits and to the target weights, or None; in place the logits are not read again.
+    """
+
+    statistics: Callable[[Array, int, Any, AxisName], Any]
+    values: Callable[[Any, Any, int], Values]
+    gradients: Callable[[Array, Any, Any, int, Results, bool], tuple[Array, Array | None]]
+    init_output: Callable[[int, Any], Values] = scalar_output  # (positions, dtype): of so many that are ignored
+    copies: bool = False  # whether it takes a copy of the logits, for which tiles must have room
+
+
+def evaluate_plainly(head: Head, logits: Array, operands: Any, axis: int, axis_name: AxisName) -> Values:
+    """The values of each position as the formula has them; every reduction is an ordinary function of them."""
+    return head.values(operands, head.statistics(logits, axis, operands, axis_name), axis)
+
+
+evaluate = jax.custom_vjp(evaluate_plainly, nondiff_argnums=(0, 3, 4))  # the same with the rule below
+
+
+def _evaluate_fwd(head: Head, logits: Array, operands: Any, axis: int, axis_name: AxisName):
+    frozen_logits, frozen = freeze_ignored(logits, operands)
+    statistics = head.statistics(frozen_logits, axis, frozen, axis_name)
+    return head.values(operands, statistics, axis), (logits, operands, statistics)
+
+
+def _evaluate_bwd(head: Head, axis: int, axis_name: AxisName, residuals: Any, cotangents: Values) -> tuple[Array, Any]:
+    logits, operands, statistics = residuals
+    grad_logits, grad_weights = head.gradients(logits, operands, statistics, axis, cotangents[0], False)
+    return grad_logits, operand_cotangents(type(operands), grad_weights)
+
+
+evaluate.defvjp(_evaluate_fwd, _evaluate_bwd)
+
+
+def operand_cotangents(kind: Any, grad_weights: Array | None) -> Any:
+    """The cotangents of operands: labels, weights and smoothing are not differentiated, which is JAX's None."""
+    return kind(**dict.fromkeys(kind._fields))._replace(target_weights=grad_weights)
+
+
+def freeze_ignored(logits: Array, operands: Any) -> tuple[Array, Any]:
+    """The same logits and operands, constant at ignored positions.
+
+    A derivative would only multiply these by a weight of 0, and padding may be NaN.
+    """
+
+    # Not by a rule of its own: inside a scan JAX forgets a `custom_jvp` once it has differentiated in reverse. XLA
+    # drops this select, both of whose cases are one value, but not one inside `jnp.where`.
+    def freeze(array: Array) -> Array:
+        return lax.select(broadcast_like(operands.ignored, array), lax.stop_gradient(array), array)
+
+    if operands.weights_differentiable:
+        operands = operands._replace(target_weights=freeze(operands.target_weights))
+    return freeze(logits), operands
+
+
+def scale_gradient(gradient: Array, cotangent: Array, ignored: Array | bool = False) -> Array:
+    """Their product, but 0 where ignored, and where the cotangent is 0 and the gradient infinite."""
+    infinite = jnp.abs(gradient) > jnp.finfo(gradient.dtype).max  # `isinf` itself makes what `debug_infs` stops at
+    return jnp.where(ignored | ((cotangent == 0) & infinite), 0, cotangent * gradient)

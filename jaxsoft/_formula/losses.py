@@ -1,0 +1,108 @@
+"""The loss of each position from finished statistics, and its gradient: every loss of this package.
+
+    loss       = τ·lse − Σ_j q_j z_j + ζ·lse²
+    ∂loss/∂z_j = (τ + 2ζ·lse)·p_j − q_j
+
+for logits z, target weights q_j (see `Targets`), τ = Σ_j q_j, p = softmax(z), lse = log Σ_j exp(z_j) and a z-loss of ζ.
+"""
+
+from typing import Any, cast
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, ArrayLike
+
+from jaxsoft._arrays.dtypes import widen
+from jaxsoft._formula.head import Head, Values, freeze_ignored, scale_gradient
+from jaxsoft._formula.sparse import SparseTargets, check_sparse, sparse_loss, sparse_operands
+from jaxsoft._formula.statistics import Statistics, block_statistics, scaled_exponentials, weighted
+from jaxsoft._formula.targets import Averaging, LogitsType, Options, Targets, dense_operands, labels_as_array
+from jaxsoft._jax_internals import Results
+
+
+def loss_head(targets: Array | SparseTargets) -> Head:
+    """The head whose value is the loss of targets of any form."""
+    return sparse_loss(targets) if isinstance(targets, SparseTargets) else LOSS
+
+
+def check_targets(
+    targets: ArrayLike | SparseTargets, classes: int, options: Options, ignore_index: int | None
+) -> tuple[Array | SparseTargets, int | None]:
+    """The targets of a public function as arrays, and what to ignore among labels."""
+    if isinstance(targets, tuple) and hasattr(targets, "as_targets"):
+        raise TypeError("targets: expected an array or SparseTargets, got TopK: pass targets.as_targets()")
+    if isinstance(targets, SparseTargets):
+        return check_sparse(targets, classes, options, ignore_index), None
+    return labels_as_array(targets, classes, ignore_index)
+
+
+def target_operands(
+    targets: Array | SparseTargets,
+    logits: LogitsType,
+    options: Options,
+    averaging: Averaging,
+    ignore_index: int | None,
+    name: str = "targets",
+) -> tuple[Any, Array | None]:
+    """The operands of `loss_head(targets)`, and what the sum of their losses is to be divided by."""
+    if isinstance(targets, SparseTargets):
+        return sparse_operands(targets, logits, options, averaging)
+    return dense_operands(targets, logits, options, averaging, ignore_index, name)
+
+
+def position_losses(targets: Targets, statistics: Statistics, axis: int) -> Values:
+    """τ·lse − Σ_j q_j z_j + ζ·lse² of every position."""
+    # A term without weight costs nothing, not even where it is infinite. Weights are constants: a tangent of 0 times an
+    # infinite loss would be NaN.
+    weights = targets.label_weight, targets.position_weight, targets.z_loss_weight
+    label_weight, position_weight, z_loss_weight = cast(tuple[Array, Array, Array], lax.stop_gradient(weights))
+    losses = jnp.zeros_like(statistics.sum_others)
+    if targets.label is not None:
+        losses += weighted(label_weight, statistics.nll)
+    if targets.target_weights is not None:
+        losses += weighted(position_weight, statistics.weight_sum * statistics.log_sum + statistics.weighted_gap)
+    if targets.z_loss_weight is not None:
+        losses += weighted(z_loss_weight, statistics.finite_logsumexp**2)
+    return (losses,), ()
+
+
+def position_gradients(
+    logits: Array, targets: Targets, statistics: Statistics, axis: int, cotangents: Results, in_place: bool
+) -> tuple[Array, Array | None]:
+    """The gradients of Σ cotangent·loss to the logits of a block, and to the weights of a distribution: −log p_j.
+
+    A position without weight has none, whatever its logits and its cotangent: padding may be NaN.
+    """
+    ignored, (logits, targets) = targets.ignored, freeze_ignored(logits, targets)
+    cotangent = jnp.where(ignored, 0, cotangents[0])
+    mass = jnp.zeros_like(statistics.sum_others)  # τ + 2ζ·lse without the label's own weight
+    if targets.z_loss_weight is not None:
+        mass += cotangent * 2 * targets.z_loss_weight * statistics.finite_logsumexp
+    position_weight = None
+    if targets.target_weights is not None:
+        position_weight = cotangent * targets.position_weight
+        mass += position_weight * statistics.weight_sum
+    label_weight, at_label = 0, None
+    if targets.label is not None:
+        label_weight = cotangent * targets.label_weight
+        at_label = statistics.label_gradient(mass, label_weight)
+    grad_logits = scaled_exponentials(
+        logits,
+        statistics.max_logit,
+        (mass + label_weight) / statistics.positive_sum,
+        (axis,),
+        ignored=ignored,
+        label=targets.label,
+        at_label=at_label,
+        position_weight=position_weight,
+        target_weights=targets.target_weights,
+        in_place=in_place,
+    )
+    if targets.differentiable is None:
+        return grad_logits, None
+    grad_weights = statistics.log_sum + (statistics.max_logit - widen(logits))
+    grad_weights = jnp.where(targets.differentiable, grad_weights, 0)  # which a class at −inf makes infinite
+    return grad_logits, scale_gradient(grad_weights, cotangent * targets.position_weight, targets.position_weight == 0)
+
+
+LOSS = Head(block_statistics, position_losses, position_gradients)

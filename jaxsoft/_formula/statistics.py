@@ -1,0 +1,259 @@
+"""The one formula: what a block of classes contributes to a loss and to a normaliser, and exp(z) in their terms.
+
+Every loss and normaliser of this package comes from `block_statistics`, every gradient to logits from
+`scaled_exponentials`, except those of softmax and log_softmax. Arrays of statistics keep the class axes with length
+one, so that they broadcast against the logits.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxsoft._arrays.classes import is_label
+from jaxsoft._arrays.dtypes import widen
+from jaxsoft._arrays.sharding import AxisName, broadcast_like, explicit_names, max_shards, sum_shards
+from jaxsoft._formula.targets import Targets
+from jaxsoft._platform import accelerator, cpu
+from jaxsoft._platform.dispatch import Axes, from_end, with_platform_impl
+
+
+class Statistics(NamedTuple):
+    """Sums over the classes of a block, relative to its largest logit m; None where no target asks for one."""
+
+    max_logit: Array  # m, above −inf
+    sum_others: Array  # Σ_j exp(z_j − m) over every class but the label
+    label_logit: Any = None  # z_label − m
+    weight_sum: Any = None  # Σ_j q_j
+    weighted_gap: Any = None  # Σ_j q_j (m − z_j)
+
+    @property
+    def exp_sum(self) -> Array:
+        """Σ_j exp(z_j − m): at least 1, or 0 where no class is left."""
+        return self.sum_others if self.label_logit is None else self.sum_others + jnp.exp(self.label_logit)
+
+    @property
+    def positive_sum(self) -> Array:
+        """The sum, but a little above 0 where no class is left, so that no division meets a zero."""
+        # Rounding absorbs what is added to 1 or more. Unlike a maximum it keeps a NaN on every platform.
+        return self.exp_sum + jnp.finfo(self.sum_others.dtype).eps / 8
+
+    @property
+    def sum_minus_one(self) -> Array:
+        """Σ_j exp(z_j − m) − 1, to full relative precision when the label leads; 0 where no class is left.
+
+        That is why the sum leaves the label out: once the label leads by 17, its 1 swallows every other term in
+        float32. A label that leads has exp(0) − 1 = 0 exactly; under any other the sum of the others is at least 1 and
+        nothing cancels.
+        """
+        excess = self.sum_others - 1
+        if self.label_logit is not None:
+            excess = self.sum_others + (jnp.exp(self.label_logit) - 1)
+        return excess + lax.stop_gradient(jnp.maximum(-excess, 0))
+
+    @property
+    def log_sum(self) -> Array:
+        """log Σ_j exp(z_j − m), as precise; 0 where no class is left."""
+        return _log1p((self.sum_minus_one,), ())[0]
+
+    @property
+    def nll(self) -> Array:
+        """log Σ_j exp(z_j) − z_label, and its derivative, to full relative precision when the label leads."""
+        leads = self.label_logit > -1
+        # The derivative of log_sum − label_logit would be the difference of two ones.
+        led = self.sum_others * jnp.exp(-jnp.maximum(self.label_logit, -1))
+        (log_sum,) = _log1p((jnp.where(leads, led, self.sum_minus_one),), ())
+        return log_sum - jnp.where(leads, 0, self.label_logit)
+
+    @property
+    def logsumexp(self) -> Array:
+        """log Σ_j exp(z_j): −inf where no class is left, +inf at a logit of +inf."""
+        return jnp.where(self.exp_sum == 0, jnp.log(lax.stop_gradient(self.exp_sum)), self.finite_logsumexp)
+
+    @property
+    def finite_logsumexp(self) -> Array:
+        """lse, or 0 where no class is left and nothing is to be drawn towards 0."""
+        lse = jnp.where(jnp.isfinite(self.max_logit), self.max_logit + self.log_sum, self.max_logit)
+        return jnp.where(self.exp_sum == 0, 0, lse)
+
+    def label_gradient(self, mass: Array | float, label_weight: Array) -> Array:
+        """(mass + label_weight)·p_label − label_weight, in which 1 − p is the sum of the others, not a difference."""
+        return (mass * jnp.exp(self.label_logit) - label_weight * self.sum_others) / self.positive_sum
+
+
+def block_statistics(
+    logits: Array, axis: int | Axes, targets: Targets = Targets(), axis_name: AxisName = None
+) -> Statistics:
+    """What a block of classes contributes to the loss of each position, summed over the shards of `axis_name`."""
+    axes = (axis,) if isinstance(axis, int) else axis
+    max_logit, sum_others, *rest = _block_sums((logits, targets.label, targets.target_weights), from_end(axes, logits))
+    max_logit = lax.stop_gradient(max_logit)  # no result depends on the shift
+    if targets.label is not None:
+        rest[0] -= max_logit
+    elif rest:
+        rest = [None, *rest]
+    block = Statistics(max_logit, sum_others, *rest)
+    return block if axis_name is None else _over_shards(block, logits, axes, targets, axis_name)
+
+
+def _over_shards(block: Statistics, logits: Array, axes: Axes, targets: Targets, axis_name: AxisName) -> Statistics:
+    """The statistics of all blocks from those of each, relative to the largest logit of all."""
+    max_logit = max_shards(block.max_logit, axis_name)
+    below = block.max_logit - max_logit
+    sums = [_shifted_sum((logits, targets.label, block.sum_others, below, max_logit), axes)]
+    if targets.label is not None:  # of one shard; a label in none has no weight, or NaN
+        inside = (targets.label >= 0) & (targets.label < logits.shape[axes[0]])
+        sums.append(jnp.where(inside, block.label_logit + below, 0))
+    if targets.target_weights is not None:
+        below = jnp.where((block.weight_sum == 0) & ~jnp.isfinite(below), 0, below)  # no weight costs nothing
+        sums += [block.weight_sum, block.weighted_gap - block.weight_sum * below]
+    packed = sum_shards(jnp.concatenate(sums, axes[-1]), axis_name)  # one all-reduce for them all
+    sum_others, *rest = jnp.split(packed, len(sums), axes[-1])
+    return Statistics(max_logit, sum_others, *([] if targets.label is not None or not rest else [None]), *rest)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _shifted_sum(arrays: tuple[Any, ...], axes: Axes) -> Array:
+    """The sum of a block's others relative to the largest logit of all shards, from that relative to its own."""
+    _, _, sum_others, below, _ = arrays
+    return sum_others * jnp.exp(below)
+
+
+@_shifted_sum.defjvp
+def _shifted_sum_jvp(axes: Axes, primals: tuple[Any], tangents: tuple[Any]) -> tuple[Array, Array]:
+    # Compute each exp(z_j − m) as `scaled_exponentials` does, so that rounding errors cancel in second derivatives:
+    # relative to the block's own m it would be rounded otherwise, by z_j − m units. Inside a scan JAX may forget this
+    # rule (see `freeze_ignored`), for which reason the sum of the others has its derivative, too.
+    ((logits, label, _, _, max_logit),) = primals
+    change = jnp.exp(widen(logits) - max_logit) * widen(tangents[0][0])
+    if label is not None:
+        change = jnp.where(is_label(logits, label, axes[0]), 0, change)
+    return _shifted_sum(*primals, axes), jnp.sum(change, axes, keepdims=True)
+
+
+@with_platform_impl(cpu=cpu.log1p)
+def _log1p(arrays: tuple[Array], axes: Axes) -> tuple[Array]:
+    return (jnp.log1p(*arrays),)
+
+
+@with_platform_impl(
+    cpu=cpu.statistics,
+    cuda=accelerator.gpu_statistics,
+    rocm=accelerator.gpu_statistics,
+    tpu=accelerator.tpu_statistics,
+)
+def _block_sums(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array, ...]:
+    """m, the sum of the others, and where the targets ask for them z_label, Σ_j q_j and Σ_j q_j (m − z_j)."""
+    logits, label, target_weights = arrays
+    max_logit = finite_max(logits, axes)
+    z = widen(logits)
+    exponentials = jnp.exp(z - max_logit)
+    if label is not None:
+        exponentials = jnp.where(is_label(logits, label, axes[0]), 0, exponentials)
+    sums = [max_logit, jnp.sum(exponentials, axes, keepdims=True)]
+    if label is not None:
+        (axis,) = axes
+        index = jnp.clip(label, 0, logits.shape[axis] - 1)
+        if explicit_names(logits)[axis]:  # a gather cannot look at several devices
+            sums.append(jnp.sum(jnp.where(is_label(logits, index, axis), z, 0), axis, keepdims=True))
+        else:
+            sums.append(jnp.take_along_axis(z, index, axis, mode="promise_in_bounds"))
+    if target_weights is not None:
+        below, constant = max_logit - z, lax.stop_gradient(target_weights)
+        cost = weighted(constant, below) + (target_weights - constant) * jnp.where(jnp.isfinite(below), below, 0)
+        weight_sum, weighted_gap = (jnp.sum(terms, axes, keepdims=True) for terms in (target_weights, cost))
+        sums += [jnp.broadcast_to(weight_sum, weighted_gap.shape), weighted_gap]
+    return tuple(sums)
+
+
+def weighted(weight: Array, cost: Array) -> Array:
+    """weight·cost, but 0 where there is no weight, however infinite the cost."""
+    return jnp.where(weight == 0, 0, weight * jnp.where(weight == 0, 0, cost))
+
+
+def finite_max(logits: Array, axes: Axes) -> Array:
+    """The largest logit or, where none is left, the lowest finite number, from which exp(−inf) is still 0."""
+    lowest = jnp.finfo(logits.dtype).min
+    max_logit = jnp.max(lax.stop_gradient(logits), axes, keepdims=True, initial=lowest)
+    if max_logit.shape == logits.shape:  # XLA takes a reduction of one element for that element
+        max_logit = jnp.maximum(max_logit, float(lowest))
+    return widen(max_logit)
+
+
+def scaled_exponentials(
+    logits: Array,
+    max_logit: Array,
+    factor: Array,
+    axes: Axes,
+    *,
+    ignored: Array | None = None,
+    label: Array | None = None,
+    at_label: Array | None = None,
+    position_weight: Array | None = None,
+    target_weights: Array | None = None,
+    in_place: bool = False,
+) -> Array:
+    """exp(z_j − m)·factor − position_weight·q_j, but `at_label` as the product at the label, and 0 where ignored.
+
+    In the logits' dtype, and in their place if they are not read again. What is None is left out.
+    """
+    per_position = (factor, ignored, label, at_label, position_weight)
+    per_position = jax.tree.map(lambda array: jnp.broadcast_to(array, max_logit.shape), per_position)
+    program = _in_place if in_place else _in_new_place
+    return program((logits, max_logit, *per_position, target_weights), from_end(axes, logits))[0]
+
+
+def _scaled_exponentials(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array]:
+    logits, max_logit, factor, ignored, label, at_label, position_weight, target_weights = arrays
+    result = jnp.exp(widen(logits) - max_logit) * factor
+    if label is not None:
+        result = jnp.where(is_label(logits, label, axes[0]), broadcast_like(at_label, result), result)
+    if target_weights is not None:
+        result -= position_weight * target_weights
+    if ignored is not None:
+        result = jnp.where(broadcast_like(ignored, result), 0, result)
+    return (result.astype(logits.dtype),)
+
+
+_in_new_place = with_platform_impl(cpu=cpu.gradient)(_scaled_exponentials)
+_in_place = with_platform_impl(cpu=cpu.gradient_in_place)(_scaled_exponentials)
+
+
+def leading_statistics(logits: Array, axes: Axes, axis_name: AxisName = None) -> Statistics:
+    """Statistics whose label is the class with the largest logit: a lse near 0 keeps what that class's 1 swallows."""
+    if axis_name is None:
+        max_logit, sum_others, leader = _leading_sums((logits,), from_end(axes, logits))
+    else:
+        max_logit = max_shards(finite_max(logits, axes), axis_name)
+        sums = jnp.concatenate(_others_and_leaders(logits, max_logit, axes), axes[-1])
+        others, leaders = jnp.split(sum_shards(sums, axis_name), 2, axes[-1])
+        sum_others, leader = _without_one(others, leaders, max_logit)
+    max_logit = lax.stop_gradient(max_logit)
+    return Statistics(max_logit, sum_others, leader - max_logit)
+
+
+@with_platform_impl(cpu=cpu.leading_sums)
+def _leading_sums(arrays: tuple[Array], axes: Axes) -> tuple[Array, ...]:
+    """m, the sum of all exponentials except one of a class with the logit m, and its logit."""
+    (logits,) = arrays
+    max_logit = finite_max(logits, axes)
+    return max_logit, *_without_one(*_others_and_leaders(logits, max_logit, axes), max_logit)
+
+
+def _others_and_leaders(logits: Array, max_logit: Array, axes: Axes) -> tuple[Array, Array]:
+    """Σ exp(z_j − m) over the classes below m, and over those with the logit m."""
+    z = widen(logits)
+    exponentials, leads = jnp.exp(z - max_logit), z == max_logit
+    others, leaders = (jnp.where(mask, exponentials, 0) for mask in (~leads, leads))
+    return jnp.sum(others, axes, keepdims=True), jnp.sum(leaders, axes, keepdims=True)
+
+
+def _without_one(others: Array, leaders: Array, max_logit: Array) -> tuple[Array, Array]:
+    """Both sums together without one of the leaders, and its logit, which is constant: in the sum it is not."""
+    count = lax.stop_gradient(leaders)
+    # −inf where no class is left, and no literal: `debug_infs` stops at one that is not chosen, too.
+    leader = lax.stop_gradient(max_logit) + jnp.log(jnp.minimum(count, 1))
+    return others + jnp.where(count == 0, leaders, leaders - 1), leader

@@ -1,0 +1,262 @@
+"""A head of a linear layer, over devices and in tiles, with its derivatives: every linear head is one call of this."""
+
+import functools
+import math
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxsoft._arrays.checks import check_values, is_checking
+from jaxsoft._arrays.dtypes import compute_dtype
+from jaxsoft._arrays.sharding import axes_after_psum, is_replicated, pvary, replicate
+from jaxsoft._formula.head import Positions, Values, check_operands, operand_cotangents, scale_gradient
+from jaxsoft._formula.losses import target_operands
+from jaxsoft._formula.targets import LogitsType, Options, position_weights
+from jaxsoft._jax_internals import Results, as_primitive, knows_manual_axes, manual_axes
+from jaxsoft._linear.args import DiffArgs, HeadArgs, HeadConfig, LinearParams
+from jaxsoft._linear.mesh import head_layout, over_mesh
+from jaxsoft._linear.plan import check_budget
+from jaxsoft._linear.tiles import as_values, diff_args, tiled_gradients, tiled_values
+from jaxsoft._platform.dispatch import mapped_axis_first
+
+
+def _map_examples(size: int, axes: HeadArgs, args: HeadArgs, config: HeadConfig) -> Any:
+    """Examples of one layer are more positions, with a loss for each.
+
+    Mapped as it stands, the loss would keep a gradient of the kernel for each example. None where more is mapped than
+    what each position has of its own.
+    """
+    own, mapped = _per_position_args(args), _per_position_args(axes)
+    if axes.layer.features is None or len(jax.tree.leaves(axes)) > len(jax.tree.leaves(mapped)):
+        return None
+    features, targets, weights, teacher = mapped_axis_first(size, mapped, own)
+    moved = HeadArgs(
+        args.layer._replace(features=features),
+        targets,
+        args.options._replace(weights=weights),
+        None if args.teacher is None else args.teacher._replace(features=teacher),
+    )
+    averaging = config.averaging._replace(examples=config.averaging.examples + 1)
+    results = run_head(moved, config._replace(averaging=averaging))
+    return results, (0,) * len(results)
+
+
+def _per_position_args(args: HeadArgs) -> tuple[Any, ...]:
+    teacher = None if args.teacher is None else args.teacher.features
+    return args.layer.features, args.targets, args.options.weights, teacher
+
+
+@as_primitive(_map_examples)
+@functools.partial(jax.jit, static_argnums=1)
+def run_head(args: HeadArgs, config: HeadConfig) -> Results:
+    """The values of the head at every position, or one loss of them all and the constants of every position."""
+    layout = head_layout(args.layer, config)
+    # JAX cannot carry the errors of checks out of a shard_map; and where types do not say what varies, sums over
+    # devices would go wrong in it.
+    if layout is None or is_checking() or not knows_manual_axes(args.layer.features):
+        return _on_device(jax.tree.map(replicate, args), config)
+    return over_mesh(_on_device, layout, args, config)
+
+
+def _on_device(args: HeadArgs, config: HeadConfig) -> Results:
+    leading = args.layer.features.shape[:-1]
+    operands, denominator = _operands(args, config)
+    check_operands(operands, len(leading) + 1)
+    if math.prod(leading) == 0:
+        return _nothing(leading, compute_dtype(args.layer.features.dtype), config)
+    layer, operands = _flattened(args.layer, operands)
+    config = _completed(config, args.options, layer, operands)
+    _check_numbers(config, layer, operands)
+
+    def unflatten(array: Array) -> Array:
+        return array.reshape(*leading, *array.shape[1:])
+
+    averaging = config.averaging
+    if averaging.reduction == "none":
+        return tuple(map(unflatten, jax.tree.leaves(_per_position(config, layer, operands))))
+    if averaging.examples:
+        (losses,), constants = cast(Values, _per_position(config, layer, operands))
+        reduced = averaging.reduce(unflatten(losses), denominator, len(leading))
+    else:
+        # Divided by the count at the end: float16 could not hold a position's share of a gradient.
+        total, constants = cast(tuple[Array, Results], _summed_losses(config, layer, operands))
+        reduced = jnp.reshape(averaging.sum(total), ())
+        reduced = reduced if denominator is None else reduced / denominator.reshape(())
+    return reduced, *map(unflatten, constants)
+
+
+def _operands(args: HeadArgs, config: HeadConfig) -> tuple[Any, Array | None]:
+    """The operands of the head, and what the sum of its losses is to be divided by."""
+    *leading, _ = args.layer.features.shape
+    classes = args.layer.kernel.shape[config.class_axis]
+    classes *= math.prod(map(lax.axis_size, config.gathered[config.class_axis]))
+    dtype = args.layer.features.dtype
+    logits = LogitsType(jax.ShapeDtypeStruct((*leading, classes), dtype), len(leading), config.axis_name)
+    options, bias = args.options, args.layer.bias
+    if bias is not None:
+        left = jnp.isfinite(bias) | (bias > 0)
+        options = options._replace(where=jnp.expand_dims(left, tuple(range(len(leading)))))
+    if args.targets is not None:
+        given = args.targets, logits, options, config.averaging, config.ignore_index
+        return target_operands(*given, config.targets_name)
+    weights = jnp.expand_dims(position_weights(options.weights, logits), logits.axis)
+    return Positions(weights, args.teacher), config.averaging.denominator(weights)
+
+
+def _nothing(leading: tuple[int, ...], dtype: jnp.dtype, config: HeadConfig) -> Results:
+    """The results where there are no positions."""
+    each = jax.tree.leaves(config.head.init_output(0, dtype))
+    results = [jnp.reshape(array, (*leading, *array.shape[1:])) for array in each]
+    if config.averaging.reduction != "none":
+        results[0] = jnp.zeros(leading[: config.averaging.examples], dtype)
+    return tuple(results)
+
+
+def _flattened(layer: LinearParams, operands: Any) -> tuple[LinearParams, Any]:
+    """Layer and operands with all positions along one axis."""
+
+    def flatten(array: Any) -> Any:
+        if isinstance(array, LinearParams):
+            return array._replace(features=flatten(array.features))
+        return array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
+
+    return jax.tree.map(flatten, (layer, operands), is_leaf=lambda array: isinstance(array, LinearParams))
+
+
+def _completed(config: HeadConfig, options: Options, layer: LinearParams, operands: Any) -> HeadConfig:
+    """The configuration with what is known where the arrays are."""
+    check_budget(
+        layer.kernel.shape[config.class_axis] * math.prod(map(lax.axis_size, config.gathered[config.class_axis])),
+        layer.features.dtype,
+        operands.is_wide or config.head.copies,
+        config.memory_budget,
+    )
+    axes = manual_axes((layer, operands))
+    summed = DiffArgs(*(axes - manual_axes(argument) for argument in diff_args(layer, operands)))
+    if is_replicated(operands.target_weights, config.axis_name):  # and so is its gradient
+        summed = summed._replace(target_weights=axes_after_psum(summed.target_weights, config.axis_name))
+    may_ignore = config.ignore_index is not None or options.weights is not None
+    return config._replace(operands=type(operands), may_ignore=may_ignore, summed=summed)
+
+
+def _check_numbers(config: HeadConfig, layer: LinearParams, operands: Any) -> None:
+    """Under `checked`, refuse NaN in what makes the logits, and in these."""
+    if not is_checking():
+        return
+    layers = {"": layer, "teacher_": getattr(operands, "teacher", None)}
+    for prefix, each in layers.items():
+        if isinstance(each, LinearParams):
+            used = operands.position_weight != 0
+            check_values(f"{prefix}features", each.features, ~(jnp.isnan(each.features) & used), "a number")
+            check_values(f"{prefix}kernel", each.kernel, ~jnp.isnan(each.kernel), "a number")
+    constant = lax.stop_gradient((_gather_kernel(config, layer, operands), operands))
+    first, *_ = tiled_values(constant, config)
+    check_values("logits", first, ~jnp.isnan(first), "numbers: features @ kernel + bias is none")
+
+
+def _gather_kernel(config: HeadConfig, layer: LinearParams, operands: Any) -> LinearParams:
+    """The layer with its whole kernel, typed as what the devices compute with it is."""
+    kernel = layer.kernel
+    for axis, names in enumerate(config.gathered):
+        if names:
+            kernel = lax.all_gather(kernel, names, axis=axis, tiled=True)
+    return pvary(layer._replace(kernel=kernel), manual_axes((layer, operands)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed_losses(config: HeadConfig, layer: LinearParams, operands: Any) -> tuple[Array, Results]:
+    """The sum of all losses, which forms its gradients along with itself, and the constants of every position."""
+    results = tiled_values((_gather_kernel(config, layer, operands), operands), config)
+    (losses,), constants = as_values(config, results)
+    return jnp.sum(losses), constants
+
+
+def _summed_losses_fwd(config: HeadConfig, *primals):
+    needs_grad, (layer, operands) = _perturbed(*primals)
+    one = jnp.ones((1, 1), compute_dtype(layer.features.dtype))
+    arrays = _gather_kernel(config, layer, operands), operands, (one,)
+    ((losses,), constants), gradients = _values_and_gradients(config, needs_grad, arrays)
+    # What is kept has one structure whichever gradients are needed, and says which by its shapes: JAX caches the
+    # structure with the traced function, and a later trace for other arguments would replace it.
+    kept = tuple(jnp.zeros(()) if g is None else g for g in gradients)
+    return (jnp.sum(losses), constants), (kept, _dtypes(layer))
+
+
+def _summed_losses_bwd(config: HeadConfig, residuals, cotangents):
+    (gradients, dtypes), cotangent = residuals, _instantiate(cotangents[0])
+    scaled = (scale_gradient(g.astype(cotangent.dtype), cotangent) if g.ndim else None for g in gradients)
+    return _as_cotangents(config, DiffArgs(*scaled), dtypes)
+
+
+_summed_losses.defvjp(_summed_losses_fwd, _summed_losses_bwd, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _per_position(config: HeadConfig, layer: LinearParams, operands: Any) -> Values:
+    """Each position's values, whose gradients wait for the cotangents of each."""
+    return as_values(config, tiled_values((_gather_kernel(config, layer, operands), operands), config))
+
+
+def _per_position_fwd(config: HeadConfig, *primals):
+    needs_grad, (layer, operands) = _perturbed(*primals)
+    values = as_values(config, tiled_values((_gather_kernel(config, layer, operands), operands), config))
+    return values, (tuple(jnp.zeros(int(needed)) for needed in needs_grad), layer, operands)
+
+
+def _per_position_bwd(config: HeadConfig, residuals, cotangents):
+    flags, layer, operands = residuals
+    needs_grad = DiffArgs(*(flag.size > 0 for flag in flags))
+    arrays = _gather_kernel(config, layer, operands), operands, tuple(map(_instantiate, cotangents[0]))
+    _, gradients = _values_and_gradients(config, needs_grad, arrays)
+    return _as_cotangents(config, gradients, _dtypes(layer))
+
+
+_per_position.defvjp(_per_position_fwd, _per_position_bwd, symbolic_zeros=True)
+
+
+def _values_and_gradients(config: HeadConfig, needs_grad: DiffArgs, arrays: Any) -> tuple[Values, DiffArgs]:
+    results = tiled_gradients(arrays, (config, needs_grad))
+    count = len(results) - sum(needs_grad)
+    gradients = iter(results[count:])
+    return as_values(config, results[:count]), DiffArgs(*(next(gradients) if needed else None for needed in needs_grad))
+
+
+def _instantiate(cotangent: Any) -> Array:
+    """A cotangent as an array, which a symbolic zero is not."""
+    return cotangent if isinstance(cotangent, jax.Array) else jnp.zeros(cotangent.shape, cotangent.dtype)
+
+
+def _perturbed(*primals) -> tuple[DiffArgs, tuple[LinearParams, Any]]:
+    """Which of the primals of a rule with `symbolic_zeros` are differentiated, and the primals themselves.
+
+    No matmul is spent on the gradient of any other.
+    """
+    needs_grad = DiffArgs(*(v is not None and v.perturbed for v in diff_args(*primals)))
+    return needs_grad, jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
+
+
+def _dtypes(layer: LinearParams) -> tuple[Array, Array]:
+    """Empty arrays of the dtypes of features and kernel."""
+    return jnp.zeros(0, layer.features.dtype), jnp.zeros(0, layer.kernel.dtype)
+
+
+def _as_cotangents(config: HeadConfig, gradients: DiffArgs, dtypes: tuple[Array, Array]) -> tuple[LinearParams, Any]:
+    """Summed over the devices, and last of all in the arguments' dtype: a sum may not fit into float16."""
+    summed = (
+        lax.psum(gradient, tuple(axes)) if axes and gradient is not None else gradient
+        for gradient, axes in zip(gradients, config.summed, strict=True)
+    )
+    features, kernel, bias, target_weights = summed
+    for axis, names in enumerate(config.gathered):
+        if names and kernel is not None:
+            kernel = lax.psum_scatter(kernel, names, scatter_dimension=axis, tiled=True)
+    features, kernel = (
+        gradient if gradient is None else gradient.astype(like.dtype)
+        for gradient, like in zip((features, kernel), dtypes, strict=True)
+    )
+    # None is JAX's word for a zero cotangent.
+    grad_layer = LinearParams(features, kernel, bias, None, None)  # pyright: ignore[reportArgumentType]
+    return grad_layer, operand_cotangents(config.operands, target_weights)

@@ -1,0 +1,346 @@
+"""The loops over tiles of a linear layer's positions, with one tile's logits alive: a head's values and gradients.
+
+Each loop is fast and cannot be differentiated: its derivative is that of the same sum as a scan. A layer among the
+operands, a teacher, stands for its logits, which a tile has in its place.
+"""
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxsoft._arrays.dtypes import compute_dtype
+from jaxsoft._arrays.sharding import axes_after_psum, is_replicated, pvary
+from jaxsoft._formula.head import Values, evaluate, evaluate_plainly
+from jaxsoft._jax_internals import Results, manual_axes
+from jaxsoft._linear.args import DiffArgs, HeadConfig, LinearParams
+from jaxsoft._linear.plan import Platform, Tile, plan_tile
+from jaxsoft._platform.cpu import native_kernels
+from jaxsoft._platform.dispatch import by_platform
+
+
+def _values_formula(arrays: tuple[LinearParams, Any], config: HeadConfig) -> Results:
+    return tuple(jax.tree.leaves(_scanned_values(evaluate_plainly, *arrays, config)))
+
+
+@by_platform(_values_formula)
+def tiled_values(platform: Platform, arrays: tuple[LinearParams, Any], config: HeadConfig) -> Results:
+    """The values of every position, each of shape (N, …)."""
+    (layer, operands), head = arrays, config.head
+
+    def step(rows: Array, first: Any, values: Results) -> Results:
+        x, t = _gather_rows(rows, (layer.features, operands), config)
+        logits = _to_logits(_products(x, layer, config), layer)
+        new = head.values(t, head.statistics(logits, 1, t, config.axis_name), 1)
+        return _scatter_rows(rows, values, new)
+
+    rows = _tile(platform, layer, operands, config).loss_rows
+    return _over_tiles(platform, rows, operands, config, step, _init_output(layer, operands, config))
+
+
+def _gradients_formula(arrays: tuple[LinearParams, Any, Results], static: tuple[HeadConfig, DiffArgs]) -> Results:
+    return tuple(jax.tree.leaves(_scanned_gradients(*arrays, *static)))
+
+
+@by_platform(_gradients_formula)
+def tiled_gradients(
+    platform: Platform, arrays: tuple[LinearParams, Any, Results], static: tuple[HeadConfig, DiffArgs]
+) -> Results:
+    """The values of every position, and the gradients of the sum of cotangents·values that are needed."""
+    (layer, operands, _), (config, needs_grad) = arrays, static
+    tile = _tile(platform, layer, operands, config, kernel_moves=needs_grad.kernel)
+    run = _deferred if tile.deferred else _accumulated
+    values, gradients = run(_Gradients(platform, tile.rows, *arrays, *static))
+    return *values, *(gradient for gradient in gradients if gradient is not None)
+
+
+class _Gradients(NamedTuple):
+    """What the loops over gradients share."""
+
+    platform: Platform
+    rows: int
+    layer: LinearParams
+    operands: Any
+    cotangents: Results
+    config: HeadConfig
+    needs_grad: DiffArgs
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.layer.features.dtype
+
+    @property
+    def features_dtype(self) -> jnp.dtype:
+        """That of sums over shards is the dtype to compute in, and so is what they add up."""
+        return self.dtype if self.config.axis_name is None else compute_dtype(self.dtype)
+
+    def of_tile(self, rows: Array) -> tuple[Array, Values, Array, Array | None]:
+        """A tile's features, values, and gradients to its products and target weights."""
+        layer, config = self.layer, self.config
+        x, t, c = _gather_rows(rows, (layer.features, self.operands, self.cotangents), config)
+        x = jnp.where(t.ignored, 0, x)  # by a class weight of 0 too, and then its features may be NaN
+        logits, pull = jax.vjp(lambda products: _to_logits(products, layer), _products(x, layer, config))
+        statistics = config.head.statistics(logits, 1, t, config.axis_name)
+        values = config.head.values(t, statistics, 1)
+        # Not over shards, where both would be typed as varying.
+        if self.platform == "cpu" and config.axis_name is None and not native_kernels().loaded:
+            # Without it XLA would keep the exponentials of the statistics for the gradient, as large as the logits.
+            logits, statistics = lax.optimization_barrier((logits, statistics))
+        in_place = not self.needs_grad.target_weights
+        grad_logits, grad_weights = config.head.gradients(logits, t, statistics, 1, c, in_place)
+        (grad_products,) = pull(grad_logits)
+        return x, values, grad_products, grad_weights
+
+    def to_features(self, grad_products: Array) -> Array:
+        contracted = (((1,), (self.config.class_axis,)), ((), ()))
+        gradient = lax.dot_general(
+            grad_products, self.layer.kernel, contracted, preferred_element_type=compute_dtype(self.dtype)
+        )
+        return gradient.astype(self.features_dtype)
+
+    def to_kernel(self, x: Array, grad_products: Array) -> Array:
+        first, second = (x, grad_products) if self.config.class_axis == 1 else (grad_products, x)
+        contracted = (((0,), (0,)), ((), ()))
+        return lax.dot_general(first, second, contracted, preferred_element_type=compute_dtype(self.dtype))
+
+    def init(self, needs_grad: DiffArgs) -> tuple[Results, DiffArgs]:
+        """Values and gradients before the first tile, typed as varying like what is added to them."""
+        wide = compute_dtype(self.dtype)
+        dtypes = DiffArgs(self.features_dtype, wide, wide, wide)
+
+        def zeros(array: Array, needed: bool, dtype: jnp.dtype) -> Array | None:
+            if not needed:
+                return None
+            axes = manual_axes(self.layer)
+            if array is self.operands.target_weights and is_replicated(array, self.config.axis_name):
+                axes = axes_after_psum(axes, self.config.axis_name)
+            return pvary(jnp.zeros(array.shape, dtype), axes)
+
+        gradients = DiffArgs(*map(zeros, diff_args(self.layer, self.operands), needs_grad, dtypes))
+        return _init_output(self.layer, self.operands, self.config), gradients
+
+    def added(self, rows: Array, gradients: DiffArgs, grad_products: Array, grad_weights: Array | None) -> DiffArgs:
+        """The gradients to bias and target weights with those of a tile."""
+        if self.needs_grad.bias:
+            gradients = gradients._replace(bias=gradients.bias + jnp.sum(grad_products, 0))
+        if self.needs_grad.target_weights:
+            of_all = gradients.target_weights.at[rows].set(grad_weights, mode="drop")
+            gradients = gradients._replace(target_weights=of_all)
+        return gradients
+
+    def over_tiles(self, step: Callable[[Array, Any, Any], Any], start: Any) -> Any:
+        return _over_tiles(self.platform, self.rows, self.operands, self.config, step, start)
+
+
+def _accumulated(loop: _Gradients) -> tuple[Results, DiffArgs]:
+    """Each tile adds its own products to the gradients of features and kernel."""
+
+    def step(rows: Array, first: Any, carry: Any) -> Any:
+        values, gradients = carry
+        x, new, grad_products, grad_weights = loop.of_tile(rows)
+        gradients = loop.added(rows, gradients, grad_products, grad_weights)
+        narrow = grad_products.astype(x.dtype)  # or the products would be taken in float32
+        if loop.needs_grad.features:
+            of_all = gradients.features.at[rows].set(loop.to_features(narrow), mode="drop")
+            gradients = gradients._replace(features=of_all)
+        if loop.needs_grad.kernel:
+            gradients = gradients._replace(kernel=gradients.kernel + loop.to_kernel(x, narrow))
+        return _scatter_rows(rows, values, new), gradients
+
+    return loop.over_tiles(step, loop.init(loop.needs_grad))
+
+
+def _deferred(loop: _Gradients) -> tuple[Results, DiffArgs]:
+    """Tiles keep their logit gradients, for one product for each of features and kernel at the end.
+
+    For few positions in half precision: a tile that adds to the kernel's gradient reads and writes all of it in
+    float32, which takes more than these (see `plan_tile`).
+    """
+    layer, config, needs_grad = loop.layer, loop.config, loop.needs_grad
+
+    def step(rows: Array, first: Any, carry: Any) -> Any:
+        (values, gradients), kept = carry
+        x, new, grad_products, grad_weights = loop.of_tile(rows)
+        gradients = loop.added(rows, gradients, grad_products, grad_weights)
+        kept = lax.dynamic_update_slice_in_dim(kept, grad_products.astype(x.dtype), first, 0)
+        return (_scatter_rows(rows, values, new), gradients), kept
+
+    positions = layer.features.shape[0]
+    shape = -(-positions // loop.rows) * loop.rows, layer.kernel.shape[config.class_axis]
+    kept = pvary(jnp.zeros(shape, loop.dtype), manual_axes(layer))
+    start = loop.init(needs_grad._replace(features=False, kernel=False)), kept
+    (values, gradients), kept = loop.over_tiles(step, start)
+    rows, _ = _in_turn(loop.operands, config)
+    rows = jnp.pad(rows, (0, shape[0] - positions), constant_values=positions)
+    if needs_grad.features:
+        _, zeros = loop.init(DiffArgs(True, False, False, False))
+        of_all = zeros.features.at[rows].set(loop.to_features(kept), mode="drop")
+        gradients = gradients._replace(features=of_all)
+    x, ignored = _gather_rows(rows, (layer.features, loop.operands.ignored), config)
+    return values, gradients._replace(kernel=loop.to_kernel(jnp.where(ignored, 0, x), kept))
+
+
+def diff_args(layer: LinearParams, operands: Any) -> DiffArgs:
+    """The arguments that may be differentiated."""
+    return DiffArgs(layer.features, layer.kernel, layer.bias, operands.target_weights)
+
+
+def as_values(config: HeadConfig, results: Results) -> Values:
+    """Results in a row as what is differentiated and what is not."""
+    variable, _ = config.head.init_output(1, jnp.float32)
+    return results[: len(variable)], results[len(variable) :]
+
+
+def _scanned_gradients(
+    layer: LinearParams, operands: Any, cotangents: Results, config: HeadConfig, needs_grad: DiffArgs
+) -> tuple[Values, DiffArgs]:
+    """Values and gradients by differentiating the values as a scan, which JAX can differentiate again."""
+    # The kernel in the dtype to compute in: the gradients of all tiles are summed in that of the variable.
+    wide = compute_dtype(layer.features.dtype)
+    given = diff_args(layer._replace(kernel=layer.kernel.astype(wide)), operands)
+
+    def total(chosen: DiffArgs) -> tuple[Array, Values]:
+        x, w, b, weights = (old if new is None else new for new, old in zip(chosen, given, strict=True))
+        changed = layer._replace(features=x, kernel=w, bias=b), operands._replace(target_weights=weights)
+        values = _scanned_values(evaluate, *changed, config)
+        products = (jnp.sum(c * value) for c, value in zip(cotangents, values[0], strict=True))
+        return functools.reduce(operator.add, products), values
+
+    chosen = DiffArgs(*(v if needed else None for v, needed in zip(given, needs_grad, strict=True)))
+    gradients, values = jax.grad(total, has_aux=True)(chosen)
+    if gradients.features is not None and config.axis_name is not None:  # in the dtype of the loop's
+        gradients = gradients._replace(features=gradients.features.astype(wide))
+    return values, gradients
+
+
+def _scanned_values(fn: Callable[..., Values], layer: LinearParams, operands: Any, config: HeadConfig) -> Values:
+    """`tiled_values` as a scan over all tiles, which JAX can differentiate."""
+
+    @jax.checkpoint
+    def tile(rows: Array) -> Values:
+        x, t = _gather_rows(rows, (layer.features, operands), config)
+        x = jnp.where(t.ignored, 0, x)  # the loops leave most of these rows out
+        products = _products(x, layer._replace(kernel=layer.kernel.astype(x.dtype)), config)
+        return fn(config.head, _to_logits(products, layer), t, 1, config.axis_name)
+
+    positions, size = layer.features.shape[0], _tile("cpu", layer, operands, config).rows
+    tiles = -(-positions // size)
+    rows = jnp.arange(tiles * size).reshape(tiles, size)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:positions], lax.map(tile, rows))
+
+
+def _init_output(layer: LinearParams, operands: Any, config: HeadConfig) -> Results:
+    """The values of ignored positions, typed as varying like those of the others."""
+    axes = axes_after_psum(manual_axes((layer, operands)), config.axis_name)
+    values = config.head.init_output(layer.features.shape[0], compute_dtype(layer.features.dtype))
+    return pvary(tuple(jax.tree.leaves(values)), axes)
+
+
+def _tile(
+    platform: Platform, layer: LinearParams, operands: Any, config: HeadConfig, *, kernel_moves: bool = True
+) -> Tile:
+    (positions, width), classes = layer.features.shape, layer.kernel.shape[config.class_axis]
+    writes_out = platform == "cpu" and not native_kernels().loaded  # what the plain formula sums
+    is_wide = operands.is_wide or config.head.copies or writes_out
+    return plan_tile(
+        platform,
+        (positions, width, classes),
+        layer.features.dtype,
+        is_wide,
+        config.memory_budget,
+        kernel_moves=kernel_moves,
+    )
+
+
+def _over_tiles(
+    platform: Platform,
+    size: int,
+    operands: Any,
+    config: HeadConfig,
+    step: Callable[[Array, Any, Any], Any],
+    carry: Any,
+) -> Any:
+    """Fold `step(rows, first, carry)` over tiles of the positions that are not ignored, `first` of them gone before."""
+    rows, count = _in_turn(operands, config)
+    padded = jnp.pad(rows, (0, size), constant_values=rows.shape[0])
+    spans = [(0, count, size)]
+    if platform == "cpu" and config.may_ignore and config.axis_name is None:
+        # What whole tiles leave is taken in tiles of an eighth, or most of the last one could be ignored. A small tile
+        # costs an accelerator as much as a whole one, and over shards each loop brings two all-reduces of its own.
+        whole = count - count % size
+        spans = [(0, whole, size), (whole, count, -(-size // 8))]
+    for first, end, length in spans:
+
+        def body(tile: Array, carry: Any, first=first, length=length) -> Any:
+            row = first + tile * length
+            return step(lax.dynamic_slice_in_dim(padded, row, length), row, carry)
+
+        carry = lax.fori_loop(0, (end - first + length - 1) // length, body, carry)
+    return carry
+
+
+def _in_turn(operands: Any, config: HeadConfig) -> tuple[Array, Array | int]:
+    """The rows of the positions that are not ignored, how many, and behind them an index out of range."""
+    positions = operands.position_weight.shape[0]
+    if not config.may_ignore:
+        return jnp.arange(positions), positions
+    # XLA would sort a constant while it compiles, which takes seconds for some ten thousand labels.
+    ignored = lax.optimization_barrier(operands.position_weight[:, 0] == 0)
+    count = positions - jnp.sum(ignored)
+    return jnp.where(jnp.arange(positions) < count, jnp.argsort(ignored, stable=True), positions), count
+
+
+def _gather_rows(rows: Array, arrays: Any, config: HeadConfig) -> Any:
+    """A tile's rows of every array, zero where the index is out of range, and logits in the place of a layer."""
+
+    def gather(array: Any) -> Array:
+        if isinstance(array, LinearParams):
+            return _to_logits(_products(gather(array.features), array, config), array)
+        shared = array.shape[0] == 1  # by all positions, or there is only one
+        return array if shared else jnp.take(array, rows, axis=0, mode="fill", fill_value=0)
+
+    return jax.tree.map(gather, arrays, is_leaf=lambda array: isinstance(array, LinearParams))
+
+
+def _scatter_rows(rows: Array, results: Results, values: Values) -> Results:
+    new = jax.tree.leaves(values)
+    return tuple(old.at[rows].set(of_tile, mode="drop") for old, of_tile in zip(results, new, strict=True))
+
+
+def _products(features: Array, layer: LinearParams, config: HeadConfig) -> Array:
+    """x·W + b of a tile."""
+    contracted = (((1,), (1 - config.class_axis,)), ((), ()))
+    dtype = compute_dtype(features.dtype)
+    products = lax.dot_general(features, layer.kernel, contracted, preferred_element_type=dtype)
+    return products if layer.bias is None else products + layer.bias[None, :]
+
+
+def _to_logits(products: Array, layer: LinearParams) -> Array:
+    """Capped, then divided by the temperature; a class removed by a bias of −inf stays removed, without a gradient."""
+    logits = products
+    if layer.soft_cap is not None:
+        logits = _capped(logits, layer.soft_cap)
+    if layer.temperature is not None:
+        logits = logits / layer.temperature
+    if layer.bias is None:
+        return logits
+    removed = ~jnp.isfinite(products) & (products < 0)
+    return jnp.where(removed, lax.stop_gradient(products), logits)
+
+
+@jax.custom_jvp
+def _capped(products: Array, soft_cap: Array) -> Array:
+    return soft_cap * jnp.tanh(products / soft_cap)
+
+
+@_capped.defjvp
+def _capped_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    """With 1 − tanh² from one exponential: by subtraction it would be 0 where the cap is nearly reached."""
+    products, soft_cap = primals
+    e = jnp.exp(-2 * jnp.abs(products / lax.stop_gradient(soft_cap)))  # avoids 0 · inf where a bias is −inf
+    return _capped(*primals), 4 * e / (1 + e) ** 2 * tangents[0]

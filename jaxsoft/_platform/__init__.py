@@ -1,0 +1,1 @@
+"""What platforms do in place of the plain formula."""
