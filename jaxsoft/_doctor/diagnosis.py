@@ -230,6 +230,8 @@ def _judge(g: Vectors, problem: Problem, rounding: "_Rounding") -> tuple[str, st
         return weighted
     if (smoothed := _smoothed_and_weighted(g, problem, rounding)) is not None:
         return smoothed
+    if (by_column := _weighted_by_column(g, problem, rounding)) is not None:
+        return by_column
     for name, candidate in _candidates(problem):
         factor = _factor(g, candidate) if np.count_nonzero(candidate) > 1 else 0
         explained = factor != 0 and _norm(g - factor * candidate) < 0.05 * apart
@@ -272,12 +274,14 @@ def _weighted(g: Vectors, p: Problem, rounding: "_Rounding", hot: Vectors) -> tu
     factors = np.sum(g / length * (truth / length), -1)
     factors = np.where(g.any(-1), factors, 0.0)
     taken = factors != 0
-    if not taken.any() or (factors < 0).any():
+    # An advantage may be negative; with two classes any vector is a number times the truth.
+    signed = bool((factors < 0).any())
+    if not taken.any() or (signed and (p.z.shape[-1] == 2 or not (factors > 0).any())):
         return None
     of_taken = p._replace(z=p.z[live][taken], t=p.t[live][taken], o=p.o[live][taken], truth=truth[taken])
     if not _is_truth(g[taken], of_taken, 1 / factors[taken, None], rounding):
         return None
-    close = 4 * rounding.tolerance * factors.max()
+    close = 4 * rounding.tolerance * np.abs(factors).max()
     low, high, positions = factors.min(), factors.max(), len(factors)
     if not taken.all() and np.ptp(factors[taken]) <= close:
         factor = float(np.median(factors[taken]))
@@ -287,7 +291,7 @@ def _weighted(g: Vectors, p: Problem, rounding: "_Rounding", hot: Vectors) -> tu
     if (np.count_nonzero(t, -1) == 1).all():
         labels = t.argmax(-1)
         groups = {int(label): factors[labels == label] for label in np.unique(labels)}
-        if len(groups) < positions and all(np.ptp(of_label) <= close for of_label in groups.values()):
+        if not signed and len(groups) < positions and all(np.ptp(of_label) <= close for of_label in groups.values()):
             least = min(float(f.mean()) for f in groups.values() if f.any())
             weights = ", ".join(f"{label}: {f.mean() / least:.4g}" for label, f in groups.items())
             # Of classes that occur once each a weight would be a number of the position's own.
@@ -300,7 +304,8 @@ def _weighted(g: Vectors, p: Problem, rounding: "_Rounding", hot: Vectors) -> tu
             return name, EXPLANATIONS[name].format(low=low, high=high)
     if p.z.shape[-1] == 2:
         return "right up to weights", EXPLANATIONS["weights that two classes cannot tell"].format(low=low, high=high)
-    return "right up to weights of positions", EXPLANATIONS["weights of positions"].format(low=low, high=high)
+    below = " One below 0 climbs: right for an advantage, as in REINFORCE, not for a weight." if signed else ""
+    return "right up to weights of positions", EXPLANATIONS["weights of positions"].format(low=low, high=high) + below
 
 
 def _smoothed_and_weighted(g: Vectors, p: Problem, rounding: "_Rounding") -> tuple[str, str] | None:
@@ -355,6 +360,22 @@ def _weighted_smoothing(g: Vectors, p: Problem, rounding: "_Rounding") -> tuple[
     shown = ", ".join(f"{n}: {weight:.4g}" for n, weight in enumerate(a / a[a > 0].min()))
     name = "class weights of smoothed targets"
     return f"right up to {name}", EXPLANATIONS[name].format(epsilon=ratio / (1 + ratio), weights=shown)
+
+
+def _weighted_by_column(g: Vectors, p: Problem, rounding: "_Rounding") -> tuple[str, str] | None:
+    """The verdict where each class has a number ≥ 0 for its entries of all positions, or None."""
+    positions = tuple(range(g.ndim - 1))
+    of_class = np.sum(p.truth**2, positions)
+    weights = np.sum(g * p.truth, positions) / np.where(of_class > 0, of_class, np.nan)
+    if (
+        np.count_nonzero(p.live) < 3
+        or not (weights >= 0).all()
+        or not _is_mistake(g, weights * p.truth, p, 1, rounding)
+    ):
+        return None
+    name = "class weights by column"
+    shown = ", ".join(f"{n}: {weight:.4g}" for n, weight in enumerate(weights))
+    return name, EXPLANATIONS[name].format(weights=shown)
 
 
 def _unit(g: Vectors) -> float:

@@ -52,7 +52,8 @@ EXPLANATIONS = {
     "probabilities not normalised": "This is exp(z) − t: the exponentials were not divided by their sum.",
     "argmax in place of the probabilities": "This is one_hot(argmax z) − t, as the perceptron learns: the "
     "probabilities were rounded to 0 and 1, and a position whose label leads has no gradient.",
-    "logarithm missing": "This is o_y (o − t), the gradient of −o_y: the loss of a label is −log o_y.",
+    "logarithm missing": "This is o_y (o − t), the gradient of −o_y, or of −Σ t o that of a distribution: the loss of "
+    "a label is −log o_y.",
     "log-softmax's rule with a plus": "This is g + s Σg in place of log-softmax's g − s Σg, for the gradient g = −t "
     "to the logarithms: the sign of what the classes have in common is wrong.",
     "log-softmax's rule with a dot product": "This is g − Σ g·log p, for the gradient g = −t to the logarithms. "
@@ -107,6 +108,29 @@ EXPLANATIONS = {
     "exp(z): the derivative of a z-loss ζ·lse², which is no part of the cross-entropy.",
     "ignored positions not zeroed": "The gradient is right but where positions are ignored: there it must be zero for "
     "all classes, not only for the label's.",
+    "sums without keepdims": "Each row's exponentials were divided by the sum of another row: NumPy lines up a sum "
+    "over the last axis with the columns, and a square batch hides it. Sum with keepdims=True.",
+    "labels of the whole batch": "Every position was given the labels of all: in NumPy p[:, y] -= 1 subtracts in every "
+    "row, and p[np.arange(n), y] -= 1 in each its own.",
+    "divided in part": "Of τo − t only one term was divided by the number of positions, n, as where parentheses are "
+    "missing or a mean's −t/n is added to o. n·o − t is that of one Jacobian of the whole batch, flattened.",
+    "reshaped in place of transposed": "The classes are not along the last axis in memory, and the logits were "
+    "reshaped to (positions, classes) all the same: each softmax was of what lies side by side. Move the axis first.",
+    "divergence the wrong way round": "This is the gradient of Σ o log(o/t), with the distributions exchanged. "
+    "Cross-entropy is, up to a constant, Σ t log(t/o).",
+    "softmax of the negated logits": "The probabilities are those of softmax(−z), as if z were energies. To these the "
+    "gradient would be t − τ·softmax(−z); the logits are −z.",
+    "a class without a gradient": "The gradient is right but for one class, where it is zero: right if that is a "
+    "reference class, whose logit is held at 0. Of all the logits it is not the gradient.",
+    "hinge loss": "This counts the classes within a margin of 1 of the label's score, or above it: the gradient of a "
+    "support vector machine's loss, not of the cross-entropy.",
+    "class weights by column": "Each class's entries are the true ones times a number of its own: {weights}. The "
+    "weight of a label is for its whole vector, w_y (o − t); by column it is the gradient of no function.",
+    "clipped": "This is the true gradient with its entries clipped to ±{value:.6g}.",
+    "entropy bonus left in": "This is the true gradient plus β o (log o + H) with β = {value:.6g}, H the entropy of o: "
+    "a bonus βH, as for a policy, was differentiated too. It is no part of the cross-entropy.",
+    "one-sided differences": "These are differences to one side of a step h = {value:.3g}: they are off by "
+    "½h ∂²/∂z² = ½hτ o(1 − o). Take them to both sides, (L(z + h) − L(z − h))/2h.",
     "lost to rounding": "This is right to the rounding of one, but smaller than that: p − 1 was computed where p "
     "rounds to 1. The gradient of a label is minus the sum of the other probabilities, as in `cross_entropy`.",
 }
@@ -257,6 +281,45 @@ def _pulled(o: Vectors, g: Vectors) -> Vectors:
     return o * (g - (o * g).sum(-1, keepdims=True))
 
 
+def _partly_divided(p: Problem) -> Iterator[Vectors]:
+    for count in p.scales.values():
+        if count > 1:
+            yield count * (p.truth + p.t) - p.t
+            yield p.truth + p.t - count * p.t
+
+
+def _reshaped(p: Problem) -> Iterator[Vectors]:
+    for axis in range(p.z.ndim - 1):
+        of_memory = np.moveaxis(p.z, -1, axis)
+        if of_memory.shape != p.z.shape:  # else nothing was reshaped: the classes are along another axis
+            error = np.where(p.live, p.tau * _softmax(of_memory.reshape(p.z.shape)) - p.t, 0)
+            yield np.moveaxis(error.reshape(of_memory.shape), axis, -1)
+
+
+def _without_keepdims(p: Problem) -> Iterator[Vectors]:
+    if p.z.ndim == 2 and p.z.shape[0] == p.z.shape[1]:
+        top = p.z.max(-1)
+        for e in (np.exp(p.z - top[:, None]), np.exp(p.z - top)):
+            yield np.where(p.live, p.tau * e / e.sum(-1) - p.t, 0)
+
+
+def _one_class_left_out(p: Problem) -> Iterator[Vectors]:
+    for left_out in (0, p.z.shape[-1] - 1) if p.z.shape[-1] > 2 else ():
+        yield np.where(np.arange(p.z.shape[-1]) == left_out, 0, p.truth)
+
+
+def _of_energies(p: Problem) -> Iterator[Vectors]:
+    error = np.where(p.live, p.tau * _softmax(-p.z) - p.t, 0)
+    yield error
+    yield -error
+
+
+def _hinge(p: Problem) -> Iterator[Vectors]:
+    above = p.live & (p.t == 0) & (p.z - (p.z * p.t).sum(-1, keepdims=True) + 1 > 0)
+    if p.z.shape[-1] > 2:  # two classes have (−1, 1) for many a reason
+        yield above - p.t * above.sum(-1, keepdims=True)
+
+
 def _argmax(p: Problem) -> Iterator[Vectors]:
     leads = np.eye(p.z.shape[-1])[p.z.argmax(-1)]
     yield np.where(p.live, leads - p.t, 0)
@@ -302,7 +365,7 @@ CANDIDATES: dict[str, Callable[[Problem], Iterable[Vectors]]] = {
     "only the targets": lambda p: (-p.t,),
     "probabilities not normalised": lambda p: _spared_or_not(p, np.exp(p.z) - p.t),
     "argmax in place of the probabilities": _argmax,
-    "logarithm missing": lambda p: ((p.t * p.o).sum(-1, keepdims=True) * p.truth,),
+    "logarithm missing": lambda p: ((p.t * p.o).sum(-1, keepdims=True) * p.truth, _pulled(p.o, -p.t)),
     "log-softmax's rule with a plus": lambda p: _spared_or_not(p, -p.t - p.tau * p.o),
     "log-softmax's rule with a dot product": lambda p: (
         np.where(p.live, (p.t * (p.z - _lse(p))).sum(-1, keepdims=True) - p.t, 0),
@@ -314,6 +377,14 @@ CANDIDATES: dict[str, Callable[[Problem], Iterable[Vectors]]] = {
     "binary cross-entropy to the probabilities": lambda p: (_binary(p)[1],),
     "gradient to the probabilities with a plus": lambda p: (_divided_by_probs(p),),
     "labels of the next position": _next_position,
+    "sums without keepdims": _without_keepdims,
+    "labels of the whole batch": lambda p: _spared_or_not(p, p.truth + p.t - p.t.any(tuple(range(p.z.ndim - 1)))),
+    "divided in part": _partly_divided,
+    "reshaped in place of transposed": _reshaped,
+    "divergence the wrong way round": lambda p: (_pulled(p.o, p.z - _lse(p) - np.log(p.t)),) if (p.t > 0).all() else (),
+    "softmax of the negated logits": _of_energies,
+    "a class without a gradient": _one_class_left_out,
+    "hinge loss": _hinge,
     "transposed": lambda p: (p.truth.T,) if p.truth.ndim == 2 and p.truth.shape[0] == p.truth.shape[1] else (),
 }
 
@@ -377,6 +448,13 @@ def _temperatures(p: Problem, g: Vectors) -> Iterator[Fit]:
             yield Fit(fitted, count, best, note, 2.0**-4.9 < best < 2.0**4.9)  # the ends of the grid are no optima
 
 
+def _clipped(p: Problem, g: Vectors) -> Iterator[Fit]:
+    most = float(np.abs(g).max())
+    reached = bool(np.count_nonzero(np.abs(g) > most * (1 - 1e-6)) > 1)
+    for count in p.scales.values():
+        yield Fit(np.clip(p.truth, -most * count, most * count), count, most, likely=reached)
+
+
 def _softmax(z: Vectors) -> Vectors:
     e = np.exp(z - z.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
@@ -392,6 +470,9 @@ FITS: dict[str, Callable[[Problem, Vectors], Iterator[Fit]]] = {
     "weight decay left in": _addition(lambda p: p.z, lambda k, count: k / count, 2),
     "label smoothing left in": _smoothings,
     "z-loss left in": _addition(lambda p: _lse(p) * p.o, lambda k, count: k / 2, 1),
+    "entropy bonus left in": _addition(lambda p: _pulled(p.o, p.z - _lse(p)), lambda k, count: k, 1),
+    "one-sided differences": _addition(lambda p: p.tau * p.o * p.rest, lambda k, count: 2 * k, 0.25),
+    "clipped": _clipped,
 }
 
 
