@@ -69,6 +69,11 @@ def manual_axes(tree: object) -> frozenset:
     return frozenset().union(*(kind.mat.varying for kind in types if hasattr(kind, "mat")))
 
 
+def is_symbolic_zero(cotangent: Any) -> bool:
+    """Whether a cotangent is JAX's zero without an array; NumPy's arrays and numbers have no type of JAX's."""
+    return hasattr(cotangent, "aval") and not isinstance(cotangent, jax.Array)
+
+
 def is_on_one_device(context: Any) -> bool:
     """Whether what is lowered in this context runs on one device, as inside a `shard_map`; False where JAX says not."""
     try:

@@ -15,7 +15,7 @@ from jaxsoft._arrays.sharding import axes_after_psum, is_replicated, pvary, repl
 from jaxsoft._formula.head import Positions, Values, check_operands, operand_cotangents, scale_gradient
 from jaxsoft._formula.losses import target_operands
 from jaxsoft._formula.targets import LogitsType, Options, position_weights
-from jaxsoft._jax_internals import Results, as_primitive, knows_manual_axes, manual_axes
+from jaxsoft._jax_internals import Results, as_primitive, is_symbolic_zero, knows_manual_axes, manual_axes
 from jaxsoft._linear.args import DiffArgs, HeadArgs, HeadConfig, LinearParams
 from jaxsoft._linear.mesh import head_layout, over_mesh
 from jaxsoft._linear.plan import check_budget
@@ -225,8 +225,7 @@ def _values_and_gradients(config: HeadConfig, needs_grad: DiffArgs, arrays: Any)
 
 
 def _instantiate(cotangent: Any) -> Array:
-    """A cotangent as an array, which a symbolic zero is not."""
-    return cotangent if isinstance(cotangent, jax.Array) else jnp.zeros(cotangent.shape, cotangent.dtype)
+    return jnp.zeros(cotangent.shape, cotangent.dtype) if is_symbolic_zero(cotangent) else cotangent
 
 
 def _perturbed(*primals) -> tuple[DiffArgs, tuple[LinearParams, Any]]:
