@@ -211,48 +211,56 @@ class DivergenceStatistics(NamedTuple):
 @functools.cache
 def _divergence(kind: Kind, beta: float) -> Head:
     """The head of the divergences of a kind from the teacher's logits."""
+    statistics = functools.partial(_statistics, kind=kind, beta=beta)
+    return Head(statistics, _values, functools.partial(_gradients, kind=kind, beta=beta))
 
-    def statistics(logits: Array, axis: int, positions: Positions, axis_name: AxisName) -> DivergenceStatistics:
-        z_t = _teacher_logits(positions, logits)
-        student, teacher = (block_statistics(z, axis, axis_name=axis_name) for z in (logits, z_t))
-        s, t, r = _ratios(logits, z_t, student, teacher)
 
-        def summed(p: Array, q: Array, x: Array) -> Array:
-            return sum_shards(jnp.sum(_terms(p, q, x), axis, keepdims=True), axis_name)
+def _statistics(
+    kind: Kind, beta: float, logits: Array, axis: int, positions: Positions, axis_name: AxisName
+) -> DivergenceStatistics:
+    z_t = _teacher_logits(positions, logits)
+    student, teacher = (block_statistics(z, axis, axis_name=axis_name) for z in (logits, z_t))
+    s, t, r = _ratios(logits, z_t, student, teacher)
 
-        if kind != "jensen-shannon":
-            divergence = summed(t, s, r) if kind == "forward" else summed(s, t, -r)
-            return DivergenceStatistics(student, teacher, divergence, divergence)
-        m = beta * t + (1 - beta) * s
-        of_teacher, of_student = summed(t, m, _mixed(r, beta)), summed(s, m, _mixed(-r, 1 - beta))
-        return DivergenceStatistics(student, teacher, beta * of_teacher + (1 - beta) * of_student, of_student)
+    def summed(p: Array, q: Array, x: Array) -> Array:
+        return sum_shards(jnp.sum(_terms(p, q, x), axis, keepdims=True), axis_name)
 
-    def values(positions: Positions, statistics: DivergenceStatistics, axis: int) -> Values:
-        weight = lax.stop_gradient(positions.position_weight)
-        return (jnp.where((weight == 0) | statistics.none_left, 0, weight * statistics.divergence),), ()
+    if kind != "jensen-shannon":
+        divergence = summed(t, s, r) if kind == "forward" else summed(s, t, -r)
+        return DivergenceStatistics(student, teacher, divergence, divergence)
+    m = beta * t + (1 - beta) * s
+    of_teacher, of_student = summed(t, m, _mixed(r, beta)), summed(s, m, _mixed(-r, 1 - beta))
+    return DivergenceStatistics(student, teacher, beta * of_teacher + (1 - beta) * of_student, of_student)
 
-    def gradients(
-        logits: Array,
-        positions: Positions,
-        statistics: DivergenceStatistics,
-        axis: int,
-        cotangents: Results,
-        in_place: bool,
-    ) -> tuple[Array, None]:
-        ignored = positions.ignored | statistics.none_left
-        logits, positions = freeze_ignored(logits, positions)
-        scale = jnp.where(ignored, 0, cotangents[0]) * positions.position_weight
-        s, t, r = _ratios(logits, _teacher_logits(positions, logits), statistics.student, statistics.teacher)
-        if kind == "forward":
-            gradient = s - t
-        elif kind == "reverse":
-            gradient = weighted(s, r - statistics.under_student)
-        else:
-            gradient = (1 - beta) * weighted(s, -_mixed(-r, 1 - beta) - statistics.under_student)
-        gradient = jnp.where(broadcast_like(ignored, gradient), 0, scale * gradient)
-        return gradient.astype(logits.dtype), None
 
-    return Head(statistics, values, gradients)
+def _values(positions: Positions, statistics: DivergenceStatistics, axis: int) -> Values:
+    weight = lax.stop_gradient(positions.position_weight)
+    return (jnp.where((weight == 0) | statistics.none_left, 0, weight * statistics.divergence),), ()
+
+
+def _gradients(
+    logits: Array,
+    positions: Positions,
+    statistics: DivergenceStatistics,
+    axis: int,
+    cotangents: Results,
+    *,
+    in_place: bool,
+    kind: Kind,
+    beta: float,
+) -> tuple[Array, None]:
+    ignored = positions.ignored | statistics.none_left
+    logits, positions = freeze_ignored(logits, positions)
+    scale = jnp.where(ignored, 0, cotangents[0]) * positions.position_weight
+    s, t, r = _ratios(logits, _teacher_logits(positions, logits), statistics.student, statistics.teacher)
+    if kind == "forward":
+        gradient = s - t
+    elif kind == "reverse":
+        gradient = weighted(s, r - statistics.under_student)
+    else:
+        gradient = (1 - beta) * weighted(s, -_mixed(-r, 1 - beta) - statistics.under_student)
+    gradient = jnp.where(broadcast_like(ignored, gradient), 0, scale * gradient)
+    return gradient.astype(logits.dtype), None
 
 
 def _teacher_logits(positions: Positions, logits: Array) -> Array:

@@ -77,7 +77,7 @@ def _values(positions: Positions, moments: Moments, axis: int) -> Values:
 
 
 def _gradients(
-    logits: Array, positions: Positions, moments: Moments, axis: int, cotangents: Results, _: bool
+    logits: Array, positions: Positions, moments: Moments, axis: int, cotangents: Results, *, in_place: bool
 ) -> tuple[Array, None]:
     ignored, logits = positions.ignored, freeze_ignored(logits, positions)[0]
     return moment_gradients(logits, moments, 0.0, jnp.where(ignored, 0, cotangents[0]), ignored, axis), None

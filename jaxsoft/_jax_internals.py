@@ -8,7 +8,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.core
@@ -133,75 +133,91 @@ def _with_derivative_of(formula: Function, fn: Function) -> Function:
     return plain
 
 
-def _bind(fn: Function, batch: Callable, programs: Mapping[str, Callable], formula: Function | None) -> Callable:
+def _bind(
+    fn: Function, batch: Callable, programs: Mapping[str, Callable], formula: Function | None
+) -> Callable[..., Results]:
     """The function that adds a primitive with these rules to what is traced."""
     from jax.extend.core import Primitive
-    from jax.interpreters.ad import Zero, instantiate_zeros, is_undefined_primal, primitive_jvps, primitive_transposes
+    from jax.interpreters.ad import primitive_jvps, primitive_transposes
     from jax.interpreters.batching import primitive_batchers
     from jax.interpreters.mlir import lower_fun, register_lowering
 
     primitive = Primitive(fn.__name__)
     primitive.multiple_results = True
+    rules = _Rules(fn, batch, formula, primitive.bind if programs and not formula else None)
+    primitive.def_impl(rules.call)
+    primitive.def_abstract_eval(rules.abstract)
+    primitive_batchers[primitive] = rules.batched
+    primitive_jvps[primitive] = rules.differentiate
+    primitive_transposes[primitive] = rules.transpose
+    register_lowering(primitive, lower_fun(rules.call, multiple_results=True))
+    for platform, choose in programs.items():
+        register_lowering(primitive, functools.partial(_lower, choose), platform=platform)
+    return primitive.bind
 
-    def call(*leaves: Array, tree: Any, static: Hashable) -> Results:
-        return fn(jax.tree.unflatten(tree, leaves), static)
 
-    def abstract(*types, tree, static):
-        return jax.make_jaxpr(fn, static_argnums=1)(jax.tree.unflatten(tree, types), static).out_avals
+class _Rules(NamedTuple):
+    """The rules of a primitive, whose parameters are the structure of the arrays and what is static."""
 
-    def batched(leaves, axes, *, tree, static):
+    fn: Function
+    batch: Callable
+    formula: Function | None
+    value: Callable[..., Results] | None  # another program for the value of what is differentiated
+
+    def call(self, *leaves: Array, tree: Any, static: Hashable) -> Results:
+        return self.fn(jax.tree.unflatten(tree, leaves), static)
+
+    def abstract(self, *types, tree, static):
+        return jax.make_jaxpr(self.fn, static_argnums=1)(jax.tree.unflatten(tree, types), static).out_avals
+
+    def batched(self, leaves, axes, *, tree, static):
         (size,) = {leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True) if axis is not None}
-        results = batch(size, jax.tree.unflatten(tree, axes), jax.tree.unflatten(tree, leaves), static)
+        results = self.batch(size, jax.tree.unflatten(tree, axes), jax.tree.unflatten(tree, leaves), static)
         if results is not None:
             return results
-        by_jax = jax.vmap(functools.partial(call, tree=tree, static=static), in_axes=axes)(*leaves)
+        by_jax = jax.vmap(functools.partial(self.call, tree=tree, static=static), in_axes=axes)(*leaves)
         return by_jax, (0,) * len(by_jax)
 
-    def differentiate(primals, tangents, *, tree, static):
+    def differentiate(self, primals, tangents, *, tree, static):
+        from jax.interpreters.ad import Zero
+
         perturbed = [not isinstance(tangent, Zero) for tangent in tangents]
+        moving, changes = (
+            [v for v, moves in zip(values, perturbed, strict=True) if moves] for values in (primals, tangents)
+        )
 
         def of_perturbed(*values: Array) -> Results:  # the others stay constants, and cost no derivative
             given = iter(values)
             leaves = (next(given) if moves else primal for moves, primal in zip(perturbed, primals, strict=True))
-            return (formula or fn)(jax.tree.unflatten(tree, leaves), static)
+            return (self.formula or self.fn)(jax.tree.unflatten(tree, leaves), static)
 
-        moving, their_tangents = (
-            [v for v, moves in zip(values, perturbed, strict=True) if moves] for values in (primals, tangents)
-        )
-        results, tangents_out = jax.jvp(of_perturbed, moving, their_tangents)
-        # The value may come from another program; with a formula both come from that, which would be computed twice.
-        return results if formula or not programs else bind(*primals, tree=tree, static=static), tangents_out
+        results, result_tangents = jax.jvp(of_perturbed, moving, changes)
+        if self.value is not None:
+            results = self.value(*primals, tree=tree, static=static)
+        return results, result_tangents
 
-    def transpose(cotangents, *leaves, tree, static):
+    def transpose(self, cotangents, *leaves, tree, static):
+        from jax.interpreters.ad import instantiate_zeros, is_undefined_primal
+
         unknown = [is_undefined_primal(leaf) for leaf in leaves]
 
         def of_unknown(*values: Array) -> Results:
             given = iter(values)
             known = (next(given) if is_unknown else leaf for is_unknown, leaf in zip(unknown, leaves, strict=True))
-            return call(*known, tree=tree, static=static)
+            return self.call(*known, tree=tree, static=static)
 
         types = (leaf.aval for leaf, is_unknown in zip(leaves, unknown, strict=True) if is_unknown)
         pulled = iter(jax.linear_transpose(of_unknown, *types)(tuple(map(instantiate_zeros, cotangents))))
         return [next(pulled) if is_unknown else None for is_unknown in unknown]
 
-    def lower(choose: Callable) -> Callable:
-        def rule(context, *values, tree, static):
-            chosen = choose(context, jax.tree.unflatten(tree, context.avals_in), static)
-            program = lambda *leaves: chosen(jax.tree.unflatten(tree, leaves), static)  # noqa: E731
-            return lower_fun(program, multiple_results=True)(context, *values)
 
-        return rule
+def _lower(choose: Callable, context: Any, *values: Any, tree: Any, static: Hashable) -> Any:
+    """Lower the function that is chosen for a platform."""
+    from jax.interpreters.mlir import lower_fun
 
-    primitive.def_impl(call)
-    primitive.def_abstract_eval(abstract)
-    primitive_batchers[primitive] = batched
-    primitive_jvps[primitive] = differentiate
-    primitive_transposes[primitive] = transpose
-    register_lowering(primitive, lower_fun(call, multiple_results=True))
-    for platform, choose in programs.items():
-        register_lowering(primitive, lower(choose), platform=platform)
-    bind = primitive.bind
-    return bind
+    chosen = choose(context, jax.tree.unflatten(tree, context.avals_in), static)
+    program = lambda *leaves: chosen(jax.tree.unflatten(tree, leaves), static)  # noqa: E731
+    return lower_fun(program, multiple_results=True)(context, *values)
 
 
 @functools.cache

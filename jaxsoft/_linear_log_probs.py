@@ -131,52 +131,57 @@ def _around_label(logits: Array, axis: int, targets: Targets, axis_name: AxisNam
 @functools.cache
 def _log_probs(with_entropy: bool) -> Head:
     """The head of the label's log-probability and lse, with the entropy or without, and the argmax."""
+    values = functools.partial(_values, with_entropy=with_entropy)
+    init_output = functools.partial(_init_output, with_entropy=with_entropy)
+    return Head(_around_label, values, _gradients, init_output)
 
-    def values(targets: Targets, statistics: tuple[Moments, Statistics], axis: int) -> Values:
-        moments, of_label = statistics
-        weight = lax.stop_gradient(targets.label_weight)
-        label_log_prob = jnp.where(weight == 0, 0, -weight * of_label.nll)
-        numbers = (moments.statistics.logsumexp, *((moments.entropy,) if with_entropy else ()))
-        numbers = (jnp.where(targets.ignored, 0, number) for number in numbers)
-        return (label_log_prob, *numbers), (jnp.where(targets.ignored, -1, moments.leader),)
 
-    def gradients(
-        logits: Array,
-        targets: Targets,
-        statistics: tuple[Moments, Statistics],
-        axis: int,
-        cotangents: Results,
-        in_place: bool,
-    ) -> tuple[Array, None]:
-        ignored, (logits, targets) = targets.ignored, freeze_ignored(logits, targets)
-        grad_label, grad_lse, *rest = (jnp.where(ignored, 0, c) for c in cotangents)
-        grad_label *= targets.label_weight
-        moments, of_label = statistics
-        factor = grad_lse - grad_label
-        if rest:
-            (grad_entropy,) = rest
-            gap = jnp.where(jnp.exp(of_label.label_logit) == 0, 0, of_label.label_logit)
-            mass = grad_lse - grad_entropy * (moments.mean_gap + gap)
-            at_label = of_label.label_gradient(mass, -grad_label)
-            label = {"label": targets.label, "at_label": at_label}
-            return moment_gradients(logits, moments, factor, grad_entropy, ignored, axis, **label), None
-        scaled = scaled_exponentials(
-            logits,
-            moments.statistics.max_logit,
-            factor / moments.statistics.positive_sum,
-            (axis,),
-            ignored=ignored,
-            label=targets.label,
-            at_label=of_label.label_gradient(grad_lse, -grad_label),
-            in_place=in_place,
-        )
-        return scaled, None
+def _values(targets: Targets, statistics: tuple[Moments, Statistics], axis: int, *, with_entropy: bool) -> Values:
+    moments, of_label = statistics
+    weight = lax.stop_gradient(targets.label_weight)
+    label_log_prob = jnp.where(weight == 0, 0, -weight * of_label.nll)
+    numbers = (moments.statistics.logsumexp, *((moments.entropy,) if with_entropy else ()))
+    numbers = (jnp.where(targets.ignored, 0, number) for number in numbers)
+    return (label_log_prob, *numbers), (jnp.where(targets.ignored, -1, moments.leader),)
 
-    def init_output(positions: int, dtype: Any) -> Values:
-        zeros = jnp.zeros((positions, 1), dtype)
-        return (zeros,) * (3 if with_entropy else 2), (jnp.full((positions, 1), -1, jnp.int32),)
 
-    return Head(_around_label, values, gradients, init_output)
+def _gradients(
+    logits: Array,
+    targets: Targets,
+    statistics: tuple[Moments, Statistics],
+    axis: int,
+    cotangents: Results,
+    *,
+    in_place: bool,
+) -> tuple[Array, None]:
+    ignored, (logits, targets) = targets.ignored, freeze_ignored(logits, targets)
+    grad_label, grad_lse, *rest = (jnp.where(ignored, 0, c) for c in cotangents)
+    grad_label *= targets.label_weight
+    moments, of_label = statistics
+    factor = grad_lse - grad_label
+    if rest:
+        (grad_entropy,) = rest
+        gap = jnp.where(jnp.exp(of_label.label_logit) == 0, 0, of_label.label_logit)
+        mass = grad_lse - grad_entropy * (moments.mean_gap + gap)
+        at_label = of_label.label_gradient(mass, -grad_label)
+        label = {"label": targets.label, "at_label": at_label}
+        return moment_gradients(logits, moments, factor, grad_entropy, ignored, axis, **label), None
+    scaled = scaled_exponentials(
+        logits,
+        moments.statistics.max_logit,
+        factor / moments.statistics.positive_sum,
+        (axis,),
+        ignored=ignored,
+        label=targets.label,
+        at_label=of_label.label_gradient(grad_lse, -grad_label),
+        in_place=in_place,
+    )
+    return scaled, None
+
+
+def _init_output(positions: int, dtype: Any, *, with_entropy: bool) -> Values:
+    zeros = jnp.zeros((positions, 1), dtype)
+    return (zeros,) * (3 if with_entropy else 2), (jnp.full((positions, 1), -1, jnp.int32),)
 
 
 @functools.cache
@@ -201,8 +206,8 @@ def with_log_probs(loss: Head, has_labels: bool) -> Head:
         constants = tuple(jnp.where(targets.ignored, 0, number) for number in constants)
         return variable, lax.stop_gradient((*constants, jnp.where(targets.ignored, -1, moments.leader)))
 
-    def gradients(logits: Array, targets: Any, statistics: Any, axis: int, cotangents: Results, in_place: bool) -> Any:
-        return loss.gradients(logits, targets, statistics[0], axis, cotangents, in_place)
+    def gradients(logits: Array, targets: Any, statistics: Any, axis: int, cotangents: Results, **how: bool) -> Any:
+        return loss.gradients(logits, targets, statistics[0], axis, cotangents, **how)
 
     def init_output(positions: int, dtype: Any) -> Values:
         zeros = jnp.zeros((positions, 1), dtype)

@@ -128,45 +128,50 @@ def _candidates(logits: Array, k: int, axis_name: AxisName) -> tuple[Array, Arra
 
 @functools.cache
 def _top_k(k: int) -> Head:
-    def statistics(logits: Array, axis: int, positions: Positions, axis_name: AxisName) -> TopKStats:
-        first = first_class(logits.shape[axis], axis_name)
-        top, classes = _candidates(logits, k, axis_name)
-        leader = Targets(label=classes[:, :1] - first)
-        found = block_statistics(logits, axis, leader, axis_name)
-        return TopKStats(found, top.astype(found.max_logit.dtype) - found.max_logit, classes, first)
-
-    def values(positions: Positions, top: TopKStats, axis: int) -> Values:
-        return (top.logits - top.statistics.log_sum, top.statistics.logsumexp), (top.classes,)
-
-    def gradients(
-        logits: Array, positions: Positions, top: TopKStats, axis: int, cotangents: Results, in_place: bool
-    ) -> tuple[Array, None]:
-        ignored, logits = positions.ignored, freeze_ignored(logits, positions)[0]
-        statistics, (grad_log_probs, grad_lse) = top.statistics, cotangents
-        removed = is_removed(top.logits)
-        grad_log_probs = jnp.where(removed, 0, grad_log_probs)
-        grad_leader, grad_others = grad_log_probs[:, :1], grad_log_probs[:, 1:]
-        mass = grad_lse - jnp.sum(grad_others, axis, keepdims=True)
-        factor = (mass - grad_leader) / statistics.positive_sum
-        block = top.classes - top.first_class
-        grad_logits = scaled_exponentials(
-            logits,
-            statistics.max_logit,
-            factor,
-            (axis,),
-            ignored=ignored,
-            label=block[:, :1],
-            at_label=statistics.label_gradient(mass, -grad_leader),
-            in_place=in_place,
-        )
-        if k > 1:
-            at_others = factor * jnp.exp(top.logits[:, 1:]) + grad_others
-            grad_logits = put(grad_logits, jnp.where(removed[:, 1:], -1, block[:, 1:]), at_others, axis)
-        return grad_logits, None
-
-    def init_output(positions: int, dtype: Any) -> Values:
-        variable = jnp.zeros((positions, k), dtype), jnp.zeros((positions, 1), dtype)
-        return variable, (jnp.full((positions, k), -1, jnp.int32),)
-
     # XLA adds a bias to the products once for the search, and once more where the gradient is put.
-    return Head(statistics, values, gradients, init_output, copies=True)
+    statistics, init_output = functools.partial(_statistics, k=k), functools.partial(_init_output, k=k)
+    return Head(statistics, _values, _gradients, init_output, copies=True)
+
+
+def _statistics(logits: Array, axis: int, positions: Positions, axis_name: AxisName, *, k: int) -> TopKStats:
+    first = first_class(logits.shape[axis], axis_name)
+    top, classes = _candidates(logits, k, axis_name)
+    leader = Targets(label=classes[:, :1] - first)
+    found = block_statistics(logits, axis, leader, axis_name)
+    return TopKStats(found, top.astype(found.max_logit.dtype) - found.max_logit, classes, first)
+
+
+def _values(positions: Positions, top: TopKStats, axis: int) -> Values:
+    return (top.logits - top.statistics.log_sum, top.statistics.logsumexp), (top.classes,)
+
+
+def _gradients(
+    logits: Array, positions: Positions, top: TopKStats, axis: int, cotangents: Results, *, in_place: bool
+) -> tuple[Array, None]:
+    ignored, logits = positions.ignored, freeze_ignored(logits, positions)[0]
+    statistics, (grad_log_probs, grad_lse) = top.statistics, cotangents
+    removed = is_removed(top.logits)
+    grad_log_probs = jnp.where(removed, 0, grad_log_probs)
+    grad_leader, grad_others = grad_log_probs[:, :1], grad_log_probs[:, 1:]
+    mass = grad_lse - jnp.sum(grad_others, axis, keepdims=True)
+    factor = (mass - grad_leader) / statistics.positive_sum
+    block = top.classes - top.first_class
+    grad_logits = scaled_exponentials(
+        logits,
+        statistics.max_logit,
+        factor,
+        (axis,),
+        ignored=ignored,
+        label=block[:, :1],
+        at_label=statistics.label_gradient(mass, -grad_leader),
+        in_place=in_place,
+    )
+    if top.classes.shape[1] > 1:
+        at_others = factor * jnp.exp(top.logits[:, 1:]) + grad_others
+        grad_logits = put(grad_logits, jnp.where(removed[:, 1:], -1, block[:, 1:]), at_others, axis)
+    return grad_logits, None
+
+
+def _init_output(positions: int, dtype: Any, *, k: int) -> Values:
+    variable = jnp.zeros((positions, k), dtype), jnp.zeros((positions, 1), dtype)
+    return variable, (jnp.full((positions, k), -1, jnp.int32),)

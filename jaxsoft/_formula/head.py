@@ -78,14 +78,15 @@ def scalar_output(positions: int, dtype: Any) -> Values:
 class Head(NamedTuple):
     """Something that is computed from logits and operands, such as a loss from targets: three short functions.
 
-    `statistics(logits, axis, operands, axis_name)` are sums over the classes, of all shards, `values(operands,
-    statistics, axis)` the results. `gradients(logits, operands, statistics, axis, cotangents, in_place)` are those of
-    Σ cotangent·value to the logits and to the target weights, or None; in place the logits are not read again.
+    `statistics(logits, axis, operands, axis_name)` are sums over the classes of all shards, and `values(operands,
+    statistics, axis)` the results. `gradients(logits, operands, statistics, axis, cotangents, *, in_place)` are the
+    gradients of Σ cotangent·value to the logits and to the target weights, or None for the latter; in place the logits
+    are not read again.
     """
 
     statistics: Callable[[Array, int, Any, AxisName], Any]
     values: Callable[[Any, Any, int], Values]
-    gradients: Callable[[Array, Any, Any, int, Results, bool], tuple[Array, Array | None]]
+    gradients: Callable[..., tuple[Array, Array | None]]
     init_output: Callable[[int, Any], Values] = scalar_output  # (positions, dtype): of so many that are ignored
     copies: bool = False  # whether it takes a copy of the logits, for which tiles must have room
 
@@ -106,7 +107,7 @@ def _evaluate_fwd(head: Head, logits: Array, operands: Any, axis: int, axis_name
 
 def _evaluate_bwd(head: Head, axis: int, axis_name: AxisName, residuals: Any, cotangents: Values) -> tuple[Array, Any]:
     logits, operands, statistics = residuals
-    grad_logits, grad_weights = head.gradients(logits, operands, statistics, axis, cotangents[0], False)
+    grad_logits, grad_weights = head.gradients(logits, operands, statistics, axis, cotangents[0], in_place=False)
     return grad_logits, operand_cotangents(type(operands), grad_weights)
 
 

@@ -67,7 +67,7 @@ def position_losses(targets: Targets, statistics: Statistics, axis: int) -> Valu
 
 
 def position_gradients(
-    logits: Array, targets: Targets, statistics: Statistics, axis: int, cotangents: Results, in_place: bool
+    logits: Array, targets: Targets, statistics: Statistics, axis: int, cotangents: Results, *, in_place: bool
 ) -> tuple[Array, Array | None]:
     """The gradients of Σ cotangent·loss to the logits of a block, and to the weights of a distribution: −log p_j.
 

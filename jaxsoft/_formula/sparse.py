@@ -280,66 +280,78 @@ def sparse_loss(targets: SparseTargets) -> Head:
 
 @functools.cache
 def _sparse_loss(outside: Outside, rounding: float) -> Head:
+    statistics = functools.partial(_statistics, outside=outside, rounding=rounding)
+    return Head(statistics, functools.partial(_values, outside=outside), functools.partial(_gradients, outside=outside))
+
+
+def _statistics(
+    logits: Array, axis: int, operands: SparseOperands, axis_name: AxisName, *, outside: Outside, rounding: float
+) -> SparseStatistics:
+    chosen, below, leads = _statistics_of_chosen(logits, operands, axis, axis_name)
+    others = block_statistics(_others(logits, operands, axis), axis, axis_name=axis_name)
+    rest = _rest(logits, operands, axis, axis_name, rounding) if outside == "tail" else None
+    return SparseStatistics(chosen, others, below, leads, rest)
+
+
+def _values(operands: SparseOperands, sparse: SparseStatistics, axis: int, *, outside: Outside) -> Values:
+    q, each = operands.target_weights, sparse.nll
+    nll_chosen, nll_others = _nlls(sparse.log_odds)
+    each = each if outside == "renormalise" else each + nll_chosen
+    # A class without weight costs nothing, at −inf too. What is added is 0 and has the derivative to a probability.
+    constant = lax.stop_gradient(q)
+    cost = weighted(constant, each) + (q - constant) * jnp.where(jnp.isfinite(each), each, 0)
+    losses = jnp.sum(cost, axis, keepdims=True)
+    if sparse.rest is not None:
+        losses += sparse.rest * jnp.where(sparse.rest == 0, 0, nll_others)
+    losses = weighted(lax.stop_gradient(operands.position_weight), losses)
+    if operands.z_loss_weight is not None:
+        losses += weighted(lax.stop_gradient(operands.z_loss_weight), sparse.logsumexp**2)
+    return (losses,), ()
+
+
+def _gradients(
+    logits: Array,
+    operands: SparseOperands,
+    sparse: SparseStatistics,
+    axis: int,
+    cotangents: Results,
+    *,
+    in_place: bool,
+    outside: Outside,
+) -> tuple[Array, Array]:
     renormalised = outside == "renormalise"
-
-    def statistics(logits: Array, axis: int, operands: SparseOperands, axis_name: AxisName) -> SparseStatistics:
-        chosen, below, leads = _statistics_of_chosen(logits, operands, axis, axis_name)
-        others = block_statistics(_others(logits, operands, axis), axis, axis_name=axis_name)
-        rest = _rest(logits, operands, axis, axis_name, rounding) if outside == "tail" else None
-        return SparseStatistics(chosen, others, below, leads, rest)
-
-    def values(operands: SparseOperands, sparse: SparseStatistics, axis: int) -> Values:
-        q, each = operands.target_weights, sparse.nll
-        nll_chosen, nll_others = _nlls(sparse.log_odds)
-        each = each if renormalised else each + nll_chosen
-        # A class without weight costs nothing, at −inf too. What is added is 0 and has the derivative to a probability.
-        constant = lax.stop_gradient(q)
-        cost = weighted(constant, each) + (q - constant) * jnp.where(jnp.isfinite(each), each, 0)
-        losses = jnp.sum(cost, axis, keepdims=True)
-        if sparse.rest is not None:
-            losses += sparse.rest * jnp.where(sparse.rest == 0, 0, nll_others)
-        losses = weighted(lax.stop_gradient(operands.position_weight), losses)
-        if operands.z_loss_weight is not None:
-            losses += weighted(lax.stop_gradient(operands.z_loss_weight), sparse.logsumexp**2)
-        return (losses,), ()
-
-    def gradients(
-        logits: Array, operands: SparseOperands, sparse: SparseStatistics, axis: int, cotangents: Results, _: bool
-    ) -> tuple[Array, Array]:
-        ignored, (logits, operands) = operands.ignored, freeze_ignored(logits, operands)
-        cotangent = jnp.where(ignored, 0, cotangents[0])
-        scale, q = cotangent * operands.position_weight, operands.target_weights
-        chosen, log_odds = sparse.chosen, sparse.log_odds
-        of_leader, of_rest = (
-            scale * jnp.sum(jnp.where(mask, q, 0), axis, keepdims=True) for mask in (sparse.leads, ~sparse.leads)
-        )
-        p_chosen, p_others = _probs(log_odds)
-        # Times 0, not 0: NaN where a target is no class.
-        grad_odds = 0 * scale if renormalised else -(of_leader + of_rest) * p_others
-        if sparse.rest is not None:
-            grad_odds += scale * sparse.rest * p_chosen
-        grad_chosen, grad_others = grad_odds, -grad_odds
-        if operands.z_loss_weight is not None:
-            grad_lse = cotangent * 2 * operands.z_loss_weight * sparse.logsumexp
-            grad_chosen, grad_others = grad_chosen + grad_lse * p_chosen, grad_others + grad_lse * p_others
-        at_leader = chosen.label_gradient(of_rest + grad_chosen, of_leader)
-        at_each = (of_leader + of_rest + grad_chosen) / chosen.positive_sum * jnp.exp(sparse.below) - scale * q
-        at_chosen = jnp.where(ignored, 0, jnp.where(sparse.leads, at_leader, at_each))
-        others, statistics = _others(logits, operands, axis), sparse.others
-        factor = grad_others / statistics.positive_sum
-        grad_logits = scaled_exponentials(others, statistics.max_logit, factor, (axis,), ignored=ignored, in_place=True)
-        grad_weights = sparse.nll
-        if not renormalised:
-            nll_chosen = _nlls(log_odds)[0]
-            # With "tail" one of the K gains what it takes from the others: −log P + log(1 − P).
-            gain = nll_chosen if sparse.rest is None else jnp.where(sparse.rest == 0, nll_chosen, -log_odds)
-            grad_weights += gain
-        grad_weights = jnp.where(is_removed(sparse.below), 0, grad_weights)
-        return put(grad_logits, operands.classes, at_chosen, axis), scale_gradient(
-            grad_weights, scale, operands.position_weight == 0
-        )
-
-    return Head(statistics, values, gradients)
+    ignored, (logits, operands) = operands.ignored, freeze_ignored(logits, operands)
+    cotangent = jnp.where(ignored, 0, cotangents[0])
+    scale, q = cotangent * operands.position_weight, operands.target_weights
+    chosen, log_odds = sparse.chosen, sparse.log_odds
+    of_leader, of_rest = (
+        scale * jnp.sum(jnp.where(mask, q, 0), axis, keepdims=True) for mask in (sparse.leads, ~sparse.leads)
+    )
+    p_chosen, p_others = _probs(log_odds)
+    # Times 0, not 0: NaN where a target is no class.
+    grad_odds = 0 * scale if renormalised else -(of_leader + of_rest) * p_others
+    if sparse.rest is not None:
+        grad_odds += scale * sparse.rest * p_chosen
+    grad_chosen, grad_others = grad_odds, -grad_odds
+    if operands.z_loss_weight is not None:
+        grad_lse = cotangent * 2 * operands.z_loss_weight * sparse.logsumexp
+        grad_chosen, grad_others = grad_chosen + grad_lse * p_chosen, grad_others + grad_lse * p_others
+    at_leader = chosen.label_gradient(of_rest + grad_chosen, of_leader)
+    at_each = (of_leader + of_rest + grad_chosen) / chosen.positive_sum * jnp.exp(sparse.below) - scale * q
+    at_chosen = jnp.where(ignored, 0, jnp.where(sparse.leads, at_leader, at_each))
+    others, statistics = _others(logits, operands, axis), sparse.others
+    factor = grad_others / statistics.positive_sum
+    grad_logits = scaled_exponentials(others, statistics.max_logit, factor, (axis,), ignored=ignored, in_place=True)
+    grad_weights = sparse.nll
+    if not renormalised:
+        nll_chosen = _nlls(log_odds)[0]
+        # With "tail" one of the K gains what it takes from the others: −log P + log(1 − P).
+        gain = nll_chosen if sparse.rest is None else jnp.where(sparse.rest == 0, nll_chosen, -log_odds)
+        grad_weights += gain
+    grad_weights = jnp.where(is_removed(sparse.below), 0, grad_weights)
+    return put(grad_logits, operands.classes, at_chosen, axis), scale_gradient(
+        grad_weights, scale, operands.position_weight == 0
+    )
 
 
 def _statistics_of_chosen(

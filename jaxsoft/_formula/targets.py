@@ -176,12 +176,7 @@ def dense_operands(
     """
     if not jnp.issubdtype(targets.dtype, jnp.floating) and targets.shape == logits.shape and logits.classes != 1:
         targets = _one_hot(targets, logits.dtype)
-    if options.class_weights is None:
-        class_weights, of_block = None, logits.along_classes(jnp.ones(logits.shape[logits.axis], logits.dtype))
-    else:
-        class_weights = _class_weights(options.class_weights, logits)
-        block = lax.dynamic_slice_in_dim(class_weights, logits.first_class, logits.shape[logits.axis])
-        of_block = logits.along_classes(class_weights if logits.axis_name is None else block)
+    class_weights, of_block = _class_weights(options.class_weights, logits)
     uniform = None if options.label_smoothing is None else _uniform(of_block, options.where, logits)
     counted = position_weights(options.weights, logits)
     if jnp.issubdtype(targets.dtype, jnp.integer):
@@ -206,12 +201,17 @@ def _one_hot(targets: Array, dtype: jnp.dtype) -> Array:
     return jnp.where(valid, targets, 0).astype(dtype) * nan_unless(valid, dtype)
 
 
-def _class_weights(class_weights: Array, logits: LogitsType) -> Array:
+def _class_weights(class_weights: Array | None, logits: LogitsType) -> tuple[Array | None, Array]:
+    """The weights of all classes, if there are any, and those of the block, to broadcast against the logits."""
+    block = logits.shape[logits.axis]
+    if class_weights is None:
+        return None, logits.along_classes(jnp.ones(block, logits.dtype))
     weights = _weights("class_weights", class_weights, logits.dtype)
     if weights.shape != (logits.classes,):
         expected = f"({logits.classes},), one weight per class"
         raise ValueError(f"class_weights: expected shape {expected}, got {weights.shape}")
-    return weights
+    own = weights if logits.axis_name is None else lax.dynamic_slice_in_dim(weights, logits.first_class, block)
+    return weights, logits.along_classes(own)
 
 
 def _uniform(of_block: Array, where: Array | None, logits: LogitsType) -> Array:

@@ -92,7 +92,7 @@ class _Gradients(NamedTuple):
             # Without it XLA would keep the exponentials of the statistics for the gradient, as large as the logits.
             logits, statistics = lax.optimization_barrier((logits, statistics))
         in_place = not self.needs_grad.target_weights
-        grad_logits, grad_weights = config.head.gradients(logits, t, statistics, 1, c, in_place)
+        grad_logits, grad_weights = config.head.gradients(logits, t, statistics, 1, c, in_place=in_place)
         (grad_products,) = pull(grad_logits)
         return x, values, grad_products, grad_weights
 
