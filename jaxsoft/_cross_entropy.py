@@ -51,7 +51,7 @@ def cross_entropy(
             `reshape` does: labels count the last of the axes fastest, and sparse targets have K at the end.
         ignore_index: label of the positions that take no part: loss 0, gradient 0, not counted. Any
             integer, also one that is a class.
-        weights: weight of each position, or a mask of those that take part, broadcasting to the loss; 0
+        weights: weight of each position, or a mask of those that count, broadcasting to the loss; 0
             leaves a position out like `ignore_index`.
         class_weights: weight c of each class, of shape (classes,).
         where: booleans that broadcast to the logits' shape; False removes a class. What a distribution has there costs
@@ -61,10 +61,10 @@ def cross_entropy(
             schedules, and are constants.
         reduction: "none", the loss of each position; "sum"; or "mean", over the weights of the
             positions that are not ignored, each times its label's class weight when targets are labels.
-        axis_name: inside `jax.shard_map`, the mesh axis over which the classes are laid in contiguous
+        axis_name: inside `jax.shard_map`, the mesh axis over which the classes are sharded in contiguous
             blocks: logits, masks and distributions are of one block, labels and class weights of all
             classes. The loss and gradients are those of the whole, for two all-reduces of a few numbers
-            a position (a third with `where` and smoothing). Types do not tell blocks from copies of all logits
+            per position (a third with `where` and smoothing). Types do not tell blocks from copies of all logits
             that were gathered inside the `shard_map`: those would count once for each device. Where the
             positions are sharded too, "mean" is over those of one device: take "sum", and divide by the `psum` of
             the count.
@@ -76,7 +76,7 @@ def cross_entropy(
     Edges: a label out of range is never clamped or wrapped: its loss and its gradients are NaN, the
     gradients elsewhere are not touched (`checked` raises instead). A removed label costs +inf, with
     finite gradients. Nothing to average gives loss 0 and gradient 0. The logits of a position that
-    takes no part may be anything, NaN too; elsewhere a NaN or +inf logit makes the loss NaN or +inf.
+    is ignored may be anything, NaN too; elsewhere a NaN or +inf logit makes the loss NaN or +inf.
 
     Differentiation: to logits and to distributions, in reverse mode to any order and forward over
     reverse (`jax.hessian`). Gradients have the dtype of their input. Labels, weights and masks are
@@ -127,8 +127,8 @@ def _cross_entropy(
     axis_name: AxisName,
 ) -> Array:
     averaging = Averaging(reduction)
-    of_logits = LogitsType(logits, axis, axis_name)
-    operands, denominator = target_operands(targets, of_logits, options, averaging, ignore_index)
+    logits_type = LogitsType(logits, axis, axis_name)
+    operands, denominator = target_operands(targets, logits_type, options, averaging, ignore_index)
     logits = remove_classes(logits, options.where)
     check_values("logits", logits, ~jnp.isnan(logits) | (operands.position_weight == 0), "a number")
     (losses,), _ = cast(Values, evaluate(loss_head(targets), logits, operands, axis, axis_name))

@@ -50,7 +50,7 @@ def kl_divergence(
         kind: "forward", which has its mean under the teacher and makes the student cover all that it does; "reverse",
             under the student, which makes it keep to where the teacher is; or "jensen-shannon" between them.
         beta: β in (0, 1), of "jensen-shannon" alone.
-        weights: weight of each position, or a mask of those that take part.
+        weights: weight of each position, or a mask of those that count.
         where: booleans that broadcast to the logits' shape; False removes a class of both.
         reduction: "none", "sum" or "mean", which is over the weights.
         axis_name: the mesh axis over which the classes are sharded, as in `softmax`.
@@ -77,17 +77,17 @@ def kl_divergence(
     the Shannon entropy" (1991); between them for distillation, R. Agarwal et al., "On-policy distillation of language
     models" (2024).
     """
-    of_teacher = as_floating("teacher_logits", teacher_logits)
+    teacher_z = as_floating("teacher_logits", teacher_logits)
     shape = jnp.shape(as_floating("logits", logits))
-    if of_teacher.shape != shape:
-        raise ValueError(f"teacher_logits: expected the logits' shape {shape}, got {of_teacher.shape}")
-    z, class_axis, mask, axis_name, (of_teacher,) = dense_arguments(logits, axis, where, axis_name, of_teacher)
-    z, of_teacher = remove_classes(z, mask), remove_classes(of_teacher, mask)
+    if teacher_z.shape != shape:
+        raise ValueError(f"teacher_logits: expected the logits' shape {shape}, got {teacher_z.shape}")
+    z, class_axis, mask, axis_name, (teacher_z,) = dense_arguments(logits, axis, where, axis_name, teacher_z)
+    z, teacher_z = remove_classes(z, mask), remove_classes(teacher_z, mask)
     averaging = Averaging(as_option("reduction", reduction, REDUCTIONS))
     weight = jnp.expand_dims(position_weights(weights, LogitsType(z, class_axis, axis_name)), class_axis)
     check_values("logits", z, ~jnp.isnan(z) | (weight == 0), "a number")
-    check_values("teacher_logits", of_teacher, ~jnp.isnan(of_teacher) | (weight == 0), "a number")
-    positions = Positions(weight, lax.stop_gradient(shard_like(of_teacher, z)))
+    check_values("teacher_logits", teacher_z, ~jnp.isnan(teacher_z) | (weight == 0), "a number")
+    positions = Positions(weight, lax.stop_gradient(shard_like(teacher_z, z)))
     return _kl_divergence(z, positions, _divergence_head(kind, beta), class_axis, averaging, axis_name)
 
 
@@ -133,7 +133,7 @@ def linear_kl_divergence(
         teacher_bias: of the teacher's.
         kind: "forward", "reverse" or "jensen-shannon", as in `kl_divergence`.
         beta: β in (0, 1), of "jensen-shannon" alone.
-        weights: weight of each position, or a mask of those that take part; 0 leaves a position out.
+        weights: weight of each position, or a mask of those that count; 0 leaves a position out.
         where: booleans of shape (classes,); False removes a class of both.
         soft_cap: of the student's logits.
         teacher_soft_cap: of the teacher's.
@@ -142,8 +142,8 @@ def linear_kl_divergence(
         reduction: "none", "sum" or "mean", which is over the weights.
         kernel_axis: the class axis of both kernels.
         memory_budget: bytes that one tile of both's logits and what is computed from them may take.
-        axis_name: the mesh axis over which the classes of both are laid, as in `linear_cross_entropy`.
-        batch_axes: the mesh axes over which the positions are laid, as in `linear_cross_entropy`.
+        axis_name: the mesh axis over which the classes of both are sharded, as in `linear_cross_entropy`.
+        batch_axes: the mesh axes over which the positions are sharded, as in `linear_cross_entropy`.
 
     Returns:
         As `kl_divergence`.
@@ -167,8 +167,8 @@ def linear_kl_divergence(
     """
     execution = Execution(kernel_axis, memory_budget, axis_name, batch_axes)
     args = check_head(features, kernel, bias, where, Scaling(soft_cap, temperature), execution)
-    of_teacher = teacher_features, teacher_kernel, teacher_bias, where, Scaling(teacher_soft_cap, temperature)
-    teacher = check_head(*of_teacher, execution, prefix="teacher_")
+    given = teacher_features, teacher_kernel, teacher_bias, where, Scaling(teacher_soft_cap, temperature)
+    teacher = check_head(*given, execution, prefix="teacher_")
     positions, shape = args.layer.features.shape[:-1], teacher.layer.features.shape
     if shape[:-1] != positions:
         raise ValueError(f"teacher_features: expected the positions of features {positions} and a width, got {shape}")
@@ -229,8 +229,8 @@ def _statistics(
         divergence = summed(t, s, r) if kind == "forward" else summed(s, t, -r)
         return DivergenceStatistics(student, teacher, divergence, divergence)
     m = beta * t + (1 - beta) * s
-    of_teacher, of_student = summed(t, m, _mixed(r, beta)), summed(s, m, _mixed(-r, 1 - beta))
-    return DivergenceStatistics(student, teacher, beta * of_teacher + (1 - beta) * of_student, of_student)
+    under_teacher, under_student = summed(t, m, _mixed(r, beta)), summed(s, m, _mixed(-r, 1 - beta))
+    return DivergenceStatistics(student, teacher, beta * under_teacher + (1 - beta) * under_student, under_student)
 
 
 def _values(positions: Positions, statistics: DivergenceStatistics, axis: int) -> Values:

@@ -186,12 +186,12 @@ class _Rules(NamedTuple):
             [v for v, moves in zip(values, perturbed, strict=True) if moves] for values in (primals, tangents)
         )
 
-        def of_perturbed(*values: Array) -> Results:  # the others stay constants, and cost no derivative
+        def perturbed_part(*values: Array) -> Results:  # the others stay constants, and cost no derivative
             given = iter(values)
             leaves = (next(given) if moves else primal for moves, primal in zip(perturbed, primals, strict=True))
             return (self.formula or self.fn)(jax.tree.unflatten(tree, leaves), static)
 
-        results, result_tangents = jax.jvp(of_perturbed, moving, changes)
+        results, result_tangents = jax.jvp(perturbed_part, moving, changes)
         if self.value is not None:
             results = self.value(*primals, tree=tree, static=static)
         return results, result_tangents
@@ -201,13 +201,13 @@ class _Rules(NamedTuple):
 
         unknown = [is_undefined_primal(leaf) for leaf in leaves]
 
-        def of_unknown(*values: Array) -> Results:
+        def linear_part(*values: Array) -> Results:
             given = iter(values)
             known = (next(given) if is_unknown else leaf for is_unknown, leaf in zip(unknown, leaves, strict=True))
             return self.call(*known, tree=tree, static=static)
 
         types = (leaf.aval for leaf, is_unknown in zip(leaves, unknown, strict=True) if is_unknown)
-        pulled = iter(jax.linear_transpose(of_unknown, *types)(tuple(map(instantiate_zeros, cotangents))))
+        pulled = iter(jax.linear_transpose(linear_part, *types)(tuple(map(instantiate_zeros, cotangents))))
         return [next(pulled) if is_unknown else None for is_unknown in unknown]
 
 

@@ -55,8 +55,8 @@ def linear_cross_entropy(
             floating distribution of shape (..., classes), which need not sum to one, or a one-hot over two classes or
             more; or `SparseTargets` of a few classes: all as in `cross_entropy`.
         bias: b of shape (classes,).
-        ignore_index: label of the positions that take no part, nor, to first order, any time.
-        weights: weight of each position, or a mask of those that take part; 0 leaves a position out like
+        ignore_index: label of the positions that contribute nothing and cost almost no time.
+        weights: weight of each position, or a mask of those that count; 0 leaves a position out like
             `ignore_index`.
         class_weights: weight of each class, of shape (classes,).
         where: booleans of shape (classes,); False removes a class, such as one that pads the vocabulary.
@@ -78,7 +78,7 @@ def linear_cross_entropy(
             would count once for each device. Where a `shard_map` has sharded the positions too, "mean" is over those
             of one device: take "sum", and divide by the `psum` of the count.
         batch_axes: on an automatic mesh set by `jax.set_mesh`, the names of the mesh axes over which the first axis of
-            the positions is laid, or a `PartitionSpec` for each of these axes. Explicit axes are read from the types.
+            the positions is sharded, or a `PartitionSpec` for all of them. Explicit axes are read from the types.
 
     Returns:
         The loss in float32, or float64 for float64 inputs: a scalar, or with "none" an array of the
@@ -86,7 +86,7 @@ def linear_cross_entropy(
         which are constants: of each position lse, argmax, entropy and, of labels, their log-probability.
 
     Edges: as in `cross_entropy`: a label out of range gives NaN, nothing to average gives 0, and the
-    features of a position that takes no part may be NaN. A bias of −inf removes a class like `where`, soft
+    features of a position that is ignored may be NaN. A bias of −inf removes a class like `where`, soft
     cap or not: smoothing shares its mass among the classes left.
 
     Differentiation: to features, kernel, bias and distributions, in reverse mode to any order and forward
@@ -98,16 +98,16 @@ def linear_cross_entropy(
 
     Under `jax.vmap` over features, and targets and weights where these are mapped, as over sequences, all examples
     are positions of one loss, with gradients formed in the backward pass. A mapped layer, and `vmap` of a
-    gradient, have a kernel gradient for each example, and may not be mapped over an axis that is laid over a mesh
+    gradient, have a kernel gradient for each example, and may not be mapped over an axis that is sharded over a mesh
     explicitly (JAX loses its name inside the loop). In the body of `jax.lax.scan` or `jax.lax.map` every step
     would keep its gradients: wrap the body in `jax.checkpoint`.
 
     Products are computed in the wider dtype of features and kernel (cast the kernel to compute in bfloat16),
     their sums and everything else in float32.
 
-    Sharded arrays under plain `jax.jit`: on explicit axes as they are laid, on automatic ones as `batch_axes` and
-    `axis_name` say, each device has a loop over its own positions, in which only two numbers a position are summed over
-    the blocks of a vocabulary. A kernel that is sharded over the positions' axes (fully sharded data parallelism) is
+    Sharded arrays under plain `jax.jit`: on explicit axes as they are sharded, on automatic ones as `batch_axes` and
+    `axis_name` say, each device has a loop over its own positions, in which only two numbers per position are summed
+    over the blocks of a vocabulary. A kernel that is sharded over the positions' axes (fully sharded data parallelism) is
     gathered once and its gradient, in float32, reduced once; "mean" is over the positions of all devices. Without
     `batch_axes` on automatic axes the result is the same, but every device may do all positions. JAX cannot
     differentiate one `shard_map` in another: in your own, name all axes that have part in it.

@@ -21,7 +21,7 @@ from jaxsoft._linear.run import run_head
 
 
 class LogProbs(NamedTuple):
-    """What is known of softmax(logits) at each position; 0, and of the argmax −1, at one that takes no part.
+    """What is known of softmax(logits) at each position; 0, and of the argmax −1, at one that is ignored.
 
     Such are ignored, or of weight 0; beside a loss also those whose label is of a class of weight 0.
     """
@@ -65,15 +65,15 @@ def linear_log_probs(
         kernel: weights of the layer.
         labels: integers in [0, classes), of the features' shape without their last axis.
         bias: of shape (classes,).
-        ignore_index: label of the positions that take no part, nor any time.
+        ignore_index: label of the positions that contribute nothing and cost almost no time.
         where: booleans of shape (classes,); False removes a class.
         soft_cap: c > 0, which keeps the logits within ±c.
         temperature: T > 0, which divides the logits after the cap, once: all results are those of the quotients.
         entropy: whether the entropy is wanted.
         kernel_axis: the kernel's class axis.
         memory_budget: bytes that one tile's logits and their gradient may take.
-        axis_name: the mesh axis over which the classes are laid.
-        batch_axes: the mesh axes over which the positions are laid.
+        axis_name: the mesh axis over which the classes are sharded.
+        batch_axes: the mesh axes over which the positions are sharded.
 
     Returns:
         `LogProbs` in float32, or float64 for float64 inputs, of the labels' shape.
@@ -137,9 +137,9 @@ def _log_probs(with_entropy: bool) -> Head:
 
 
 def _values(targets: Targets, statistics: tuple[Moments, Statistics], axis: int, *, with_entropy: bool) -> Values:
-    moments, of_label = statistics
+    moments, label_statistics = statistics
     weight = lax.stop_gradient(targets.label_weight)
-    label_log_prob = jnp.where(weight == 0, 0, -weight * of_label.nll)
+    label_log_prob = jnp.where(weight == 0, 0, -weight * label_statistics.nll)
     numbers = (moments.statistics.logsumexp, *((moments.entropy,) if with_entropy else ()))
     numbers = (jnp.where(targets.ignored, 0, number) for number in numbers)
     return (label_log_prob, *numbers), (jnp.where(targets.ignored, -1, moments.leader),)
@@ -157,13 +157,13 @@ def _gradients(
     ignored, (logits, targets) = targets.ignored, freeze_ignored(logits, targets)
     grad_label, grad_lse, *rest = (jnp.where(ignored, 0, c) for c in cotangents)
     grad_label *= targets.label_weight
-    moments, of_label = statistics
+    moments, label_statistics = statistics
     factor = grad_lse - grad_label
     if rest:
         (grad_entropy,) = rest
-        gap = jnp.where(jnp.exp(of_label.label_logit) == 0, 0, of_label.label_logit)
+        gap = jnp.where(jnp.exp(label_statistics.label_logit) == 0, 0, label_statistics.label_logit)
         mass = grad_lse - grad_entropy * (moments.mean_gap + gap)
-        at_label = of_label.label_gradient(mass, -grad_label)
+        at_label = label_statistics.label_gradient(mass, -grad_label)
         label = {"label": targets.label, "at_label": at_label}
         return moment_gradients(logits, moments, factor, grad_entropy, ignored, axis, **label), None
     scaled = scaled_exponentials(
@@ -173,7 +173,7 @@ def _gradients(
         (axis,),
         ignored=ignored,
         label=targets.label,
-        at_label=of_label.label_gradient(grad_lse, -grad_label),
+        at_label=label_statistics.label_gradient(grad_lse, -grad_label),
         in_place=in_place,
     )
     return scaled, None
@@ -190,19 +190,22 @@ def with_log_probs(loss: Head, has_labels: bool) -> Head:
 
     def statistics(logits: Array, axis: int, targets: Any, axis_name: AxisName) -> Any:
         if has_labels:
-            moments, of_label = _around_label(logits, axis, targets, axis_name)
+            moments, label_statistics = _around_label(logits, axis, targets, axis_name)
         else:
-            moments, of_label = block_moments(logits, axis, axis_name), None
+            moments, label_statistics = block_moments(logits, axis, axis_name), None
         again = not has_labels or targets.target_weights is not None  # otherwise no sum is taken again
-        of_loss = loss.statistics(logits, axis, targets, axis_name) if again else of_label
-        return of_loss, moments, of_label
+        loss_statistics = loss.statistics(logits, axis, targets, axis_name) if again else label_statistics
+        return loss_statistics, moments, label_statistics
 
     def values(targets: Any, statistics: Any, axis: int) -> Values:
-        of_loss, moments, of_label = statistics
-        variable, _ = loss.values(targets, of_loss, axis)
+        loss_statistics, moments, label_statistics = statistics
+        variable, _ = loss.values(targets, loss_statistics, axis)
         constants = (moments.statistics.logsumexp, moments.entropy)
         if has_labels:
-            constants = (0 * targets.position_weight - of_label.nll, *constants)  # NaN where the label is no class
+            constants = (
+                0 * targets.position_weight - label_statistics.nll,
+                *constants,
+            )  # NaN where the label is no class
         constants = tuple(jnp.where(targets.ignored, 0, number) for number in constants)
         return variable, lax.stop_gradient((*constants, jnp.where(targets.ignored, -1, moments.leader)))
 

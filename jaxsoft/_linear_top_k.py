@@ -66,8 +66,8 @@ def linear_top_k(
         temperature: T > 0, which divides the logits after the cap.
         kernel_axis: the kernel's class axis.
         memory_budget: bytes that one tile's logits and their gradient may take.
-        axis_name: the mesh axis over which the classes are laid. Each device sends its own k candidates, no logits.
-        batch_axes: the mesh axes over which the positions are laid.
+        axis_name: the mesh axis over which the classes are sharded. Each device sends its own k candidates, no logits.
+        batch_axes: the mesh axes over which the positions are sharded.
 
     Returns:
         `TopK`, log-probabilities in float32, or float64 for float64 inputs.

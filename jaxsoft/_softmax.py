@@ -36,8 +36,8 @@ def softmax(
         logits: scores z of any shape, in float16, bfloat16, float32 or float64 (integers are promoted).
         axis: the class axis, several axes that together enumerate the classes, or None for all.
         where: booleans that broadcast to the logits' shape; False removes a class.
-        axis_name: inside `jax.shard_map`, the mesh axis over which the classes are laid in blocks. The
-            result is this block of the whole softmax, for two all-reduces of one number a vector, and one more
+        axis_name: inside `jax.shard_map`, the mesh axis over which the classes are sharded in blocks. The
+            result is this block of the whole softmax, for two all-reduces of one number per vector, and one more
             in the backward pass.
 
     Returns:
@@ -235,7 +235,7 @@ def log_softmax(
     logarithm, and to its own logit a derivative, of 0: both have rounded away beside 1. For the loss of a label
     take `cross_entropy`, which keeps its digits.
 
-    Differentiation: as `softmax`; the logits and two numbers a vector are kept.
+    Differentiation: as `softmax`; the logits and two numbers per vector are kept.
 
     Raises:
         TypeError, ValueError: as `softmax`.
@@ -329,7 +329,7 @@ def logsumexp(
     Exactness: m + log1p(Σ exp(z_j − m) over all classes but one with the largest logit m). Near 0, where both terms are
     small, it keeps digits that log(1 + …) has rounded away: logsumexp([0, −20]) is 2.06e-9.
 
-    Differentiation: as `softmax`; the logits and two numbers a vector are kept.
+    Differentiation: as `softmax`; the logits and two numbers per vector are kept.
 
     Raises:
         TypeError, ValueError: as `softmax`.

@@ -80,7 +80,7 @@ def softmax_with_loss(
     Args:
         logits: scores z of any rank, classes along `axis`, in float16, bfloat16, float32 or
             float64.
-        labels: one a position, in any shape of that many elements whose first dimension is the
+        labels: one per position, in any shape of that many elements whose first dimension is the
             logits'. Floats, as Caffe stores labels, are truncated to integers.
         axis: the class axis; a negative one counts from the end.
         ignore_label: any integer; positions of this label have loss 0 and gradient 0, whatever their logits,
@@ -149,7 +149,7 @@ def infogain_loss(
 
     Args:
         logits: scores z, classes along `axis`; like all but `infogain` as in `softmax_with_loss`.
-        labels: one a position.
+        labels: one per position.
         infogain: the matrix H, a row a label, in any shape of classes² elements. A constant: no gradient.
         axis: the class axis.
         ignore_label: label of the positions that take no part.
@@ -257,7 +257,7 @@ def _read_labels(labels: Labels, shape: tuple[int, ...], axis: int, ignore_label
     classes, positions = shape[axis], shape[:axis] + shape[axis + 1 :]
     if given.size != math.prod(positions):
         raise ValueError(
-            f"labels: expected {math.prod(positions)} labels, one a position of shape {shape} without axis {axis}, "
+            f"labels: expected {math.prod(positions)} labels, one per position of shape {shape} without axis {axis}, "
             f"got {given.size} of shape {given.shape}"
         )
     if given.shape[:1] != shape[:1]:

@@ -33,7 +33,7 @@ NONE = -(2**31)  # the index of what is no class, or again one of before: it is 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class SparseTargets:
-    """Probabilities q of K classes a position, as targets of `cross_entropy` and `linear_cross_entropy`.
+    """Probabilities q of K classes per position, as targets of `cross_entropy` and `linear_cross_entropy`.
 
     tail:         loss = −Σ_k q_k log p_k − (1 − Σ_k q_k) log(1 − Σ_k p_k)
     renormalise:  loss = −Σ_k q̃_k log p̃_k,  q̃ = q / Σ_k q_k,  p̃ = p / Σ_k p_k
@@ -324,20 +324,20 @@ def _gradients(
     cotangent = jnp.where(ignored, 0, cotangents[0])
     scale, q = cotangent * operands.position_weight, operands.target_weights
     chosen, log_odds = sparse.chosen, sparse.log_odds
-    of_leader, of_rest = (
+    leader_weight, rest_weight = (
         scale * jnp.sum(jnp.where(mask, q, 0), axis, keepdims=True) for mask in (sparse.leads, ~sparse.leads)
     )
     p_chosen, p_others = _probs(log_odds)
     # Times 0, not 0: NaN where a target is no class.
-    grad_odds = 0 * scale if renormalised else -(of_leader + of_rest) * p_others
+    grad_odds = 0 * scale if renormalised else -(leader_weight + rest_weight) * p_others
     if sparse.rest is not None:
         grad_odds += scale * sparse.rest * p_chosen
     grad_chosen, grad_others = grad_odds, -grad_odds
     if operands.z_loss_weight is not None:
         grad_lse = cotangent * 2 * operands.z_loss_weight * sparse.logsumexp
         grad_chosen, grad_others = grad_chosen + grad_lse * p_chosen, grad_others + grad_lse * p_others
-    at_leader = chosen.label_gradient(of_rest + grad_chosen, of_leader)
-    at_each = (of_leader + of_rest + grad_chosen) / chosen.positive_sum * jnp.exp(sparse.below) - scale * q
+    at_leader = chosen.label_gradient(rest_weight + grad_chosen, leader_weight)
+    at_each = (leader_weight + rest_weight + grad_chosen) / chosen.positive_sum * jnp.exp(sparse.below) - scale * q
     at_chosen = jnp.where(ignored, 0, jnp.where(sparse.leads, at_leader, at_each))
     others, statistics = _others(logits, operands, axis), sparse.others
     factor = grad_others / statistics.positive_sum

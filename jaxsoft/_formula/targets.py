@@ -176,8 +176,8 @@ def dense_operands(
     """
     if not jnp.issubdtype(targets.dtype, jnp.floating) and targets.shape == logits.shape and logits.classes != 1:
         targets = _one_hot(targets, logits.dtype)
-    class_weights, of_block = _class_weights(options.class_weights, logits)
-    uniform = None if options.label_smoothing is None else _uniform(of_block, options.where, logits)
+    class_weights, block_weights = _class_weights(options.class_weights, logits)
+    uniform = None if options.label_smoothing is None else _uniform(block_weights, options.where, logits)
     counted = position_weights(options.weights, logits)
     if jnp.issubdtype(targets.dtype, jnp.integer):
         operands, counted, weights = _label_operands(targets, logits, counted, class_weights, ignore_index, name)
@@ -188,7 +188,7 @@ def dense_operands(
     else:
         counted = weights = jnp.expand_dims(counted, logits.axis)
         distribution = _as_distribution(targets, logits, ignore_index)
-        operands = _distribution_operands(distribution, logits, counted, of_block, uniform, options)
+        operands = _distribution_operands(distribution, logits, counted, block_weights, uniform, options)
     denominator = averaging.denominator(weights)
     return operands._replace(z_loss_weight=z_loss_weights(options.z_loss, counted, denominator, averaging)), denominator
 
@@ -214,12 +214,12 @@ def _class_weights(class_weights: Array | None, logits: LogitsType) -> tuple[Arr
     return weights, logits.along_classes(own)
 
 
-def _uniform(of_block: Array, where: Array | None, logits: LogitsType) -> Array:
+def _uniform(block_weights: Array, where: Array | None, logits: LogitsType) -> Array:
     """What smoothing shares among the classes that are left, to each by its class weight."""
     if where is None:
-        return of_block / jnp.asarray(logits.classes, logits.dtype)
+        return block_weights / jnp.asarray(logits.classes, logits.dtype)
     left = sum_shards(jnp.sum(where, logits.axis, keepdims=True, dtype=logits.dtype), logits.axis_name)
-    return jnp.where(where, of_block, 0) / jnp.maximum(left, 1)
+    return jnp.where(where, block_weights, 0) / jnp.maximum(left, 1)
 
 
 def _label_operands(
@@ -271,7 +271,7 @@ def _distribution_operands(
     distribution: Array,
     logits: LogitsType,
     counted: Array,
-    of_block: Array,
+    block_weights: Array,
     uniform: Array | None,
     options: Options,
 ) -> Targets:
@@ -280,10 +280,10 @@ def _distribution_operands(
     if differentiable is None:
         differentiable = logits.along_classes(jnp.ones(logits.shape[logits.axis], bool))
     if options.class_weights is not None:
-        differentiable &= of_block != 0
+        differentiable &= block_weights != 0
     if options.label_smoothing is not None:
         differentiable &= options.label_smoothing != 1
-    target_weights = jnp.where(differentiable, distribution, lax.stop_gradient(distribution)) * of_block
+    target_weights = jnp.where(differentiable, distribution, lax.stop_gradient(distribution)) * block_weights
     if uniform is not None:
         smoothing = cast(Array, options.label_smoothing)
         target_weights = (1 - smoothing) * target_weights + smoothing * uniform

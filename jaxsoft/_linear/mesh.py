@@ -41,7 +41,7 @@ class Layout(NamedTuple):
 
 
 def head_layout(layer: "LinearParams", config: "HeadConfig") -> Layout | None:
-    """The layout of a linear head; None where no mesh axis takes part."""
+    """The layout of a linear head; None where nothing is sharded."""
     features, kernel, class_axis = layer.features, layer.kernel, config.class_axis
     explicit = explicit_sharding(features) or explicit_sharding(kernel)
     positions = explicit_names(features)[:-1]
@@ -49,15 +49,15 @@ def head_layout(layer: "LinearParams", config: "HeadConfig") -> Layout | None:
         given = ((),) * config.averaging.examples + tuple(map(as_names, config.batch_axes))
         pairs = itertools.zip_longest(positions, given, fillvalue=())
         positions = tuple((*names, *(name for name in more if name not in names)) for names, more in pairs)
-    of_kernel = list(explicit_names(kernel))
+    kernel_names = list(explicit_names(kernel))
     if config.class_names:
-        of_kernel[class_axis] = config.class_names
+        kernel_names[class_axis] = config.class_names
     context = jax.sharding.get_abstract_mesh()
     mesh = context if explicit is None or not context.empty else explicit.mesh
-    of_positions = frozenset(sum(positions, ()))
-    classes = () if of_positions & frozenset(of_kernel[class_axis]) else of_kernel[class_axis]
+    position_names = frozenset(sum(positions, ()))
+    classes = () if position_names & frozenset(kernel_names[class_axis]) else kernel_names[class_axis]
     # Over axes without positions a kernel is gathered beforehand: its devices compute the same.
-    gathered = [tuple(name for name in names if name in of_positions) for names in of_kernel]
+    gathered = [tuple(name for name in names if name in position_names) for names in kernel_names]
     if classes:
         gathered[class_axis] = ()
     layout = Layout(mesh, positions, (gathered[0], gathered[1]), classes)

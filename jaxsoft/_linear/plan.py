@@ -89,7 +89,7 @@ def plan_linear_cross_entropy(
     Returns:
         A `Plan` of counts, in tiles, positions, floating-point operations and bytes, that prints as a sentence.
 
-    Edges: ignored positions take part in the plan but not in the work. With a frozen kernel nothing is kept. Where a
+    Edges: ignored positions count in the plan and cost no work. With a frozen kernel nothing is kept. Where a
     kernel's gradient is summed over devices it takes float32 there. `jax.vmap` of a gradient has a CPU's tiles.
 
     Raises:

@@ -79,7 +79,7 @@ class _Gradients(NamedTuple):
         """That of sums over shards is the dtype to compute in, and so is what they add up."""
         return self.dtype if self.config.axis_name is None else compute_dtype(self.dtype)
 
-    def of_tile(self, rows: Array) -> tuple[Array, Values, Array, Array | None]:
+    def one_tile(self, rows: Array) -> tuple[Array, Values, Array, Array | None]:
         """A tile's features, values, and gradients to its products and target weights."""
         layer, config = self.layer, self.config
         x, t, c = _gather_rows(rows, (layer.features, self.operands, self.cotangents), config)
@@ -129,8 +129,8 @@ class _Gradients(NamedTuple):
         if self.needs_grad.bias:
             gradients = gradients._replace(bias=gradients.bias + jnp.sum(grad_products, 0))
         if self.needs_grad.target_weights:
-            of_all = gradients.target_weights.at[rows].set(grad_weights, mode="drop")
-            gradients = gradients._replace(target_weights=of_all)
+            filled = gradients.target_weights.at[rows].set(grad_weights, mode="drop")
+            gradients = gradients._replace(target_weights=filled)
         return gradients
 
     def over_tiles(self, step: Callable[[Array, Any, Any], Any], start: Any) -> Any:
@@ -142,12 +142,12 @@ def _accumulated(loop: _Gradients) -> tuple[Results, DiffArgs]:
 
     def step(rows: Array, first: Any, carry: Any) -> Any:
         values, gradients = carry
-        x, new, grad_products, grad_weights = loop.of_tile(rows)
+        x, new, grad_products, grad_weights = loop.one_tile(rows)
         gradients = loop.added(rows, gradients, grad_products, grad_weights)
         narrow = grad_products.astype(x.dtype)  # or the products would be taken in float32
         if loop.needs_grad.features:
-            of_all = gradients.features.at[rows].set(loop.to_features(narrow), mode="drop")
-            gradients = gradients._replace(features=of_all)
+            filled = gradients.features.at[rows].set(loop.to_features(narrow), mode="drop")
+            gradients = gradients._replace(features=filled)
         if loop.needs_grad.kernel:
             gradients = gradients._replace(kernel=gradients.kernel + loop.to_kernel(x, narrow))
         return _scatter_rows(rows, values, new), gradients
@@ -165,7 +165,7 @@ def _deferred(loop: _Gradients) -> tuple[Results, DiffArgs]:
 
     def step(rows: Array, first: Any, carry: Any) -> Any:
         (values, gradients), kept = carry
-        x, new, grad_products, grad_weights = loop.of_tile(rows)
+        x, new, grad_products, grad_weights = loop.one_tile(rows)
         gradients = loop.added(rows, gradients, grad_products, grad_weights)
         kept = lax.dynamic_update_slice_in_dim(kept, grad_products.astype(x.dtype), first, 0)
         return (_scatter_rows(rows, values, new), gradients), kept
@@ -179,8 +179,8 @@ def _deferred(loop: _Gradients) -> tuple[Results, DiffArgs]:
     rows = jnp.pad(rows, (0, shape[0] - positions), constant_values=positions)
     if needs_grad.features:
         _, zeros = loop.init(DiffArgs(True, False, False, False))
-        of_all = zeros.features.at[rows].set(loop.to_features(kept), mode="drop")
-        gradients = gradients._replace(features=of_all)
+        filled = zeros.features.at[rows].set(loop.to_features(kept), mode="drop")
+        gradients = gradients._replace(features=filled)
     x, ignored = _gather_rows(rows, (layer.features, loop.operands.ignored), config)
     return values, gradients._replace(kernel=loop.to_kernel(jnp.where(ignored, 0, x), kept))
 
@@ -309,7 +309,7 @@ def _gather_rows(rows: Array, arrays: Any, config: HeadConfig) -> Any:
 
 def _scatter_rows(rows: Array, results: Results, values: Values) -> Results:
     new = jax.tree.leaves(values)
-    return tuple(old.at[rows].set(of_tile, mode="drop") for old, of_tile in zip(results, new, strict=True))
+    return tuple(old.at[rows].set(one_tile, mode="drop") for old, one_tile in zip(results, new, strict=True))
 
 
 def _products(features: Array, layer: LinearParams, config: HeadConfig) -> Array:

@@ -59,7 +59,7 @@ def native_kernels() -> NativeKernels:
     Returns:
         `loaded`, and `detail`: the file of the kernels or why there are none.
 
-    Edges: no kernel takes arrays that XLA is to lay over several devices (inside `jax.shard_map` each device is one),
+    Edges: no kernel takes arrays that XLA is to shard over several devices (inside `jax.shard_map` each device is one),
     programs made by `jax.export`, and accelerators. To ask, JAX's CPU has to be there: call
     `jax.distributed.initialize` before.
 
@@ -171,10 +171,10 @@ def _takes(role: str, array: Type, logits: Type, axes: Axes) -> bool:
         return (array.shape, array.dtype) == (_position(logits, axes).shape, dtype)
     first, ahead = logits.ndim + axes[0], logits.shape[: axes[0]]
     # One weight a class may be shared by consecutive vectors: by all, or under `vmap` by those of one example.
-    of_classes = tuple(
+    class_sizes = tuple(
         size if axis in axes else 1 for axis, size in zip(range(-logits.ndim, 0), logits.shape, strict=True)
     )
-    shared = [ahead[:n] + of_classes[n:] for n in range(first + 1)]
+    shared = [ahead[:n] + class_sizes[n:] for n in range(first + 1)]
     return array.shape in (logits.shape, *shared) and array.dtype == dtype
 
 
