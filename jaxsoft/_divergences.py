@@ -216,7 +216,7 @@ def _divergence(kind: Kind, beta: float) -> Head:
 
 
 def _statistics(
-    kind: Kind, beta: float, logits: Array, axis: int, positions: Positions, axis_name: AxisName
+    logits: Array, axis: int, positions: Positions, axis_name: AxisName, *, kind: Kind, beta: float
 ) -> DivergenceStatistics:
     z_t = _teacher_logits(positions, logits)
     student, teacher = (block_statistics(z, axis, axis_name=axis_name) for z in (logits, z_t))

@@ -253,8 +253,8 @@ def _try_primitive() -> None:
         return bind(x, tree=tree, static=())[0]
 
     with jax.disable_jit(False):
-        jax.eval_shape(jax.grad(lambda x: jnp.sum(jax.vmap(each)(jnp.stack([x, x])))), number)
-        jax.eval_shape(lambda x: jax.linear_transpose(each, x)(x), number)
+        for rule in (jax.grad(each), lambda x: jax.vmap(each)(x[None]), lambda x: jax.linear_transpose(each, x)(x)):
+            jax.eval_shape(rule, number)
 
 
 def lacking() -> list[str]:

@@ -107,8 +107,8 @@ def linear_cross_entropy(
 
     Sharded arrays under plain `jax.jit`: on explicit axes as they are sharded, on automatic ones as `batch_axes` and
     `axis_name` say, each device has a loop over its own positions, in which only two numbers per position are summed
-    over the blocks of a vocabulary. A kernel that is sharded over the positions' axes (fully sharded data parallelism) is
-    gathered once and its gradient, in float32, reduced once; "mean" is over the positions of all devices. Without
+    over the blocks of a vocabulary. A kernel that is sharded over the positions' axes (fully sharded data parallelism)
+    is gathered once and its gradient, in float32, reduced once; "mean" is over the positions of all devices. Without
     `batch_axes` on automatic axes the result is the same, but every device may do all positions. JAX cannot
     differentiate one `shard_map` in another: in your own, name all axes that have part in it.
 

@@ -202,10 +202,8 @@ def with_log_probs(loss: Head, has_labels: bool) -> Head:
         variable, _ = loss.values(targets, loss_statistics, axis)
         constants = (moments.statistics.logsumexp, moments.entropy)
         if has_labels:
-            constants = (
-                0 * targets.position_weight - label_statistics.nll,
-                *constants,
-            )  # NaN where the label is no class
+            # NaN where the label is no class.
+            constants = (0 * targets.position_weight - label_statistics.nll, *constants)
         constants = tuple(jnp.where(targets.ignored, 0, number) for number in constants)
         return variable, lax.stop_gradient((*constants, jnp.where(targets.ignored, -1, moments.leader)))
 
