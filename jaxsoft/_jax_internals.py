@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.core
-import jax.numpy as jnp
 from jaxtyping import Array
 
 Results = tuple[Array, ...]

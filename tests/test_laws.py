@@ -176,6 +176,24 @@ def test_a_saturated_soft_cap_has_a_gradient():
         np.testing.assert_allclose(np.asarray(found)[0, 0], -(1 - p) / np.cosh(z[0] / cap) ** 2, rtol=2e-6)
 
 
+@pytest.mark.x32
+@pytest.mark.parametrize("budget", [None, 40])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_the_tangent_of_a_loss_under_a_saturated_soft_cap_is_its_gradient(reduction, budget):
+    """Differentiated after its gradient, too, where JAX forgets rules inside scans: 1 − tanh² has no digits left."""
+    x, v = (np.tile(np.array(row, np.float32), (4, 1)) for row in ([6.0, 8.0], [0.3, -1.0]))
+    kernel, labels, options = np.eye(2, dtype=np.float32), np.zeros(4, int), {"soft_cap": 1.0, "memory_budget": budget}
+
+    def loss(x):
+        return jnp.sum(linear_cross_entropy(x, kernel, labels, reduction=reduction, **options))
+
+    (_, gradient), (tangent, _) = jax.jit(lambda: jax.jvp(jax.value_and_grad(loss), (x,), (v,)))()
+    z, slope = np.tanh(x.astype(float)), 1 / np.cosh(x.astype(float)) ** 2
+    right = (np.exp(z) / np.exp(z).sum(1, keepdims=True) - np.array([1.0, 0.0])) * slope
+    np.testing.assert_allclose(gradient, right, rtol=1e-5)
+    np.testing.assert_allclose(tangent, (right * v).sum(), rtol=1e-5)
+
+
 def test_a_removed_class_of_a_capped_layer_has_no_second_derivative():
     bias, left = at(B, 2, -np.inf), [0, 1, 3, 4]
     options = {"soft_cap": 3.0, "z_loss": 0.1, "label_smoothing": 0.1}

@@ -226,7 +226,7 @@ def _scanned_values(fn: Callable[..., Values], layer: LinearParams, operands: An
         x, t = _gather_rows(rows, (layer.features, operands), config)
         x = jnp.where(t.ignored, 0, x)  # the loops leave most of these rows out
         products = _products(x, layer._replace(kernel=layer.kernel.astype(x.dtype)), config)
-        return fn(config.head, _to_logits(products, layer), t, 1, config.axis_name)
+        return fn(config.head, _to_logits(products, layer, _capped_in_scans), t, 1, config.axis_name)
 
     positions, size = layer.features.shape[0], _tile("cpu", layer, operands, config).rows
     tiles = -(-positions // size)
@@ -320,11 +320,20 @@ def _products(features: Array, layer: LinearParams, config: HeadConfig) -> Array
     return products if layer.bias is None else products + layer.bias[None, :]
 
 
-def _to_logits(products: Array, layer: LinearParams) -> Array:
+def _capped_in_scans(products: Array, soft_cap: Array) -> Array:
+    """The same where JAX forgets the rule below: in a scan that was differentiated in reverse."""
+    sign = jnp.where(products < 0, -1, 1).astype(products.dtype)
+    e = jnp.exp(-2 * sign * products / soft_cap)
+    differentiable = -2 * sign * e / (1 + e)  # tanh, less a constant, with the derivative of the rule
+    tanh = lax.stop_gradient(jnp.tanh(products / soft_cap))
+    return soft_cap * (tanh + (differentiable - lax.stop_gradient(differentiable)))
+
+
+def _to_logits(products: Array, layer: LinearParams, capped: Callable[[Array, Array], Array] | None = None) -> Array:
     """Capped, then divided by the temperature; a class removed by a bias of −inf stays removed, without a gradient."""
     logits = products
     if layer.soft_cap is not None:
-        logits = _capped(logits, layer.soft_cap)
+        logits = (capped or _capped)(logits, layer.soft_cap)
     if layer.temperature is not None:
         logits = logits / layer.temperature
     if layer.bias is None:
