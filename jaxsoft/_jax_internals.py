@@ -104,7 +104,7 @@ def as_primitive(
 
     def decorate(fn: Function) -> Function:
         plain = fn if formula is None else _with_derivative_of(formula, fn)
-        make = functools.cache(lambda: _bind(fn, batch, programs or {}, formula))
+        make = functools.cache(lambda: _bind(fn, plain, batch, programs or {}, formula))
 
         @functools.wraps(fn)
         def wrapper(arrays: Any, static: Hashable) -> Results:
@@ -133,7 +133,7 @@ def _with_derivative_of(formula: Function, fn: Function) -> Function:
 
 
 def _bind(
-    fn: Function, batch: Callable, programs: Mapping[str, Callable], formula: Function | None
+    fn: Function, plain: Function, batch: Callable, programs: Mapping[str, Callable], formula: Function | None
 ) -> Callable[..., Results]:
     """The function that adds a primitive with these rules to what is traced."""
     from jax.extend.core import Primitive
@@ -143,7 +143,7 @@ def _bind(
 
     primitive = Primitive(fn.__name__)
     primitive.multiple_results = True
-    rules = _Rules(fn, batch, formula, primitive.bind if programs and not formula else None)
+    rules = _Rules(fn, plain, batch, formula, primitive.bind if programs and not formula else None)
     primitive.def_impl(rules.call)
     primitive.def_abstract_eval(rules.abstract)
     primitive_batchers[primitive] = rules.batched
@@ -159,6 +159,7 @@ class _Rules(NamedTuple):
     """The rules of a primitive, whose parameters are the structure of the arrays and what is static."""
 
     fn: Function
+    plain: Function  # the same for JAX to look into
     batch: Callable
     formula: Function | None
     value: Callable[..., Results] | None  # another program for the value of what is differentiated
@@ -174,7 +175,7 @@ class _Rules(NamedTuple):
         results = self.batch(size, jax.tree.unflatten(tree, axes), jax.tree.unflatten(tree, leaves), static)
         if results is not None:
             return results
-        by_jax = jax.vmap(functools.partial(self.call, tree=tree, static=static), in_axes=axes)(*leaves)
+        by_jax = jax.vmap(lambda *leaves: self.plain(jax.tree.unflatten(tree, leaves), static), in_axes=axes)(*leaves)
         return by_jax, (0,) * len(by_jax)
 
     def differentiate(self, primals, tangents, *, tree, static):
@@ -244,7 +245,7 @@ def _try_primitive() -> None:
         return (arrays[0] + arrays[0],)
 
     choose = {"cpu": lambda context, types, static: double}
-    bind = _bind(double, lambda *_: None, choose, None)
+    bind = _bind(double, double, lambda *_: None, choose, None)
     tree = jax.tree.structure((0,))
     number = jax.ShapeDtypeStruct((), "float32")
 

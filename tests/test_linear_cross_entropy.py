@@ -274,6 +274,19 @@ def test_mapped_over_whatever(in_axes):
         np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-14)
 
 
+def test_a_gradient_mapped_over_layers_can_be_differentiated_in_reverse():
+    """A loop whose turns are counted at run time, as with ignored positions, has no reverse mode of its own."""
+    x, w, _, labels, _ = float64_problem()
+    stacks, v = (np.stack([x, -x]), np.stack([w, 2 * w])), (np.stack([x[::-1], x]), np.stack([w[::-1], w]))
+
+    def bend(loss):
+        mapped = lambda x, w: jnp.sum(jax.vmap(lambda x, w: loss(x, w, labels, ignore_index=-100))(x, w) ** 2)  # noqa: E731
+        return jax.vjp(jax.grad(mapped, (0, 1)), *stacks)[1](v)
+
+    for got, want in zip(*compiled(lambda: [bend(loss) for loss in (linear_cross_entropy, unfused)])(), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_bfloat16(reduction):
     x, w, b, labels, *_ = problem(130, 16, 2049)
