@@ -12,9 +12,9 @@ from jaxsoft._arrays.classes import Axis, dense_arguments, remove_classes
 from jaxsoft._arrays.dtypes import compute_dtype
 from jaxsoft._arrays.sharding import AxisName, all_classes
 from jaxsoft._formula.head import Values, evaluate
-from jaxsoft._formula.losses import check_targets, loss_head, target_operands
+from jaxsoft._formula.losses import check_targets, loss_head, reduced_loss, target_operands
 from jaxsoft._formula.sparse import SparseTargets
-from jaxsoft._formula.targets import REDUCTIONS, Averaging, LogitsType, Options, Reduction, as_options
+from jaxsoft._formula.targets import REDUCTIONS, Averaging, LogitsType, Options, Reduction, Targets, as_options
 
 
 def cross_entropy(
@@ -131,5 +131,9 @@ def _cross_entropy(
     operands, denominator = target_operands(targets, logits_type, options, averaging, ignore_index)
     logits = remove_classes(logits, options.where)
     check_values("logits", logits, ~jnp.isnan(logits) | (operands.position_weight == 0), "a number")
+    # A gradient in float16 that is formed before it is scaled could be too small for its dtype.
+    is_one_pass = reduction != "none" and isinstance(operands, Targets) and logits.dtype != jnp.float16
+    if is_one_pass and axis_name is None:
+        return cast(Array, reduced_loss(axis, averaging, logits, operands, denominator))
     (losses,), _ = cast(Values, evaluate(loss_head(targets), logits, operands, axis, axis_name))
     return averaging.reduce(losses, denominator, axis)

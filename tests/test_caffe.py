@@ -673,7 +673,7 @@ Z, Y = np.zeros((2, 3, 2, 2)), np.zeros((2, 2, 2), int)
         (lambda: caffe.softmax(1.0), ValueError, "axis: expected an array with at least one axis, the classes, got a scalar"),
         (lambda: caffe.softmax(Z, (1, 2)), TypeError, "axis: expected an integer, got (1, 2)"),
         (lambda: caffe.softmax_with_loss(Z, Y, axis=4), ValueError, "axis: expected an integer in [-4, 4), got 4"),
-        (lambda: caffe.softmax_with_loss(Z, Y[:, :1]), ValueError, "labels: expected 8 labels, one a position of shape (2, 3, 2, 2) without axis 1, got 4 of shape (2, 1, 2)"),
+        (lambda: caffe.softmax_with_loss(Z, Y[:, :1]), ValueError, "labels: expected 8 labels, one per position of shape (2, 3, 2, 2) without axis 1, got 4 of shape (2, 1, 2)"),
         (lambda: caffe.softmax_with_loss(Z, Y.reshape(4, 2)), ValueError, "labels: expected 2 as first dimension like the scores, got shape (4, 2)"),
         (lambda: caffe.softmax_with_loss(Z, Y.reshape(8)), ValueError, "labels: expected 2 as first dimension like the scores, got shape (8,)"),
         (lambda: caffe.softmax_with_loss(Z, Y > 0), TypeError, "labels: expected real numbers, got dtype bool"),
@@ -684,9 +684,9 @@ Z, Y = np.zeros((2, 3, 2, 2)), np.zeros((2, 2, 2), int)
         (lambda: caffe.softmax_with_loss(Z, Y, normalize=1), TypeError, "normalize: expected True, False or None, got 1"),
         (lambda: caffe.softmax_with_loss(Z, Y, loss_weight=np.ones(2)), ValueError, "loss_weight: expected a scalar, got shape (2,)"),
         (lambda: caffe.infogain_loss(Z, Y, np.eye(2)), ValueError, "infogain: expected shape (3, 3), got (2, 2)"),
-        (lambda: caffe.infogain_loss(Z, Y[:, :1], np.eye(3)), ValueError, "labels: expected 8 labels, one a position of shape (2, 3, 2, 2) without axis 1, got 4 of shape (2, 1, 2)"),
+        (lambda: caffe.infogain_loss(Z, Y[:, :1], np.eye(3)), ValueError, "labels: expected 8 labels, one per position of shape (2, 3, 2, 2) without axis 1, got 4 of shape (2, 1, 2)"),
         (lambda: caffe.multinomial_logistic_loss(1.0, 0), ValueError, "probs: expected at least one axis, the samples, got a scalar"),
-        (lambda: caffe.multinomial_logistic_loss(Z, Y), ValueError, "labels: expected 2 labels, one a position of shape (2, 12) without axis 1, got 8 of shape (2, 2, 2)"),
+        (lambda: caffe.multinomial_logistic_loss(Z, Y), ValueError, "labels: expected 2 labels, one per position of shape (2, 12) without axis 1, got 8 of shape (2, 2, 2)"),
     ],
 )  # fmt: skip
 def test_errors(call, error, message):

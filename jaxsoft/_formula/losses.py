@@ -6,18 +6,22 @@
 for logits z, target weights q_j (see `Targets`), τ = Σ_j q_j, p = softmax(z), lse = log Σ_j exp(z_j) and a z-loss of ζ.
 """
 
+import functools
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
-from jaxsoft._arrays.dtypes import widen
-from jaxsoft._formula.head import Head, Values, freeze_ignored, scale_gradient
+from jaxsoft._arrays.dtypes import compute_dtype, widen
+from jaxsoft._formula.head import Head, Values, freeze_ignored, operand_cotangents, scale_gradient
 from jaxsoft._formula.sparse import SparseTargets, check_sparse, sparse_loss, sparse_operands
 from jaxsoft._formula.statistics import Statistics, block_statistics, scaled_exponentials, weighted
 from jaxsoft._formula.targets import Averaging, LogitsType, Options, Targets, dense_operands, labels_as_array
 from jaxsoft._jax_internals import Results
+from jaxsoft._platform import cpu
+from jaxsoft._platform.dispatch import Axes, from_end, with_platform_impl
 
 
 def loss_head(targets: Array | SparseTargets) -> Head:
@@ -100,9 +104,63 @@ def position_gradients(
     )
     if targets.differentiable is None:
         return grad_logits, None
+    return grad_logits, _weight_gradients(logits, targets, statistics, cotangent)
+
+
+def _weight_gradients(logits: Array, targets: Targets, statistics: Statistics, cotangent: Array) -> Array:
     grad_weights = statistics.log_sum + (statistics.max_logit - widen(logits))
-    grad_weights = jnp.where(targets.differentiable, grad_weights, 0)  # which a class at −inf makes infinite
-    return grad_logits, scale_gradient(grad_weights, cotangent * targets.position_weight, targets.position_weight == 0)
+    grad_weights = jnp.where(cast(Array, targets.differentiable), grad_weights, 0)  # infinite at a class at −inf
+    return scale_gradient(grad_weights, cotangent * targets.position_weight, targets.position_weight == 0)
 
 
 LOSS = Head(block_statistics, position_losses, position_gradients)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def reduced_loss(axis: int, averaging: Averaging, logits: Array, targets: Targets, denominator: Array | None) -> Array:
+    """The sum or mean of all losses. Where it is differentiated it forms its gradient in the same pass."""
+    (losses,), _ = position_losses(targets, block_statistics(logits, axis, targets), axis)
+    return averaging.reduce(losses, denominator, axis)
+
+
+def _reduced_loss_fwd(axis: int, averaging: Averaging, logits: Array, targets: Targets, denominator: Array | None):
+    frozen_logits, frozen = freeze_ignored(logits, targets)
+    one = jnp.ones((1,) * logits.ndim, compute_dtype(logits.dtype))
+    scale = one if denominator is None else one / denominator
+    arrays = (
+        frozen_logits,
+        frozen.label,
+        frozen.label_weight,
+        frozen.position_weight,
+        frozen.z_loss_weight,
+        frozen.target_weights,
+        scale,
+    )
+    losses, gradient = _losses_and_gradient(arrays, from_end((axis,), logits))
+    # A distribution has a gradient of its own, for which its logits are kept, too.
+    kept = None if targets.differentiable is None else logits
+    return averaging.reduce(losses, denominator, axis), (gradient, kept, targets, scale)
+
+
+def _reduced_loss_bwd(axis: int, averaging: Averaging, residuals: Any, cotangent: Array):
+    gradient, logits, targets, scale = residuals
+    grad_logits = scale_gradient(gradient.astype(scale.dtype), cotangent).astype(gradient.dtype)
+    grad_weights = None
+    if logits is not None:
+        logits, targets = freeze_ignored(logits, targets)
+        grad_weights = _weight_gradients(logits, targets, block_statistics(logits, axis), cotangent * scale)
+    return grad_logits, operand_cotangents(Targets, grad_weights), None
+
+
+reduced_loss.defvjp(_reduced_loss_fwd, _reduced_loss_bwd)
+
+
+@with_platform_impl(cpu=cpu.loss)
+def _losses_and_gradient(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array, Array]:
+    """The loss of each position, and the gradient of their sum to the logits times the scale."""
+    logits, label, label_weight, position_weight, z_loss_weight, target_weights, scale = arrays
+    targets, (axis,) = Targets(label, label_weight, target_weights, position_weight, z_loss_weight), axes
+    statistics = block_statistics(logits, axis, targets)
+    (losses,), _ = position_losses(targets, statistics, axis)
+    gradient, _ = position_gradients(logits, targets, statistics, axis, (scale,), in_place=False)
+    return losses, gradient

@@ -23,7 +23,7 @@ from jaxsoft._platform.dispatch import Axes, Program
 
 SWITCH = "JAXSOFT_NATIVE"  # 0: never, 1: where they are faster, always or a library's file: wherever they can run
 LIBRARY = "libjaxsoft_native"
-NAMES = ("statistics", "moments", "gradient", "softmax", "log_softmax", "softmax_vjp", "log_softmax_vjp")
+NAMES = ("statistics", "moments", "gradient", "loss", "softmax", "log_softmax", "softmax_vjp", "log_softmax_vjp")
 LEAST = 1 << 13  # elements below which a call costs more than it saves
 
 DTYPES = (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
@@ -106,6 +106,10 @@ def _like_first(axes: Axes, first: Type, *others: Type | None) -> Types:
     return (first,)
 
 
+def _of_loss(axes: Axes, logits: Type, *targets: Type | None) -> Types:
+    return _position(logits, axes), logits
+
+
 def _of_log_softmax(axes: Axes, logits: Type) -> Types:
     return logits, _position(logits, axes), _position(logits, axes)
 
@@ -143,6 +147,7 @@ moments = _program("moments", "", _of_moments)
 OF_GRADIENT = "position position mask label position position weights"
 gradient = _program("gradient", OF_GRADIENT, _like_first)
 gradient_in_place = _program("gradient", OF_GRADIENT, _like_first, in_place=True)
+loss = _program("loss", "label position position position weights number", _of_loss)
 softmax = _program("softmax", "", _like_first)
 log_softmax = _program("log_softmax", "", _of_log_softmax)
 softmax_vjp = _program("softmax_vjp", "like", _like_first)
@@ -167,6 +172,8 @@ def _takes(role: str, array: Type, logits: Type, axes: Axes) -> bool:
     if role == "like":
         return (array.shape, array.dtype) == (logits.shape, logits.dtype)
     dtype = {"label": jnp.int32, "mask": jnp.bool_}.get(role, compute_dtype(logits.dtype))
+    if role == "number":
+        return (math.prod(array.shape), array.dtype) == (1, dtype)
     if role != "weights":
         return (array.shape, array.dtype) == (_position(logits, axes).shape, dtype)
     first, ahead = logits.ndim + axes[0], logits.shape[: axes[0]]

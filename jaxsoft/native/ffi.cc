@@ -21,47 +21,20 @@ namespace jaxsoft {
 namespace ffi = xla::ffi;
 
 namespace {
-constexpr int64_t kLine = 1 << 10;    // the longest line of lanes
-constexpr int64_t kSmall = 1 << 13;   // numbers that fit a first-level cache
-constexpr int64_t kMedium = 1 << 16;  // a second-level cache with ease
-constexpr int64_t kLarge = 1 << 18;   // a second-level cache at most
-constexpr int64_t kVector = 16;
 
-constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
-constexpr int64_t round_up(int64_t x, int64_t y) { return ceil_div(x, y) * y; }
-}  // namespace
+struct Kernels {
+  Plan (*plan)(const Call&);
+  Kernel run;
+};
 
-Plan::Plan(Op op, Shape shape) : outers(1), width(shape.inner), fold(1), classes(shape.classes) {
-  if (shape.inner < 64 && shape.classes >= 4 * kVector) {
-    for (fold = kVector; fold * shape.inner < 128 && fold * 32 <= shape.classes;) fold *= 2;
-  }
-  const int64_t row = round_up(shape.classes, fold) * shape.inner;
-  if (shape.inner < kLine && row < kSmall) {
-    outers = std::min(shape.outer, kSmall / row);
-  } else {
-    width = std::min(width, std::clamp(round_up(kMedium / shape.classes, kVector), int64_t{64}, kLine));
-  }
-  lanes = round_up(outers * width * fold, kVector);
-  const bool elementwise = op == Op::kGradient;
-  if (lanes * ceil_div(classes, fold) > (elementwise ? kSmall : kLarge)) {
-    classes = std::min(classes, std::max<int64_t>(1, (elementwise ? kSmall : kMedium) / lanes) * fold);
-  }
-  size = lanes * ceil_div(classes, fold);
-  blocks = ceil_div(shape.outer, outers);
-  strips = ceil_div(shape.inner, width);
-  chunks = ceil_div(shape.classes, classes);
-}
-
-namespace {
-
-Kernel choose_kernel() {
+Kernels choose_kernels() {
 #ifdef JAXSOFT_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
-    return avx512::run;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::run;
+    return {avx512::plan, avx512::run};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {avx2::plan, avx2::run};
 #endif
-  return baseline::run;
+  return {baseline::plan, baseline::run};
 }
 
 // A thread keeps its scratch: fresh pages for every call would cost more than the call. Null where there is no memory.
@@ -72,7 +45,7 @@ void* thread_scratch(size_t bytes) {
   thread_local std::unique_ptr<void, Free> scratch;
   thread_local size_t held = 0;
   if (bytes > held) {
-    const size_t wanted = round_up(bytes, 1 << 16);
+    const size_t wanted = (bytes + 0xffff) / 0x10000 * 0x10000;
     scratch.reset(std::aligned_alloc(64, wanted));
     held = scratch ? wanted : 0;
   }
@@ -108,7 +81,7 @@ void parallel(ffi::ThreadPool& pool, int64_t pieces, size_t scratch, const std::
   if (helpers > 0) std::fegetenv(&state->mode);
   for (int64_t i = 0; i < helpers; ++i) {
     pool.Schedule([state, scratch] {
-      if (state->next >= state->pieces || !thread_scratch(scratch)) return;
+      if (state->next >= state->pieces || (scratch > 0 && !thread_scratch(scratch))) return;
       std::fenv_t own;  // XLA sets whether denormals are flushed on its own thread alone
       std::fegetenv(&own);
       std::fesetenv(&state->mode);
@@ -126,52 +99,33 @@ void expect_huge_pages(void* data, size_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t kHuge = 2 << 20;
   if (bytes < 4 * kHuge) return;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(data), first = round_up(begin, kHuge);
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data), first = (begin + kHuge - 1) / kHuge * kHuge;
   madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / kHuge * kHuge, MADV_HUGEPAGE);
 #endif
 }
 
 ffi::Error run(ffi::ThreadPool& pool, const Call& call) {
-  static const Kernel kernel = choose_kernel();
+  static const Kernels kernels = choose_kernels();
   const int64_t elements = call.shape.outer * call.shape.classes * call.shape.inner;
   if (elements == 0) return ffi::Error::Success();
-  const Plan plan(call.op, call.shape);
+  const Plan plan = kernels.plan(call);
   const size_t wide = call.dtype == Dtype::kFloat64 ? sizeof(double) : sizeof(float);
   const size_t narrow = call.dtype == Dtype::kBfloat16 || call.dtype == Dtype::kFloat16 ? 2 : wide;
   if (call.result) expect_huge_pages(call.result, elements * narrow);
-  const int64_t positions = call.shape.outer * call.shape.inner, tiles = plan.blocks * plan.strips;
-  const bool reduced_in_parts = plan.chunks > 1 && call.op != Op::kGradient;
-  const size_t scratch = scratch_size(plan) * wide;
-  const size_t shared = reduced_in_parts ? kPartials * plan.chunks * positions * wide / sizeof(double) + 1 : 1;
-  const std::unique_ptr<double[]> partials(new (std::nothrow) double[shared]);
-  if (!partials || !thread_scratch(scratch)) {
+  if (plan.scratch > 0 && !thread_scratch(plan.scratch)) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jaxsoft: no memory for a kernel's scratch");
   }
-
-  const auto stage = [&](Stage stage, int64_t count) {
-    // Pieces are large enough to be worth a thread, and neighbours, so that threads do not meet in one page.
-    const int64_t worth = std::min(count, elements / (1 << 14));
-    const int64_t pieces = std::max<int64_t>(1, std::min(worth, 8 * pool.num_threads()));
-    const auto body = [&](int64_t piece) {
-      kernel(call, plan, stage, piece * count / pieces, (piece + 1) * count / pieces,
-             thread_scratch(scratch), partials.get());
-    };
-    if (pieces == 1) {
-      body(0);
-    } else {
-      parallel(pool, pieces, scratch, body);
-    }
+  const auto scratch = [&] { return plan.scratch > 0 ? thread_scratch(plan.scratch) : nullptr; };
+  // Pieces are large enough to be worth a thread, and neighbours, so that threads do not meet in one page.
+  const int64_t worth = std::min(plan.units, elements / (1 << 14));
+  const int64_t pieces = std::max<int64_t>(1, std::min(worth, 8 * pool.num_threads()));
+  const auto body = [&](int64_t piece) {
+    kernels.run(call, piece * plan.units / pieces, (piece + 1) * plan.units / pieces, scratch());
   };
-  if (!reduced_in_parts) {
-    stage(Stage::kAll, tiles * plan.chunks);
+  if (pieces == 1) {
+    body(0);
   } else {
-    if (call.op != Op::kSoftmaxVjp && call.op != Op::kLogSoftmaxVjp) {
-      stage(Stage::kMax, tiles * plan.chunks);
-      stage(Stage::kMergeMax, tiles);
-    }
-    stage(Stage::kSum, tiles * plan.chunks);
-    stage(Stage::kMergeSum, tiles);
-    if (call.result) stage(Stage::kWrite, tiles * plan.chunks);
+    parallel(pool, pieces, plan.scratch, body);
   }
   return ffi::Error::Success();
 }
@@ -202,46 +156,60 @@ Call call_on(Op op, Array array, int64_t first, int64_t last) {
   return call;
 }
 
-void set_spread(Call& call, Array spread) {
-  call.spread = data(spread);
-  const int64_t elements = spread.element_count(), classes = call.shape.classes;
-  if (elements != call.shape.outer * classes * call.shape.inner) call.spread_rows = elements / classes;
+void set_weights(Call& call, Array weights) {
+  call.weights = data(weights);
+  const int64_t elements = weights.element_count(), classes = call.shape.classes;
+  if (elements != call.shape.outer * classes * call.shape.inner) call.weight_rows = elements / classes;
 }
 
-ffi::Error statistics(ffi::ThreadPool pool, int64_t first, int64_t last, Array logits, Array label, Array spread,
-                      Result max, Result tail, Result label_logit, Result spread_sum, Result gap) {
+ffi::Error statistics(ffi::ThreadPool pool, int64_t first, int64_t last, Array logits, Array label, Array weights,
+                      Result max, Result sum_others, Result label_logit, Result weight_sum, Result gap) {
   Call call = call_on(Op::kStatistics, logits, first, last);
   call.label = data<int32_t>(label);
-  set_spread(call, spread);
+  set_weights(call, weights);
   call.max_out = data(*max);
-  call.sum_out = data(*tail);
+  call.sum_out = data(*sum_others);
   call.label_out = data(*label_logit);
-  call.spread_out = data(*spread_sum);
+  call.weight_sum_out = data(*weight_sum);
   call.gap_out = data(*gap);
   return run(pool, call);
 }
 
-ffi::Error moments(ffi::ThreadPool pool, int64_t first, int64_t last, Array logits, Result max, Result tail,
-                   Result lead_logit, Result gap, Result lead) {
+ffi::Error moments(ffi::ThreadPool pool, int64_t first, int64_t last, Array logits, Result max, Result sum_others,
+                   Result leader_logit, Result gap, Result leader) {
   Call call = call_on(Op::kMoments, logits, first, last);
   call.max_out = data(*max);
-  call.sum_out = data(*tail);
-  call.label_out = data(*lead_logit);
+  call.sum_out = data(*sum_others);
+  call.label_out = data(*leader_logit);
   call.gap_out = data(*gap);
-  call.lead_out = data<int32_t>(*lead);
+  call.leader_out = data<int32_t>(*leader);
   return run(pool, call);
 }
 
-ffi::Error gradient(ffi::ThreadPool pool, int64_t first, int64_t last, Array logits, Array max, Array factor, Array
-                    idle, Array label, Array at_label, Array share, Array spread, Result result) {
+ffi::Error gradient(ffi::ThreadPool pool, int64_t first, int64_t last, Array logits, Array max, Array factor,
+                    Array ignored, Array label, Array at_label, Array position_weight, Array weights, Result result) {
   Call call = call_on(Op::kGradient, logits, first, last);
   call.max = data(max);
   call.factor = data(factor);
-  call.idle = data<bool>(idle);
+  call.ignored = data<bool>(ignored);
   call.label = data<int32_t>(label);
   call.at_label = data(at_label);
-  call.share = data(share);
-  set_spread(call, spread);
+  call.position_weight = data(position_weight);
+  set_weights(call, weights);
+  call.result = data(*result);
+  return run(pool, call);
+}
+
+ffi::Error loss(ffi::ThreadPool pool, int64_t first, int64_t last, Array logits, Array label, Array label_weight,
+                Array position_weight, Array z_loss_weight, Array weights, Array scale, Result loss, Result result) {
+  Call call = call_on(Op::kLoss, logits, first, last);
+  call.label = data<int32_t>(label);
+  call.label_weight = data(label_weight);
+  call.position_weight = data(position_weight);
+  call.z_loss_weight = data(z_loss_weight);
+  set_weights(call, weights);
+  call.scale = data(scale);
+  call.loss_out = data(*loss);
   call.result = data(*result);
   return run(pool, call);
 }
@@ -296,6 +264,7 @@ auto binding() {
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_statistics, jaxsoft::statistics, (jaxsoft::binding<3, 5>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_moments, jaxsoft::moments, (jaxsoft::binding<1, 5>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_gradient, jaxsoft::gradient, (jaxsoft::binding<8, 1>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_loss, jaxsoft::loss, (jaxsoft::binding<7, 2>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_softmax, jaxsoft::softmax, (jaxsoft::binding<1, 1>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_log_softmax, jaxsoft::log_softmax, (jaxsoft::binding<1, 3>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_softmax_vjp, jaxsoft::softmax_vjp, (jaxsoft::binding<2, 1>()));

@@ -1,24 +1,36 @@
-// The kernels, once for each instruction set. Every loop over lanes is written for the compiler to vectorise; nothing
-// here may come from the standard library's templates, whose copy for one instruction set could be linked for another.
+// The kernels, once for each instruction set, in the compiler's own vectors, which GCC and Clang have on every platform.
+// Nothing here may come from the standard library's templates, whose copy for one instruction set could be linked for
+// another.
 #include "kernels.h"
 
 #include <float.h>
 #include <math.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define INLINE __attribute__((always_inline)) inline
+#define FORCE __attribute__((always_inline))
 
 namespace jaxsoft::JAXSOFT_ISA {
 namespace {
 
-template <class To, class From>
-inline To bits_of(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  __builtin_memcpy(&to, &from, sizeof(to));
-  return to;
-}
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+constexpr int kVectors = 4;            // of a pack, since one sum alone would wait for itself
+constexpr int64_t kKept = 1 << 15;     // exponentials of half precision that are kept until they are scaled
+constexpr int64_t kGatheredMost = 512;  // classes of positions that are copied side by side
+constexpr int64_t kFetched = 1 << 18;   // bytes that a second-level cache can have ready
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// ---- Half precision, in integers: the same for every instruction set, and denormals survive flush-to-zero.
+// ---- Numbers: the dtype to compute in, its vectors, and integers of their size.
 
 struct Bfloat16 {
   uint16_t bits;
@@ -27,53 +39,239 @@ struct Float16 {
   uint16_t bits;
 };
 
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(Bfloat16 x) { return bits_of<float>(uint32_t{x.bits} << 16); }
-inline float widen(Float16 x) {
-  const uint32_t sign = (uint32_t{x.bits} & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
-  const uint32_t normal = (magnitude << 13) + (112u << 23), special = (magnitude << 13) | 0x7f800000u;
-  const uint32_t denormal = bits_of<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
-  return bits_of<float>(sign | (magnitude < 0x400u ? denormal : magnitude < 0x7c00u ? normal : special));
+template <class C>
+struct Vectors;
+template <>
+struct Vectors<float> {
+  typedef float V __attribute__((vector_size(kBytes)));
+  typedef int32_t I __attribute__((vector_size(kBytes)));
+  typedef uint32_t U __attribute__((vector_size(kBytes)));
+};
+template <>
+struct Vectors<double> {
+  typedef double V __attribute__((vector_size(kBytes)));
+  typedef int64_t I __attribute__((vector_size(kBytes)));
+  typedef uint64_t U __attribute__((vector_size(kBytes)));
+};
+using VF = Vectors<float>::V;
+using VU = Vectors<float>::U;
+using VI = Vectors<float>::I;
+typedef uint16_t VH __attribute__((vector_size(kBytes / 2)));
+
+template <class T>
+struct Compute {
+  using Type = float;
+  static constexpr float kEpsilon = FLT_EPSILON;
+  static constexpr float kLowest = __is_same(T, float) ? -FLT_MAX : __is_same(T, Bfloat16) ? -0x1.fep127f : -65504.f;
+};
+template <>
+struct Compute<double> {
+  using Type = double;
+  static constexpr double kEpsilon = DBL_EPSILON, kLowest = -DBL_MAX;
+};
+
+// Half precision in integers: the same for every instruction set, and denormals survive flush-to-zero.
+INLINE VF widened(VH bits, Bfloat16) { return (VF)(__builtin_convertvector(bits, VU) << 16); }
+INLINE VF widened(VH bits, Float16) {
+  const VU half = __builtin_convertvector(bits, VU), sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
+  const VU normal = (magnitude << 13) + (112u << 23), special = (magnitude << 13) | 0x7f800000u;
+  const VU denormal = (VU)(__builtin_convertvector((VI)magnitude, VF) * 0x1p-24f);
+  return (VF)(sign | (magnitude < 0x400u ? denormal : magnitude < 0x7c00u ? normal : special));
+}
+INLINE VH narrowed(VF x, Bfloat16) {  // to nearest, ties to even
+  const VU bits = (VU)x, magnitude = bits & 0x7fffffffu, sign = (bits >> 16) & 0x8000u, zero = {};
+  const VU half = (magnitude + 0x7fffu + ((magnitude >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(sign | (magnitude > 0x7f800000u ? zero + 0x7fc0u : half), VH);
+}
+INLINE VH narrowed(VF x, Float16) {
+  const VU bits = (VU)x, magnitude = bits & 0x7fffffffu, sign = (bits >> 16) & 0x8000u, zero = {};
+  const VU normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  const VU denormal = (VU)((VF)magnitude + 0.5f) - 0x3f000000u;
+  const VU half = magnitude < 0x38800000u ? denormal : magnitude < 0x47800000u ? normal : zero + 0x7c00u;
+  return __builtin_convertvector(sign | (magnitude > 0x7f800000u ? zero + 0x7e00u : half), VH);
 }
 
-template <class T, class C>
-__attribute__((always_inline)) inline T narrow(C x) {  // to nearest, ties to even
-  if constexpr (sizeof(T) == sizeof(C)) {
-    return x;
+template <class T>
+INLINE typename Vectors<typename Compute<T>::Type>::V load(const T* from) {
+  if constexpr (sizeof(T) == 2) {
+    VH bits;
+    __builtin_memcpy(&bits, from, sizeof(bits));
+    return widened(bits, T{});
   } else {
-    const uint32_t bits = bits_of<uint32_t>(x), magnitude = bits & 0x7fffffffu, sign = (bits >> 16) & 0x8000u;
-    uint32_t half;
-    if constexpr (__is_same(T, Bfloat16)) {
-      half = magnitude > 0x7f800000u ? 0x7fc0u : (magnitude + 0x7fffu + ((magnitude >> 16) & 1u)) >> 16;
-    } else {
-      const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
-      const uint32_t denormal = bits_of<uint32_t>(bits_of<float>(magnitude) + 0.5f) - 0x3f000000u;
-      half = magnitude < 0x38800000u ? denormal : magnitude < 0x47800000u ? normal : 0x7c00u;
-      half = magnitude > 0x7f800000u ? 0x7e00u : half;
+    typename Vectors<T>::V v;
+    __builtin_memcpy(&v, from, sizeof(v));
+    return v;
+  }
+}
+template <class T, class V>
+INLINE void store(T* to, V v) {
+  if constexpr (sizeof(T) == 2) {
+    const VH bits = narrowed(v, T{});
+    __builtin_memcpy(to, &bits, sizeof(bits));
+  } else {
+    __builtin_memcpy(to, &v, sizeof(v));
+  }
+}
+template <class T>
+INLINE typename Compute<T>::Type number(T x) {
+  T vector[kBytes / sizeof(typename Compute<T>::Type)] = {x};
+  return load(vector)[0];
+}
+
+// The first `count` lanes, of which the others are anything, or are not written.
+template <class T>
+INLINE auto load_some(const T* from, int64_t count) {
+  constexpr int lanes = kBytes / sizeof(typename Compute<T>::Type);
+  if (count >= lanes) return load(from);
+#ifdef __AVX512F__
+  if constexpr (sizeof(T) == 4) return (VF)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from);
+#endif
+  T buffer[lanes] = {};
+  __builtin_memcpy(buffer, from, count * sizeof(T));
+  return load(buffer);
+}
+template <class T, class V>
+INLINE void store_some(T* to, V v, int64_t count) {
+  constexpr int lanes = kBytes / sizeof(typename Compute<T>::Type);
+  if (count >= lanes) return store(to, v);
+#ifdef __AVX512F__
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), (__m512)v);
+#endif
+  T buffer[lanes];
+  store(buffer, v);
+  __builtin_memcpy(to, buffer, count * sizeof(T));
+}
+
+// Every lane with that of the index that differs in one bit.
+template <class C>
+INLINE typename Vectors<C>::V exchanged(typename Vectors<C>::V v, int bit) {
+  constexpr int n = kBytes / sizeof(C);
+#ifdef __clang__
+  typename Vectors<C>::V result;
+  for (int l = 0; l < n; ++l) result[l] = v[l ^ bit];
+  return result;
+#else
+  typename Vectors<C>::I lane;
+#pragma GCC unroll 16
+  for (int l = 0; l < n; ++l) lane[l] = l ^ bit;
+  return __builtin_shuffle(v, lane);
+#endif
+}
+
+template <class C>
+INLINE void transpose(typename Vectors<C>::V* square) {
+  constexpr int n = kBytes / sizeof(C);
+#pragma GCC unroll 8
+  for (int half = n / 2; half > 0; half /= 2) {
+    typename Vectors<C>::I low, high;
+#pragma GCC unroll 16
+    for (int l = 0; l < n; ++l) low[l] = l & half ? l - half + n : l, high[l] = l & half ? l + n : l + half;
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      if (i & half) continue;
+      const auto a = square[i], b = square[i + half];
+#ifdef __clang__
+      for (int l = 0; l < n; ++l) {
+        square[i][l] = low[l] < n ? a[low[l]] : b[low[l] - n];
+        square[i + half][l] = high[l] < n ? a[high[l]] : b[high[l] - n];
+      }
+#else
+      square[i] = __builtin_shuffle(a, b, low), square[i + half] = __builtin_shuffle(a, b, high);
+#endif
     }
-    return T{static_cast<uint16_t>(sign | half)};
   }
 }
 
-// ---- The exponential.
+// ---- Packs of vectors.
+
+template <class C>
+struct Pack {
+  using V = typename Vectors<C>::V;
+  static constexpr int kVector = kBytes / sizeof(C), kLanes = kVectors * kVector;
+  V v[kVectors];
+
+  static INLINE Pack all(C x) {
+    Pack p;
+    for (V& v : p.v) v = x - V{};
+    return p;
+  }
+  // The first `count` lanes from memory, the others padding.
+  template <class T>
+  static INLINE Pack load(const T* from, int64_t count = kLanes, C padding = 0) {
+    Pack p;
+    if (count >= kLanes) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) p.v[i] = JAXSOFT_ISA::load(from + i * kVector);
+      return p;
+    }
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t left = count - i * kVector;
+      p.v[i] = padding - V{};
+      if (left <= 0) continue;
+      const V loaded = load_some(from + i * kVector, left);
+      if (left >= kVector) {
+        p.v[i] = loaded;
+      } else {
+        p.v[i] = iota() < static_cast<decltype(iota()[0] + 0)>(left) ? loaded : p.v[i];
+      }
+    }
+    return p;
+  }
+  template <class T>
+  INLINE void store(T* to, int64_t count = kLanes) const {
+    for (int i = 0; i < kVectors; ++i) {
+      if (count > i * kVector) store_some(to + i * kVector, v[i], count - i * kVector);
+    }
+  }
+  static INLINE typename Vectors<C>::I iota() {
+    typename Vectors<C>::I index;
+    for (int l = 0; l < kVector; ++l) index[l] = l;
+    return index;
+  }
+};
+
+template <class C, class F, class... Packs>
+INLINE Pack<C> map(F f, const Pack<C>& first, const Packs&... rest) {
+  Pack<C> result;
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors; ++i) result.v[i] = f(first.v[i], rest.v[i]...);
+  return result;
+}
+template <class C>
+INLINE Pack<C> operator+(const Pack<C>& a, const Pack<C>& b) {
+  return map([](auto x, auto y) FORCE { return x + y; }, a, b);
+}
+template <class C>
+INLINE Pack<C> operator-(const Pack<C>& a, const Pack<C>& b) {
+  return map([](auto x, auto y) FORCE { return x - y; }, a, b);
+}
+template <class C>
+INLINE Pack<C> operator*(const Pack<C>& a, const Pack<C>& b) {
+  return map([](auto x, auto y) FORCE { return x * y; }, a, b);
+}
+template <class C>
+INLINE Pack<C> larger(const Pack<C>& a, const Pack<C>& b) {  // NaN where either is
+  return map([](auto x, auto y) FORCE { return (y > x) | (y != y) ? y : x; }, a, b);
+}
+template <class V>
+INLINE V weighted_vector(V weight, V cost) {  // 0 where there is no weight
+  return weight == 0 ? V{} : weight * cost;
+}
+
+// ---- The exponential and the logarithm.
 
 template <class C>
 struct Exp;
-
 template <>
 struct Exp<float> {
-  using Bits = uint32_t;
   static constexpr int kMantissa = 23, kBias = 127;
   static constexpr float kRound = 0x1.8p23f, kLog2e = 0x1.715476p0f, kLn2Hi = 0x1.62e4p-1f, kLn2Lo = 0x1.7f7d1cp-20f;
   static constexpr float kLowest = -87.33654f;
   // Minimax for (exp(r) − 1 − r) / r² on |r| ≤ ln 2 / 2, within 4e-9 of exp(r).
   static constexpr float kTerms[] = {0x1.6a23cep-10f, 0x1.123a2p-7f, 0x1.5558f2p-5f, 0x1.555492p-3f, 0x1.fffffcp-2f};
 };
-
 template <>
 struct Exp<double> {
-  using Bits = uint64_t;
   static constexpr int kMantissa = 52, kBias = 1023;
   static constexpr double kRound = 0x1.8p52, kLog2e = 0x1.71547652b82fep0;
   static constexpr double kLn2Hi = 0x1.62e42fefa38p-1, kLn2Lo = 0x1.ef35793c7673p-45;
@@ -85,556 +283,695 @@ struct Exp<double> {
 
 // exp(x) for x ≤ 0 within about an ulp: x = n ln 2 + r. 0 where it would be below the smallest normal number.
 template <class C>
-__attribute__((always_inline)) inline C exponential(C x) {
+INLINE typename Vectors<C>::V exp_vector(typename Vectors<C>::V x) {
   using E = Exp<C>;
-  using Bits = typename E::Bits;
-  const C rounded = x * E::kLog2e + E::kRound;  // n is in its last bits
-  const C n = rounded - E::kRound;
-  const C r = (x - n * E::kLn2Hi) - n * E::kLn2Lo;
-  C q = E::kTerms[0];
+  using V = typename Vectors<C>::V;
+  using U = typename Vectors<C>::U;
+  const auto polynomial = [](V x, V n) FORCE {
+    const V r = (x - n * E::kLn2Hi) - n * E::kLn2Lo;
+    V q = E::kTerms[0] - V{};
 #pragma GCC unroll 16
-  for (unsigned i = 1; i < sizeof(E::kTerms) / sizeof(C); ++i) q = q * r + E::kTerms[i];
-  const C mantissa = 1 + (r + r * r * q);
-  const C power = bits_of<C>((bits_of<Bits>(rounded) << E::kMantissa) + (Bits{E::kBias} << E::kMantissa));
-  return x < E::kLowest ? 0 : mantissa * power;  // a product, for NaN to stay
+    for (unsigned i = 1; i < sizeof(E::kTerms) / sizeof(C); ++i) q = q * r + E::kTerms[i];
+    return 1 + (r + r * r * q);
+  };
+#ifdef __AVX512F__
+  if constexpr (sizeof(C) == 4) {  // which rounds and scales in one instruction each, and keeps NaN
+    x = (V)_mm512_max_ps(_mm512_set1_ps(-104.f), (__m512)x);
+    const V n = (V)_mm512_roundscale_ps((__m512)(x * E::kLog2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (V)_mm512_scalef_ps((__m512)polynomial(x, n), (__m512)n);
+  }
+#endif
+  const V rounded = x * E::kLog2e + E::kRound, n = rounded - E::kRound;  // n is in the last bits, too
+  const V power = (V)(((U)rounded << E::kMantissa) + (static_cast<decltype(U{}[0] + 0)>(E::kBias) << E::kMantissa));
+  return x < E::kLowest ? V{} : polynomial(x, n) * power;  // a product, for NaN to stay
 }
-
-// chosen ? x : y of vectors that are stored: of a plain choice between what is there and what is not GCC makes a store
-// behind a branch, which labels make unpredictable.
 template <class C>
-__attribute__((always_inline)) inline C blend(bool chosen, C x, C y) {
-  using Bits = typename Exp<C>::Bits;
-  const Bits mask = -Bits{chosen};
-  return bits_of<C>((bits_of<Bits>(x) & mask) | (bits_of<Bits>(y) & ~mask));
+INLINE Pack<C> exponential(const Pack<C>& p) {
+  return map([](auto x) FORCE { return exp_vector<C>(x); }, p);
 }
 
+INLINE VF log_vector(VF x) {  // of normal numbers, by S. L. Moshier's polynomial (Cephes)
+  constexpr float kTerms[] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,  -1.2420140846e-1f, 1.4249322787e-1f,
+                              -1.6668057665e-1f, 2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f};
+  const VI exponent = ((VI)x - 0x3f3504f3) >> 23;  // the mantissa is between the roots of ½ and 2
+  const VF e = __builtin_convertvector(exponent, VF), f = (VF)((VI)x - (exponent << 23)) - 1, square = f * f;
+  VF q = kTerms[0] - VF{};
+#pragma GCC unroll 16
+  for (int i = 1; i < 9; ++i) q = q * f + kTerms[i];
+  const VF log = (f + (q * f * square - e * 2.12194440e-4f - square / 2)) + e * 0.693359375f;
+  return x <= FLT_MAX ? log : x;
+}
+INLINE Vectors<double>::V log_vector(Vectors<double>::V x) {
+  for (unsigned l = 0; l < kBytes / sizeof(double); ++l) x[l] = log(x[l]);
+  return x;
+}
+template <class V>
+INLINE V log1p_vector(V x) {  // of x ≥ 0, with W. Kahan's correction
+  const V u = 1 + x, log = log_vector(u) + (x - (u - 1)) / u;
+  return u - u == 0 ? log : x;
+}
+
+// ---- Layouts: how the numbers of some positions are packed. A step is a pack of classes, or the class of a pack.
+
 template <class T>
-struct Compute {
-  using Type = float;
-};
-template <>
-struct Compute<double> {
-  using Type = double;
-};
-
-inline float logarithm(float x) { return logf(x); }
-inline double logarithm(double x) { return log(x); }
-
-// ---- A tile.
-
-template <class T>
-class Tile {
+struct Base {
   using C = typename Compute<T>::Type;
-  static constexpr int64_t kCached = 1 << 18, kFew = 32;
-  static constexpr C kEpsilon = sizeof(C) == 4 ? C(FLT_EPSILON) : C(DBL_EPSILON);
-  static constexpr C kLowest = sizeof(C) == 8           ? C(-DBL_MAX)
-                               : __is_same(T, float)    ? C(-FLT_MAX)
-                               : __is_same(T, Bfloat16) ? C(-0x1.fep127)
-                                                        : C(-65504);
+  using P = Pack<C>;
+  static constexpr int64_t kLanes = P::kLanes;
+  const Call& call;
+  C* scratch;
+  int64_t classes = call.shape.classes, inner = call.shape.inner;
+};
 
- public:
-  Tile(const Call& call, const Plan& plan, void* scratch, void* partials)
-      : call_(call), plan_(plan), partials_(static_cast<C*>(partials)), fold_bits_(__builtin_ctzll(plan.fold)) {
-    C* next = static_cast<C*>(scratch);
-    C** tiles[] = {&a_, &b_};
-    C** lanes[] = {&max_, &sum_, &spread_, &gap_, &part_, &scale_, &share_, &idle_, &label_, &taken_};
-    for (C** tile : tiles) *tile = next, next += plan.size;
-    for (C** lane : lanes) *lane = next, next += plan.lanes;
+template <class T>
+struct Rows : Base<T> {
+  using typename Base<T>::C;
+  using typename Base<T>::P;
+  using Base<T>::kLanes;
+  static constexpr bool kFolds = true;
+  int64_t row = 0;
+
+  static int64_t units(const Shape& shape) { return shape.outer; }
+  static int64_t scratch_size(const Shape& shape) {
+    return sizeof(T) == 2 && shape.classes <= kKept ? shape.classes + kLanes : 0;
   }
-
-  void run(Stage stage, int64_t index) {
-    locate(index);
-    switch (stage) {
-      case Stage::kAll:
-        if (maximises()) load_logits(), find_max();
-        if (sums()) load_summands(), find_sums(), report();
-        if (call_.result) write(false);
-        break;
-      case Stage::kMax:
-        load_logits(), find_max();
-        save(max_, 0);
-        break;
-      case Stage::kSum:
-        if (maximises()) load_logits(), restore(max_, 0);
-        load_summands(), find_sums();
-        save(sum_, 1);
-        if (call_.spread || leads()) save(spread_, 2), save(gap_, 3);
-        if (leads()) save(label_, 4);
-        break;
-      case Stage::kWrite:
-        restore(max_, 0), restore(sum_, 1);
-        write(true);
-        break;
-      case Stage::kMergeMax:
-        merge(0, [](C x, C y) __attribute__((always_inline)) { return largest(x, y); });
-        break;
-      case Stage::kMergeSum:
-        for (int i = 1; i < (call_.spread || leads() ? 4 : 2); ++i)
-          merge(i, [](C x, C y) __attribute__((always_inline)) { return x + y; });
-        if (leads()) merge(4, [](C x, C y) __attribute__((always_inline)) { return x < y ? x : y; });
-        restore(max_, 0), restore(sum_, 1);
-        if (call_.spread || leads()) restore(spread_, 2), restore(gap_, 3);
-        if (leads()) restore(label_, 4);
-        report();
-        break;
-    }
+  INLINE void locate(int64_t unit) { row = unit; }
+  INLINE int64_t steps() const { return ceil_div(this->classes, kLanes); }
+  INLINE int64_t count(int64_t step) const { return this->classes - step * kLanes; }
+  template <class U>
+  INLINE P read(const U* array, int64_t step, C padding) const {
+    return P::load(array + row * this->classes + step * kLanes, count(step), padding);
   }
-
- private:
-  bool maximises() const {
-    return call_.op == Op::kStatistics || leads() || call_.op == Op::kSoftmax || call_.op == Op::kLogSoftmax;
+  INLINE void write(int64_t step, const P& p) const {
+    p.store(static_cast<T*>(this->call.result) + row * this->classes + step * kLanes, count(step));
   }
-  bool leads() const { return call_.op == Op::kMoments; }
-  bool sums() const { return call_.op != Op::kGradient; }
-
-  static C largest(C x, C y) { return (y <= x) | (x != x) ? x : y; }  // NaN where either is
-
-  void locate(int64_t index) {
-    const Shape& shape = call_.shape;
-    chunk_ = index % plan_.chunks, index /= plan_.chunks;
-    const int64_t strip = index % plan_.strips, block = index / plan_.strips;
-    outer_ = block * plan_.outers, outers_ = smaller(plan_.outers, shape.outer - outer_);
-    inner_ = strip * plan_.width, width_ = smaller(plan_.width, shape.inner - inner_);
-    class_ = chunk_ * plan_.classes, classes_ = smaller(plan_.classes, shape.classes - class_);
-    positions_ = outers_ * width_;
-    group_ = plan_.fold * width_;
-    lanes_ = (outers_ * group_ + 15) / 16 * 16;
-    size_ = (classes_ + plan_.fold - 1) / plan_.fold * lanes_;
-    first_ = outer_ * shape.inner + inner_;
-  }
-
-  int64_t offset(int64_t outer, int64_t c, int64_t i = 0) const {  // in the whole array, from indices of the tile
-    return ((outer_ + outer) * call_.shape.classes + class_ + c) * call_.shape.inner + inner_ + i;
-  }
-  int64_t element(int64_t outer, int64_t c, int64_t i) const {  // of the tile
-    return (c >> fold_bits_) * lanes_ + outer * group_ + (c & (plan_.fold - 1)) * width_ + i;
-  }
-
-  template <class F>
-  void each_position(F body) const {  // with its lane
-    if (plan_.fold == 1) {
-      for (int64_t p = 0; p < positions_; ++p) body(first_ + p, p);
-    } else {
-      each_index([=](int64_t o, int64_t i) { body(first_ + o * width_ + i, o * group_ + i); });
-    }
-  }
-  template <class F>
-  void each_index(F body) const {
-    for (int64_t o = 0; o < outers_; ++o)
-      for (int64_t i = 0; i < width_; ++i) body(o, i);
-  }
-
-  // ---- Between memory and the tile, a group of lanes, which is contiguous in both, at a time.
-
-  int64_t group_length(int64_t line) const { return smaller(group_, (classes_ - line * plan_.fold) * width_); }
-
-  // Rows whose classes are not folded: vectors of lanes lie across them.
-  bool transposed() const { return plan_.fold == 1 && call_.shape.inner == 1; }
-
-  // From a tile's numbers to those of the next, which are fetched while this one is computed; 0 where a second-level
-  // cache has them already.
-  int64_t to_next() const {
-    const Shape& shape = call_.shape;
-    if (shape.outer * shape.classes * shape.inner < kCached) return 0;
-    return plan_.strips > 1 ? width_ : outers_ * classes_ * width_;
-  }
-  template <int writing, class U>
-  static void prefetch(U* from, int64_t length) {
-    for (int64_t l = 0; l < length; l += int64_t(64 / sizeof(U))) __builtin_prefetch(from + l, writing, 2);
-  }
-
-  template <class Row>
-  void load(Row row, C* tile, C padding) {  // from row(o), where the numbers of outer index o begin
-    const int64_t step = plan_.fold * call_.shape.inner, lines = size_ / lanes_;
-    if (transposed()) {
-      for (int64_t line = 0; line < lines; ++line) {
-#pragma omp simd
-        for (int64_t o = 0; o < outers_; ++o) tile[line * lanes_ + o] = widen(row(o)[line]);
-      }
-    }
-    const int64_t ahead = to_next();
-    for (int64_t o = 0; o < outers_ && !transposed(); ++o) {
-      const auto* from = row(o);
-      C* to = tile + o * group_;
-      for (int64_t line = 0; line < lines; ++line, from += step, to += lanes_) {
-        const int64_t length = group_length(line);
-        if (ahead != 0) prefetch<0>(from + ahead, length);
-#pragma omp simd
-        for (int64_t l = 0; l < length; ++l) to[l] = widen(from[l]);
-        for (int64_t l = length; l < group_; ++l) to[l] = padding;
-      }
-    }
-    for (int64_t line = 0; line < lines; ++line)
-      for (int64_t l = outers_ * group_; l < lanes_; ++l) tile[line * lanes_ + l] = padding;
+  INLINE P weights(int64_t step) const {
+    const Call& call = this->call;
+    const C* from = static_cast<const C*>(call.weights);
+    if (call.weight_rows == 0) return read(from, step, 0);
+    const int64_t shared = row / (call.shape.outer / call.weight_rows);
+    return P::load(from + shared * this->classes + step * kLanes, count(step));
   }
   template <class U>
-  void load(const U* array, C* tile, C padding) {
-    const U* from = array + offset(0, 0);
-    const int64_t row = call_.shape.classes * call_.shape.inner;
-    load([=](int64_t o) __attribute__((always_inline)) { return from + o * row; }, tile, padding);
+  INLINE P get(const U* array) const {
+    return P::all(array[row]);
   }
-
+  template <class U>
+  INLINE void put(U* array, const P& p) const {
+    array[row] = static_cast<U>(p.v[0][0]);
+  }
+  INLINE bool is_whole() const { return true; }
+  INLINE T* kept(int64_t step) const {
+    return static_cast<T*>(this->call.result) + row * this->classes + step * kLanes;
+  }
+  INLINE C* kept_wide(int64_t step) const { return this->scratch + step * kLanes; }
+  // Class indices of a step, and labels, to compare with each other.
+  struct Labels {
+    int64_t label;
+  };
+  INLINE Labels labels() const { return {this->call.label[row]}; }
+  INLINE P where_label(int64_t step, Labels l, const P& at_label, const P& elsewhere) const {
+    P result = elsewhere;
+    const int64_t lane = l.label - step * kLanes;
+    if (lane < 0 || lane >= kLanes) return result;
+    const auto iota = P::iota();
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      const auto own = static_cast<decltype(iota[0] + 0)>(lane - i * P::kVector);
+      result.v[i] = iota == own ? at_label.v[i] : elsewhere.v[i];
+    }
+    return result;
+  }
+  INLINE P index(int64_t step) const {
+    P p;
+    for (int i = 0; i < kVectors; ++i) {
+      p.v[i] = __builtin_convertvector(P::iota(), typename P::V) + C(step * kLanes + i * P::kVector);
+    }
+    return p;
+  }
+  INLINE P label_logit() const {
+    const int64_t label = this->call.label[row], c = label < 0 ? 0 : smaller(label, this->classes - 1);
+    return P::all(number(static_cast<const T*>(this->call.logits)[row * this->classes + c]));
+  }
+  INLINE void finish() const {}
   template <class F>
-  void store(F value) {
-    T* result = static_cast<T*>(call_.result) + offset(0, 0);
-    const int64_t row = call_.shape.classes * call_.shape.inner, step = plan_.fold * call_.shape.inner;
-    if (transposed()) {
-      each([&](int64_t e, int64_t l) __attribute__((always_inline)) { a_[e] = value(e, l); });
-      for (int64_t o = 0; o < outers_; ++o) {
-#pragma omp simd
-        for (int64_t c = 0; c < classes_; ++c) result[o * row + c] = narrow<T>(a_[c * lanes_ + o]);
-      }
-      return;
-    }
-    const int64_t ahead = to_next();
-    for (int64_t o = 0; o < outers_; ++o) {
-      T* to = result + o * row;
-      const int64_t lane = o * group_;
-      for (int64_t line = 0, start = lane; start < size_; ++line, start += lanes_, to += step) {
-        const int64_t length = group_length(line);
-        if (ahead != 0) prefetch<1>(to + ahead, length);
-#pragma omp simd
-        for (int64_t l = 0; l < length; ++l) to[l] = narrow<T>(value(start + l, lane + l));
-      }
-    }
+  static INLINE P fold(const P& p, F f) {  // all lanes combined, in every lane
+    auto v = f(f(p.v[0], p.v[1]), f(p.v[2], p.v[3]));
+#pragma GCC unroll 8
+    for (int half = P::kVector / 2; half > 0; half /= 2) v = f(v, exchanged<C>(v, half));
+    P result;
+    for (auto& each : result.v) each = v;
+    return result;
   }
+};
 
-  void load_logits() { load(static_cast<const T*>(call_.logits), a_, C(-INFINITY)); }
-  void load_probs() { load(static_cast<const T*>(call_.logits), a_, C(0)); }
-  void load_cotangent() { load(static_cast<const T*>(call_.cotangent), b_, C(0)); }
+// Lanes are positions whose index goes on from `first`.
+template <class T>
+struct Across : Base<T> {
+  using typename Base<T>::C;
+  using typename Base<T>::P;
+  using Base<T>::kLanes;
+  static constexpr bool kFolds = false;
+  int64_t first = 0, lanes = 0;
 
-  void load_spread() {
-    const C* spread = static_cast<const C*>(call_.spread);
-    if (call_.spread_rows == 0) return load(spread, b_, C(0));
-    const int64_t sharing = call_.shape.outer / call_.spread_rows;
-    const auto row = [=](int64_t o) { return spread + (outer_ + o) / sharing * call_.shape.classes + class_; };
-    if (call_.shape.inner == 1) return load(row, b_, C(0));
-    for (int64_t e = 0; e < size_; ++e) b_[e] = 0;
-    for (int64_t o = 0; o < outers_; ++o)
-      for (int64_t c = 0; c < classes_; ++c)
-        for (int64_t i = 0; i < width_; ++i) b_[element(o, c, i)] = row(o)[c];
-  }
-
-  void load_summands() {
-    if (call_.op == Op::kSoftmaxVjp) load_probs();
-    if (call_.op == Op::kSoftmaxVjp || call_.op == Op::kLogSoftmaxVjp) load_cotangent();
-    if (call_.op == Op::kStatistics && call_.spread) load_spread();
-  }
-
-  // ---- Reductions.
-
-  template <class F>
-  void each(F body) {
-    for (int64_t start = 0; start < size_; start += lanes_) {
-#pragma omp simd
-      for (int64_t l = 0; l < lanes_; ++l) body(start + l, l);
+  INLINE int64_t steps() const { return this->classes; }
+  template <class U>
+  INLINE P get(const U* array) const {
+    if constexpr (__is_same(U, C)) {
+      return P::load(array + first, lanes);
+    } else {
+      P p = P::all(0);
+      for (int64_t l = 0; l < lanes; ++l) p.v[l / P::kVector][l % P::kVector] = C(array[first + l]);
+      return p;
     }
   }
-
-  // Brings the folded classes' lanes together; each of them then holds the result. Lanes but the first of a group are
-  // combined with the next group's, and overwritten.
-  template <class F>
-  void unfold(C* x, F combine) {
-    for (int64_t half = group_ / 2; half >= width_; half /= 2) {
-#pragma omp simd
-      for (int64_t l = 0; l < lanes_ - half; ++l) x[l] = combine(x[l], x[half + l]);
-    }
-    repeat(x);
-  }
-
-  void repeat(C* x) {  // what the first fold of every group holds
-    if (plan_.fold == 1) return;
-    for (int64_t o = 0; o < outers_; ++o, x += group_) {
-      if (width_ == 1) {
-        const C value = *x;
-#pragma omp simd
-        for (int64_t l = 0; l < group_; ++l) x[l] = value;
-      } else {
-        for (int64_t l = width_; l < group_; ++l) x[l] = x[l - width_];
-      }
+  template <class U>
+  INLINE void put(U* array, const P& p) const {
+    if constexpr (__is_same(U, C)) {
+      p.store(array + first, lanes);
+    } else {
+      for (int64_t l = 0; l < lanes; ++l) array[first + l] = static_cast<U>(p.v[l / P::kVector][l % P::kVector]);
     }
   }
-
-  void find_max() {
-    for (int64_t l = 0; l < lanes_; ++l) max_[l] = kLowest;
-    each([this](int64_t e, int64_t l) __attribute__((always_inline)) { max_[l] = largest(max_[l], a_[e]); });
-    unfold(max_, [](C x, C y) __attribute__((always_inline)) { return largest(x, y); });
-  }
-
-  // Sums of up to 64 terms are summed in turn: what rounding a long row's sum would gather stays small.
-  template <class F>
-  void sum(C* to, F term) {
-    C* part = part_;
-    for (int64_t l = 0; l < lanes_; ++l) to[l] = 0;
-    for (int64_t block = 0; block < size_; block += 64 * lanes_) {
-      for (int64_t l = 0; l < lanes_; ++l) part[l] = 0;
-      for (int64_t start = block; start < smaller(size_, block + 64 * lanes_); start += lanes_) {
-#pragma omp simd
-        for (int64_t l = 0; l < lanes_; ++l) part[l] += term(start + l, l);
-      }
-#pragma omp simd
-      for (int64_t l = 0; l < lanes_; ++l) to[l] += part[l];
+  struct Labels {
+    typename Vectors<C>::I v[kVectors];
+  };
+  INLINE Labels labels() const {
+    Labels labels;
+    for (int64_t l = 0; l < kLanes; ++l) {
+      labels.v[l / P::kVector][l % P::kVector] = l < lanes ? this->call.label[first + l] : -1;
     }
-    unfold(to, [](C x, C y) __attribute__((always_inline)) { return x + y; });
+    return labels;
   }
-
-  void find_sums() {
-    C *const a = a_, *const b = b_, *const max = max_;
-    switch (call_.op) {
-      case Op::kStatistics:
-        if (call_.spread) {
-          sum(spread_, [=](int64_t e, int64_t) __attribute__((always_inline)) { return b[e]; });
-          sum(gap_, [=](int64_t e, int64_t l) __attribute__((always_inline)) {
-            return b[e] == 0 ? 0 : b[e] * (max[l] - a[e]);
-          });
-        }
-        if (compares()) {
-          take_labels();
-        } else {
-          at_labels([&](int64_t e, auto...) { a[e] = C(-INFINITY); });
-        }
-        [[fallthrough]];
-      case Op::kLogSoftmax:
-        sum(sum_, [=](int64_t e, int64_t l) __attribute__((always_inline)) { return exponential(a[e] - max[l]); });
-        break;
-      case Op::kSoftmax:
-        sum(sum_, [=](int64_t e, int64_t l) __attribute__((always_inline)) { return a[e] = exponential(a[e] - max[l]); });
-        break;
-      case Op::kSoftmaxVjp:
-        sum(sum_, [=](int64_t e, int64_t) __attribute__((always_inline)) { return a[e] * b[e]; });
-        break;
-      case Op::kLogSoftmaxVjp:
-        sum(sum_, [=](int64_t e, int64_t) __attribute__((always_inline)) { return b[e]; });
-        break;
-      case Op::kMoments:  // the classes of the largest logit are counted, not added up: that sum is exact
-        find_leads();
-        sum(sum_, [=](int64_t e, int64_t l) __attribute__((always_inline)) {
-          const C below = max[l] - a[e], x = a[e] == max[l] ? 0 : exponential(-below);
-          b[e] = x == 0 ? 0 : x * below;
-          return x;
-        });
-        sum(gap_, [=](int64_t e, int64_t) __attribute__((always_inline)) { return b[e]; });
-        break;
-      case Op::kGradient:
-        break;
-    }
+  INLINE P where_label(int64_t step, const Labels& l, const P& at_label, const P& elsewhere) const {
+    P result;
+    const auto c = static_cast<decltype(l.v[0][0] + 0)>(step);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) result.v[i] = l.v[i] == c ? at_label.v[i] : elsewhere.v[i];
+    return result;
   }
-
-  // How many classes have the largest logit, and the first of them.
-  void find_leads() {
-    C *const a = a_, *const max = max_, *const ties = spread_, *const lead = label_, *const first = taken_;
-    for (int64_t l = 0; l < lanes_; ++l) {
-      ties[l] = 0, lead[l] = C(call_.shape.classes);
-      first[l] = C(class_ + l % group_ / width_);
-    }
-    C c = 0;
-    for (int64_t start = 0; start < size_; start += lanes_, c += C(plan_.fold)) {
-#pragma omp simd
-      for (int64_t l = 0; l < lanes_; ++l) {
-        const bool leads = a[start + l] == max[l];
-        ties[l] += leads ? 1 : 0;
-        lead[l] = leads && first[l] + c < lead[l] ? first[l] + c : lead[l];
-      }
-    }
-    unfold(ties, [](C x, C y) __attribute__((always_inline)) { return x + y; });
-    unfold(lead, [](C x, C y) __attribute__((always_inline)) { return x < y ? x : y; });
-  }
-
-  // With few classes, one to a line of lanes, labels are compared with each; else what is at a label is looked up.
-  bool compares() const { return call_.label && plan_.fold == 1 && plan_.chunks == 1 && call_.shape.classes <= kFew; }
-
-  void get_labels() {
-    C* const label = label_;
-    const int32_t* const from = call_.label + first_;
-#pragma omp simd
-    for (int64_t p = 0; p < positions_; ++p) label[p] = C(from[p]);
-    for (int64_t l = positions_; l < lanes_; ++l) label[l] = -1;
+  INLINE P index(int64_t step) const { return P::all(C(step)); }
+  INLINE int64_t clamped_label(int64_t lane) const {
+    const int64_t label = this->call.label[first + lane];
+    return label < 0 ? 0 : smaller(label, this->classes - 1);
   }
   template <class F>
-  void compare_labels(F body) {
-    const C* const label = label_;
-    C c = 0;
-    for (int64_t start = 0; start < size_; start += lanes_, ++c) {
-#pragma omp simd
-      for (int64_t l = 0; l < lanes_; ++l) body(start + l, l, label[l] == c);
-    }
+  static INLINE P fold(const P& p, F) {
+    return p;
   }
-
-  void take_labels() {  // out of the tile; of a label out of range the logit of the class that is nearest
-    C *const a = a_, *const taken = taken_, *const label = label_, *const last = a_ + size_ - lanes_;
-    get_labels();
-    for (int64_t l = 0; l < lanes_; ++l) taken[l] = label[l] < 0 ? a[l] : last[l];
-    compare_labels([=](int64_t e, int64_t l, bool is_label) __attribute__((always_inline)) {
-      taken[l] = blend(is_label, a[e], taken[l]);
-      a[e] = blend(is_label, C(-INFINITY), a[e]);
-    });
-  }
-
-  template <class F>
-  void at_labels(F body) {  // of the positions whose label is in the tile
-    if (!call_.label) return;
-    each_index([&](int64_t o, int64_t i) {
-      const int64_t position = first_ + o * width_ + i, c = call_.label[position] - class_;
-      if (0 <= c && c < classes_) body(element(o, c, i), position, o * group_ + i, offset(o, c, i));
-    });
-  }
-
-  // ---- Tiles that hold a part of the classes leave their sums behind; the first of a position's holds the merged.
-
-  C* partial(int quantity, int64_t chunk) {
-    return partials_ + (quantity * plan_.chunks + chunk) * call_.shape.outer * call_.shape.inner;
-  }
-  void save(const C* x, int quantity) { put(x, partial(quantity, chunk_)); }
-  void restore(C* x, int quantity) { get(partial(quantity, 0), x); }
-  template <class F>
-  void merge(int quantity, F combine) {
-    C* to = partial(quantity, 0) + first_;
-    for (int64_t chunk = 1; chunk < plan_.chunks; ++chunk) {
-      const C* from = partial(quantity, chunk) + first_;
-      for (int64_t p = 0; p < positions_; ++p) to[p] = combine(to[p], from[p]);
-    }
-  }
-
-  // ---- Results.
-
-  void put(const C* x, void* to, C more = 0) const {
-    if (!to) return;
-    each_position([=](int64_t position, int64_t lane) { static_cast<C*>(to)[position] = x[lane] + more; });
-  }
-  template <class U = C>
-  void get(const void* from, C* x) {
-    for (int64_t l = 0; l < lanes_; ++l) x[l] = 0;
-    if (!from) return;
-    each_position([=](int64_t position, int64_t lane) { x[lane] = static_cast<const U*>(from)[position]; });
-    repeat(x);
-  }
-
-  void report() {  // what there is one number a position of
-    put(max_, call_.max_out);
-    if (leads()) {
-      each_position([this](int64_t position, int64_t lane) {
-        const bool any = spread_[lane] > 0;
-        static_cast<C*>(call_.sum_out)[position] = sum_[lane] + (any ? spread_[lane] - 1 : 0);
-        static_cast<C*>(call_.label_out)[position] = any ? max_[lane] : C(-INFINITY);
-        static_cast<C*>(call_.gap_out)[position] = gap_[lane];
-        call_.lead_out[position] = static_cast<int32_t>(label_[lane]);
-      });
-      return;
-    }
-    put(sum_, call_.sum_out, call_.op == Op::kLogSoftmax ? kEpsilon / 8 : 0);
-    put(spread_, call_.spread_out);
-    put(gap_, call_.gap_out);
-    if (!call_.label_out) return;
-    if (compares()) return put(taken_, call_.label_out);
-    each_index([this](int64_t o, int64_t i) {
-      const int64_t position = first_ + o * width_ + i, label = call_.label[position];
-      const int64_t c = label < 0 ? 0 : smaller(label, call_.shape.classes - 1);
-      const T logit = static_cast<const T*>(call_.logits)[offset(o, c - class_, i)];
-      static_cast<C*>(call_.label_out)[position] = widen(logit);
-    });
-  }
-
-  void write(bool reload) {
-    C *const a = a_, *const b = b_, *const max = max_, *const sum = sum_, *const scale = scale_, *const share = share_;
-    C *const idle = idle_, *const at_label = taken_;
-    switch (call_.op) {
-      case Op::kStatistics:
-      case Op::kMoments:
-        break;
-      case Op::kSoftmax:
-        for (int64_t l = 0; l < lanes_; ++l) scale[l] = 1 / (sum[l] + kEpsilon / 8);
-        if (reload) {
-          load_logits();
-          store([=](int64_t e, int64_t l) __attribute__((always_inline)) {
-            return exponential(a[e] - max[l]) * scale[l];
-          });
-        } else {
-          store([=](int64_t e, int64_t l) __attribute__((always_inline)) { return a[e] * scale[l]; });
-        }
-        break;
-      case Op::kLogSoftmax:
-        if (reload) load_logits();
-        each_position([=](int64_t, int64_t l) { scale[l] = logarithm(sum[l] + kEpsilon / 8); });
-        repeat(scale);
-        store([=](int64_t e, int64_t l) __attribute__((always_inline)) { return (a[e] - max[l]) - scale[l]; });
-        break;
-      case Op::kSoftmaxVjp:
-        if (reload) load_summands();
-        store([=](int64_t e, int64_t l) __attribute__((always_inline)) { return a[e] * (b[e] - sum[l]); });
-        break;
-      case Op::kLogSoftmaxVjp:
-        if (reload) load_summands();
-        load_logits();
-        get(call_.max, max), get(call_.total, scale);
-        for (int64_t l = 0; l < lanes_; ++l) scale[l] = 1 / scale[l];
-        store([=](int64_t e, int64_t l) __attribute__((always_inline)) {
-          return b[e] - exponential(a[e] - max[l]) * scale[l] * sum[l];
-        });
-        break;
-      case Op::kGradient: {
-        load_logits();
-        if (call_.spread) load_spread();
-        get(call_.max, max), get(call_.factor, scale), get(call_.share, share);
-        get<bool>(call_.idle, idle);
-        if (compares()) {
-          get(call_.at_label, at_label), get_labels();
-          const bool spreads = call_.spread;
-          compare_labels([=](int64_t e, int64_t l, bool is_label) __attribute__((always_inline)) {
-            const C product = exponential(a[e] - max[l]) * scale[l];
-            const C gradient = (is_label ? at_label[l] : product) - (spreads ? share[l] * b[e] : 0);
-            a[e] = idle[l] != 0 ? 0 : gradient;
-          });
-          store([=](int64_t e, int64_t) __attribute__((always_inline)) { return a[e]; });
-          break;
-        }
-        if (call_.spread) {
-          store([=](int64_t e, int64_t l) __attribute__((always_inline)) {
-            const C gradient = exponential(a[e] - max[l]) * scale[l] - share[l] * b[e];
-            return idle[l] != 0 ? 0 : gradient;
-          });
-        } else {
-          store([=](int64_t e, int64_t l) __attribute__((always_inline)) {
-            const C gradient = exponential(a[e] - max[l]) * scale[l];
-            return idle[l] != 0 ? 0 : gradient;
-          });
-        }
-        at_labels([=](int64_t e, int64_t position, int64_t lane, int64_t to) {
-          if (idle[lane] != 0) return;
-          C gradient = static_cast<const C*>(call_.at_label)[position];
-          if (call_.spread) gradient -= share[lane] * b[e];
-          static_cast<T*>(call_.result)[to] = narrow<T>(gradient);
-        });
-      }
-    }
-  }
-
-  const Call& call_;
-  const Plan& plan_;
-  C* partials_;
-  int fold_bits_;
-  C *a_, *b_;  // the tile: logits, then what becomes of them; cotangent or spread
-  C *max_, *sum_, *spread_, *gap_, *part_, *scale_, *share_, *idle_, *label_, *taken_;
-  int64_t chunk_, outer_, outers_, inner_, width_, class_, classes_;
-  int64_t positions_, first_;      // how many, and the index of the first
-  int64_t group_, lanes_, size_;  // lanes of an outer index, of them all with padding, numbers
 };
 
 template <class T>
-void run_tiles(const Call& call, const Plan& plan, Stage stage, int64_t begin, int64_t end, void* scratch,
-               void* partials) {
-  Tile<T> tile(call, plan, scratch, partials);
-  const bool merging = stage == Stage::kMergeMax || stage == Stage::kMergeSum;
-  for (int64_t index = begin; index < end; ++index) tile.run(stage, merging ? index * plan.chunks : index);
+struct Strips : Across<T> {
+  using typename Base<T>::C;
+  using typename Base<T>::P;
+  using Base<T>::kLanes;
+  int64_t start = 0, outer = 0;
+  bool fetched = false;
+
+  static int64_t units(const Shape& shape) { return shape.outer * ceil_div(shape.inner, kLanes); }
+  static int64_t scratch_size(const Shape& shape) {
+    return shape.classes * kLanes <= kKept ? shape.classes * kLanes : 0;
+  }
+  INLINE void locate(int64_t unit) {
+    const int64_t strips = ceil_div(this->inner, kLanes), strip = unit % strips, i = strip * kLanes;
+    outer = unit / strips;
+    this->lanes = smaller(kLanes, this->inner - i);
+    this->first = outer * this->inner + i;
+    start = outer * this->classes * this->inner + i;
+    // Classes lie far apart, and no processor foresees where the next one is: several strips are fetched together.
+    const int64_t together = smaller(8, 1 + kFetched / (this->classes * kLanes * int64_t(sizeof(T))));
+    if (strip % together != 0 && fetched) return;
+    fetched = true;
+    const Call& call = this->call;
+    const int64_t count = smaller(together * kLanes, this->inner - i);
+    fetch<0>(static_cast<const T*>(call.logits), count);
+    if (call.cotangent) fetch<0>(static_cast<const T*>(call.cotangent), count);
+    if (call.result) fetch<1>(static_cast<const T*>(call.result), count);
+  }
+  template <int writing>
+  INLINE void fetch(const T* array, int64_t count) const {
+    for (int64_t c = 0; c < this->classes; ++c) {
+      const char* from = reinterpret_cast<const char*>(array + start + c * this->inner);
+      for (int64_t b = 0; b < count * int64_t(sizeof(T)); b += 64) __builtin_prefetch(from + b, writing, 2);
+    }
+  }
+  template <class U>
+  INLINE P read(const U* array, int64_t step, C padding) const {
+    return P::load(array + start + step * this->inner, this->lanes, padding);
+  }
+  INLINE void write(int64_t step, const P& p) const { p.store(kept(step), this->lanes); }
+  INLINE P weights(int64_t step) const {
+    const Call& call = this->call;
+    const C* from = static_cast<const C*>(call.weights);
+    if (call.weight_rows == 0) return read(from, step, 0);
+    return P::all(from[outer / (call.shape.outer / call.weight_rows) * this->classes + step]);
+  }
+  INLINE bool is_whole() const { return this->lanes == kLanes; }
+  INLINE T* kept(int64_t step) const { return static_cast<T*>(this->call.result) + start + step * this->inner; }
+  INLINE C* kept_wide(int64_t step) const { return this->scratch + step * kLanes; }
+  INLINE P label_logit() const {
+    const T* logits = static_cast<const T*>(this->call.logits) + start;
+    P p = P::all(0);
+    for (int64_t l = 0; l < this->lanes; ++l) {
+      p.v[l / P::kVector][l % P::kVector] = number(logits[this->clamped_label(l) * this->inner + l]);
+    }
+    return p;
+  }
+  INLINE void finish() const {}
+};
+
+// The copies have a step's lanes side by side: of the logits, of what is read in addition, and of the result.
+template <class T>
+struct Gathered : Across<T> {
+  using typename Base<T>::C;
+  using typename Base<T>::P;
+  using Base<T>::kLanes;
+
+  static int64_t units(const Shape& shape) { return ceil_div(shape.outer * shape.inner, kLanes); }
+  static int64_t scratch_size(const Shape& shape) { return 2 * shape.classes * kLanes; }
+  INLINE void locate(int64_t unit) {
+    const Call& call = this->call;
+    this->first = unit * kLanes;
+    this->lanes = smaller(kLanes, call.shape.outer * this->inner - this->first);
+    const bool probs = call.op == Op::kSoftmaxVjp;
+    copy(static_cast<const T*>(call.logits), this->scratch, probs ? C(0) : C(-INFINITY));
+    if (call.cotangent) copy(static_cast<const T*>(call.cotangent), other(0), C(0));
+    if (!call.weights) return;
+    const C* from = static_cast<const C*>(call.weights);
+    if (call.weight_rows == 0) return copy(from, other(0), C(0));
+    const int64_t sharing = call.shape.outer / call.weight_rows;
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const int64_t outer = (this->first + smaller(l, this->lanes - 1)) / this->inner;
+      for (int64_t c = 0; c < this->classes; ++c) other(c)[l] = from[outer / sharing * this->classes + c];
+    }
+  }
+  INLINE C* other(int64_t step) const { return this->scratch + (this->classes + step) * kLanes; }
+  INLINE int64_t offset(int64_t lane) const {
+    const int64_t position = this->first + lane;
+    return position / this->inner * this->classes * this->inner + position % this->inner;
+  }
+  template <class U>
+  void copy(const U* from, C* to, C padding) const {
+    if (this->inner == 1 && this->lanes == kLanes) return transposed(from + this->first * this->classes, to);
+    for (int64_t l = 0; l < this->lanes; ++l) {
+      const U* one = from + offset(l);
+      for (int64_t c = 0; c < this->classes; ++c) to[c * kLanes + l] = scalar(one[c * this->inner]);
+    }
+    for (int64_t l = this->lanes; l < kLanes; ++l) {
+      for (int64_t c = 0; c < this->classes; ++c) to[c * kLanes + l] = padding;
+    }
+  }
+  template <class U>
+  void transposed(const U* from, C* to) const {  // of rows, a square of numbers at a time
+    constexpr int n = P::kVector;
+    for (int64_t l = 0; l < kLanes; l += n) {
+      for (int64_t c = 0; c < this->classes; c += n) {
+        typename P::V square[n];
+        const int64_t count = smaller(n, this->classes - c);
+        for (int i = 0; i < n; ++i) square[i] = load_some(from + (l + i) * this->classes + c, count);
+        transpose<C>(square);
+        for (int64_t i = 0; i < count; ++i) JAXSOFT_ISA::store(to + (c + i) * kLanes + l, square[i]);
+      }
+    }
+  }
+  void transposed_back(const C* from, T* to) const {
+    constexpr int n = P::kVector;
+    for (int64_t l = 0; l < kLanes; l += n) {
+      for (int64_t c = 0; c < this->classes; c += n) {
+        typename P::V square[n];
+        const int64_t count = smaller(n, this->classes - c);
+        for (int64_t i = 0; i < n; ++i) square[i] = i < count ? JAXSOFT_ISA::load(from + (c + i) * kLanes + l) : typename P::V{};
+        transpose<C>(square);
+        for (int i = 0; i < n; ++i) store_some(to + (l + i) * this->classes + c, square[i], count);
+      }
+    }
+  }
+  template <class U>
+  static INLINE C scalar(U x) {
+    if constexpr (sizeof(U) == 2) {
+      return number(x);
+    } else {
+      return x;
+    }
+  }
+  template <class U>
+  INLINE P read(const U* array, int64_t step, C) const {
+    return P::load(static_cast<const void*>(array) == this->call.logits ? this->scratch + step * kLanes : other(step));
+  }
+  INLINE void write(int64_t step, const P& p) const { p.store(this->scratch + step * kLanes); }
+  INLINE P weights(int64_t step) const { return P::load(other(step)); }
+  INLINE bool is_whole() const { return true; }
+  INLINE C* kept(int64_t step) const { return this->scratch + step * kLanes; }
+  INLINE C* kept_wide(int64_t step) const { return kept(step); }
+  INLINE P label_logit() const {
+    P p = P::all(0);
+    for (int64_t l = 0; l < this->lanes; ++l) {
+      p.v[l / P::kVector][l % P::kVector] = this->scratch[this->clamped_label(l) * kLanes + l];
+    }
+    return p;
+  }
+  INLINE void finish() const {
+    if (!this->call.result) return;
+    T* result = static_cast<T*>(this->call.result);
+    if (this->inner == 1 && this->lanes == kLanes) {
+      return transposed_back(this->scratch, result + this->first * this->classes);
+    }
+    for (int64_t l = 0; l < this->lanes; ++l) {
+      T* to = result + offset(l);
+      for (int64_t c = 0; c < this->classes; ++c) {
+        if constexpr (sizeof(T) == 2) {
+          T vector[P::kVector];
+          JAXSOFT_ISA::store(vector, this->scratch[c * kLanes + l] - typename P::V{});
+          to[c * this->inner] = vector[0];
+        } else {
+          to[c * this->inner] = this->scratch[c * kLanes + l];
+        }
+      }
+    }
+  }
+};
+
+// ---- What is computed of the positions of one unit.
+
+template <class T, template <class> class Layout>
+struct Unit : Layout<T> {
+  using C = typename Compute<T>::Type;
+  using P = Pack<C>;
+  static constexpr C kTiny = Compute<T>::kEpsilon / 8;
+  // Exponentials are kept, until their sum is known, where the result will be, or of half precision in scratch.
+  static constexpr bool kInResult = __is_same(Layout<T>, Gathered<T>) || (Layout<T>::kFolds && sizeof(T) == sizeof(C));
+
+  INLINE P logits(int64_t step) const { return this->read(static_cast<const T*>(this->call.logits), step, C(-INFINITY)); }
+  INLINE P probs(int64_t step) const { return this->read(static_cast<const T*>(this->call.logits), step, C(0)); }
+  INLINE P cotangent(int64_t step) const { return this->read(static_cast<const T*>(this->call.cotangent), step, C(0)); }
+  INLINE P of_position(const void* array, C otherwise = 0) const {
+    return array ? this->get(static_cast<const C*>(array)) : P::all(otherwise);
+  }
+  INLINE void report(void* array, const P& p) const {
+    if (array) this->put(static_cast<C*>(array), p);
+  }
+
+  INLINE P max() const {
+    P m = P::all(Compute<T>::kLowest);
+    for (int64_t s = 0; s < this->steps(); ++s) m = larger(m, logits(s));
+    m = this->fold(m, [](auto x, auto y) FORCE { return (y > x) | (y != y) ? y : x; });
+    return m + P::all(0);  // flushed to zero where the processor is told to flush
+  }
+  // Sums of 64 terms are summed 64 at a time in turn: what rounding a long sum would gather stays small.
+  template <class F>
+  INLINE P sum(F term) const {
+    P total = P::all(0);
+    for (int64_t s = 0; s < this->steps();) {
+      P block = P::all(0);
+      for (const int64_t last = smaller(s + 4096, this->steps()); s < last;) {
+        P part = P::all(0);
+        for (const int64_t end = smaller(s + 64, last); s < end; ++s) part = part + term(s);
+        block = block + part;
+      }
+      total = total + block;
+    }
+    return this->fold(total, [](auto x, auto y) FORCE { return x + y; });
+  }
+  template <class F>
+  INLINE void each(F result) const {
+    for (int64_t s = 0; s < this->steps(); ++s) this->write(s, result(s));
+  }
+
+  INLINE bool keeps() const { return kInResult || this->scratch; }
+  INLINE void keep(int64_t step, const P& p) const {
+    if constexpr (kInResult) {
+      this->write(step, p);
+    } else if (this->scratch) {
+      p.store(this->kept_wide(step));
+    }
+  }
+  INLINE P kept_exponential(int64_t step, const P& m) const {
+    if constexpr (__is_same(Layout<T>, Gathered<T>)) {
+      return P::load(this->kept(step));
+    } else if constexpr (kInResult) {
+      return this->read(static_cast<const T*>(this->call.result), step, C(0));
+    } else {
+      return this->scratch ? P::load(this->kept_wide(step)) : exponential(logits(step) - m);
+    }
+  }
+
+  // A function of numbers per position: those of a row, which are the same in all lanes, are computed in one vector.
+  template <class F, class... Packs>
+  INLINE P once(F f, const Packs&... packs) const {
+    if constexpr (!Layout<T>::kFolds) return map(f, packs...);
+    const auto v = f(packs.v[0]...);
+    P result;
+    for (auto& each : result.v) each = v;
+    return result;
+  }
+
+  void softmax() const {
+    const P m = max();
+    const P total = sum([&](int64_t s) FORCE {
+      const P e = exponential(logits(s) - m);
+      keep(s, e);
+      return e;
+    });
+    const P scale = once([](auto total) FORCE { return 1 / (total + kTiny); }, total);
+    each([&](int64_t s) FORCE { return kept_exponential(s, m) * scale; });
+  }
+  void log_softmax() const {
+    const P m = max();
+    const P total = sum([&](int64_t s) FORCE { return exponential(logits(s) - m); }) + P::all(kTiny);
+    report(this->call.max_out, m), report(this->call.sum_out, total);
+    const P log = once([](auto total) FORCE { return log_vector(total); }, total);
+    each([&](int64_t s) FORCE { return (logits(s) - m) - log; });
+  }
+  void softmax_vjp() const {
+    const P dot = sum([&](int64_t s) FORCE { return probs(s) * cotangent(s); });
+    each([&](int64_t s) FORCE { return probs(s) * (cotangent(s) - dot); });
+  }
+  void log_softmax_vjp() const {
+    const P m = of_position(this->call.max), total = sum([&](int64_t s) FORCE { return cotangent(s); });
+    const P factor = once([](auto g, auto total) FORCE { return g / total; }, total, of_position(this->call.total));
+    each([&](int64_t s) FORCE { return cotangent(s) - exponential(logits(s) - m) * factor; });
+  }
+
+  // The sum over all classes but the label, the label's logit, and Σ q, Σ q (m − z).
+  struct Sums {
+    P m, others, label_logit, weight_sum, gap;
+    typename Layout<T>::Labels labels;
+  };
+  template <bool kLabel, bool kWeights, bool kKeeps>
+  INLINE Sums sums() const {
+    Sums found;
+    const P m = found.m = max();
+    if constexpr (kLabel) found.labels = this->labels(), found.label_logit = this->label_logit();
+    if constexpr (kWeights) {
+      found.weight_sum = sum([&](int64_t s) FORCE { return this->weights(s); });
+      found.gap = sum([&](int64_t s) FORCE {
+        return map([](auto w, auto x) FORCE { return weighted_vector(w, x); }, this->weights(s), m - logits_or_0(s));
+      });
+    }
+    // Last, since of a copy what is kept takes the place of the logits.
+    found.others = sum([&](int64_t s) FORCE {
+      P e = exponential(logits(s) - m);
+      if constexpr (kKeeps) keep(s, e);
+      if constexpr (kLabel) e = this->where_label(s, found.labels, P::all(0), e);
+      return e;
+    });
+    return found;
+  }
+  INLINE P logits_or_0(int64_t step) const {  // padding has no weight
+    return this->read(static_cast<const T*>(this->call.logits), step, C(0));
+  }
+
+  template <bool kLabel, bool kWeights>
+  void statistics() const {
+    const Sums found = sums<kLabel, kWeights, false>();
+    report(this->call.max_out, found.m), report(this->call.sum_out, found.others);
+    if constexpr (kLabel) report(this->call.label_out, found.label_logit);
+    if constexpr (kWeights) report(this->call.weight_sum_out, found.weight_sum), report(this->call.gap_out, found.gap);
+  }
+
+  void moments() const {  // the classes of the largest logit are counted, not added up: that sum is exact
+    const P m = max();
+    P count = P::all(0), leader = P::all(C(this->classes));
+    const P none = leader;
+    for (int64_t s = 0; s < this->steps(); ++s) {
+      const P x = logits(s), index = this->index(s);
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) {
+        const auto leads = x.v[i] == m.v[i];
+        const auto zero = typename P::V{};
+        count.v[i] += leads ? zero + 1 : zero;
+        const auto own = leads ? index.v[i] : none.v[i];
+        leader.v[i] = own < leader.v[i] ? own : leader.v[i];
+      }
+    }
+    count = this->fold(count, [](auto x, auto y) FORCE { return x + y; });
+    leader = this->fold(leader, [](auto x, auto y) FORCE { return x < y ? x : y; });
+    const auto below = [&](int64_t s) FORCE { return m - logits(s); };
+    const auto without_leaders = [](auto b) FORCE {
+      const auto e = exp_vector<C>(-b);
+      return b == 0 ? b - b : e;
+    };
+    const P others = sum([&](int64_t s) FORCE { return map(without_leaders, below(s)); });
+    const P gap = sum([&](int64_t s) FORCE {
+      return map([&](auto b) FORCE {
+        const auto e = without_leaders(b);
+        return e == 0 ? typename P::V{} : e * b;
+      }, below(s));
+    });
+    const auto any = [](auto n, auto x, auto otherwise) FORCE { return n > 0 ? x : otherwise; };
+    report(this->call.max_out, m), report(this->call.gap_out, gap);
+    report(this->call.sum_out, others + map(any, count, count - P::all(1), P::all(0)));
+    report(this->call.label_out, map(any, count, m, P::all(C(-INFINITY))));
+    this->put(this->call.leader_out, leader);
+  }
+
+  // exp(z − m)·factor − share·q, but `at_label` as the product at the label, and 0 where ignored.
+  template <bool kLabel, bool kWeights, class F>
+  INLINE void write_gradient(F product, const P& at_label, const P& share, const P& ignored) const {
+    const auto labels = this->labels_if(kLabel);
+    each([&](int64_t s) FORCE {
+      P g = product(s);
+      if constexpr (kLabel) g = this->where_label(s, labels, at_label, g);
+      if constexpr (kWeights) g = g - share * this->weights(s);
+      return map([](auto g, auto none) FORCE { return none != 0 ? none - none : g; }, g, ignored);
+    });
+  }
+  INLINE typename Layout<T>::Labels labels_if(bool there) const {
+    return there ? this->labels() : typename Layout<T>::Labels{};
+  }
+  template <bool kLabel, bool kWeights>
+  void gradient() const {
+    const Call& call = this->call;
+    const P m = of_position(call.max), factor = of_position(call.factor);
+    const P ignored = call.ignored ? this->get(call.ignored) : P::all(0);
+    write_gradient<kLabel, kWeights>([&](int64_t s) FORCE { return exponential(logits(s) - m) * factor; },
+                                     of_position(call.at_label), of_position(call.position_weight), ignored);
+  }
+
+  // Loss and gradient in one pass: see position_losses and position_gradients in losses.py, whose formula this is.
+  template <bool kLabel, bool kWeights>
+  void loss() const {
+    const Call& call = this->call;
+    const Sums found = sums<kLabel, kWeights, true>();
+    const P label_weight = of_position(call.label_weight), position_weight = of_position(call.position_weight);
+    const P z_loss_weight = of_position(call.z_loss_weight);
+    const C scale = *static_cast<const C*>(call.scale);
+    P loss, factor, at_label, share, ignored;
+#pragma GCC unroll 4
+    for (int i = 0; i < (Layout<T>::kFolds ? 1 : kVectors); ++i) {
+      using V = typename P::V;
+      const V zero = {}, m = found.m.v[i], others = found.others.v[i], z = z_loss_weight.v[i];
+      const V l = kLabel ? found.label_logit.v[i] - m : zero, w = kWeights ? position_weight.v[i] : zero;
+      const V own = kLabel ? exp_vector<C>(l) : zero, exp_sum = others + own, total = exp_sum + kTiny;
+      const V surplus = kLabel ? others + (own - 1) : others - 1, excess = surplus < 0 ? zero : surplus;
+      const V log_sum = log1p_vector(excess), hot = scale * label_weight.v[i];
+      V cost = zero, mass = zero;
+      if constexpr (kLabel) {
+        const V led = others * exp_vector<C>(l > -1 ? -l : zero + 1), nll = log1p_vector(l > -1 ? led : excess);
+        cost += weighted_vector(label_weight.v[i], l > -1 ? nll : nll - l);
+      }
+      if constexpr (kWeights) {
+        cost += weighted_vector(w, found.weight_sum.v[i] * log_sum + found.gap.v[i]);
+        mass += scale * w * found.weight_sum.v[i];
+      }
+      if (call.z_loss_weight) {
+        const V finite = m - m == 0 ? m + log_sum : m, lse = exp_sum == 0 ? zero : finite;
+        cost += weighted_vector(z, lse * lse);
+        mass += scale * 2 * z * lse;
+      }
+      loss.v[i] = cost, share.v[i] = scale * w, factor.v[i] = (mass + hot) / total;
+      at_label.v[i] = (mass * own - hot * others) / total;
+      ignored.v[i] = (label_weight.v[i] == 0) & (w == 0) & (z == 0) ? zero + 1 : zero;
+    }
+    if constexpr (Layout<T>::kFolds) {
+      P* const numbers[] = {&loss, &factor, &at_label, &share, &ignored};
+      for (P* p : numbers) {
+        for (auto& v : p->v) v = p->v[0];
+      }
+    }
+    report(call.loss_out, loss);
+    write_gradient<kLabel, kWeights>([&](int64_t s) FORCE { return kept_exponential(s, found.m) * factor; }, at_label,
+                                     share, ignored);
+  }
+
+  void run(int64_t unit) {
+    this->locate(unit);
+    const bool label = this->call.label, weights = this->call.weights;
+    switch (this->call.op) {
+      case Op::kSoftmax: softmax(); break;
+      case Op::kLogSoftmax: log_softmax(); break;
+      case Op::kSoftmaxVjp: softmax_vjp(); break;
+      case Op::kLogSoftmaxVjp: log_softmax_vjp(); break;
+      case Op::kMoments: moments(); break;
+      case Op::kStatistics:
+        label ? (weights ? statistics<true, true>() : statistics<true, false>())
+              : (weights ? statistics<false, true>() : statistics<false, false>());
+        break;
+      case Op::kGradient:
+        label ? (weights ? gradient<true, true>() : gradient<true, false>())
+              : (weights ? gradient<false, true>() : gradient<false, false>());
+        break;
+      case Op::kLoss:
+        label ? (weights ? loss<true, true>() : loss<true, false>()) : loss<false, true>();
+        break;
+    }
+    if (this->call.op != Op::kStatistics && this->call.op != Op::kMoments) this->finish();
+  }
+};
+
+Layout layout_of(const Shape& shape, int64_t lanes) {
+  if (shape.inner < lanes && shape.classes <= kGatheredMost && (shape.inner > 1 || shape.classes < lanes)) {
+    return Layout::kGathered;
+  }
+  return shape.inner == 1 ? Layout::kRows : Layout::kStrips;
+}
+
+template <class T, template <class> class L>
+Plan plan_of(Layout layout, const Shape& shape) {
+  return {layout, L<T>::units(shape), L<T>::scratch_size(shape) * sizeof(typename Compute<T>::Type)};
+}
+template <class T>
+Plan plan_for(const Shape& shape) {
+  const Layout layout = layout_of(shape, Pack<typename Compute<T>::Type>::kLanes);
+  switch (layout) {
+    case Layout::kRows: return plan_of<T, Rows>(layout, shape);
+    case Layout::kStrips: return plan_of<T, Strips>(layout, shape);
+    default: return plan_of<T, Gathered>(layout, shape);
+  }
+}
+
+template <class T, template <class> class L>
+void run_units(const Call& call, int64_t begin, int64_t end, void* scratch) {
+  Unit<T, L> unit{{{call, static_cast<typename Compute<T>::Type*>(scratch)}}};
+  for (int64_t index = begin; index < end; ++index) unit.run(index);
+}
+template <class T>
+void run_for(const Call& call, int64_t begin, int64_t end, void* scratch) {
+  switch (layout_of(call.shape, Pack<typename Compute<T>::Type>::kLanes)) {
+    case Layout::kRows: return run_units<T, Rows>(call, begin, end, scratch);
+    case Layout::kStrips: return run_units<T, Strips>(call, begin, end, scratch);
+    case Layout::kGathered: return run_units<T, Gathered>(call, begin, end, scratch);
+  }
 }
 
 }  // namespace
 
-void run(const Call& call, const Plan& plan, Stage stage, int64_t begin, int64_t end, void* scratch, void* partials) {
+Plan plan(const Call& call) {
   switch (call.dtype) {
-    case Dtype::kFloat32: return run_tiles<float>(call, plan, stage, begin, end, scratch, partials);
-    case Dtype::kFloat64: return run_tiles<double>(call, plan, stage, begin, end, scratch, partials);
-    case Dtype::kBfloat16: return run_tiles<Bfloat16>(call, plan, stage, begin, end, scratch, partials);
-    case Dtype::kFloat16: return run_tiles<Float16>(call, plan, stage, begin, end, scratch, partials);
+    case Dtype::kFloat32: return plan_for<float>(call.shape);
+    case Dtype::kFloat64: return plan_for<double>(call.shape);
+    case Dtype::kBfloat16: return plan_for<Bfloat16>(call.shape);
+    default: return plan_for<Float16>(call.shape);
+  }
+}
+
+void run(const Call& call, int64_t begin, int64_t end, void* scratch) {
+  switch (call.dtype) {
+    case Dtype::kFloat32: return run_for<float>(call, begin, end, scratch);
+    case Dtype::kFloat64: return run_for<double>(call, begin, end, scratch);
+    case Dtype::kBfloat16: return run_for<Bfloat16>(call, begin, end, scratch);
+    case Dtype::kFloat16: return run_for<Float16>(call, begin, end, scratch);
   }
 }
 

@@ -1,6 +1,7 @@
 // What the kernels compute, and in which pieces; free of XLA.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace jaxsoft {
@@ -13,58 +14,49 @@ struct Shape {
 
 enum class Dtype { kFloat32, kFloat64, kBfloat16, kFloat16 };
 
-enum class Op { kStatistics, kMoments, kGradient, kSoftmax, kLogSoftmax, kSoftmaxVjp, kLogSoftmaxVjp };
+enum class Op { kStatistics, kMoments, kGradient, kLoss, kSoftmax, kLogSoftmax, kSoftmaxVjp, kLogSoftmaxVjp };
 
-// One call of a handler. Half precision is computed in float; what has one number a position (max, factor, ...) and
-// the spread are of that compute dtype. Absent arrays are null.
+// One call of a handler. Half precision is computed in float; arrays of one number per position (max, factor, ...) and
+// target weights have that compute dtype. Absent arrays are null.
 struct Call {
   Op op;
   Dtype dtype;
   Shape shape;
-  const void* logits = nullptr;  // of softmax_vjp the probabilities
-  const void* cotangent = nullptr;
-  const void* spread = nullptr;
-  int64_t spread_rows = 0;  // rows of `classes` that consecutive outer indices share; 0: one weight a logit
+  const void* logits = nullptr;     // of softmax_vjp the probabilities
+  const void* cotangent = nullptr;  // of the logits' shape and dtype
+  const void* weights = nullptr;    // target weights
+  int64_t weight_rows = 0;          // rows of `classes` that consecutive outer indices share; 0: one weight per logit
   const int32_t* label = nullptr;
-  const bool* idle = nullptr;
-  const void *max = nullptr, *total = nullptr, *factor = nullptr, *at_label = nullptr, *share = nullptr;
+  const bool* ignored = nullptr;
+  const void *max = nullptr, *total = nullptr, *factor = nullptr, *at_label = nullptr;
+  const void *label_weight = nullptr, *position_weight = nullptr, *z_loss_weight = nullptr, *scale = nullptr;
   void* result = nullptr;
-  void *max_out = nullptr, *sum_out = nullptr, *label_out = nullptr, *spread_out = nullptr, *gap_out = nullptr;
-  int32_t* lead_out = nullptr;
+  void *loss_out = nullptr, *max_out = nullptr, *sum_out = nullptr, *label_out = nullptr;
+  void *weight_sum_out = nullptr, *gap_out = nullptr;
+  int32_t* leader_out = nullptr;
 };
 
-// How an array is cut into tiles, from its shape alone. A tile is brought into a cache and widened, and each of its
-// positions is summed in vector lanes of its own, in an order that depends on classes and inner alone: not on what else
-// is in the tile. A line of lanes is (outer index, fold, inner index): where the inner indices do not fill vectors,
-// `fold` consecutive classes lie side by side, contiguous as in memory, and their sums are added up at the end. Short
-// vectors with few inner indices are not folded; of those with one, rows, a tile holds the transpose.
+// How a call is cut into units, from classes and inner alone: a row's bits must not depend on what lies beside it.
+enum class Layout {
+  kRows,     // lanes of a vector are classes of one position, which lie side by side
+  kStrips,   // lanes are positions that lie side by side, the classes follow one another
+  kGathered  // the same of positions that do not, or are too few: a copy has them side by side
+};
+
+// Runs units [begin, end) with scratch of the thread's own.
+using Kernel = void (*)(const Call&, int64_t begin, int64_t end, void* scratch);
+
 struct Plan {
-  int64_t outers, width, fold;  // outer indices, inner indices, folded classes of a tile
-  int64_t blocks, strips;       // tiles along outer and inner
-  int64_t classes, chunks;      // classes of a tile; its positions are finished at once if they are all
-  int64_t lanes, size;          // of a tile, both padded to whole vectors
-
-  Plan(Op op, Shape shape);
+  Layout layout;
+  int64_t units;
+  size_t scratch;  // bytes
 };
-
-enum class Stage {
-  kAll,                 // of tiles that hold all classes; of others, one after another:
-  kMax, kMergeMax,      // the largest logit of each tile, of each position
-  kSum, kMergeSum,      // sums likewise
-  kWrite,               // the result
-};
-
-// Runs a stage over pieces [begin, end): tiles, or positions where stages merge. `scratch` is the thread's own,
-// `partials` holds 5 numbers for each tile's positions and is shared. Both are allocated by the caller.
-using Kernel = void (*)(const Call&, const Plan&, Stage, int64_t begin, int64_t end, void* scratch, void* partials);
-
-inline constexpr int kPartials = 5;  // max, sum, spread or ties, gap, lead
-inline int64_t scratch_size(const Plan& plan) { return 2 * plan.size + 10 * plan.lanes; }
 
 // The same source, compiled for each instruction set.
-#define JAXSOFT_DECLARE(isa) \
-  namespace isa {            \
-  void run(const Call&, const Plan&, Stage, int64_t, int64_t, void*, void*); \
+#define JAXSOFT_DECLARE(isa)                           \
+  namespace isa {                                      \
+  void run(const Call&, int64_t, int64_t, void*);      \
+  Plan plan(const Call&);                              \
   }
 JAXSOFT_DECLARE(baseline)
 JAXSOFT_DECLARE(avx2)

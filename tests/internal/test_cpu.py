@@ -10,7 +10,7 @@ import pytest
 import jaxsoft
 import reference
 from jaxsoft import _softmax
-from jaxsoft._formula import moments, statistics
+from jaxsoft._formula import losses, moments, statistics
 from jaxsoft._platform import cpu
 
 pytestmark = pytest.mark.skipif(not jaxsoft.native_kernels().loaded, reason=str(jaxsoft.native_kernels()))
@@ -20,6 +20,7 @@ SEAMS = {
     "moments": moments._block_moments,
     "gradient": statistics._in_new_place,
     "gradient_in_place": statistics._in_place,
+    "loss": losses._losses_and_gradient,
     "softmax": _softmax._probs,
     "log_softmax": _softmax._log_probs,
     "softmax_vjp": _softmax._pulled_back,
@@ -243,6 +244,50 @@ def test_kernels_equal_the_plain_functions(shape, dtype, rng, monkeypatch):
     agree("log_softmax_vjp", "result", 16, of_g + np.exp(shifted) / total * of_g.sum(1, keepdims=True))
 
 
+@pytest.mark.parametrize(("shape", "dtype"), each_dtype(SHAPES))
+def test_a_loss_and_its_gradient_equal_the_plain_formula(shape, dtype, rng, monkeypatch):
+    """In one pass. Logits are such that subtracting the largest is exact, and float64 has the truth."""
+    outer, classes, inner = shape
+    compute, one = F64 if dtype == F64 else F32, (outer, 1, inner)
+    z = np.clip(np.rint(draw(rng, shape, F64, edges=False) * 4) / 4, -31, 31)
+    label = rng.integers(0, classes, one).astype(np.int32)
+    label_weight, position_weight, z_loss_weight = rng.uniform(0.1, 2, (3, *one))
+    ignored = rng.uniform(size=one) < 0.2
+    for weight in (label_weight, position_weight, z_loss_weight):
+        weight[ignored] = 0
+    label[..., :1], label_weight[..., :1] = -1, np.nan  # no class
+    each, shared = rng.uniform(size=shape), rng.uniform(size=(1, classes, 1))
+    scale, no = np.full((1, 1, 1), 0.37), None
+    cases = {
+        "label": (label, label_weight, position_weight, no, no),
+        "label, z-loss": (label, label_weight, position_weight, z_loss_weight, no),
+        "label, shared weights, z-loss": (label, label_weight, position_weight, z_loss_weight, shared),
+        "label, weights": (label, label_weight, position_weight, no, each),
+        "weights": (no, no, position_weight, no, each),
+    }
+
+    def narrow(array, kind=compute):
+        return array if array is None or array.dtype == np.int32 else array.astype(kind)
+
+    given = {name: (z.astype(dtype), *map(narrow, case), narrow(scale)) for name, case in cases.items()}
+    found = jax.jit(lambda given: {name: kernel("loss", *arrays) for name, arrays in given.items()})(given)
+    monkeypatch.setattr(cpu, "_LEAST", sys.maxsize)
+    exact = jax.tree.map(wide, given, is_leaf=lambda a: a is None)
+    right = jax.jit(lambda given: {name: plain("loss", *arrays) for name, arrays in given.items()})(exact)
+    p = np.exp(z - z.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    for name, (y, hot, share, _, weights) in cases.items():
+        (loss, gradient), (expected, slope) = (jax.tree.map(np.asarray, results[name]) for results in (found, right))
+        # The logarithm of a sum without a label is right to rounding of 1.
+        of_one = 0.0 if weights is None else share * np.broadcast_to(weights, shape).sum(1, keepdims=True)
+        assert_close(f"loss of {name}", "loss", loss, expected, 32, of_one)
+        size = np.abs(slope) + (0 if weights is None else 0.37 * share * weights)
+        if y is not None:
+            size += 0.37 * np.nan_to_num(hot) * (np.where(np.arange(classes)[:, None] == y, 1 - p, p))
+        assert_close(f"loss of {name}", "gradient", gradient, slope, 16, size)
+        assert np.array_equal(np.isnan(loss), np.isnan(expected))
+
+
 @pytest.mark.parametrize("shape", [(40, 5, 2), (9, 70, 1)])
 def test_of_equal_leaders_one_is_left_out_of_the_sum(shape, rng):
     """By the kernel of `moments`, and by the plain function that sums the leaders apart."""
@@ -280,6 +325,9 @@ def test_the_bits_of_a_row_do_not_depend_on_its_batch(shape, dtype, rng):
                 "statistics": kernel("statistics", z, y, g.astype(total.dtype)),
                 "moments": kernel("moments", z),
                 "gradient": kernel("gradient", z, largest, 1 / total, None, y, total, None, None),
+                "loss": kernel(
+                    "loss", z, y, total, total, total, g.astype(total.dtype), jnp.ones((1, 1, 1), total.dtype)
+                ),
                 "softmax_vjp": kernel("softmax_vjp", s, g),
                 "log_softmax_vjp": kernel("log_softmax_vjp", *of_logits, g),
             }
