@@ -17,8 +17,6 @@ import reference
 
 pytestmark = pytest.mark.skipif(not jaxsoft.native_kernels().loaded, reason=str(jaxsoft.native_kernels()))
 
-ALWAYS = os.environ.get("JAXSOFT_NATIVE", "1") != "1"  # otherwise only arrays of 8192 elements or more
-
 
 @pytest.fixture
 def rng():
@@ -64,11 +62,57 @@ def losses(z, y, axis=-1):
     return jaxsoft.cross_entropy(z, y, axis, reduction="none")
 
 
-def test_small_arrays_are_left_to_xla():
-    large = np.zeros((150, 300))
-    assert calls(jaxsoft.softmax, np.zeros((150, 3))) == ALWAYS
-    assert calls(jaxsoft.softmax, large) == 1
-    assert calls(jax.vmap(jaxsoft.softmax), large) == 1  # what counts is what is compiled
+def test_arrays_of_any_size_take_one_kernel():
+    for size in ((), (150,), (2, 3, 5)):
+        z = np.zeros((*size, 3))
+        assert calls(jaxsoft.softmax, z) == 1
+        assert calls(jax.vmap(jaxsoft.softmax), z[None]) == 1
+    assert calls(jaxsoft.softmax, np.zeros((0, 3))) == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.1}, {"ignore_index": 0}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_loss_with_its_gradient_is_one_kernel(dtype, options):
+    """But in float16 a gradient that is formed before its cotangent is known might be too small: there it takes two."""
+    z, y = jnp.zeros((150, 300), dtype), np.zeros(150, int)
+
+    def kernels(reduction):
+        loss = functools.partial(jaxsoft.cross_entropy, targets=y, reduction=reduction, **options)
+        text = jax.jit(lambda z: jax.vjp(loss, z)[1](jnp.ones_like(loss(z)))).lower(z).as_text()
+        return {name for name in ("statistics", "gradient", "loss") if f"custom_call @jaxsoft_{name}(" in text}
+
+    two = {"statistics", "gradient"}
+    assert kernels("none") == two
+    for reduction in ("mean", "sum"):
+        assert kernels(reduction) == (two if dtype == "float16" else {"loss"})
+
+
+@pytest.mark.parametrize("shape", [(4096, 7), (4096, 100), (300, 3000), (40, 21, 130), (200, 5, 6)], ids=str)
+def test_the_bits_of_a_row_do_not_depend_on_its_batch(shape, rng):
+    """Alone, in batches of 2 and 7, and in the whole: every dense function and its gradient."""
+    axis = 1
+    z = rng.normal(size=shape).astype(np.float32) * 5
+    y = rng.integers(0, shape[axis], shape[:axis] + shape[axis + 1 :])
+
+    def results(z, y):
+        fns = (jaxsoft.softmax, jaxsoft.log_softmax, jaxsoft.logsumexp, jaxsoft.entropy)
+        each = lambda z: jaxsoft.cross_entropy(z, y, axis, label_smoothing=0.1, reduction="none")  # noqa: E731
+        total = lambda z: jaxsoft.cross_entropy(z, y, axis, z_loss=0.1, reduction="sum")  # noqa: E731
+        one = lambda fn: jax.vjp(lambda z: fn(z, axis), z)  # noqa: E731
+        pulled = [pull(jnp.cos(value)) for value, pull in map(one, fns)]
+        return (
+            [fn(z, axis) for fn in fns],
+            pulled,
+            jax.vjp(each, z)[1](jnp.ones(y.shape, z.dtype)),
+            each(z),
+            jax.grad(total)(z),
+        )
+
+    whole = jax.tree.leaves(jax.jit(results)(z, y))
+    for size in (1, 2, 7):
+        rows = slice(-size, None)
+        for few, many in zip(jax.tree.leaves(jax.jit(results)(z[rows], y[rows])), whole, strict=True):
+            np.testing.assert_array_equal(few, np.asarray(many)[rows])
 
 
 @pytest.mark.parametrize("axes", [(0, 2), (0, 3)], ids=str)
@@ -211,6 +255,6 @@ def test_the_switch_and_a_library_that_is_refused():
     assert on.endswith(" 1")
     assert no_library.startswith(f"native CPU kernels: none, {__file__} was refused: ")
     assert no_library.endswith(" 0")
-    assert neither == "ValueError: JAXSOFT_NATIVE: expected 0, 1, always or the file of a library, got 'yes'"
+    assert neither == "ValueError: JAXSOFT_NATIVE: expected 0, 1 or the file of a library, got 'yes'"
     assert refused.startswith("0.005 native CPU kernels: none, ")  # all is left to XLA
     assert refused.endswith("was refused: its version is newer")

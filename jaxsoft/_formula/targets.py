@@ -26,6 +26,8 @@ from jaxsoft._arrays.sharding import (
     shard_like,
     sum_shards,
 )
+from jaxsoft._platform import cpu
+from jaxsoft._platform.dispatch import Axes, with_platform_impl
 
 Reduction = Literal["none", "sum", "mean"]
 REDUCTIONS = get_args(Reduction)
@@ -149,7 +151,7 @@ class Averaging(NamedTuple):
 
     def sum(self, array: Array) -> Array:
         """The sum over all axes but the examples', kept with length one, and over devices."""
-        on_device = jnp.sum(array, tuple(range(self.examples, array.ndim)), keepdims=True)
+        (on_device,) = _total((array,), tuple(range(self.examples - array.ndim, 0)))
         return lax.psum(pvary(on_device, frozenset(self.batch)), self.batch) if self.batch else on_device
 
     def reduce(self, losses: Array, denominator: Array | None, axis: int) -> Array:
@@ -159,6 +161,12 @@ class Averaging(NamedTuple):
         total = self.sum(losses)
         reduced = total if denominator is None else total / denominator
         return jnp.squeeze(reduced, tuple(range(self.examples, losses.ndim)))
+
+
+@with_platform_impl(cpu=cpu.total)
+def _total(arrays: tuple[Array], axes: Axes) -> tuple[Array]:
+    """The sum over axes, which are kept; XLA's own on a CPU depends on its threads."""
+    return (jnp.sum(arrays[0], axes, keepdims=True),)
 
 
 def dense_operands(

@@ -21,10 +21,19 @@ from jaxsoft._arrays.dtypes import compute_dtype
 from jaxsoft._jax_internals import Function, Results, primitives_fail
 from jaxsoft._platform.dispatch import Axes, Program
 
-SWITCH = "JAXSOFT_NATIVE"  # 0: never, 1: where they are faster, always or a library's file: wherever they can run
+SWITCH = "JAXSOFT_NATIVE"  # 0: never, 1: wherever they can run, or the file of a library in their place
 LIBRARY = "libjaxsoft_native"
-NAMES = ("statistics", "moments", "gradient", "loss", "softmax", "log_softmax", "softmax_vjp", "log_softmax_vjp")
-LEAST = 1 << 13  # elements below which a call costs more than it saves
+NAMES = (
+    "statistics",
+    "moments",
+    "gradient",
+    "loss",
+    "total",
+    "softmax",
+    "log_softmax",
+    "softmax_vjp",
+    "log_softmax_vjp",
+)
 
 DTYPES = (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -43,9 +52,8 @@ class NativeKernels(NamedTuple):
 
 
 _MODE = os.environ.get(SWITCH, "1")
-if _MODE not in ("0", "1", "always") and not Path(_MODE).is_file():
-    raise ValueError(f"{SWITCH}: expected 0, 1, always or the file of a library, got {_MODE!r}")
-_LEAST = LEAST if _MODE == "1" else 0
+if _MODE not in ("0", "1") and not Path(_MODE).is_file():
+    raise ValueError(f"{SWITCH}: expected 0, 1 or the file of a library, got {_MODE!r}")
 
 
 @functools.cache
@@ -53,8 +61,8 @@ def native_kernels() -> NativeKernels:
     """Whether this process runs the kernels compiled for the CPU, or the plain formula in their place.
 
     Both give the same results, to rounding. The environment variable JAXSOFT_NATIVE, read when the library is
-    imported, chooses: 0 turns the kernels off, 1, the default, uses them where they are faster, "always" wherever they
-    can run; the file of a library compiled otherwise puts that in their place, always.
+    imported, chooses: 0 turns the kernels off, 1, the default, uses them wherever they can run; the file of a library
+    compiled otherwise puts that in their place.
 
     Returns:
         `loaded`, and `detail`: the file of the kernels or why there are none.
@@ -78,7 +86,7 @@ def native_kernels() -> NativeKernels:
     # In an editable installation the package has two folders: the sources', and that of what was built.
     folders = [Path(folder) / "native" for folder in sys.modules["jaxsoft"].__path__]
     built = [folder / f"{LIBRARY}.{end}" for folder in folders for end in ("so", "dylib")]
-    files = [file for file in built if file.exists()] if _MODE in ("1", "always") else [Path(_MODE)]
+    files = [file for file in built if file.exists()] if _MODE == "1" else [Path(_MODE)]
     if not files:
         return NativeKernels(False, "not built when the package was installed")
     jax.local_devices(backend="cpu")  # before, JAX would put a registration off, and its whole CPU fail with it
@@ -124,7 +132,7 @@ def _program(name: str, roles: str, results: Callable[..., Types], *, in_place: 
     def choose(single_device: bool, types: Types, axes: Axes) -> Function | None:
         logits, *others = types
         assert logits is not None
-        if not (single_device and _gains(logits, axes) and native_kernels().loaded):
+        if not (single_device and _fits(logits, axes) and native_kernels().loaded):
             return None
         given = ((role, array) for role, array in zip(roles.split(), others, strict=True) if array is not None)
         return run if all(_takes(role, array, logits, axes) for role, array in given) else None
@@ -148,6 +156,7 @@ OF_GRADIENT = "position position mask label position position weights"
 gradient = _program("gradient", OF_GRADIENT, _like_first)
 gradient_in_place = _program("gradient", OF_GRADIENT, _like_first, in_place=True)
 loss = _program("loss", "label position position position weights number", _of_loss)
+total = _program("total", "", lambda axes, numbers: (_position(numbers, axes),))
 softmax = _program("softmax", "", _like_first)
 log_softmax = _program("log_softmax", "", _of_log_softmax)
 softmax_vjp = _program("softmax_vjp", "like", _like_first)
@@ -160,11 +169,11 @@ def leading_sums(single_device: bool, types: tuple[Type], axes: Axes) -> Functio
     return None if run is None else lambda arrays, axes: run(arrays, axes)[:3]
 
 
-def _gains(logits: Type, axes: Axes) -> bool:
-    """Whether a kernel takes such logits, and is faster than XLA for so many."""
+def _fits(logits: Type, axes: Axes) -> bool:
+    """Whether a kernel takes such logits; of any size, so that a row's bits do not depend on its batch."""
     known = all(isinstance(size, int) for size in logits.shape)  # a symbol of `jax.export` serves every size
     together = bool(axes) and axes == tuple(range(axes[0], axes[-1] + 1))
-    return known and together and logits.dtype in DTYPES and math.prod(logits.shape) >= max(_LEAST, 1)
+    return known and together and logits.dtype in DTYPES and 0 not in logits.shape
 
 
 def _takes(role: str, array: Type, logits: Type, axes: Axes) -> bool:

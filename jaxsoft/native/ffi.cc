@@ -214,6 +214,12 @@ ffi::Error loss(ffi::ThreadPool pool, int64_t first, int64_t last, Array logits,
   return run(pool, call);
 }
 
+ffi::Error total(ffi::ThreadPool pool, int64_t first, int64_t last, Array numbers, Result sum) {
+  Call call = call_on(Op::kTotal, numbers, first, last);
+  call.sum_out = data(*sum);
+  return run(pool, call);
+}
+
 ffi::Error softmax(ffi::ThreadPool pool, int64_t first, int64_t last, Array logits, Result probs) {
   Call call = call_on(Op::kSoftmax, logits, first, last);
   call.result = data(*probs);
@@ -265,6 +271,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_statistics, jaxsoft::statistics, (jaxsoft:
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_moments, jaxsoft::moments, (jaxsoft::binding<1, 5>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_gradient, jaxsoft::gradient, (jaxsoft::binding<8, 1>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_loss, jaxsoft::loss, (jaxsoft::binding<7, 2>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_total, jaxsoft::total, (jaxsoft::binding<1, 1>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_softmax, jaxsoft::softmax, (jaxsoft::binding<1, 1>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_log_softmax, jaxsoft::log_softmax, (jaxsoft::binding<1, 3>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_softmax_vjp, jaxsoft::softmax_vjp, (jaxsoft::binding<2, 1>()));

@@ -26,6 +26,7 @@ constexpr int kVectors = 4;            // of a pack, since one sum alone would w
 constexpr int64_t kKept = 1 << 15;     // exponentials of half precision that are kept until they are scaled
 constexpr int64_t kGatheredMost = 512;  // classes of positions that are copied side by side
 constexpr int64_t kFetched = 1 << 18;   // bytes that a second-level cache can have ready
+constexpr int64_t kShort = 48, kLong = 256;  // classes of rows that are computed four at a time
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
@@ -204,18 +205,16 @@ struct Pack {
       for (int i = 0; i < kVectors; ++i) p.v[i] = JAXSOFT_ISA::load(from + i * kVector);
       return p;
     }
-    for (int i = 0; i < kVectors; ++i) {
-      const int64_t left = count - i * kVector;
-      p.v[i] = padding - V{};
-      if (left <= 0) continue;
-      const V loaded = load_some(from + i * kVector, left);
-      if (left >= kVector) {
-        p.v[i] = loaded;
-      } else {
-        p.v[i] = iota() < static_cast<decltype(iota()[0] + 0)>(left) ? loaded : p.v[i];
-      }
-    }
+    for (int i = 0; i < kVectors; ++i) p.v[i] = vector(from + i * kVector, count - i * kVector, padding);
     return p;
+  }
+  template <class T>
+  static INLINE V vector(const T* from, int64_t count, C padding) {
+    if (count >= kVector) return JAXSOFT_ISA::load(from);
+    const V all = padding - V{};
+    if (count <= 0) return all;
+    const V loaded = load_some(from, count);
+    return iota() < static_cast<decltype(iota()[0] + 0)>(count) ? loaded : all;
   }
   template <class T>
   INLINE void store(T* to, int64_t count = kLanes) const {
@@ -348,7 +347,7 @@ struct Rows : Base<T> {
   using typename Base<T>::C;
   using typename Base<T>::P;
   using Base<T>::kLanes;
-  static constexpr bool kFolds = true;
+  static constexpr bool kFolds = true, kSame = true;
   int64_t row = 0;
 
   static int64_t units(const Shape& shape) { return shape.outer; }
@@ -380,7 +379,6 @@ struct Rows : Base<T> {
   INLINE void put(U* array, const P& p) const {
     array[row] = static_cast<U>(p.v[0][0]);
   }
-  INLINE bool is_whole() const { return true; }
   INLINE T* kept(int64_t step) const {
     return static_cast<T*>(this->call.result) + row * this->classes + step * kLanes;
   }
@@ -425,13 +423,114 @@ struct Rows : Base<T> {
   }
 };
 
+// Short rows, each in a vector of its own: what of one waits for itself leaves time for the others.
+template <class T>
+struct Quads : Base<T> {
+  using typename Base<T>::C;
+  using typename Base<T>::P;
+  static constexpr bool kFolds = true, kSame = false;
+  static constexpr int kVector = P::kVector;
+  int64_t first = 0, rows = 0;
+
+  static int64_t units(const Shape& shape) { return ceil_div(shape.outer, kVectors); }
+  static int64_t scratch_size(const Shape& shape) {
+    return sizeof(T) == 2 ? ceil_div(shape.classes, kVector) * P::kLanes : 0;
+  }
+  INLINE void locate(int64_t unit) {
+    first = unit * kVectors;
+    rows = smaller(kVectors, this->call.shape.outer - first);
+  }
+  INLINE int64_t row(int i) const { return first + smaller(i, rows - 1); }
+  INLINE int64_t steps() const { return ceil_div(this->classes, kVector); }
+  INLINE int64_t count(int64_t step) const { return this->classes - step * kVector; }
+  template <class U>
+  INLINE P read(const U* array, int64_t step, C padding) const {
+    P p;
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      p.v[i] = P::vector(array + row(i) * this->classes + step * kVector, count(step), padding);
+    }
+    return p;
+  }
+  INLINE void write(int64_t step, const P& p) const {
+    T* result = static_cast<T*>(this->call.result) + step * kVector;
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      if (i < rows) store_some(result + (first + i) * this->classes, p.v[i], count(step));
+    }
+  }
+  INLINE P weights(int64_t step) const {
+    const Call& call = this->call;
+    const C* from = static_cast<const C*>(call.weights);
+    if (call.weight_rows == 0) return read(from, step, 0);
+    P p;
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t shared = row(i) / (call.shape.outer / call.weight_rows);
+      p.v[i] = P::vector(from + shared * this->classes + step * kVector, count(step), 0);
+    }
+    return p;
+  }
+  template <class U>
+  INLINE P get(const U* array) const {
+    P p;
+    for (int i = 0; i < kVectors; ++i) p.v[i] = C(array[row(i)]) - typename P::V{};
+    return p;
+  }
+  template <class U>
+  INLINE void put(U* array, const P& p) const {
+    for (int64_t i = 0; i < rows; ++i) array[first + i] = static_cast<U>(p.v[i][0]);
+  }
+  INLINE C* kept_wide(int64_t step) const { return this->scratch + step * P::kLanes; }
+  struct Labels {
+    int64_t label[kVectors];
+  };
+  INLINE Labels labels() const {
+    Labels labels;
+    for (int i = 0; i < kVectors; ++i) labels.label[i] = this->call.label[row(i)];
+    return labels;
+  }
+  INLINE P where_label(int64_t step, const Labels& l, const P& at_label, const P& elsewhere) const {
+    P result;
+    const auto iota = P::iota();
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      const auto own = static_cast<decltype(iota[0] + 0)>(l.label[i] - step * kVector);
+      result.v[i] = iota == own ? at_label.v[i] : elsewhere.v[i];
+    }
+    return result;
+  }
+  INLINE P index(int64_t step) const {
+    P p;
+    for (auto& v : p.v) v = __builtin_convertvector(P::iota(), typename P::V) + C(step * kVector);
+    return p;
+  }
+  INLINE P label_logit() const {
+    P p;
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t label = this->call.label[row(i)], c = label < 0 ? 0 : smaller(label, this->classes - 1);
+      p.v[i] = number(static_cast<const T*>(this->call.logits)[row(i) * this->classes + c]) - typename P::V{};
+    }
+    return p;
+  }
+  INLINE void finish() const {}
+  template <class F>
+  static INLINE P fold(P p, F f) {
+#pragma GCC unroll 8
+    for (int half = kVector / 2; half > 0; half /= 2) {
+#pragma GCC unroll 4
+      for (auto& v : p.v) v = f(v, exchanged<C>(v, half));
+    }
+    return p;
+  }
+};
+
 // Lanes are positions whose index goes on from `first`.
 template <class T>
 struct Across : Base<T> {
   using typename Base<T>::C;
   using typename Base<T>::P;
   using Base<T>::kLanes;
-  static constexpr bool kFolds = false;
+  static constexpr bool kFolds = false, kSame = false;
   int64_t first = 0, lanes = 0;
 
   INLINE int64_t steps() const { return this->classes; }
@@ -527,7 +626,6 @@ struct Strips : Across<T> {
     if (call.weight_rows == 0) return read(from, step, 0);
     return P::all(from[outer / (call.shape.outer / call.weight_rows) * this->classes + step]);
   }
-  INLINE bool is_whole() const { return this->lanes == kLanes; }
   INLINE T* kept(int64_t step) const { return static_cast<T*>(this->call.result) + start + step * this->inner; }
   INLINE C* kept_wide(int64_t step) const { return this->scratch + step * kLanes; }
   INLINE P label_logit() const {
@@ -554,7 +652,7 @@ struct Gathered : Across<T> {
     const Call& call = this->call;
     this->first = unit * kLanes;
     this->lanes = smaller(kLanes, call.shape.outer * this->inner - this->first);
-    const bool probs = call.op == Op::kSoftmaxVjp;
+    const bool probs = call.op == Op::kSoftmaxVjp || call.op == Op::kTotal;
     copy(static_cast<const T*>(call.logits), this->scratch, probs ? C(0) : C(-INFINITY));
     if (call.cotangent) copy(static_cast<const T*>(call.cotangent), other(0), C(0));
     if (!call.weights) return;
@@ -621,7 +719,6 @@ struct Gathered : Across<T> {
   }
   INLINE void write(int64_t step, const P& p) const { p.store(this->scratch + step * kLanes); }
   INLINE P weights(int64_t step) const { return P::load(other(step)); }
-  INLINE bool is_whole() const { return true; }
   INLINE C* kept(int64_t step) const { return this->scratch + step * kLanes; }
   INLINE C* kept_wide(int64_t step) const { return kept(step); }
   INLINE P label_logit() const {
@@ -632,7 +729,6 @@ struct Gathered : Across<T> {
     return p;
   }
   INLINE void finish() const {
-    if (!this->call.result) return;
     T* result = static_cast<T*>(this->call.result);
     if (this->inner == 1 && this->lanes == kLanes) {
       return transposed_back(this->scratch, result + this->first * this->classes);
@@ -719,7 +815,7 @@ struct Unit : Layout<T> {
   // A function of numbers per position: those of a row, which are the same in all lanes, are computed in one vector.
   template <class F, class... Packs>
   INLINE P once(F f, const Packs&... packs) const {
-    if constexpr (!Layout<T>::kFolds) return map(f, packs...);
+    if constexpr (!Layout<T>::kSame) return map(f, packs...);
     const auto v = f(packs.v[0]...);
     P result;
     for (auto& each : result.v) each = v;
@@ -859,7 +955,7 @@ struct Unit : Layout<T> {
     const C scale = *static_cast<const C*>(call.scale);
     P loss, factor, at_label, share, ignored;
 #pragma GCC unroll 4
-    for (int i = 0; i < (Layout<T>::kFolds ? 1 : kVectors); ++i) {
+    for (int i = 0; i < (Layout<T>::kSame ? 1 : kVectors); ++i) {
       using V = typename P::V;
       const V zero = {}, m = found.m.v[i], others = found.others.v[i], z = z_loss_weight.v[i];
       const V l = kLabel ? found.label_logit.v[i] - m : zero, w = kWeights ? position_weight.v[i] : zero;
@@ -884,7 +980,7 @@ struct Unit : Layout<T> {
       at_label.v[i] = (mass * own - hot * others) / total;
       ignored.v[i] = (label_weight.v[i] == 0) & (w == 0) & (z == 0) ? zero + 1 : zero;
     }
-    if constexpr (Layout<T>::kFolds) {
+    if constexpr (Layout<T>::kSame) {
       P* const numbers[] = {&loss, &factor, &at_label, &share, &ignored};
       for (P* p : numbers) {
         for (auto& v : p->v) v = p->v[0];
@@ -904,6 +1000,7 @@ struct Unit : Layout<T> {
       case Op::kSoftmaxVjp: softmax_vjp(); break;
       case Op::kLogSoftmaxVjp: log_softmax_vjp(); break;
       case Op::kMoments: moments(); break;
+      case Op::kTotal: report(this->call.sum_out, sum([&](int64_t s) FORCE { return logits_or_0(s); })); break;
       case Op::kStatistics:
         label ? (weights ? statistics<true, true>() : statistics<true, false>())
               : (weights ? statistics<false, true>() : statistics<false, false>());
@@ -916,15 +1013,13 @@ struct Unit : Layout<T> {
         label ? (weights ? loss<true, true>() : loss<true, false>()) : loss<false, true>();
         break;
     }
-    if (this->call.op != Op::kStatistics && this->call.op != Op::kMoments) this->finish();
+    if (this->call.result) this->finish();
   }
 };
 
 Layout layout_of(const Shape& shape, int64_t lanes) {
-  if (shape.inner < lanes && shape.classes <= kGatheredMost && (shape.inner > 1 || shape.classes < lanes)) {
-    return Layout::kGathered;
-  }
-  return shape.inner == 1 ? Layout::kRows : Layout::kStrips;
+  if (shape.inner == 1 && shape.classes >= kShort) return shape.classes < kLong ? Layout::kQuads : Layout::kRows;
+  return shape.inner < lanes && shape.classes <= kGatheredMost ? Layout::kGathered : Layout::kStrips;
 }
 
 template <class T, template <class> class L>
@@ -936,6 +1031,7 @@ Plan plan_for(const Shape& shape) {
   const Layout layout = layout_of(shape, Pack<typename Compute<T>::Type>::kLanes);
   switch (layout) {
     case Layout::kRows: return plan_of<T, Rows>(layout, shape);
+    case Layout::kQuads: return plan_of<T, Quads>(layout, shape);
     case Layout::kStrips: return plan_of<T, Strips>(layout, shape);
     default: return plan_of<T, Gathered>(layout, shape);
   }
@@ -950,6 +1046,7 @@ template <class T>
 void run_for(const Call& call, int64_t begin, int64_t end, void* scratch) {
   switch (layout_of(call.shape, Pack<typename Compute<T>::Type>::kLanes)) {
     case Layout::kRows: return run_units<T, Rows>(call, begin, end, scratch);
+    case Layout::kQuads: return run_units<T, Quads>(call, begin, end, scratch);
     case Layout::kStrips: return run_units<T, Strips>(call, begin, end, scratch);
     case Layout::kGathered: return run_units<T, Gathered>(call, begin, end, scratch);
   }

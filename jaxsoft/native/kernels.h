@@ -14,7 +14,9 @@ struct Shape {
 
 enum class Dtype { kFloat32, kFloat64, kBfloat16, kFloat16 };
 
-enum class Op { kStatistics, kMoments, kGradient, kLoss, kSoftmax, kLogSoftmax, kSoftmaxVjp, kLogSoftmaxVjp };
+enum class Op {
+  kStatistics, kMoments, kGradient, kLoss, kTotal, kSoftmax, kLogSoftmax, kSoftmaxVjp, kLogSoftmaxVjp
+};
 
 // One call of a handler. Half precision is computed in float; arrays of one number per position (max, factor, ...) and
 // target weights have that compute dtype. Absent arrays are null.
@@ -39,6 +41,7 @@ struct Call {
 // How a call is cut into units, from classes and inner alone: a row's bits must not depend on what lies beside it.
 enum class Layout {
   kRows,     // lanes of a vector are classes of one position, which lie side by side
+  kQuads,    // the same, but each vector of a pack is of a row of its own
   kStrips,   // lanes are positions that lie side by side, the classes follow one another
   kGathered  // the same of positions that do not, or are too few: a copy has them side by side
 };

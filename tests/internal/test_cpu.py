@@ -1,7 +1,5 @@
 """The CPU's kernels: each equals the plain function whose program it is, whatever the shape, dtype and batch."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,7 @@ import pytest
 import jaxsoft
 import reference
 from jaxsoft import _softmax
-from jaxsoft._formula import losses, moments, statistics
+from jaxsoft._formula import losses, moments, statistics, targets
 from jaxsoft._platform import cpu
 
 pytestmark = pytest.mark.skipif(not jaxsoft.native_kernels().loaded, reason=str(jaxsoft.native_kernels()))
@@ -21,6 +19,7 @@ SEAMS = {
     "gradient": statistics._in_new_place,
     "gradient_in_place": statistics._in_place,
     "loss": losses._losses_and_gradient,
+    "total": targets._total,
     "softmax": _softmax._probs,
     "log_softmax": _softmax._log_probs,
     "softmax_vjp": _softmax._pulled_back,
@@ -77,11 +76,6 @@ def each_dtype(shapes):
         for shape, own in shapes.items()
         for dtype in DTYPES
     ]
-
-
-@pytest.fixture(autouse=True)
-def whatever_the_size(monkeypatch):
-    monkeypatch.setattr(cpu, "_LEAST", 0)
 
 
 @pytest.fixture
@@ -161,6 +155,7 @@ def every_kernel(run, z, g, largest, rest, probs=None, total=None):
             add("gradient", (z, largest, factor, idle, *targets), options=options)
             add("gradient_in_place", (z, largest, factor, None, *targets), options=options)
     add("moments", (z,), "max_logit sum_others leader_logit gap leader")
+    add("total", (g,))
     add("softmax", (z,))
     add("log_softmax", (z,), "result max_logit total")
     add("softmax_vjp", (found["softmax", "result"] if probs is None else probs, g))
@@ -198,7 +193,7 @@ def test_kernels_equal_the_plain_functions(shape, dtype, rng, monkeypatch):
     finite = np.isfinite(largest)
     shifted = wide(np.where(finite, z.astype(compute) - largest, z))
     probs, total = wide(found["softmax", "result"]), wide(found["log_softmax", "total"])
-    monkeypatch.setattr(cpu, "_LEAST", sys.maxsize)  # a plain function may call another one
+    monkeypatch.setattr(cpu, "_fits", lambda *_: False)  # a plain function may call another one
     right = plainly(shifted, wide(g), wide(np.where(finite, 0, largest)), [wide(a) for a in rest], probs, total)
     right = jax.tree.map(np.asarray, right)
 
@@ -236,6 +231,7 @@ def test_kernels_equal_the_plain_functions(shape, dtype, rng, monkeypatch):
     assert_close("moments", "entropy", np.where(left, 0, entropy), np.where(left, 0, nan), 0)
     assert_close("moments", "leading class", leads, np.where(left, lead, -1), 0, lost=0)
 
+    agree("total", "result", 16, np.abs(wide(g)).sum(1, keepdims=True))
     agree("softmax", "result", 16)
     agree("log_softmax", "total", 16, expected=np.maximum(right["log_softmax", "total"], jnp.finfo(compute).eps / 8))
     agree("log_softmax", "result", 4, 16)  # near 0 a logarithm is right to rounding of 1
@@ -271,7 +267,7 @@ def test_a_loss_and_its_gradient_equal_the_plain_formula(shape, dtype, rng, monk
 
     given = {name: (z.astype(dtype), *map(narrow, case), narrow(scale)) for name, case in cases.items()}
     found = jax.jit(lambda given: {name: kernel("loss", *arrays) for name, arrays in given.items()})(given)
-    monkeypatch.setattr(cpu, "_LEAST", sys.maxsize)
+    monkeypatch.setattr(cpu, "_fits", lambda *_: False)
     exact = jax.tree.map(wide, given, is_leaf=lambda a: a is None)
     right = jax.jit(lambda given: {name: plain("loss", *arrays) for name, arrays in given.items()})(exact)
     p = np.exp(z - z.max(1, keepdims=True))
@@ -324,6 +320,7 @@ def test_the_bits_of_a_row_do_not_depend_on_its_batch(shape, dtype, rng):
                 "log_softmax": (log_s, largest, total),
                 "statistics": kernel("statistics", z, y, g.astype(total.dtype)),
                 "moments": kernel("moments", z),
+                "total": kernel("total", z),
                 "gradient": kernel("gradient", z, largest, 1 / total, None, y, total, None, None),
                 "loss": kernel(
                     "loss", z, y, total, total, total, g.astype(total.dtype), jnp.ones((1, 1, 1), total.dtype)
