@@ -131,9 +131,9 @@ def _cross_entropy(
     operands, denominator = target_operands(targets, logits_type, options, averaging, ignore_index)
     logits = remove_classes(logits, options.where)
     check_values("logits", logits, ~jnp.isnan(logits) | (operands.position_weight == 0), "a number")
-    # A gradient in float16 that is formed before it is scaled could be too small for its dtype.
-    is_one_pass = reduction != "none" and isinstance(operands, Targets) and logits.dtype != jnp.float16
-    if is_one_pass and axis_name is None:
+    # In half precision a gradient that is formed before its cotangent is known would be rounded twice.
+    is_wide = logits.dtype == compute_dtype(logits.dtype)
+    if reduction != "none" and isinstance(operands, Targets) and is_wide and axis_name is None:
         return cast(Array, reduced_loss(axis, averaging, logits, operands, denominator))
     (losses,), _ = cast(Values, evaluate(loss_head(targets), logits, operands, axis, axis_name))
     return averaging.reduce(losses, denominator, axis)

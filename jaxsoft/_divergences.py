@@ -188,8 +188,10 @@ def _divergence_head(kind: Kind, beta: float) -> Head:
     if isinstance(beta, Tracer):
         raise TypeError("beta: expected a number known when the function is traced, got a traced value")
     if not 0 < float(beta) < 1:
-        # Divided by β, or 1 − β, it tends to these; itself it tends to 0.
-        instead = {0.0: "; elsewhere that means kind='forward'", 1.0: "; elsewhere that means kind='reverse'"}
+        # As β → 0 the Jensen–Shannon divergence tends to 0, but divided by β to the forward one; likewise as β → 1.
+        instead = {
+            n: f"; libraries that accept it mean kind={kind!r}" for n, kind in ((0.0, "forward"), (1.0, "reverse"))
+        }
         raise ValueError(f"beta: expected a number between 0 and 1, got {beta}{instead.get(float(beta), '')}")
     return _divergence(kind, float(beta))
 

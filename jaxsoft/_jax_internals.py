@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.core
+import jax.interpreters.mlir
 from jaxtyping import Array
 
 Results = tuple[Array, ...]
@@ -68,23 +69,25 @@ def manual_axes(tree: object) -> frozenset:
     return frozenset().union(*(kind.mat.varying for kind in types if hasattr(kind, "mat")))
 
 
+CONTEXTS = ("SPMDAxisContext", "ShardingContext")  # of jax.interpreters.mlir: of a shard_map, and of other programs
+
+
 def is_symbolic_zero(cotangent: Any) -> bool:
     """Whether a cotangent is JAX's zero without an array; NumPy's arrays and numbers have no type of JAX's."""
     return hasattr(cotangent, "aval") and not isinstance(cotangent, jax.Array)
 
 
 def is_on_one_device(context: Any) -> bool:
-    """Whether what is lowered in this context runs on one device, as inside a `shard_map`; False where JAX says not."""
+    """Whether what is lowered here runs on one device, as inside a `shard_map`; False if JAX does not tell."""
     try:
-        from jax.interpreters.mlir import ShardingContext, SPMDAxisContext
-
         if context.module_context.lowering_parameters.for_export:  # to be run on devices that are not known
             return False
         devices = context.module_context.axis_context
-        if isinstance(devices, SPMDAxisContext):
+        manual, automatic = (getattr(jax.interpreters.mlir, name, ()) for name in CONTEXTS)
+        if isinstance(devices, manual):
             return set(devices.manual_axes) == set(devices.mesh.axis_names)
-        return isinstance(devices, ShardingContext) and devices.num_devices == 1
-    except (ImportError, AttributeError):
+        return isinstance(devices, automatic) and devices.num_devices == 1
+    except AttributeError:
         return False
 
 
@@ -261,6 +264,7 @@ def lacking() -> list[str]:
     """What this JAX lacks of what is used where it is there, a phrase each."""
     lacks = [f"primitives ({reason})"] if (reason := primitives_fail()) else []
     lacks += ["jax.make_user_context"] if isinstance(checking, _Context) else []
+    lacks += [f"jax.interpreters.mlir.{name}" for name in CONTEXTS if not hasattr(jax.interpreters.mlir, name)]
     number = jax.ShapeDtypeStruct((), "float32")
     lacks += ["the manual axes of a type"] if not knows_manual_axes(number) else []
     lacks += ["the sharding of a type"] if type_sharding(number) is None else []

@@ -23,7 +23,7 @@ from jaxsoft._linear.run import run_head
 class LogProbs(NamedTuple):
     """What is known of softmax(logits) at each position; 0, and of the argmax −1, at one that is ignored.
 
-    Such are ignored, or of weight 0; beside a loss also those whose label is of a class of weight 0.
+    A position is ignored by `ignore_index` or a weight of 0; with a loss, also if its label's class weighs 0.
     """
 
     label_log_prob: Float[Array, "*positions"] | None
@@ -99,7 +99,7 @@ def linear_log_probs(
         -2.0055 3 1.1414
 
     Source: R. J. Williams, "Simple statistical gradient-following algorithms for connectionist reinforcement
-    learning" (1992) for what they are differentiated for.
+    learning" (1992) for the policy gradient, their main use.
     """
     execution = Execution(kernel_axis, memory_budget, axis_name, batch_axes)
     args = check_head(features, kernel, bias, where, Scaling(soft_cap, temperature), execution)

@@ -46,7 +46,7 @@ def remove_classes(logits: Array, mask: Array | None) -> Array:
 def along_one_axis(axis: Axis, axis_name: AxisName, logits: Array, *others: Any) -> tuple[int, Array, Any]:
     """The class axis, and arrays with all classes along it: several axes become one at the end, the last the fastest.
 
-    Of the others what has not the logits' rank, as labels have not, stays as it is.
+    Other arrays of another rank, such as labels, are returned unchanged.
     """
     if not isinstance(axis, Sequence) and axis is not None:
         merged_axis = as_axis(axis, logits.ndim)

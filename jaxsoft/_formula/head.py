@@ -11,7 +11,7 @@ from jaxtyping import Array
 from jaxsoft._arrays.sharding import AxisName, PerPosition, broadcast_like
 from jaxsoft._jax_internals import Results
 
-Values = tuple[Results, Results]  # what is differentiated and what is not, the class axis of length one or so
+Values = tuple[Results, Results]  # what is differentiated and what is not; the class axis has length 1, or k for top-k
 
 
 class Operands(Protocol):
@@ -87,7 +87,7 @@ class Head(NamedTuple):
     statistics: Callable[[Array, int, Any, AxisName], Any]
     values: Callable[[Any, Any, int], Values]
     gradients: Callable[..., tuple[Array, Array | None]]
-    init_output: Callable[[int, Any], Values] = scalar_output  # (positions, dtype): of so many that are ignored
+    init_output: Callable[[int, Any], Values] = scalar_output  # (positions, dtype): the values of ignored positions
     copies: bool = False  # whether it takes a copy of the logits, for which tiles must have room
 
 

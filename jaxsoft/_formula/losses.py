@@ -1,4 +1,4 @@
-"""The loss of each position from finished statistics, and its gradient: every loss of this package.
+"""The loss of each position from finished statistics, and its gradient: of labels and distributions.
 
     loss       = τ·lse − Σ_j q_j z_j + ζ·lse²
     ∂loss/∂z_j = (τ + 2ζ·lse)·p_j − q_j

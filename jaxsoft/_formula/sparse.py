@@ -135,12 +135,9 @@ class SparseOperands(NamedTuple):
 
 def check_sparse(targets: SparseTargets, classes: int, options: Options, ignore_index: int | None) -> SparseTargets:
     """Sparse targets of a public function, as arrays."""
-    for name, option in (
-        ("ignore_index", ignore_index),
-        ("class_weights", options.class_weights),
-        ("label_smoothing", options.label_smoothing),
-    ):
-        if option is not None:
+    accepted = {"weights", "where", "z_loss"}
+    for name, option in ({"ignore_index": ignore_index} | options._asdict()).items():
+        if option is not None and name not in accepted:
             hint = "; use weights" if name == "ignore_index" else ""
             raise ValueError(f"{name}: expected none with SparseTargets{hint}")
     indices, _ = labels_as_array(targets.indices, classes, None, "targets.indices")
@@ -209,7 +206,7 @@ def _fitting(targets: SparseTargets, logits: LogitsType) -> tuple[Array, Array]:
 
 
 def _without_repetitions(indices: Array, q: Array, axis: int) -> tuple[Array, Array]:
-    """The weights with those of a class that comes again added to its first, and where that is."""
+    """The weights with repeated classes merged into their first occurrence, and the mask of first occurrences."""
     # K² comparisons, few compared with the classes.
     same = jnp.expand_dims(indices, axis) == jnp.expand_dims(indices, axis + 1)  # (…, k, l, …)
     summed = jnp.sum(jnp.where(same, jnp.expand_dims(q, axis), 0), axis + 1)

@@ -1,7 +1,7 @@
 """The one formula: what a block of classes contributes to a loss and to a normaliser, and exp(z) in their terms.
 
-Every loss and normaliser of this package comes from `block_statistics`, every gradient to logits from
-`scaled_exponentials`, except those of softmax and log_softmax. Arrays of statistics keep the class axes with length
+Losses and normalisers come from `block_statistics`, their gradients to logits from `scaled_exponentials`; the entropy
+comes from `moments.py`, and divergences from two such statistics. Arrays of statistics keep the class axes with length
 one, so that they broadcast against the logits.
 """
 
@@ -223,7 +223,7 @@ _in_place = with_platform_impl(cpu=cpu.gradient_in_place)(_scaled_exponentials)
 
 
 def leading_statistics(logits: Array, axes: Axes, axis_name: AxisName = None) -> Statistics:
-    """Statistics whose label is the class with the largest logit: a lse near 0 keeps what that class's 1 swallows."""
+    """Statistics whose label is the class with the largest logit: so that a lse near 0 keeps its digits beside a 1."""
     if axis_name is None:
         max_logit, sum_others, leader = _leading_sums((logits,), from_end(axes, logits))
     else:
@@ -252,7 +252,7 @@ def _others_and_leaders(logits: Array, max_logit: Array, axes: Axes) -> tuple[Ar
 
 
 def _without_one(others: Array, leaders: Array, max_logit: Array) -> tuple[Array, Array]:
-    """Both sums together without one of the leaders, and its logit, which is constant: in the sum it is not."""
+    """Both sums together without one of the leaders, and its logit, a constant; its term in the sum is not constant."""
     count = lax.stop_gradient(leaders)
     # −inf where no class is left, and no literal: `debug_infs` stops at one that is not chosen, too.
     leader = lax.stop_gradient(max_logit) + jnp.log(jnp.minimum(count, 1))

@@ -26,8 +26,8 @@ from jaxsoft._platform.dispatch import mapped_axis_first
 def _map_examples(size: int, axes: HeadArgs, args: HeadArgs, config: HeadConfig) -> Any:
     """Examples of one layer are more positions, with a loss for each.
 
-    Mapped as it stands, the loss would keep a gradient of the kernel for each example. None where more is mapped than
-    what each position has of its own.
+    `jax.vmap` of the loss itself would keep one gradient of the kernel per example. None if anything is mapped besides
+    features, targets, weights and the teacher's features.
     """
     own, mapped = _per_position_args(args), _per_position_args(axes)
     if axes.layer.features is None or len(jax.tree.leaves(axes)) > len(jax.tree.leaves(mapped)):
@@ -143,7 +143,7 @@ def _completed(config: HeadConfig, options: Options, layer: LinearParams, operan
 
 
 def _check_numbers(config: HeadConfig, layer: LinearParams, operands: Any) -> None:
-    """Under `checked`, refuse NaN in what makes the logits, and in these."""
+    """Under `checked`, refuse NaN in features, kernels and logits."""
     if not is_checking():
         return
     layers = {"": layer, "teacher_": getattr(operands, "teacher", None)}

@@ -76,7 +76,7 @@ class _Gradients(NamedTuple):
 
     @property
     def features_dtype(self) -> jnp.dtype:
-        """That of sums over shards is the dtype to compute in, and so is what they add up."""
+        """Over shards the features' gradient is summed in the dtype to compute in; otherwise it has the features'."""
         return self.dtype if self.config.axis_name is None else compute_dtype(self.dtype)
 
     def one_tile(self, rows: Array) -> tuple[Array, Values, Array, Array | None]:
@@ -247,12 +247,15 @@ def _tile(
     (positions, width), classes = layer.features.shape, layer.kernel.shape[config.class_axis]
     writes_out = platform == "cpu" and not native_kernels().loaded  # what the plain formula sums
     is_wide = operands.is_wide or config.head.copies or writes_out
+    budget = config.memory_budget
+    if writes_out and budget is not None:
+        budget = budget * 16 // 17  # a byte per class for a mask, in addition to four numbers of four
     return plan_tile(
         platform,
         (positions, width, classes),
         layer.features.dtype,
         is_wide,
-        config.memory_budget,
+        budget,
         kernel_moves=kernel_moves,
     )
 

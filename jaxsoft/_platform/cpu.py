@@ -1,6 +1,6 @@
 """The CPU's programs: the kernels of `native`, each one trip through memory over (outer, classes, inner).
 
-XLA's CPU compiler reads the classes once for each maximum, sum and result; these have a row in the cache for all three.
+XLA's CPU compiler reads the classes once for each maximum, sum and result; the kernels keep a row in the cache for all.
 """
 
 import ctypes
