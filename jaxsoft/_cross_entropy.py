@@ -80,8 +80,9 @@ def cross_entropy(
 
     Differentiation: to logits and to distributions, in reverse mode to any order and forward over
     reverse (`jax.hessian`). Gradients have the dtype of their input. Labels, weights and masks are
-    constants. Kept for the backward pass: the logits (with `where` a masked copy), a distribution, and
-    a few numbers a position.
+    constants. Kept for the backward pass: of a mean or sum in float32 or float64 its gradient, formed along
+    with it; otherwise the logits (with `where` a masked copy) and a few numbers per position. With a distribution both
+    and the distribution, of which a compiled program drops what it does not need.
 
     Raises:
         TypeError: logits or targets of a wrong dtype, an option that is not a number.

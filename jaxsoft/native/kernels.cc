@@ -250,7 +250,7 @@ INLINE Pack<C> operator*(const Pack<C>& a, const Pack<C>& b) {
 }
 template <class C>
 INLINE Pack<C> larger(const Pack<C>& a, const Pack<C>& b) {  // NaN where either is
-  return map([](auto x, auto y) FORCE { return (y > x) | (y != y) ? y : x; }, a, b);
+  return map([](auto x, auto y) FORCE { return ((y > x) | (y != y)) ? y : x; }, a, b);
 }
 template <class V>
 INLINE V weighted_vector(V weight, V cost) {  // 0 where there is no weight
@@ -771,7 +771,7 @@ struct Unit : Layout<T> {
   INLINE P max() const {
     P m = P::all(Compute<T>::kLowest);
     for (int64_t s = 0; s < this->steps(); ++s) m = larger(m, logits(s));
-    m = this->fold(m, [](auto x, auto y) FORCE { return (y > x) | (y != y) ? y : x; });
+    m = this->fold(m, [](auto x, auto y) FORCE { return ((y > x) | (y != y)) ? y : x; });
     return m + P::all(0);  // flushed to zero where the processor is told to flush
   }
   // Sums of 64 terms are summed 64 at a time in turn: what rounding a long sum would gather stays small.
@@ -978,7 +978,7 @@ struct Unit : Layout<T> {
       }
       loss.v[i] = cost, share.v[i] = scale * w, factor.v[i] = (mass + hot) / total;
       at_label.v[i] = (mass * own - hot * others) / total;
-      ignored.v[i] = (label_weight.v[i] == 0) & (w == 0) & (z == 0) ? zero + 1 : zero;
+      ignored.v[i] = ((label_weight.v[i] == 0) & (w == 0) & (z == 0)) ? zero + 1 : zero;
     }
     if constexpr (Layout<T>::kSame) {
       P* const numbers[] = {&loss, &factor, &at_label, &share, &ignored};
