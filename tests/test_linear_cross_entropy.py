@@ -278,13 +278,23 @@ def test_a_gradient_mapped_over_layers_can_be_differentiated_in_reverse():
     """A loop whose turns are counted at run time, as with ignored positions, has no reverse mode of its own."""
     x, w, _, labels, _ = float64_problem()
     stacks, v = (np.stack([x, -x]), np.stack([w, 2 * w])), (np.stack([x[::-1], x]), np.stack([w[::-1], w]))
+    removed = np.where(np.isin(np.arange(w.shape[1]), [*labels, 0]), 0, -np.inf)
 
-    def bend(loss):
-        mapped = lambda x, w: jnp.sum(jax.vmap(lambda x, w: loss(x, w, labels, ignore_index=-100))(x, w) ** 2)  # noqa: E731
-        return jax.vjp(jax.grad(mapped, (0, 1)), *stacks)[1](v)
+    def bends(loss, cap):
+        mapped = lambda x, w: jnp.sum(jax.vmap(lambda x, w: loss(x, w, cap))(x, w) ** 2)  # noqa: E731
+        gradient = jax.grad(mapped, (0, 1))
+        return jax.vjp(gradient, *stacks)[1](v), jax.jvp(gradient, stacks, v)[1]
 
-    for got, want in zip(*compiled(lambda: [bend(loss) for loss in (linear_cross_entropy, unfused)])(), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+    def ours(x, w, cap):
+        return linear_cross_entropy(x, w, labels, removed, ignore_index=-100, soft_cap=cap)
+
+    def dense(x, w, cap):
+        z = x @ w if cap is None else cap * jnp.tanh(x @ w / cap)
+        return cross_entropy(z + removed, labels, ignore_index=-100)
+
+    found, right = compiled(lambda: [[bends(fn, cap) for cap in (None, 3.0)] for fn in (ours, dense)])()
+    for got, want in zip(*map(jax.tree.leaves, (found, right)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -279,9 +279,17 @@ class Layer:
             return *pair, stored.transposed.sum()
 
         features, kernel, bias = taken(inner, self.x, self.w)
+        lost = {"features": False, "kernel": False}
         if beside is not None:
             other, x, w = beside
             to_x, to_w, _ = taken(other, self.x.exact(x), self.x.exact(w))
+            # Terms that nearly cancel may each be too large for half precision, and a mean is divided by its count last.
+            limit = float(jnp.finfo(jnp.dtype(self.product)).max) / (4 * self.x.value.shape[-2])
+            terms = {"features": (features, to_x), "kernel": (kernel, to_w)}
+            lost = {name: np.maximum(*(np.abs(term.value) for term in pair)) > limit for name, pair in terms.items()}
+            large = np.maximum(np.abs(inner.value), np.abs(other.value)) > limit
+            lost["features"] |= some(large, keepdims=True)
+            lost["kernel"] |= some(large, -2, keepdims=True)
             features, kernel = features + to_x, kernel + to_w
 
         def judge(number: Measured, over: Callable[[np.ndarray], np.ndarray], spoiled: np.ndarray) -> Expected:
@@ -291,7 +299,7 @@ class Layer:
 
         spoiled = some(self.spoiled)
         return {
-            "features": judge(features, lambda m: some(m, keepdims=True), self.spoiled[..., None]),
-            "kernel": judge(kernel, lambda m: some(m, -2, keepdims=True), spoiled[:, None, None]),
+            "features": judge(features, lambda m: some(m, keepdims=True), self.spoiled[..., None] | lost["features"]),
+            "kernel": judge(kernel, lambda m: some(m, -2, keepdims=True), spoiled[:, None, None] | lost["kernel"]),
             "bias": judge(bias, lambda m: some(m, -2), spoiled[:, None]),
         }

@@ -326,7 +326,8 @@ def _products(features: Array, layer: LinearParams, config: HeadConfig) -> Array
 def _capped_in_scans(products: Array, soft_cap: Array) -> Array:
     """The same where JAX forgets the rule below: in a scan that was differentiated in reverse."""
     sign = jnp.where(products < 0, -1, 1).astype(products.dtype)
-    e = jnp.exp(-2 * sign * products / soft_cap)
+    finite = jnp.where(jnp.isfinite(products), products, 0)  # avoids 0 · inf where a bias is −inf
+    e = jnp.exp(-2 * sign * finite / soft_cap)
     differentiable = -2 * sign * e / (1 + e)  # tanh, less a constant, with the derivative of the rule
     tanh = lax.stop_gradient(jnp.tanh(products / soft_cap))
     return soft_cap * (tanh + (differentiable - lax.stop_gradient(differentiable)))
