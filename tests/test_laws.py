@@ -162,6 +162,26 @@ def test_log_softmax_pulls_back_to_what_sums_to_zero(dtype):
         np.testing.assert_allclose(rest, -1 / classes, atol=0.51 * spacing + 1e-6 / classes)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_masked_position_stays_out_of_the_transposed_pullback(reduction):
+    """Of a distribution, too: its padding may be NaN."""
+    rng = np.random.default_rng(5)
+    z, v = rng.normal(size=(2, 4, 5))
+    t, u = rng.dirichlet(np.ones(5), 4), rng.normal(size=(4, 5))
+    weights = np.array([1.0, 0.0, 2.0, 0.0])
+
+    def transposed(z, t):
+        loss = lambda z, t: cross_entropy(z, t, weights=weights, reduction=reduction)  # noqa: E731
+        return jax.vjp(jax.vjp(loss, z, t)[1], jnp.ones(()))[1]((v, u))[0]
+
+    padded = np.where(weights[:, None] == 0, np.nan, z), t
+    found, plain = jax.jit(lambda: (transposed(*padded), transposed(z, t)))()
+    np.testing.assert_allclose(found, plain, rtol=1e-12)
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    right = weights @ ((p * t.sum(1, keepdims=True) - t) * v - np.log(p) * u).sum(1)
+    np.testing.assert_allclose(found, right / (weights.sum() if reduction == "mean" else 1), rtol=1e-12)
+
+
 def test_a_saturated_soft_cap_has_a_gradient():
     """1 − tanh² is formed without the subtraction, which is 0 in float32 from 9 on."""
     x, kernel, caps = np.array([[8.0, 1.0]], np.float32), np.eye(2, dtype=np.float32), (1.0, 0.5)

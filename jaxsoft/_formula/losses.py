@@ -148,7 +148,8 @@ def _reduced_loss_bwd(axis: int, averaging: Averaging, residuals: Any, cotangent
     grad_weights = None
     if logits is not None:
         logits, targets = freeze_ignored(logits, targets)
-        grad_weights = _weight_gradients(logits, targets, block_statistics(logits, axis), cotangent * scale)
+        cotangent = jnp.where(targets.ignored, 0, cotangent * scale)
+        grad_weights = _weight_gradients(logits, targets, block_statistics(logits, axis), cotangent)
     return grad_logits, operand_cotangents(Targets, grad_weights), None
 
 
