@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import jaxsoft.diagnose
@@ -153,8 +153,13 @@ def test_law_no_mistake_is_taken_for_another(examples, sizes):
     )
     @settings(deadline=None, max_examples=examples)
     def law(verdict, seed, size, scale, dtype, mean):
-        # Of one position a relu may change nothing, or leave nothing.
-        n, classes = (7, 3) if (verdict in OF_A_BATCH or "relu" in verdict) and size[0] == 1 else size
+        n, classes = (7, 3) if verdict in OF_A_BATCH and size[0] == 1 else size
+        z, _, o, t = problem(n, classes, dtype, seed, scale)
+        wrong = (MISTAKES | OF_A_BATCH)[verdict](z, o, t)
+        # Of few positions a relu may change nothing or leave nothing, and the next label may be the same.
+        assume(np.any(wrong) and not np.allclose(wrong, o - t, atol=1e-2))
+        # In float32 a formula that divides by 1 − o has few digits where o is nearly 1, and no name then.
+        assume("binary" not in verdict or (1 - o).min() > 1e-2)
         check_named(verdict, (MISTAKES | OF_A_BATCH)[verdict], n, classes, dtype, mean, seed, scale)
 
     law()
