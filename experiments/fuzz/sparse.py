@@ -76,6 +76,7 @@ class SparseLoss(PositionLoss):
         self.has_mass = some(self.q.value != 0) | has_rest | (chosen.z_loss[..., 0] != 0)
         # Mass without a class costs +inf, even if another logit is NaN.
         self.rows.has_nan = self.rows.has_nan & ~self.group.empty & ~self.nowhere[..., 0]
+        self.unsaid |= self.part & (self.doubtful & self.nowhere)[..., 0]  # no mass, or too little to be any
         if self.renormalised:  # the other classes' logits are in its lse alone
             self.unsaid |= self.broken & ~self.group.bad & (chosen.z_loss[..., 0] == 0)
 
