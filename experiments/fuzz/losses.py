@@ -284,7 +284,7 @@ class Layer:
             other, x, w = beside
             to_x, to_w, _ = taken(other, self.x.exact(x), self.x.exact(w))
             # Terms that nearly cancel may each be too large for half precision; a mean is divided by its count last.
-            limit = float(jnp.finfo(jnp.dtype(self.product)).max) / (4 * self.x.value.shape[-2])
+            limit = float(jnp.finfo(jnp.dtype(self.product)).max) / (4 * max(self.x.value.shape[-2], 1))
             terms = {"features": (features, to_x), "kernel": (kernel, to_w)}
             lost = {name: np.maximum(*(np.abs(term.value) for term in pair)) > limit for name, pair in terms.items()}
             large = np.maximum(np.abs(inner.value), np.abs(other.value)) > limit
