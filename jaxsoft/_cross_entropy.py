@@ -133,8 +133,8 @@ def _cross_entropy(
     logits = remove_classes(logits, options.where)
     check_values("logits", logits, ~jnp.isnan(logits) | (operands.position_weight == 0), "a number")
     # In half precision a gradient that is formed before its cotangent is known would be rounded twice.
-    is_wide = logits.dtype == compute_dtype(logits.dtype)
-    if reduction != "none" and isinstance(operands, Targets) and is_wide and axis_name is None:
+    one_pass = logits.dtype == compute_dtype(logits.dtype) and 0 not in logits.shape and axis_name is None
+    if one_pass and reduction != "none" and isinstance(operands, Targets):
         return cast(Array, reduced_loss(axis, averaging, logits, operands, denominator))
     (losses,), _ = cast(Values, evaluate(loss_head(targets), logits, operands, axis, axis_name))
     return averaging.reduce(losses, denominator, axis)

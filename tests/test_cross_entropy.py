@@ -650,3 +650,10 @@ N5 = np.zeros((4, 5))
 def test_errors_name_argument_expected_and_actual(call, error, message):
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_no_positions_have_one_loss_per_example(reduction):
+    fn = jax.vmap(lambda z: cross_entropy(z, np.zeros(0, int), reduction=reduction))
+    value, pullback = jax.vjp(fn, np.zeros((8, 0, 3)))
+    assert (value.shape, pullback(np.ones(8))[0].shape) == ((8,), (8, 0, 3))
