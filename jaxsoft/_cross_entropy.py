@@ -82,7 +82,7 @@ def cross_entropy(
     reverse (`jax.hessian`). Gradients have the dtype of their input. Labels, weights and masks are
     constants. Kept for the backward pass: of a mean or sum in float32 or float64 its gradient, formed along
     with it; otherwise the logits (with `where` a masked copy) and a few numbers per position. With a distribution both
-    and the distribution, of which a compiled program drops what it does not need.
+    and the distribution; a compiled program drops the arrays that it does not need.
 
     Raises:
         TypeError: logits or targets of a wrong dtype, an option that is not a number.

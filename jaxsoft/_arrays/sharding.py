@@ -18,7 +18,7 @@ Names = tuple[str, ...]
 Tree = TypeVar("Tree")
 Typed = Array | jax.ShapeDtypeStruct
 
-# How the array of a field lies over a mesh, which is declared where the field is.
+# The type of a field declares how its array is sharded over a mesh.
 PerPosition = Annotated[Array, "positions"]
 PerClass = Annotated[Array, "classes"]
 Kernel = Annotated[Array, "kernel"]
@@ -142,7 +142,7 @@ def sum_shards(array: Array, axis_name: AxisName) -> Array:
 
 
 def max_shards(array: Array, axis_name: AxisName) -> Array:
-    """The largest on any shard, and NaN where one is NaN, which XLA's CPU would pass over beside a larger number."""
+    """The largest on any shard, and NaN where one is NaN: XLA's CPU would prefer a larger number."""
     if axis_name is None:
         return array
     largest, is_nan = lax.pmax(jnp.stack([array, jnp.isnan(array).astype(array.dtype)]), axis_name)

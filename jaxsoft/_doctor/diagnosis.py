@@ -57,7 +57,7 @@ def diagnose_gradient(
         gradient: what is to be judged, of the logits' shape (or, of a matrix, transposed).
         axis: the class axis. Labels that fit another axis only are judged along that one, which the
             explanation then names.
-        ignore_index: label of the positions that take no part. With None these are the labels -1,
+        ignore_index: label of the ignored positions. With None these are the labels -1,
             -100, 255, 65535 and -2**31 where they are no classes.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What the doctor finds in a gradient, the likeliest first.
+"""What the doctor finds in a gradient, the most likely first.
 
 A finding is written once, as the mistakes are: its name, a colon, what the person reads, and how it is recognised.
 """
@@ -289,7 +289,7 @@ def _(c: Comparison) -> Values:
 @finding("""finite differences: These are multiples of {unit:.3g}, as differences of a loss in float32 are: right to
 what they can tell, a relative error of {error:.2g}. Take them in float64, or compare with `jax.grad`.""")
 def _(c: Comparison) -> Values:
-    """Look for the number of which all entries are small multiples."""
+    """Look for a number such that all entries are small multiples of it."""
     sizes, error = np.unique(np.abs(c.g[c.g != 0])), distance(c.g, c.nearest())
     if sizes.size < 2 or c.g.size < 8 or error >= 0.1:
         return None

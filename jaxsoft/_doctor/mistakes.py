@@ -30,7 +30,7 @@ F = TypeVar("F", bound=Callable)
 
 
 class Catalogue(dict[str, tuple[str, F]]):
-    """The explanation and the formula of each mistake by its name, the likeliest first."""
+    """The explanation and the formula of each mistake by its name, the most likely first."""
 
     def entry(self, text: str) -> Callable[[F], F]:
         """A decorator that enters a formula under "name: explanation"."""

@@ -50,20 +50,20 @@ class SparseTargets:
         probs: their probabilities q_k ≥ 0, of the same shape; `exp` of what `linear_top_k` returns.
         outside: what is meant about all other classes; "renormalize" is "renormalise".
 
-    Edges: the same class twice counts with both probabilities. Servers that return the sampled token beside the K most
-    probable ones return it twice: drop the second. A class that is no class gives NaN, but with a probability of 0 it
-    is left out, so −1 can pad. Mass that is not left, to rounding, is 0. With "nothing" probabilities need not sum to
-    one. K = 1 with q = 1 is the label, to rounding, but with "renormalise", where nothing is left to learn;
-    K = classes is the distribution. Mass that is left where no class is costs +inf. `checked` refuses a class that
-    comes twice, and but with "nothing" a sum above 1: a teacher's probabilities that were rounded to bfloat16 or to
-    four digits sum to 1.003 at times, where K = 64 classes have nearly all mass. Divide them by their sum before.
+    Edges: the same class twice counts with both probabilities. Servers that return the sampled token in addition to the
+    K most probable ones return it twice: drop the second. A class that is no class gives NaN, but with a probability of
+    0 it is left out, so −1 can pad. Mass that is not left, to rounding, is 0. With "nothing" probabilities need not sum
+    to one. K = 1 with q = 1 is the label, to rounding, but with "renormalise", where nothing is left to learn; K =
+    classes is the distribution. Mass that is left where no class is costs +inf. `checked` refuses a class that comes
+    twice, and but with "nothing" a sum above 1: a teacher's probabilities that were rounded to bfloat16 or to four
+    digits sum to 1.003 at times, where K = 64 classes have nearly all mass. Divide them by their sum before.
 
     Differentiation: to logits and to probs.
 
     Raises:
         TypeError: on use, indices that are not integers, probabilities that are not floating.
         ValueError: an `outside` that is none of these; on use, shapes that do not fit, probabilities below 0 that are
-            not traced, and options that have no meaning beside it: `ignore_index` (take weights of 0),
+            not traced, and options that have no meaning with it: `ignore_index` (take weights of 0),
             `class_weights`, `label_smoothing`.
 
     Example:

@@ -379,9 +379,6 @@ struct Rows : Base<T> {
   INLINE void put(U* array, const P& p) const {
     array[row] = static_cast<U>(p.v[0][0]);
   }
-  INLINE T* kept(int64_t step) const {
-    return static_cast<T*>(this->call.result) + row * this->classes + step * kLanes;
-  }
   INLINE C* kept_wide(int64_t step) const { return this->scratch + step * kLanes; }
   // Class indices of a step, and labels, to compare with each other.
   struct Labels {
@@ -794,7 +791,6 @@ struct Unit : Layout<T> {
     for (int64_t s = 0; s < this->steps(); ++s) this->write(s, result(s));
   }
 
-  INLINE bool keeps() const { return kInResult || this->scratch; }
   INLINE void keep(int64_t step, const P& p) const {
     if constexpr (kInResult) {
       this->write(step, p);
