@@ -61,7 +61,7 @@ def kl_divergence(
     Edges: 0 for equal logits, whatever constant is added to either, and where one of both has no class left. Infinite
     where the first of the two has a class which the second has not; there the reverse has no gradient but NaN.
 
-    Differentiation: to logits, in reverse mode to any order and forward over reverse.
+    Differentiation: to logits, in reverse and forward mode to any order.
 
     Raises:
         TypeError, ValueError: as `cross_entropy`; a kind that is none of these, a β that is not between 0 and 1.

@@ -42,7 +42,7 @@ def entropy(
     Edges: 0 for one class, and where no class is left; log n for n equal logits. A class of probability 0 adds
     nothing, and has no gradient.
 
-    Differentiation: in reverse mode to any order, and forward over reverse.
+    Differentiation: in reverse and forward mode to any order.
 
     Raises:
         TypeError, ValueError: as `softmax`; with `axis_name` several axes.

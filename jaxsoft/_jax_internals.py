@@ -69,6 +69,13 @@ def manual_axes(tree: object) -> frozenset:
     return frozenset().union(*(kind.mat.varying for kind in types if hasattr(kind, "mat")))
 
 
+def zeros_of_type(kind: Any) -> Array:
+    """Zeros of a type, sharded and varying as it states."""
+    from jax.interpreters.ad import Zero, instantiate_zeros
+
+    return instantiate_zeros(Zero(kind))
+
+
 CONTEXTS = ("SPMDAxisContext", "ShardingContext")  # of jax.interpreters.mlir: of a shard_map, and of other programs
 
 
@@ -95,6 +102,9 @@ def as_primitive(
     batch: Callable[[int, Any, Any, Any], tuple[Results, tuple[int, ...]] | None],
     programs: Mapping[str, Callable[[Any, Any, Any], Function]] | None = None,
     formula: Function | None = None,
+    *,
+    transpose: Callable[[Results, Any, Any], list[Array | None]] | None = None,
+    result_types: Callable[[Any], Any] | None = None,
 ) -> Callable[[Function], Function]:
     """Give `fn(arrays, static)`, which returns a tuple of arrays, another form under `jax.vmap`, or on a platform.
 
@@ -102,18 +112,21 @@ def as_primitive(
     the mapped results and their mapped axes, or None to leave `fn` to `jax.vmap`. `programs` gives for the name of a
     platform what chooses the function that is compiled there, given where it will run, the arrays' types and `static`.
     Neither has to be differentiated: derivatives are those of the `formula`, or of `fn` where there is none, in any
-    mode and to any order. Of a primitive a user's own `checkify` sees the results, not what is inside.
+    mode and to any order. A `fn` that is linear in the last of its arrays, a tuple, may have its own
+    `transpose(cotangents, arrays, static)`, which returns their cotangents; `result_types(static)` saves tracing it for the
+    types of its results, if they are known. Of a primitive a user's own `checkify` sees the results, not what is inside.
     """
 
     def decorate(fn: Function) -> Function:
         plain = fn if formula is None else _with_derivative_of(formula, fn)
-        make = functools.cache(lambda: _bind(fn, plain, batch, programs or {}, formula))
+        rules = _Rules(fn, plain, batch, formula, transpose, result_types)
+        make = functools.cache(lambda: _bind(rules, programs or {}))
 
         @functools.wraps(fn)
         def wrapper(arrays: Any, static: Hashable) -> Results:
             leaves, tree = jax.tree.flatten(arrays)
             # Nothing concrete is mapped or compiled, and `checkify` looks into no primitive it does not know.
-            if checking.value or not any(isinstance(leaf, Tracer) for leaf in leaves):
+            if (checking.value and transpose is None) or not any(isinstance(leaf, Tracer) for leaf in leaves):
                 return plain(arrays, static)
             if primitives_fail():
                 return (formula or fn)(arrays, static)
@@ -135,18 +148,16 @@ def _with_derivative_of(formula: Function, fn: Function) -> Function:
     return plain
 
 
-def _bind(
-    fn: Function, plain: Function, batch: Callable, programs: Mapping[str, Callable], formula: Function | None
-) -> Callable[..., Results]:
+def _bind(rules: "_Rules", programs: Mapping[str, Callable]) -> Callable[..., Results]:
     """The function that adds a primitive with these rules to what is traced."""
     from jax.extend.core import Primitive
     from jax.interpreters.ad import primitive_jvps, primitive_transposes
     from jax.interpreters.batching import primitive_batchers
     from jax.interpreters.mlir import lower_fun, register_lowering
 
-    primitive = Primitive(fn.__name__)
+    primitive = Primitive(rules.fn.__name__)
     primitive.multiple_results = True
-    rules = _Rules(fn, plain, batch, formula, primitive.bind if programs and not formula else None)
+    rules = rules._replace(value=primitive.bind if programs and not rules.formula else None)
     primitive.def_impl(rules.call)
     primitive.def_abstract_eval(rules.abstract)
     primitive_batchers[primitive] = rules.batched
@@ -164,13 +175,18 @@ class _Rules(NamedTuple):
     fn: Function
     plain: Function  # the same for JAX to look into
     batch: Callable
-    formula: Function | None
-    value: Callable[..., Results] | None  # another program for the value of what is differentiated
+    formula: Function | None = None
+    own_transpose: Callable | None = None
+    result_types: Callable | None = None
+    value: Callable[..., Results] | None = None  # another program for the value of what is differentiated
 
     def call(self, *leaves: Array, tree: Any, static: Hashable) -> Results:
         return self.fn(jax.tree.unflatten(tree, leaves), static)
 
     def abstract(self, *types, tree, static):
+        known = self.result_types and self.result_types(static)
+        if known is not None:
+            return known
         return jax.make_jaxpr(self.fn, static_argnums=1)(jax.tree.unflatten(tree, types), static).out_avals
 
     def batched(self, leaves, axes, *, tree, static):
@@ -200,9 +216,17 @@ class _Rules(NamedTuple):
         return results, result_tangents
 
     def transpose(self, cotangents, *leaves, tree, static):
-        from jax.interpreters.ad import instantiate_zeros, is_undefined_primal
+        from jax.interpreters.ad import Zero, instantiate_zeros, is_undefined_primal
 
         unknown = [is_undefined_primal(leaf) for leaf in leaves]
+        if self.own_transpose is not None:
+            pulled = self.own_transpose(
+                tuple(map(instantiate_zeros, cotangents)), jax.tree.unflatten(tree, leaves), static
+            )
+            zeros = [
+                Zero(leaf.aval) if c is None else c for c, leaf in zip(pulled, leaves[-len(pulled) :], strict=True)
+            ]
+            return [None] * (len(leaves) - len(zeros)) + zeros
 
         def linear_part(*values: Array) -> Results:
             given = iter(values)
@@ -248,7 +272,7 @@ def _try_primitive() -> None:
         return (arrays[0] + arrays[0],)
 
     choose = {"cpu": lambda context, types, static: double}
-    bind = _bind(double, double, lambda *_: None, choose, None)
+    bind = _bind(_Rules(double, double, lambda *_: None), choose)
     tree = jax.tree.structure((0,))
     number = jax.ShapeDtypeStruct((), "float32")
 

@@ -81,8 +81,8 @@ def linear_log_probs(
     Edges: a label out of range has a log-probability and gradients of NaN (`checked` raises instead); a removed one
     has −inf. Ignored positions have 0, no gradient, and an argmax of −1.
 
-    Differentiation: label, logsumexp and entropy, to features, kernel and bias, in reverse mode to any order and
-    forward over reverse. The logits are computed again in the backward pass: four matrix products in all.
+    Differentiation: label, logsumexp and entropy, to features, kernel and bias, in reverse and forward mode to any
+    order. The logits are computed again in the backward pass: four matrix products in all.
 
     Raises:
         TypeError, ValueError: as `linear_cross_entropy`.

@@ -12,6 +12,7 @@ from jaxsoft._arrays.checks import as_axes, as_floating, as_mask, check_values
 from jaxsoft._arrays.classes import remove_classes
 from jaxsoft._arrays.dtypes import widen
 from jaxsoft._arrays.sharding import AxisName, as_axis_name, shard_like, sum_shards
+from jaxsoft._custom_vjp import custom_vjp
 from jaxsoft._formula.statistics import Statistics, block_statistics, leading_statistics, scaled_exponentials
 from jaxsoft._platform import cpu
 from jaxsoft._platform.dispatch import Axes, from_end, with_platform_impl
@@ -52,9 +53,8 @@ def softmax(
     in float32 its s rounds to 1 and its own derivative, s (1 − s), to 0; those of the other classes keep their
     digits. For the loss of a label take `cross_entropy`, which keeps its own.
 
-    Differentiation: reverse mode to any order, and forward over reverse (`jax.hessian` of a scalar
-    loss). A `custom_vjp` cannot be differentiated in forward mode directly; since the Jacobian is
-    symmetric, `softmax_vjp(softmax(z), tangent)` is also its forward-mode product.
+    Differentiation: reverse and forward mode to any order. The Jacobian is symmetric: the one rule
+    s * (g − s·g) maps cotangents of s to the logits, and tangents of the logits to s.
 
     Raises:
         TypeError: logits that are not real numbers, a mask that is not boolean, an axis that is not an integer.
@@ -77,7 +77,7 @@ def softmax(
     return probs if mask is None else jnp.where(mask, probs, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@functools.partial(custom_vjp, nondiff_argnums=(1, 2))
 def _softmax(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
     return _softmax_fwd(logits, axes, axis_name)[0]
 
@@ -254,7 +254,7 @@ def log_softmax(
     return log_probs if mask is None else jnp.where(mask, log_probs, -jnp.inf)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@functools.partial(custom_vjp, nondiff_argnums=(1, 2))
 def _log_softmax(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
     return _log_softmax_fwd(logits, axes, axis_name)[0]
 
@@ -348,7 +348,7 @@ def logsumexp(
     return lse if keepdims else jnp.squeeze(lse, axes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@functools.partial(custom_vjp, nondiff_argnums=(1, 2))
 def _logsumexp(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
     return _logsumexp_fwd(logits, axes, axis_name)[0]
 

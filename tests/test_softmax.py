@@ -278,20 +278,16 @@ def test_derivatives_of_second_order():
         np.testing.assert_allclose(matrix, reference.jacobian(probs), rtol=1e-12, atol=1e-14)
 
 
-def test_forward_mode_refuses():
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(softmax, (np.ones(3),), (np.ones(3),))
-
-
 def test_softmax_vjp_is_the_product_with_the_jacobian_and_so_is_forward_mode():
     logits, vector = normal(13, 6), normal(14, 6)
 
     @jax.jit
     def results(logits):
-        probs = softmax(logits)
-        return softmax_jacobian(probs), softmax_vjp(probs, vector), jax.jacfwd(reference.softmax)(logits)
+        probs, forward = jax.jvp(softmax, (logits,), (vector,))
+        return softmax_jacobian(probs), softmax_vjp(probs, vector), forward, jax.jacfwd(reference.softmax)(logits)
 
-    jacobian, product, matrix = map(np.asarray, results(logits))
+    jacobian, product, forward, matrix = map(np.asarray, results(logits))
+    np.testing.assert_allclose(forward, product, rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(jacobian, matrix, rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(product, matrix.T @ vector, rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(product, matrix @ vector, rtol=1e-12, atol=1e-15)

@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoft._arrays.sharding import AxisName, PerPosition, broadcast_like
+from jaxsoft._custom_vjp import custom_vjp
 from jaxsoft._jax_internals import Results
 
 Values = tuple[Results, Results]  # what is differentiated and what is not; the class axis has length 1, or k for top-k
@@ -96,7 +97,7 @@ def evaluate_plainly(head: Head, logits: Array, operands: Any, axis: int, axis_n
     return head.values(operands, head.statistics(logits, axis, operands, axis_name), axis)
 
 
-evaluate = jax.custom_vjp(evaluate_plainly, nondiff_argnums=(0, 3, 4))  # the same with the rule below
+evaluate = custom_vjp(evaluate_plainly, nondiff_argnums=(0, 3, 4))  # the same with the rule below
 
 
 def _evaluate_fwd(head: Head, logits: Array, operands: Any, axis: int, axis_name: AxisName):

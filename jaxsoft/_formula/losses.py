@@ -19,6 +19,7 @@ from jaxsoft._formula.head import Head, Values, freeze_ignored, operand_cotangen
 from jaxsoft._formula.sparse import SparseTargets, check_sparse, sparse_loss, sparse_operands
 from jaxsoft._formula.statistics import Statistics, block_statistics, scaled_exponentials, weighted
 from jaxsoft._formula.targets import Averaging, LogitsType, Options, Targets, dense_operands, labels_as_array
+from jaxsoft._custom_vjp import custom_vjp
 from jaxsoft._jax_internals import Results
 from jaxsoft._platform import cpu
 from jaxsoft._platform.dispatch import Axes, from_end, with_platform_impl
@@ -116,7 +117,7 @@ def _weight_gradients(logits: Array, targets: Targets, statistics: Statistics, c
 LOSS = Head(block_statistics, position_losses, position_gradients)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(custom_vjp, nondiff_argnums=(0, 1))
 def reduced_loss(axis: int, averaging: Averaging, logits: Array, targets: Targets, denominator: Array | None) -> Array:
     """The sum or mean of all losses. Where it is differentiated it forms its gradient in the same pass."""
     (losses,), _ = position_losses(targets, block_statistics(logits, axis, targets), axis)

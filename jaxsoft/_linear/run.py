@@ -15,6 +15,7 @@ from jaxsoft._arrays.sharding import axes_after_psum, is_replicated, pvary, repl
 from jaxsoft._formula.head import Positions, Values, check_operands, operand_cotangents, scale_gradient
 from jaxsoft._formula.losses import target_operands
 from jaxsoft._formula.targets import LogitsType, Options, position_weights
+from jaxsoft._custom_vjp import custom_vjp
 from jaxsoft._jax_internals import Results, as_primitive, is_symbolic_zero, knows_manual_axes, manual_axes
 from jaxsoft._linear.args import DiffArgs, HeadArgs, HeadConfig, LinearParams
 from jaxsoft._linear.mesh import head_layout, over_mesh
@@ -166,7 +167,7 @@ def _gather_kernel(config: HeadConfig, layer: LinearParams, operands: Any) -> Li
     return pvary(layer._replace(kernel=kernel), manual_axes((layer, operands)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _summed_losses(config: HeadConfig, layer: LinearParams, operands: Any) -> tuple[Array, Results]:
     """The sum of all losses, which forms its gradients along with itself, and the constants of every position."""
     results = tiled_values((_gather_kernel(config, layer, operands), operands), config)
@@ -191,10 +192,10 @@ def _summed_losses_bwd(config: HeadConfig, residuals, cotangents):
     return _as_cotangents(config, DiffArgs(*scaled), dtypes)
 
 
-_summed_losses.defvjp(_summed_losses_fwd, _summed_losses_bwd, symbolic_zeros=True)
+_summed_losses.defvjp(_summed_losses_fwd, _summed_losses_bwd, symbolic_zeros=True, forward_from_fun=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _per_position(config: HeadConfig, layer: LinearParams, operands: Any) -> Values:
     """Each position's values, whose gradients wait for the cotangents of each."""
     return as_values(config, tiled_values((_gather_kernel(config, layer, operands), operands), config))
@@ -214,7 +215,7 @@ def _per_position_bwd(config: HeadConfig, residuals, cotangents):
     return _as_cotangents(config, gradients, _dtypes(layer))
 
 
-_per_position.defvjp(_per_position_fwd, _per_position_bwd, symbolic_zeros=True)
+_per_position.defvjp(_per_position_fwd, _per_position_bwd, symbolic_zeros=True, forward_from_fun=True)
 
 
 def _values_and_gradients(config: HeadConfig, needs_grad: DiffArgs, arrays: Any) -> tuple[Values, DiffArgs]:

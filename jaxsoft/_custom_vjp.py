@@ -1,0 +1,174 @@
+"""A `jax.custom_vjp` with forward mode: its derivative in forward mode is the transpose of its backward rule.
+
+A backward rule is linear in its cotangent, so that it says all about the derivative: reverse mode is the rule itself, and
+forward mode its transpose, which JAX can form. Nothing else of a rule changes: `defvjp(fwd, bwd)` is written as for
+`jax.custom_vjp`, what is kept for the backward pass is what `fwd` keeps, and the backward program is `bwd`. Without
+primitives (see `_jax_internals.py`) it is a `jax.custom_vjp`, and has no forward mode.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from jaxsoft._jax_internals import Results, as_primitive, is_symbolic_zero, primitives_fail, zeros_of_type
+from jaxsoft._platform.dispatch import mapped_axis_first
+
+
+class custom_vjp(jax.custom_vjp):  # noqa: N801, as JAX names it
+    """A function with a rule for reverse mode, as `jax.custom_vjp`, that has forward mode too.
+
+    `defvjp(fwd, bwd, symbolic_zeros)` as there. With `forward_from_fun` forward mode differentiates the function itself,
+    as JAX would without a rule: for a backward rule that JAX cannot transpose, or residuals that are too large for it.
+    The primals then are residuals too, which reverse mode does not read.
+    """
+
+    def defvjp(
+        self, fwd: Callable, bwd: Callable, symbolic_zeros: bool = False, *, forward_from_fun: bool = False
+    ) -> None:
+        super().defvjp(fwd, bwd, symbolic_zeros)
+        self.forward_from_fun = forward_from_fun
+        self._both_modes = jax.custom_jvp(self.fun, nondiff_argnums=self.nondiff_argnums)
+        self._both_modes.defjvp(functools.partial(_differentiate, self), symbolic_zeros=True)
+
+    @property
+    def __call__(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """What is called, and no frame of its own in a traceback."""
+        return super().__call__ if primitives_fail() else self._both_modes
+
+
+class _Primal(NamedTuple):
+    """What a forward rule with `symbolic_zeros` is given."""
+
+    value: Array
+    perturbed: bool
+
+
+def _differentiate(rule: custom_vjp, *args: Any) -> tuple[Any, Any]:
+    *static, primals, tangents = args
+    leaves, tree = jax.tree.flatten(primals)
+    tangent_leaves = jax.tree.leaves(tangents)
+    moves = tuple(n for n, tangent in enumerate(tangent_leaves) if not is_symbolic_zero(tangent))
+    given = primals
+    if rule.symbolic_zeros:
+        given = jax.tree.unflatten(tree, [_Primal(leaf, n in moves) for n, leaf in enumerate(leaves)])
+    results, residuals = rule.fwd(*_merge(rule, static, given))
+    kept, kept_tree = jax.tree.flatten((residuals, primals if rule.forward_from_fun else None))
+    result_leaves, result_tree = jax.tree.flatten(results)
+    types = tuple(result.aval for result in result_leaves)
+    derivative = _Derivative(rule, tuple(static), kept_tree, tree, moves, result_tree, types)
+    changes = iter(_push((tuple(kept), tuple(tangent_leaves[n] for n in moves)), derivative))
+    result_tangents = [next(changes) if _varies(kind) else _no_tangent(kind) for kind in types]
+    return results, jax.tree.unflatten(result_tree, result_tangents)
+
+
+def _merge(rule: custom_vjp, static: Sequence[Any], primals: Sequence[Any]) -> list[Any]:
+    """All arguments in their order, of which `nondiff_argnums` are not differentiated."""
+    args = list(primals)
+    for position, value in sorted(zip(rule.nondiff_argnums, static, strict=True)):
+        args.insert(position, value)
+    return args
+
+
+def _varies(kind: Any) -> bool:
+    return jax.dtypes.issubdtype(kind.dtype, np.inexact)
+
+
+def _no_tangent(kind: Any) -> Any:
+    """The tangent, or the cotangent, of an integer."""
+    return np.zeros(kind.shape, jax.dtypes.float0)
+
+
+class _Derivative(NamedTuple):
+    """The derivative of a call: a linear map of the tangents of those leaves of its primals that move."""
+
+    rule: custom_vjp
+    static: tuple[Any, ...]
+    kept_tree: Any  # of residuals, and of primals where forward mode differentiates the function itself
+    tree: Any  # of primals
+    moves: tuple[int, ...]
+    result_tree: Any
+    types: tuple[Any, ...] | None  # of results
+
+    def push(self, kept: Results, moving: Results) -> Results:
+        """The tangents of the results."""
+        if self.rule.forward_from_fun:
+            return self._push_through_fun(kept, moving)
+        used: list[int] = []
+
+        def pull(*cotangents: Array) -> list[Array]:
+            pulled = self.pull(kept, cotangents)
+            used[:] = [n for n, cotangent in enumerate(pulled) if cotangent is not None]
+            return [cotangent for cotangent in pulled if cotangent is not None]
+
+        zeros = [zeros_of_type(kind) for kind in self.types if _varies(kind)]
+        _, transpose = jax.vjp(pull, *zeros)
+        return transpose([moving[n] for n in used])
+
+    def _push_through_fun(self, kept: Results, moving: Results) -> Results:
+        _, primals = jax.tree.unflatten(self.kept_tree, kept)
+        leaves = jax.tree.leaves(primals)
+
+        def fun(*moved: Array) -> list[Array]:
+            changed = dict(zip(self.moves, moved, strict=True))
+            args = jax.tree.unflatten(self.tree, [changed.get(n, leaf) for n, leaf in enumerate(leaves)])
+            results = jax.tree.leaves(self.rule.fun(*_merge(self.rule, self.static, args)))
+            return [result for result, kind in zip(results, self.types, strict=True) if _varies(kind)]
+
+        return tuple(jax.jvp(fun, [leaves[n] for n in self.moves], list(moving))[1])
+
+    def pull(self, kept: Results, cotangents: Results) -> list[Array | None]:
+        """The cotangents of what moves, None for zero, by the backward rule."""
+        residuals, _ = jax.tree.unflatten(self.kept_tree, kept)
+        given = iter(cotangents)
+        leaves = [next(given) if _varies(kind) else _no_tangent(kind) for kind in self.types]
+        pulled = self.rule.bwd(*self.static, residuals, jax.tree.unflatten(self.result_tree, leaves))
+        found: dict[int, Array] = {}
+
+        def note(cotangent: Any, index: Any) -> None:
+            if cotangent is not None:  # JAX's word for zero, also for a whole tree
+                found[index] = cotangent
+
+        indices = jax.tree.unflatten(self.tree, range(self.tree.num_leaves))
+        jax.tree.map(note, tuple(pulled), indices, is_leaf=lambda cotangent: cotangent is None)
+        return [found.get(n) for n in self.moves]
+
+
+class _Mapped(NamedTuple):
+    """A derivative under `jax.vmap`: `axes` of what is kept are mapped, and the first one of what moves."""
+
+    inner: Any
+    axes: tuple[int | None, ...]
+    size: int
+
+    types = None
+
+    def push(self, kept: Results, moving: Results) -> Results:
+        return jax.vmap(self.inner.push, (self.axes, 0), axis_size=self.size)(kept, moving)
+
+    def pull(self, kept: Results, cotangents: Results) -> list[Array | None]:
+        return jax.vmap(self.inner.pull, (self.axes, 0), axis_size=self.size)(kept, cotangents)
+
+
+def _map(size: int, axes: Any, arrays: tuple[Results, Results], derivative: Any) -> tuple[Results, tuple[int, ...]]:
+    kept, moving = arrays
+    moving = mapped_axis_first(size, axes[1], moving)
+    results = _push((kept, moving), _Mapped(derivative, tuple(axes[0]), size))
+    return results, (0,) * len(results)
+
+
+def _pull(cotangents: Results, arrays: tuple[Results, Any], derivative: Any) -> list[Array | None]:
+    return derivative.pull(arrays[0], cotangents)
+
+
+def _result_types(derivative: Any) -> list[Any] | None:
+    return derivative.types and [kind for kind in derivative.types if _varies(kind)]
+
+
+@as_primitive(_map, transpose=_pull, result_types=_result_types)
+def _push(arrays: tuple[Results, Results], derivative: Any) -> Results:
+    """The tangents of a call's results from what is kept and the tangents of what moves."""
+    return derivative.push(*arrays)
