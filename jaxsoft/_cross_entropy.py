@@ -78,10 +78,11 @@ def cross_entropy(
     finite gradients. Nothing to average gives loss 0 and gradient 0. The logits of a position that
     is ignored may be anything, NaN too; elsewhere a NaN or +inf logit makes the loss NaN or +inf.
 
-    Differentiation: to logits and to distributions, in reverse and forward mode to any order. Gradients have the dtype of their input. Labels, weights and masks are
-    constants. Kept for the backward pass: of a mean or sum in float32 or float64 its gradient, formed along
-    with it; otherwise the logits (with `where` a masked copy) and a few numbers per position. With a distribution both
-    and the distribution; a compiled program drops the arrays that it does not need.
+    Differentiation: to logits and to distributions, in reverse and forward mode to any order. Gradients have the
+    dtype of their input. Labels, weights and masks are constants. Kept for the backward pass: of a mean or sum in
+    float32 or float64 its gradient, formed along with it; otherwise the logits (with `where` a masked copy) and a few
+    numbers per position. With a distribution both and the distribution; a compiled program drops the arrays that it
+    does not need.
 
     Raises:
         TypeError: logits or targets of a wrong dtype, an option that is not a number.

@@ -1,16 +1,17 @@
 """A `jax.custom_vjp` with forward mode: its derivative in forward mode is the transpose of its backward rule.
 
-A backward rule is linear in its cotangent, so that it says all about the derivative: reverse mode is the rule itself, and
-forward mode its transpose, which JAX can form. Nothing else of a rule changes: `defvjp(fwd, bwd)` is written as for
+A backward rule is linear in its cotangent, so that it says all about the derivative: reverse mode is the rule itself,
+and forward mode its transpose, which JAX can form. Nothing else of a rule changes: `defvjp(fwd, bwd)` is written as for
 `jax.custom_vjp`, what is kept for the backward pass is what `fwd` keeps, and the backward program is `bwd`. Without
 primitives (see `_jax_internals.py`) it is a `jax.custom_vjp`, and has no forward mode.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -18,26 +19,41 @@ from jaxsoft._jax_internals import Results, as_primitive, is_symbolic_zero, prim
 from jaxsoft._platform.dispatch import mapped_axis_first
 
 
-class custom_vjp(jax.custom_vjp):  # noqa: N801, as JAX names it
+class custom_vjp(jax.custom_vjp):
     """A function with a rule for reverse mode, as `jax.custom_vjp`, that has forward mode too.
 
-    `defvjp(fwd, bwd, symbolic_zeros)` as there. With `forward_from_fun` forward mode differentiates the function itself,
-    as JAX would without a rule: for a backward rule that JAX cannot transpose, or residuals that are too large for it.
-    The primals then are residuals too, which reverse mode does not read.
+    `defvjp(fwd, bwd, symbolic_zeros)` as there. With `forward_from_fun` forward mode differentiates the function
+    itself, as JAX would without a rule: for a backward rule that JAX cannot transpose, or residuals that are too large
+    for it. The primals then are residuals too, which reverse mode does not read.
     """
 
-    def defvjp(
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        return object.__new__(cls)  # `jax.custom_vjp` may choose another class
+
+    def defvjp(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, fwd: Callable, bwd: Callable, symbolic_zeros: bool = False, *, forward_from_fun: bool = False
     ) -> None:
         super().defvjp(fwd, bwd, symbolic_zeros)
-        self.forward_from_fun = forward_from_fun
-        self._both_modes = jax.custom_jvp(self.fun, nondiff_argnums=self.nondiff_argnums)
-        self._both_modes.defjvp(functools.partial(_differentiate, self), symbolic_zeros=True)
+        self.rules = _Rules(self.fun, fwd, bwd, forward_from_fun)
+        self.both_modes = jax.custom_jvp(self.fun, nondiff_argnums=self.nondiff_argnums)
+        self.both_modes.defjvp(functools.partial(_differentiate, self), symbolic_zeros=True)
 
-    @property
-    def __call__(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """What is called, and no frame of its own in a traceback."""
-        return super().__call__ if primitives_fail() else self._both_modes
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: Any) -> Any: ...
+
+    else:
+
+        @property  # so that no frame stands between a call and its function
+        def __call__(self) -> Callable[..., Any]:
+            return super().__call__ if primitives_fail() else self.both_modes
+
+
+class _Rules(NamedTuple):
+    fun: Callable
+    fwd: Callable
+    bwd: Callable
+    forward_from_fun: bool
 
 
 class _Primal(NamedTuple):
@@ -55,8 +71,8 @@ def _differentiate(rule: custom_vjp, *args: Any) -> tuple[Any, Any]:
     given = primals
     if rule.symbolic_zeros:
         given = jax.tree.unflatten(tree, [_Primal(leaf, n in moves) for n, leaf in enumerate(leaves)])
-    results, residuals = rule.fwd(*_merge(rule, static, given))
-    kept, kept_tree = jax.tree.flatten((residuals, primals if rule.forward_from_fun else None))
+    results, residuals = rule.rules.fwd(*_merge(rule, static, given))
+    kept, kept_tree = jax.tree.flatten((residuals, primals if rule.rules.forward_from_fun else None))
     result_leaves, result_tree = jax.tree.flatten(results)
     types = tuple(result.aval for result in result_leaves)
     derivative = _Derivative(rule, tuple(static), kept_tree, tree, moves, result_tree, types)
@@ -74,7 +90,7 @@ def _merge(rule: custom_vjp, static: Sequence[Any], primals: Sequence[Any]) -> l
 
 
 def _varies(kind: Any) -> bool:
-    return jax.dtypes.issubdtype(kind.dtype, np.inexact)
+    return jnp.issubdtype(kind.dtype, np.inexact)
 
 
 def _no_tangent(kind: Any) -> Any:
@@ -91,11 +107,11 @@ class _Derivative(NamedTuple):
     tree: Any  # of primals
     moves: tuple[int, ...]
     result_tree: Any
-    types: tuple[Any, ...] | None  # of results
+    types: tuple[Any, ...]  # of results
 
     def push(self, kept: Results, moving: Results) -> Results:
         """The tangents of the results."""
-        if self.rule.forward_from_fun:
+        if self.rule.rules.forward_from_fun:
             return self._push_through_fun(kept, moving)
         used: list[int] = []
 
@@ -104,8 +120,7 @@ class _Derivative(NamedTuple):
             used[:] = [n for n, cotangent in enumerate(pulled) if cotangent is not None]
             return [cotangent for cotangent in pulled if cotangent is not None]
 
-        zeros = [zeros_of_type(kind) for kind in self.types if _varies(kind)]
-        _, transpose = jax.vjp(pull, *zeros)
+        _, transpose = jax.vjp(pull, *map(zeros_of_type, filter(_varies, self.types)))
         return transpose([moving[n] for n in used])
 
     def _push_through_fun(self, kept: Results, moving: Results) -> Results:
@@ -115,7 +130,7 @@ class _Derivative(NamedTuple):
         def fun(*moved: Array) -> list[Array]:
             changed = dict(zip(self.moves, moved, strict=True))
             args = jax.tree.unflatten(self.tree, [changed.get(n, leaf) for n, leaf in enumerate(leaves)])
-            results = jax.tree.leaves(self.rule.fun(*_merge(self.rule, self.static, args)))
+            results = jax.tree.leaves(self.rule.rules.fun(*_merge(self.rule, self.static, args)))
             return [result for result, kind in zip(results, self.types, strict=True) if _varies(kind)]
 
         return tuple(jax.jvp(fun, [leaves[n] for n in self.moves], list(moving))[1])
@@ -125,7 +140,7 @@ class _Derivative(NamedTuple):
         residuals, _ = jax.tree.unflatten(self.kept_tree, kept)
         given = iter(cotangents)
         leaves = [next(given) if _varies(kind) else _no_tangent(kind) for kind in self.types]
-        pulled = self.rule.bwd(*self.static, residuals, jax.tree.unflatten(self.result_tree, leaves))
+        pulled = self.rule.rules.bwd(*self.static, residuals, jax.tree.unflatten(self.result_tree, leaves))
         found: dict[int, Array] = {}
 
         def note(cotangent: Any, index: Any) -> None:
@@ -143,8 +158,6 @@ class _Mapped(NamedTuple):
     inner: Any
     axes: tuple[int | None, ...]
     size: int
-
-    types = None
 
     def push(self, kept: Results, moving: Results) -> Results:
         return jax.vmap(self.inner.push, (self.axes, 0), axis_size=self.size)(kept, moving)
@@ -165,7 +178,7 @@ def _pull(cotangents: Results, arrays: tuple[Results, Any], derivative: Any) -> 
 
 
 def _result_types(derivative: Any) -> list[Any] | None:
-    return derivative.types and [kind for kind in derivative.types if _varies(kind)]
+    return list(filter(_varies, derivative.types)) if isinstance(derivative, _Derivative) else None
 
 
 @as_primitive(_map, transpose=_pull, result_types=_result_types)

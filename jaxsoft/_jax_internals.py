@@ -113,8 +113,9 @@ def as_primitive(
     platform what chooses the function that is compiled there, given where it will run, the arrays' types and `static`.
     Neither has to be differentiated: derivatives are those of the `formula`, or of `fn` where there is none, in any
     mode and to any order. A `fn` that is linear in the last of its arrays, a tuple, may have its own
-    `transpose(cotangents, arrays, static)`, which returns their cotangents; `result_types(static)` saves tracing it for the
-    types of its results, if they are known. Of a primitive a user's own `checkify` sees the results, not what is inside.
+    `transpose(cotangents, arrays, static)`, which returns their cotangents. `result_types(static)` are the types of its
+    results if they are known, which saves tracing it. Of a primitive a user's own `checkify` sees the results, not what
+    is inside.
     """
 
     def decorate(fn: Function) -> Function:

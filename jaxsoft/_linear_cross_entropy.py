@@ -90,8 +90,8 @@ def linear_cross_entropy(
     cap or not: smoothing shares its mass among the classes left.
 
     Differentiation: to features, kernel, bias and distributions, in reverse and forward mode to any order;
-    forward mode takes three matrix products, a tile at a time. In reverse mode a scalar loss forms its gradients along with it:
-    three matrix products a tile, 6·N·D·V operations. "none" forms them in the backward pass, from logits
+    forward mode takes three matmuls per tile. In reverse mode a scalar loss forms its gradients along with it:
+    three matmuls per tile, 6·N·D·V FLOPs. "none" forms them in the backward pass, from logits
     computed again: four, 8·N·D·V. Without differentiation there is one, and none for an input that is not
     differentiated. The gradient of the kernel is summed in float32, over devices too. Training takes memory for
     one tile, the gradients, and a product or two of the kernel's size: see `plan_linear_cross_entropy`.

@@ -9,17 +9,16 @@ for logits z, target weights q_j (see `Targets`), τ = Σ_j q_j, p = softmax(z),
 import functools
 from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
 from jaxsoft._arrays.dtypes import compute_dtype, widen
+from jaxsoft._custom_vjp import custom_vjp
 from jaxsoft._formula.head import Head, Values, freeze_ignored, operand_cotangents, scale_gradient
 from jaxsoft._formula.sparse import SparseTargets, check_sparse, sparse_loss, sparse_operands
 from jaxsoft._formula.statistics import Statistics, block_statistics, scaled_exponentials, weighted
 from jaxsoft._formula.targets import Averaging, LogitsType, Options, Targets, dense_operands, labels_as_array
-from jaxsoft._custom_vjp import custom_vjp
 from jaxsoft._jax_internals import Results
 from jaxsoft._platform import cpu
 from jaxsoft._platform.dispatch import Axes, from_end, with_platform_impl

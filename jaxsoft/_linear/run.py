@@ -12,10 +12,10 @@ from jaxtyping import Array
 from jaxsoft._arrays.checks import check_values, is_checking
 from jaxsoft._arrays.dtypes import compute_dtype
 from jaxsoft._arrays.sharding import axes_after_psum, is_replicated, pvary, replicate
+from jaxsoft._custom_vjp import custom_vjp
 from jaxsoft._formula.head import Positions, Values, check_operands, operand_cotangents, scale_gradient
 from jaxsoft._formula.losses import target_operands
 from jaxsoft._formula.targets import LogitsType, Options, position_weights
-from jaxsoft._custom_vjp import custom_vjp
 from jaxsoft._jax_internals import Results, as_primitive, is_symbolic_zero, knows_manual_axes, manual_axes
 from jaxsoft._linear.args import DiffArgs, HeadArgs, HeadConfig, LinearParams
 from jaxsoft._linear.mesh import head_layout, over_mesh
