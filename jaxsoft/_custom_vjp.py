@@ -22,21 +22,24 @@ from jaxsoft._platform.dispatch import mapped_axis_first
 class custom_vjp(jax.custom_vjp):
     """A function with a rule for reverse mode, as `jax.custom_vjp`, that has forward mode too.
 
-    `defvjp(fwd, bwd, symbolic_zeros)` as there. With `forward_from_fun` forward mode differentiates the function
-    itself, as JAX would without a rule: for a backward rule that JAX cannot transpose, or residuals that are too large
-    for it. The primals then are residuals too, which reverse mode does not read.
+    `defvjp(fwd, bwd, symbolic_zeros)` as there. Where JAX cannot transpose `bwd`, or not well, `forward` is what its
+    transpose would be: `forward(*nondiff_args, residuals, tangents)` returns the tangents of the results, from those of
+    the arguments, with None for what does not move.
     """
+
+    both_modes: jax.custom_jvp | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         return object.__new__(cls)  # `jax.custom_vjp` may choose another class
 
     def defvjp(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, fwd: Callable, bwd: Callable, symbolic_zeros: bool = False, *, forward_from_fun: bool = False
+        self, fwd: Callable, bwd: Callable, symbolic_zeros: bool = False, *, forward: Callable | None = None
     ) -> None:
         super().defvjp(fwd, bwd, symbolic_zeros)
-        self.rules = _Rules(self.fun, fwd, bwd, forward_from_fun)
-        self.both_modes = jax.custom_jvp(self.fun, nondiff_argnums=self.nondiff_argnums)
-        self.both_modes.defjvp(functools.partial(_differentiate, self), symbolic_zeros=True)
+        self.rules = _Rules(fwd, bwd, forward)
+        both_modes = jax.custom_jvp(self.fun, nondiff_argnums=self.nondiff_argnums)
+        both_modes.defjvp(functools.partial(_differentiate, self), symbolic_zeros=True)
+        self.both_modes = both_modes
 
     if TYPE_CHECKING:
 
@@ -46,14 +49,26 @@ class custom_vjp(jax.custom_vjp):
 
         @property  # so that no frame stands between a call and its function
         def __call__(self) -> Callable[..., Any]:
-            return super().__call__ if primitives_fail() else self.both_modes
+            return super().__call__ if self.both_modes is None or primitives_fail() else self.both_modes
+
+
+def jvp_of_moving(fun: Callable, primals: Any, tangents: Any) -> Any:
+    """The tangents of `fun(primals)`, where the tangent of what does not move is None."""
+    leaves, tree = jax.tree.flatten(primals)
+    given = tree.flatten_up_to(tangents)
+    moves = [n for n, tangent in enumerate(given) if tangent is not None]
+
+    def of_moving(*moving: Array) -> Any:
+        changed = dict(zip(moves, moving, strict=True))
+        return fun(jax.tree.unflatten(tree, [changed.get(n, leaf) for n, leaf in enumerate(leaves)]))
+
+    return jax.jvp(of_moving, [leaves[n] for n in moves], [given[n] for n in moves])[1]
 
 
 class _Rules(NamedTuple):
-    fun: Callable
     fwd: Callable
     bwd: Callable
-    forward_from_fun: bool
+    forward: Callable | None
 
 
 class _Primal(NamedTuple):
@@ -72,7 +87,7 @@ def _differentiate(rule: custom_vjp, *args: Any) -> tuple[Any, Any]:
     if rule.symbolic_zeros:
         given = jax.tree.unflatten(tree, [_Primal(leaf, n in moves) for n, leaf in enumerate(leaves)])
     results, residuals = rule.rules.fwd(*_merge(rule, static, given))
-    kept, kept_tree = jax.tree.flatten((residuals, primals if rule.rules.forward_from_fun else None))
+    kept, kept_tree = jax.tree.flatten(residuals)
     result_leaves, result_tree = jax.tree.flatten(results)
     types = tuple(result.aval for result in result_leaves)
     derivative = _Derivative(rule, tuple(static), kept_tree, tree, moves, result_tree, types)
@@ -103,7 +118,7 @@ class _Derivative(NamedTuple):
 
     rule: custom_vjp
     static: tuple[Any, ...]
-    kept_tree: Any  # of residuals, and of primals where forward mode differentiates the function itself
+    kept_tree: Any  # of residuals
     tree: Any  # of primals
     moves: tuple[int, ...]
     result_tree: Any
@@ -111,8 +126,12 @@ class _Derivative(NamedTuple):
 
     def push(self, kept: Results, moving: Results) -> Results:
         """The tangents of the results."""
-        if self.rule.rules.forward_from_fun:
-            return self._push_through_fun(kept, moving)
+        if self.rule.rules.forward is not None:
+            given = dict(zip(self.moves, moving, strict=True))
+            tangents = jax.tree.unflatten(self.tree, [given.get(n) for n in range(self.tree.num_leaves)])
+            residuals = jax.tree.unflatten(self.kept_tree, kept)
+            pushed = jax.tree.leaves(self.rule.rules.forward(*self.static, residuals, tangents))
+            return tuple(t for t, kind in zip(pushed, self.types, strict=True) if _varies(kind))
         used: list[int] = []
 
         def pull(*cotangents: Array) -> list[Array]:
@@ -123,21 +142,9 @@ class _Derivative(NamedTuple):
         _, transpose = jax.vjp(pull, *map(zeros_of_type, filter(_varies, self.types)))
         return transpose([moving[n] for n in used])
 
-    def _push_through_fun(self, kept: Results, moving: Results) -> Results:
-        _, primals = jax.tree.unflatten(self.kept_tree, kept)
-        leaves = jax.tree.leaves(primals)
-
-        def fun(*moved: Array) -> list[Array]:
-            changed = dict(zip(self.moves, moved, strict=True))
-            args = jax.tree.unflatten(self.tree, [changed.get(n, leaf) for n, leaf in enumerate(leaves)])
-            results = jax.tree.leaves(self.rule.rules.fun(*_merge(self.rule, self.static, args)))
-            return [result for result, kind in zip(results, self.types, strict=True) if _varies(kind)]
-
-        return tuple(jax.jvp(fun, [leaves[n] for n in self.moves], list(moving))[1])
-
     def pull(self, kept: Results, cotangents: Results) -> list[Array | None]:
         """The cotangents of what moves, None for zero, by the backward rule."""
-        residuals, _ = jax.tree.unflatten(self.kept_tree, kept)
+        residuals = jax.tree.unflatten(self.kept_tree, kept)
         given = iter(cotangents)
         leaves = [next(given) if _varies(kind) else _no_tangent(kind) for kind in self.types]
         pulled = self.rule.rules.bwd(*self.static, residuals, jax.tree.unflatten(self.result_tree, leaves))

@@ -153,7 +153,21 @@ def _reduced_loss_bwd(axis: int, averaging: Averaging, residuals: Any, cotangent
     return grad_logits, operand_cotangents(Targets, grad_weights), None
 
 
-reduced_loss.defvjp(_reduced_loss_fwd, _reduced_loss_bwd)
+def _reduced_loss_forward(axis: int, averaging: Averaging, residuals: Any, tangents: Any) -> Array:
+    """By the gradient that is kept; a position that is ignored may move by NaN."""
+    gradient, logits, targets, scale = residuals
+    of_logits, of_targets, _ = tangents
+    moved = jnp.zeros((), scale.dtype)
+    if of_logits is not None:
+        moved += jnp.sum(scale_gradient(gradient.astype(scale.dtype), of_logits.astype(scale.dtype), targets.ignored))
+    if logits is not None and of_targets.target_weights is not None:
+        logits, targets = freeze_ignored(logits, targets)
+        gradient = _weight_gradients(logits, targets, block_statistics(logits, axis), scale)
+        moved += jnp.sum(scale_gradient(gradient, of_targets.target_weights, targets.ignored))
+    return moved
+
+
+reduced_loss.defvjp(_reduced_loss_fwd, _reduced_loss_bwd, forward=_reduced_loss_forward)
 
 
 @with_platform_impl(cpu=cpu.loss)
