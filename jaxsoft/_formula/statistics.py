@@ -92,28 +92,21 @@ class Statistics(NamedTuple):
     def max_gradient(self, mass: Array, position_weight: Array) -> "MaxGradient":
         """(mass + w·τ)·p − w·q at a class with the largest logit, whose q is not known here.
 
-        That is mass·p + w·(τ − q)·p − w·q·(1 − p), in which τ − q is the weight of the others, and 1 − p their sum: of
-        a distribution that is nearly one-hot neither is a difference.
+        Where the others together have less than p that is one class, and this (mass + w·(τ − q))·p − w·q·(1 − p), in
+        which τ − q is the weight of the others, and 1 − p their sum: of a distribution that is nearly one-hot neither
+        is a difference.
         """
-        scale = position_weight / self.positive_sum
-        constant = mass / self.positive_sum + scale * self.other_weight
-        return MaxGradient(constant, scale, self.max_weight, scale * self.sum_minus_one)
+        certain, total = self.sum_others < 1, self.positive_sum
+        weight = jnp.where(certain, self.other_weight, self.weight_sum)
+        slope = jnp.where(certain, self.sum_minus_one / total, 1)
+        return MaxGradient((mass + position_weight * weight) / total, position_weight * slope)
 
 
 class MaxGradient(NamedTuple):
-    """The gradient at a class with the largest logit as a function of its target weight q, for each position."""
+    """The gradient at a class with the largest logit, `constant` − `slope`·q for a target weight q."""
 
     constant: Array
-    scale: Array
-    max_weight: Array
     slope: Array
-
-    def at(self, weights: Array, exponentials: Array) -> Array:
-        """Where the exponential is 1; its derivative is not 0."""
-        change = self.scale * (exponentials - 1)
-        return (self.constant + self.scale * (self.max_weight - weights)) * exponentials - (
-            self.slope - change
-        ) * weights
 
 
 def block_statistics(
@@ -260,7 +253,7 @@ def scaled_exponentials(
     With `at_max` that is what there is at classes with the logit m. In the logits' dtype, and in their place if they
     are not read again. What is None is left out.
     """
-    per_position = (factor, ignored, label, at_label, position_weight, *(at_max or (None,) * 4))
+    per_position = (factor, ignored, label, at_label, position_weight, *(at_max or (None, None)))
     per_position = jax.tree.map(lambda array: jnp.broadcast_to(array, max_logit.shape), per_position)
     program = _in_place if in_place else _in_new_place
     return program((logits, max_logit, *per_position, target_weights), from_end(axes, logits))[0]
@@ -275,7 +268,11 @@ def _scaled_exponentials(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array]:
     if target_weights is not None:
         result -= position_weight * target_weights
     if target_weights is not None and at_max[0] is not None:
-        result = jnp.where(exponentials == 1, MaxGradient(*at_max).at(target_weights, exponentials), result)
+        constant, slope = at_max
+        certain = (
+            constant + factor * (exponentials - 1) - slope * target_weights
+        )  # the derivative of what is 0 is not 0
+        result = jnp.where(exponentials == 1, certain, result)
     if ignored is not None:
         result = jnp.where(broadcast_like(ignored, result), 0, result)
     return (result.astype(logits.dtype),)

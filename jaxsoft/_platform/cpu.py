@@ -154,7 +154,7 @@ def _program(name: str, roles: str, results: Callable[..., Types], *, in_place: 
 
 statistics = _program("statistics", "label weights", _of_statistics)
 moments = _program("moments", "", _of_moments)
-OF_GRADIENT = "position position mask label" + 6 * " position" + " weights"
+OF_GRADIENT = "position position mask label" + 4 * " position" + " weights"
 gradient = _program("gradient", OF_GRADIENT, _like_first)
 gradient_in_place = _program("gradient", OF_GRADIENT, _like_first, in_place=True)
 loss = _program("loss", "label position position position weights number", _of_loss)

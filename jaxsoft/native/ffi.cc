@@ -190,15 +190,15 @@ ffi::Error moments(ffi::ThreadPool pool, int64_t first, int64_t last, Array logi
 
 ffi::Error gradient(ffi::ThreadPool pool, int64_t first, int64_t last, Array logits, Array max, Array factor,
                     Array ignored, Array label, Array at_label, Array position_weight, Array max_constant,
-                    Array max_scale, Array max_weight, Array max_slope, Array weights, Result result) {
+                    Array max_slope, Array weights, Result result) {
   Call call = call_on(Op::kGradient, logits, first, last);
   call.max = data(max);
   call.factor = data(factor);
   call.ignored = data<bool>(ignored);
   call.label = data<int32_t>(label);
   call.at_label = data(at_label);
-  call.max_constant = data(max_constant), call.max_scale = data(max_scale);
-  call.max_weight = data(max_weight), call.max_slope = data(max_slope);
+  call.max_constant = data(max_constant);
+  call.max_slope = data(max_slope);
   call.position_weight = data(position_weight);
   set_weights(call, weights);
   call.result = data(*result);
@@ -274,7 +274,7 @@ auto binding() {
 #pragma GCC visibility push(default)
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_statistics, jaxsoft::statistics, (jaxsoft::binding<3, 6>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_moments, jaxsoft::moments, (jaxsoft::binding<1, 5>()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_gradient, jaxsoft::gradient, (jaxsoft::binding<12, 1>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_gradient, jaxsoft::gradient, (jaxsoft::binding<10, 1>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_loss, jaxsoft::loss, (jaxsoft::binding<7, 2>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_total, jaxsoft::total, (jaxsoft::binding<1, 1>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_softmax, jaxsoft::softmax, (jaxsoft::binding<1, 1>()));

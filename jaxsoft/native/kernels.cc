@@ -796,14 +796,10 @@ struct Unit : Layout<T> {
     friend INLINE Two operator+(const Two& a, const Two& b) { return {a.first + b.first, a.second + b.second}; }
   };
   INLINE Two folded(const Two& total) const { return {folded(total.first), folded(total.second)}; }
-  // A number of each class, apart for the classes with the logit m, of which `at_max` tells.
-  static INLINE Two apart(const P& p, const P& at_max) {
-    const auto pick = [](auto x, auto leads) FORCE { return leads != 0 ? x : decltype(x){}; };
-    const auto drop = [](auto x, auto leads) FORCE { return leads != 0 ? decltype(x){} : x; };
-    return {map(drop, p, at_max), map(pick, p, at_max)};
-  }
-  static INLINE P equal(const P& a, const P& b) {
-    return map([](auto x, auto y) FORCE { return x == y ? decltype(x){} + 1 : decltype(x){}; }, a, b);
+  // A number of each class, apart for the classes of which two others are equal.
+  static INLINE Two apart(const P& p, const P& a, const P& b) {
+    return {map([](auto p, auto a, auto b) FORCE { return a == b ? decltype(p){} : p; }, p, a, b),
+            map([](auto p, auto a, auto b) FORCE { return a == b ? p : decltype(p){}; }, p, a, b)};
   }
   template <class F>
   INLINE void each(F result) const {
@@ -877,7 +873,7 @@ struct Unit : Layout<T> {
     if constexpr (kLabel) found.labels = this->labels(), found.label_logit = this->label_logit();
     if constexpr (kWeights && kLabel) found.weight_sum = sum([&](int64_t s) FORCE { return this->weights(s); });
     if constexpr (kWeights && !kLabel) {
-      const Two weights = sum([&](int64_t s) FORCE { return apart(this->weights(s), equal(logits(s), m)); });
+      const Two weights = sum([&](int64_t s) FORCE { return apart(this->weights(s), logits(s), m); });
       found.weight_sum = weights.first, found.max_weight = weights.second;
     }
     if constexpr (kWeights) {
@@ -895,7 +891,7 @@ struct Unit : Layout<T> {
     };
     if constexpr (kWeights && !kLabel) {  // those at m are ones, which are counted
       const Two apart_at_m = sum_exponentials([](int64_t, const P& below, const P& e) FORCE {
-        return apart(e, equal(below, P::all(0)));
+        return apart(e, below, P::all(0));
       });
       const P& count = apart_at_m.second;
       const auto any = [](auto n, auto x, auto otherwise) FORCE { return n > 0 ? x : otherwise; };
@@ -960,7 +956,7 @@ struct Unit : Layout<T> {
 
   // Numbers per position of a gradient, see scaled_exponentials in statistics.py.
   struct Gradient {
-    P factor, at_label, share, ignored, max_constant, max_scale, max_weight, max_slope;
+    P factor, at_label, share, ignored, max_constant, max_slope;
   };
   // exp(z − m)·factor − share·q, but `at_label` as the product at the label, of a distribution what `max_…` say where
   // the exponential is 1, and 0 where ignored.
@@ -975,7 +971,7 @@ struct Unit : Layout<T> {
         const P q = this->weights(s);
         g = g - of.share * q;
         if constexpr (!kLabel) {
-          const P at_max = of.max_constant + of.max_scale * (of.max_weight - q) - of.max_slope * q;
+          const P at_max = of.max_constant - of.max_slope * q;
           g = map([](auto e, auto x, auto otherwise) FORCE { return e == 1 ? x : otherwise; }, e, at_max, g);
         }
       }
@@ -989,10 +985,9 @@ struct Unit : Layout<T> {
   void gradient() const {
     const Call& call = this->call;
     const P m = of_position(call.max);
-    const Gradient of{of_position(call.factor),       of_position(call.at_label),   of_position(call.position_weight),
-                      call.ignored ? this->get(call.ignored) : P::all(0),
-                      of_position(call.max_constant), of_position(call.max_scale),  of_position(call.max_weight),
-                      of_position(call.max_slope)};
+    const P ignored = call.ignored ? this->get(call.ignored) : P::all(0);
+    const Gradient of{of_position(call.factor), of_position(call.at_label),     of_position(call.position_weight),
+                      ignored,                  of_position(call.max_constant), of_position(call.max_slope)};
     write_gradient<kLabel, kWeights>([&](int64_t s) FORCE { return exponential(logits(s) - m); }, of);
   }
 
@@ -1032,17 +1027,17 @@ struct Unit : Layout<T> {
       const V share = scale * w;
       loss.v[i] = cost, of.share.v[i] = share;
       if constexpr (kWeights && !kLabel) {
-        const V max_scale = share / total;
-        of.max_constant.v[i] = mass / total + max_scale * found.weight_sum.v[i], of.max_scale.v[i] = max_scale;
-        of.max_weight.v[i] = found.max_weight.v[i], of.max_slope.v[i] = max_scale * excess;
+        const V weight = others < 1 ? found.weight_sum.v[i] : weight_sum;
+        of.max_constant.v[i] = (mass + share * weight) / total;
+        of.max_slope.v[i] = others < 1 ? share * (excess / total) : share;
       }
       mass += share * weight_sum;
       of.factor.v[i] = (mass + hot) / total, of.at_label.v[i] = (mass * own - hot * others) / total;
       of.ignored.v[i] = ((label_weight.v[i] == 0) & (w == 0) & (z == 0)) ? zero + 1 : zero;
     }
     if constexpr (Layout<T>::kSame) {
-      P* const numbers[] = {&loss,           &of.factor,    &of.at_label,   &of.share,    &of.ignored,
-                            &of.max_constant, &of.max_scale, &of.max_weight, &of.max_slope};
+      P* const numbers[] = {&loss,     &of.factor,  &of.at_label,
+                            &of.share, &of.ignored, &of.max_constant, &of.max_slope};
       for (P* p : numbers) {
         for (auto& v : p->v) v = p->v[0];
       }
