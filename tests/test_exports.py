@@ -7,9 +7,10 @@ import sys
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxsoft
-from jaxsoft import SparseTargets, cross_entropy, linear_cross_entropy, linear_log_probs, linear_top_k
+from jaxsoft import SparseTargets, checked, cross_entropy, linear_cross_entropy, linear_log_probs, linear_top_k
 
 rng = np.random.default_rng(0)
 X, W = rng.normal(size=(6, 3)), rng.normal(size=(3, 5))
@@ -91,3 +92,16 @@ print(float(program(jnp.zeros((150, 300))).sum().round()))
 """
     fresh(store, str(stored))
     assert fresh(load, str(stored)) == ["150.0"]
+
+
+@pytest.mark.x32
+def test_a_flax_module_is_checked_inside_its_jit_as_a_state():
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.head = nnx.Linear(3, 4, rngs=rngs)
+
+    graph, state = nnx.split(Network(nnx.Rngs(0)))
+    loss = checked(jax.jit(lambda state, x, labels: cross_entropy(nnx.merge(graph, state).head(x), labels)))
+    assert np.isfinite(loss(state, np.ones((2, 3), np.float32), np.array([0, 1])))
+    with pytest.raises(ValueError, match=r"targets\[1\] is 9"):
+        loss(state, np.ones((2, 3), np.float32), np.array([0, 9]))

@@ -69,6 +69,7 @@ def compare(example, rtol=1e-8):
         found, expected = example(OURS), example(THEIRS)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert np.all(np.isfinite(b))
+        assert np.any(b != 0)
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.max(np.abs(b)))
     return found
 
