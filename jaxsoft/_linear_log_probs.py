@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoft._arrays.classes import take
+from jaxsoft._arrays.exports import exportable
 from jaxsoft._arrays.sharding import AxisName, first_class, sum_shards
 from jaxsoft._formula.head import Head, Values, freeze_ignored
 from jaxsoft._formula.moments import Moments, block_moments, moment_gradients
@@ -20,6 +21,7 @@ from jaxsoft._linear.mesh import BatchAxes
 from jaxsoft._linear.run import run_head
 
 
+@exportable
 class LogProbs(NamedTuple):
     """What is known of softmax(logits) at each position; 0, and of the argmax −1, at one that is ignored.
 

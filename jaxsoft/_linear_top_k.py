@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from jaxsoft._arrays.checks import as_integer
 from jaxsoft._arrays.classes import put
 from jaxsoft._arrays.dtypes import is_removed
+from jaxsoft._arrays.exports import exportable
 from jaxsoft._arrays.sharding import AxisName, first_class, sum_shards
 from jaxsoft._formula.head import Head, Positions, Values, freeze_ignored
 from jaxsoft._formula.sparse import Outside, SparseTargets
@@ -21,6 +22,7 @@ from jaxsoft._linear.mesh import BatchAxes
 from jaxsoft._linear.run import run_head
 
 
+@exportable
 class TopK(NamedTuple):
     """The k most probable classes of each position, the most probable first."""
 

@@ -284,3 +284,20 @@ def test_an_ignored_position_has_no_tangent_whatever_its_logits_and_their_tangen
         loss = functools.partial(cross_entropy, targets=labels, ignore_index=-1, reduction=reduction)
         clean = along(loss, (Z,), (TEACHER,))
         np.testing.assert_allclose(along(loss, (z,), (u,)), clean, rtol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_the_weight_of_a_removed_class_has_an_infinite_derivative_and_costs_nothing_where_it_stays(reduction):
+    z = np.array([[0.3, -np.inf, 1.0], [0.1, 0.2, 0.3]])
+    q = np.array([[0.5, 0.0, 0.5], [0.2, 0.3, 0.5]])
+    loss = functools.partial(cross_entropy, reduction=reduction)
+    of_weights = functools.partial(along, functools.partial(loss, z), (q,))
+    stays, grows = np.array([[1.0, 0.0, -1.0], [1.0, 2.0, 0.0]]), np.array([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    finite = np.where(np.isfinite(z), z, -1e3)  # whose weight stays, too: what it is does not matter
+    close(jax.jit(of_weights)((stays,)), along(functools.partial(loss, finite), (q,), (stays,)))
+    for sign in (1, -1):
+        found = np.atleast_1d(of_weights((sign * grows,)))
+        assert found[0] == sign * np.inf
+        assert np.isfinite(found[1:]).all()
+    both = along(loss, (z, q), (np.where(np.isfinite(z), 1.0, 0.0), stays))
+    close(both, along(loss, (finite, q), (np.where(np.isfinite(z), 1.0, 0.0), stays)))

@@ -1,16 +1,16 @@
 """A head: what is computed from the logits of every position, and the one rule by which any of it is differentiated."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoft._arrays.sharding import AxisName, PerPosition, broadcast_like
+from jaxsoft._arrays.sharding import AxisName, PerPosition, broadcast_like, is_replicated, sum_shards
 from jaxsoft._custom_vjp import custom_vjp
-from jaxsoft._jax_internals import Results
+from jaxsoft._jax_internals import Results, zeros_of_type
 
 Values = tuple[Results, Results]  # what is differentiated and what is not; the class axis has length 1, or k for top-k
 
@@ -120,7 +120,33 @@ def _evaluate_bwd(head: Head, axis: int, axis_name: AxisName, residuals: Any, co
     return grad_logits, operand_cotangents(type(operands), grad_weights)
 
 
-_evaluate.defvjp(_evaluate_fwd, _evaluate_bwd)
+def _evaluate_forward(head: Head, axis: int, axis_name: AxisName, residuals: Any, tangents: Any) -> Values:
+    """By the transpose of the gradients to logits, and by those to target weights, which may be infinite.
+
+    Only what moves counts: transposed at a cotangent of 0 an infinite gradient would be masked for every tangent.
+    """
+    logits, operands, statistics = residuals
+    of_logits, of_operands = tangents
+    values, constants = head.values(operands, statistics, axis)
+    moved = tuple(zeros_of_type(value.aval) for value in values)
+
+    def gradients(*cotangents: Array) -> tuple[Array, Array | None]:
+        return head.gradients(logits, operands, statistics, axis, cotangents, in_place=False)
+
+    if of_logits is not None:
+        _, transpose = jax.vjp(lambda *cotangents: gradients(*cotangents)[0], *moved)
+        moved = transpose(of_logits)
+    if operands.weights_differentiable and of_operands.target_weights is not None:
+        of_weights = of_operands.target_weights
+        (_, each), shards = gradients(*map(jnp.ones_like, values)), axis_name
+        if is_replicated(operands.target_weights, axis_name):
+            shards = None
+        terms = scale_gradient(cast(Array, each), of_weights, operands.ignored)
+        moved = (moved[0] + sum_shards(jnp.sum(terms, axis, keepdims=True), shards),)
+    return moved, jax.tree.map(jnp.zeros_like, constants)
+
+
+_evaluate.defvjp(_evaluate_fwd, _evaluate_bwd, forward=_evaluate_forward)
 
 
 def operand_cotangents(kind: Any, grad_weights: Array | None) -> Any:

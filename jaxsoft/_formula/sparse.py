@@ -13,6 +13,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from jaxsoft._arrays.checks import as_array, as_floating, as_option, check_values
 from jaxsoft._arrays.classes import put, take
 from jaxsoft._arrays.dtypes import at_least_int32, is_removed, nan_unless
+from jaxsoft._arrays.exports import exportable
 from jaxsoft._arrays.sharding import AxisName, all_classes, shard_like_except, sum_shards
 from jaxsoft._formula.head import Head, Values, freeze_ignored, scale_gradient
 from jaxsoft._formula.statistics import Statistics, block_statistics, scaled_exponentials, weighted
@@ -30,6 +31,7 @@ Outside = Literal["tail", "renormalise", "nothing"]
 NONE = -(2**31)  # the index of what is no class, or again one of before: it is in no block
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class SparseTargets:

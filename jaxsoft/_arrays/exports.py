@@ -1,0 +1,26 @@
+"""Types of arguments and results that a program exported by `jax.export` can be stored with."""
+
+import json
+from typing import TypeVar
+
+from jax import export
+
+Kind = TypeVar("Kind", bound=type)
+
+
+def exportable(kind: Kind) -> Kind:
+    """Let `jax.export` store programs that take or return a NamedTuple, or a dataclass that is registered as a tree.
+
+    Under a name that never changes: it is stored with the program.
+    """
+    name = f"jaxsoft.{kind.__name__}"
+    if hasattr(kind, "_fields"):
+        export.register_namedtuple_serialization(kind, serialized_name=name)
+    else:  # its static fields, of which each is a string, are what JAX keeps beside the arrays
+        export.register_pytree_node_serialization(
+            kind,
+            serialized_name=name,
+            serialize_auxdata=lambda fields: json.dumps(fields).encode(),
+            deserialize_auxdata=lambda stored: tuple(json.loads(stored.decode())),
+        )
+    return kind
