@@ -93,7 +93,7 @@ label's.""")(lambda c: not c.p.live.all() and c.p.live.any() and c.at(c.p.live[.
 
 @finding("a known mistake: {explanation}{others}")
 def _(c: Comparison) -> Values:
-    """A mistake in a sum or a mean is likelier than the truth times an odd number, and that than both at once."""
+    """A mistake in a sum or a mean is more likely than the truth times an odd number, and that than both at once."""
     names = list(dict.fromkeys(name for name, candidate in candidates(c.p) if c.is_candidate(candidate)))
     others = f" Here the result is the same as of: {', '.join(names[1:])}." if names[1:] else ""
     return {"name": names[0], "explanation": MISTAKES[names[0]][0], "others": others} if names else None
@@ -137,7 +137,7 @@ def _(c: Comparison) -> Values:
 
 
 @weights("""right up to a mask: This is the gradient of {count} of {positions} positions, times {factor:.6g}, and zero
-at the others: right if a mask was to leave these out.""")
+at the others: right if a mask was meant to ignore these.""")
 def _(c: Comparison, factors: Factors, hot: Vectors) -> Values:
     taken = factors[factors != 0]
     is_mask = len(taken) < len(factors) and np.ptp(taken) <= 4 * c.tolerance * np.abs(factors).max()
