@@ -1,4 +1,4 @@
-"""How many digits are left of a loss and its gradient when the label leads by a margin?
+"""How accurate are a loss and its gradient in float32, as the margin of the label's logit grows?
 
 python -m experiments.exactness
 
