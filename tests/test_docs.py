@@ -59,6 +59,12 @@ def test_links_lead_somewhere(page):
             assert ((DOCS / page).parent / target).is_file(), link
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_code_has_80_columns(page):
+    code = re.findall(r"^ *```(?:python|pycon|py|text)\n(.*?)^ *```$", PAGES[page], re.DOTALL | re.MULTILINE)
+    assert [line for block in code for line in block.splitlines() if len(line) > 80] == []
+
+
 @pytest.mark.x32
 @pytest.mark.parametrize("page", [name for name, text in PAGES.items() if blocks(text, "python")])
 def test_programs_run_and_the_doctor_says_what_is_printed(page, tmp_path, monkeypatch, capsys):
