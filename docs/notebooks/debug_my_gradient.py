@@ -97,9 +97,8 @@ for name, error in ATTEMPTS.items():
 # %%
 for name, error in ATTEMPTS.items():
     diagnosis = diagnose_gradient(logits, labels, error(o, targets) / 150)
-    print(
-        f"{name:18} error {diagnosis.error:8.1e}   largest row sum {np.abs(diagnosis.row_sums).max():.1e}"
-    )
+    largest = np.abs(diagnosis.row_sums).max()
+    print(f"{name:18} error {diagnosis.error:8.1e}   largest sum {largest:.1e}")
 
 # %% [markdown]
 # ## Two more common mistakes

@@ -177,6 +177,5 @@ losses = []
 for n, key in enumerate(jax.random.split(jax.random.key(4), 150), 1):
     params, moments, loss = step(params, moments, key, n)
     losses.append(float(loss))
-print(
-    f"from {losses[0]:.2f} (ln {TOKENS:,} = {np.log(TOKENS):.2f}) to {np.mean(losses[-10:]):.2f}; at best 1.39"
-)
+print(f"at first {losses[0]:.2f}, where ln {TOKENS:,} is {np.log(TOKENS):.2f}")
+print(f"at the end {np.mean(losses[-10:]):.2f}, where at best it is 1.39")

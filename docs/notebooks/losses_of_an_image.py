@@ -87,9 +87,8 @@ plt.show()
 # %%
 counted = int((labels != VOID).sum())
 mean = cross_entropy(logits, labels, 1, ignore_index=VOID)
-print(
-    f"{counted:,} of {labels.size:,} pixels count; their mean loss is {mean:.4f} = {losses.sum() / counted:.4f}"
-)
+print(f"{counted:,} of {labels.size:,} pixels are not void")
+print(f"their mean loss is {mean:.4f} = {losses.sum() / counted:.4f}")
 
 # %% [markdown]
 # Their gradient is 0 in all 21 classes, even where a logit is NaN:
@@ -118,14 +117,10 @@ print(
 print(
     f"Jacobians: {labels.size * CLASSES**2 * 4 / 1e6:.0f} MB, s: {logits.nbytes / 1e6:.0f} MB"
 )
-program = (
-    jax.jit(jax.grad(lambda z: (softmax(z, 1) ** 2).sum()))
-    .lower(logits)
-    .compile()
-)
-print(
-    f"softmax and its VJP: {program.memory_analysis().temp_size_in_bytes / 1e6:.0f} MB besides input and result"
-)
+gradient_of_sum = jax.jit(jax.grad(lambda z: (softmax(z, 1) ** 2).sum()))
+memory = gradient_of_sum.lower(logits).compile().memory_analysis()
+temporary = memory.temp_size_in_bytes / 1e6
+print(f"softmax and its VJP: {temporary:.0f} MB of temporary memory")
 
 # %% [markdown]
 # ## How many losses are 150,000 worth?
