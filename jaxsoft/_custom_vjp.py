@@ -1,16 +1,17 @@
 """A `jax.custom_vjp` with forward mode: its derivative in forward mode is the transpose of its backward rule.
 
-A backward rule is linear in its cotangent, so that it says all about the derivative: reverse mode is the rule itself, and
-forward mode its transpose, which JAX can form. Nothing else of a rule changes: `defvjp(fwd, bwd)` is written as for
+A backward rule is linear in its cotangent, so that it says all about the derivative: reverse mode is the rule itself,
+and forward mode its transpose, which JAX can form. Nothing else of a rule changes: `defvjp(fwd, bwd)` is written as for
 `jax.custom_vjp`, what is kept for the backward pass is what `fwd` keeps, and the backward program is `bwd`. Without
 primitives (see `_jax_internals.py`) it is a `jax.custom_vjp`, and has no forward mode.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -18,26 +19,56 @@ from jaxsoft._jax_internals import Results, as_primitive, is_symbolic_zero, prim
 from jaxsoft._platform.dispatch import mapped_axis_first
 
 
-class custom_vjp(jax.custom_vjp):  # noqa: N801, as JAX names it
+class custom_vjp(jax.custom_vjp):
     """A function with a rule for reverse mode, as `jax.custom_vjp`, that has forward mode too.
 
-    `defvjp(fwd, bwd, symbolic_zeros)` as there. With `forward_from_fun` forward mode differentiates the function itself,
-    as JAX would without a rule: for a backward rule that JAX cannot transpose, or residuals that are too large for it.
-    The primals then are residuals too, which reverse mode does not read.
+    `defvjp(fwd, bwd, symbolic_zeros)` as there. Where JAX cannot transpose `bwd`, or not well, `forward` is what its
+    transpose would be: `forward(*nondiff_args, residuals, tangents)` returns the tangents of the results, from those of
+    the arguments, with None for what does not move.
     """
 
-    def defvjp(
-        self, fwd: Callable, bwd: Callable, symbolic_zeros: bool = False, *, forward_from_fun: bool = False
+    both_modes: jax.custom_jvp | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        return object.__new__(cls)  # `jax.custom_vjp` may choose another class
+
+    def defvjp(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, fwd: Callable, bwd: Callable, symbolic_zeros: bool = False, *, forward: Callable | None = None
     ) -> None:
         super().defvjp(fwd, bwd, symbolic_zeros)
-        self.forward_from_fun = forward_from_fun
-        self._both_modes = jax.custom_jvp(self.fun, nondiff_argnums=self.nondiff_argnums)
-        self._both_modes.defjvp(functools.partial(_differentiate, self), symbolic_zeros=True)
+        self.rules = _Rules(fwd, bwd, forward)
+        both_modes = jax.custom_jvp(self.fun, nondiff_argnums=self.nondiff_argnums)
+        both_modes.defjvp(functools.partial(_differentiate, self), symbolic_zeros=True)
+        self.both_modes = both_modes
 
-    @property
-    def __call__(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """What is called, and no frame of its own in a traceback."""
-        return super().__call__ if primitives_fail() else self._both_modes
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: Any) -> Any: ...
+
+    else:
+
+        @property  # so that no frame stands between a call and its function
+        def __call__(self) -> Callable[..., Any]:
+            return super().__call__ if self.both_modes is None or primitives_fail() else self.both_modes
+
+
+def jvp_of_moving(fun: Callable, primals: Any, tangents: Any) -> Any:
+    """The tangents of `fun(primals)`, where the tangent of what does not move is None."""
+    leaves, tree = jax.tree.flatten(primals)
+    given = tree.flatten_up_to(tangents)
+    moves = [n for n, tangent in enumerate(given) if tangent is not None]
+
+    def of_moving(*moving: Array) -> Any:
+        changed = dict(zip(moves, moving, strict=True))
+        return fun(jax.tree.unflatten(tree, [changed.get(n, leaf) for n, leaf in enumerate(leaves)]))
+
+    return jax.jvp(of_moving, [leaves[n] for n in moves], [given[n] for n in moves])[1]
+
+
+class _Rules(NamedTuple):
+    fwd: Callable
+    bwd: Callable
+    forward: Callable | None
 
 
 class _Primal(NamedTuple):
@@ -55,8 +86,8 @@ def _differentiate(rule: custom_vjp, *args: Any) -> tuple[Any, Any]:
     given = primals
     if rule.symbolic_zeros:
         given = jax.tree.unflatten(tree, [_Primal(leaf, n in moves) for n, leaf in enumerate(leaves)])
-    results, residuals = rule.fwd(*_merge(rule, static, given))
-    kept, kept_tree = jax.tree.flatten((residuals, primals if rule.forward_from_fun else None))
+    results, residuals = rule.rules.fwd(*_merge(rule, static, given))
+    kept, kept_tree = jax.tree.flatten(residuals)
     result_leaves, result_tree = jax.tree.flatten(results)
     types = tuple(result.aval for result in result_leaves)
     derivative = _Derivative(rule, tuple(static), kept_tree, tree, moves, result_tree, types)
@@ -74,7 +105,7 @@ def _merge(rule: custom_vjp, static: Sequence[Any], primals: Sequence[Any]) -> l
 
 
 def _varies(kind: Any) -> bool:
-    return jax.dtypes.issubdtype(kind.dtype, np.inexact)
+    return jnp.issubdtype(kind.dtype, np.inexact)
 
 
 def _no_tangent(kind: Any) -> Any:
@@ -87,16 +118,20 @@ class _Derivative(NamedTuple):
 
     rule: custom_vjp
     static: tuple[Any, ...]
-    kept_tree: Any  # of residuals, and of primals where forward mode differentiates the function itself
+    kept_tree: Any  # of residuals
     tree: Any  # of primals
     moves: tuple[int, ...]
     result_tree: Any
-    types: tuple[Any, ...] | None  # of results
+    types: tuple[Any, ...]  # of results
 
     def push(self, kept: Results, moving: Results) -> Results:
         """The tangents of the results."""
-        if self.rule.forward_from_fun:
-            return self._push_through_fun(kept, moving)
+        if self.rule.rules.forward is not None:
+            given = dict(zip(self.moves, moving, strict=True))
+            tangents = jax.tree.unflatten(self.tree, [given.get(n) for n in range(self.tree.num_leaves)])
+            residuals = jax.tree.unflatten(self.kept_tree, kept)
+            pushed = jax.tree.leaves(self.rule.rules.forward(*self.static, residuals, tangents))
+            return tuple(t for t, kind in zip(pushed, self.types, strict=True) if _varies(kind))
         used: list[int] = []
 
         def pull(*cotangents: Array) -> list[Array]:
@@ -104,28 +139,15 @@ class _Derivative(NamedTuple):
             used[:] = [n for n, cotangent in enumerate(pulled) if cotangent is not None]
             return [cotangent for cotangent in pulled if cotangent is not None]
 
-        zeros = [zeros_of_type(kind) for kind in self.types if _varies(kind)]
-        _, transpose = jax.vjp(pull, *zeros)
+        _, transpose = jax.vjp(pull, *map(zeros_of_type, filter(_varies, self.types)))
         return transpose([moving[n] for n in used])
-
-    def _push_through_fun(self, kept: Results, moving: Results) -> Results:
-        _, primals = jax.tree.unflatten(self.kept_tree, kept)
-        leaves = jax.tree.leaves(primals)
-
-        def fun(*moved: Array) -> list[Array]:
-            changed = dict(zip(self.moves, moved, strict=True))
-            args = jax.tree.unflatten(self.tree, [changed.get(n, leaf) for n, leaf in enumerate(leaves)])
-            results = jax.tree.leaves(self.rule.fun(*_merge(self.rule, self.static, args)))
-            return [result for result, kind in zip(results, self.types, strict=True) if _varies(kind)]
-
-        return tuple(jax.jvp(fun, [leaves[n] for n in self.moves], list(moving))[1])
 
     def pull(self, kept: Results, cotangents: Results) -> list[Array | None]:
         """The cotangents of what moves, None for zero, by the backward rule."""
-        residuals, _ = jax.tree.unflatten(self.kept_tree, kept)
+        residuals = jax.tree.unflatten(self.kept_tree, kept)
         given = iter(cotangents)
         leaves = [next(given) if _varies(kind) else _no_tangent(kind) for kind in self.types]
-        pulled = self.rule.bwd(*self.static, residuals, jax.tree.unflatten(self.result_tree, leaves))
+        pulled = self.rule.rules.bwd(*self.static, residuals, jax.tree.unflatten(self.result_tree, leaves))
         found: dict[int, Array] = {}
 
         def note(cotangent: Any, index: Any) -> None:
@@ -143,8 +165,6 @@ class _Mapped(NamedTuple):
     inner: Any
     axes: tuple[int | None, ...]
     size: int
-
-    types = None
 
     def push(self, kept: Results, moving: Results) -> Results:
         return jax.vmap(self.inner.push, (self.axes, 0), axis_size=self.size)(kept, moving)
@@ -165,7 +185,7 @@ def _pull(cotangents: Results, arrays: tuple[Results, Any], derivative: Any) -> 
 
 
 def _result_types(derivative: Any) -> list[Any] | None:
-    return derivative.types and [kind for kind in derivative.types if _varies(kind)]
+    return list(filter(_varies, derivative.types)) if isinstance(derivative, _Derivative) else None
 
 
 @as_primitive(_map, transpose=_pull, result_types=_result_types)

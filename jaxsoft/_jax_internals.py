@@ -53,6 +53,25 @@ else:
 max_dim, min_dim = getattr(jax.core, "max_dim", max), getattr(jax.core, "min_dim", min)
 
 
+def jit_outside_traces(static_argnums: tuple[int, ...]) -> Callable[[Callable], Any]:
+    """Compile a function where it is called with arrays; inside a trace it is a part of what is traced.
+
+    There a `jax.jit` of its own would be traced again by each transformation.
+    """
+
+    def decorate(fn: Callable) -> Callable:
+        compiled = jax.jit(fn, static_argnums=static_argnums)
+
+        @functools.wraps(fn)
+        def call(*args: Any) -> Any:
+            traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(args))
+            return fn(*args) if traced else compiled(*args)
+
+        return call
+
+    return decorate
+
+
 def type_sharding(array: Any) -> Any:
     """The sharding that an array's type states; None where this JAX's types state none."""
     return getattr(jax.typeof(array), "sharding", None)
@@ -113,8 +132,9 @@ def as_primitive(
     platform what chooses the function that is compiled there, given where it will run, the arrays' types and `static`.
     Neither has to be differentiated: derivatives are those of the `formula`, or of `fn` where there is none, in any
     mode and to any order. A `fn` that is linear in the last of its arrays, a tuple, may have its own
-    `transpose(cotangents, arrays, static)`, which returns their cotangents; `result_types(static)` saves tracing it for the
-    types of its results, if they are known. Of a primitive a user's own `checkify` sees the results, not what is inside.
+    `transpose(cotangents, arrays, static)`, which returns their cotangents. `result_types(static)` are the types of its
+    results if they are known, which saves tracing it. Of a primitive a user's own `checkify` sees the results, not what
+    is inside.
     """
 
     def decorate(fn: Function) -> Function:

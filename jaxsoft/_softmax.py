@@ -14,6 +14,7 @@ from jaxsoft._arrays.dtypes import widen
 from jaxsoft._arrays.sharding import AxisName, as_axis_name, shard_like, sum_shards
 from jaxsoft._custom_vjp import custom_vjp
 from jaxsoft._formula.statistics import Statistics, block_statistics, leading_statistics, scaled_exponentials
+from jaxsoft._jax_internals import jit_outside_traces
 from jaxsoft._platform import cpu
 from jaxsoft._platform.dispatch import Axes, from_end, with_platform_impl
 
@@ -77,12 +78,13 @@ def softmax(
     return probs if mask is None else jnp.where(mask, probs, 0)
 
 
+@jit_outside_traces(static_argnums=(1, 2))
 @functools.partial(custom_vjp, nondiff_argnums=(1, 2))
 def _softmax(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
     return _softmax_fwd(logits, axes, axis_name)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@jit_outside_traces(static_argnums=(1, 2))
 def _softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, Array]:
     if axis_name is None:
         (probs,) = _probs((logits,), from_end(axes, logits))
@@ -99,12 +101,12 @@ def _probs(arrays: tuple[Array], axes: Axes) -> tuple[Array]:
     return ((jnp.exp(widen(logits) - statistics.max_logit) / statistics.positive_sum).astype(logits.dtype),)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@jit_outside_traces(static_argnums=(0, 1))
 def _softmax_bwd(axes: Axes, axis_name: AxisName, probs: Array, cotangent: Array) -> tuple[Array]:
     return (softmax_vjp(probs, cotangent, axes, axis_name=axis_name),)
 
 
-_softmax.defvjp(_softmax_fwd, _softmax_bwd)
+_softmax.__wrapped__.defvjp(_softmax_fwd, _softmax_bwd)
 
 
 def softmax_vjp(
@@ -254,12 +256,13 @@ def log_softmax(
     return log_probs if mask is None else jnp.where(mask, log_probs, -jnp.inf)
 
 
+@jit_outside_traces(static_argnums=(1, 2))
 @functools.partial(custom_vjp, nondiff_argnums=(1, 2))
 def _log_softmax(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
     return _log_softmax_fwd(logits, axes, axis_name)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@jit_outside_traces(static_argnums=(1, 2))
 def _log_softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, tuple[Array, Array, Array]]:
     if axis_name is None:
         log_probs, max_logit, total = _log_probs((logits,), from_end(axes, logits))
@@ -278,7 +281,7 @@ def _log_probs(arrays: tuple[Array], axes: Axes) -> tuple[Array, Array, Array]:
     return log_probs.astype(logits.dtype), statistics.max_logit, statistics.positive_sum
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@jit_outside_traces(static_argnums=(0, 1))
 def _log_softmax_bwd(
     axes: Axes, axis_name: AxisName, residuals: tuple[Array, Array, Array], cotangent: Array
 ) -> tuple[Array]:
@@ -299,7 +302,7 @@ def _log_pulled_back(arrays: tuple[Array, ...], axes: Axes) -> tuple[Array]:
     return ((g - probs * jnp.sum(g, axes, keepdims=True)).astype(arrays[0].dtype),)
 
 
-_log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
+_log_softmax.__wrapped__.defvjp(_log_softmax_fwd, _log_softmax_bwd)
 
 
 def logsumexp(
@@ -348,18 +351,19 @@ def logsumexp(
     return lse if keepdims else jnp.squeeze(lse, axes)
 
 
+@jit_outside_traces(static_argnums=(1, 2))
 @functools.partial(custom_vjp, nondiff_argnums=(1, 2))
 def _logsumexp(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
     return _logsumexp_fwd(logits, axes, axis_name)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@jit_outside_traces(static_argnums=(1, 2))
 def _logsumexp_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, tuple[Array, Statistics]]:
     statistics = leading_statistics(logits, axes, axis_name)
     return statistics.logsumexp.astype(logits.dtype), (logits, statistics)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@jit_outside_traces(static_argnums=(0, 1))
 def _logsumexp_bwd(
     axes: Axes, axis_name: AxisName, residuals: tuple[Array, Statistics], cotangent: Array
 ) -> tuple[Array]:
@@ -369,7 +373,7 @@ def _logsumexp_bwd(
     return (scaled_exponentials(logits, statistics.max_logit, g / statistics.positive_sum, axes),)
 
 
-_logsumexp.defvjp(_logsumexp_fwd, _logsumexp_bwd)
+_logsumexp.__wrapped__.defvjp(_logsumexp_fwd, _logsumexp_bwd)
 
 
 def _prepare(

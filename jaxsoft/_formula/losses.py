@@ -9,17 +9,16 @@ for logits z, target weights q_j (see `Targets`), τ = Σ_j q_j, p = softmax(z),
 import functools
 from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
 from jaxsoft._arrays.dtypes import compute_dtype, widen
+from jaxsoft._custom_vjp import custom_vjp
 from jaxsoft._formula.head import Head, Values, freeze_ignored, operand_cotangents, scale_gradient
 from jaxsoft._formula.sparse import SparseTargets, check_sparse, sparse_loss, sparse_operands
 from jaxsoft._formula.statistics import Statistics, block_statistics, scaled_exponentials, weighted
 from jaxsoft._formula.targets import Averaging, LogitsType, Options, Targets, dense_operands, labels_as_array
-from jaxsoft._custom_vjp import custom_vjp
 from jaxsoft._jax_internals import Results
 from jaxsoft._platform import cpu
 from jaxsoft._platform.dispatch import Axes, from_end, with_platform_impl
@@ -154,7 +153,21 @@ def _reduced_loss_bwd(axis: int, averaging: Averaging, residuals: Any, cotangent
     return grad_logits, operand_cotangents(Targets, grad_weights), None
 
 
-reduced_loss.defvjp(_reduced_loss_fwd, _reduced_loss_bwd)
+def _reduced_loss_forward(axis: int, averaging: Averaging, residuals: Any, tangents: Any) -> Array:
+    """By the gradient that is kept; a position that is ignored may move by NaN."""
+    gradient, logits, targets, scale = residuals
+    of_logits, of_targets, _ = tangents
+    moved = jnp.zeros((), scale.dtype)
+    if of_logits is not None:
+        moved += jnp.sum(scale_gradient(gradient.astype(scale.dtype), of_logits.astype(scale.dtype), targets.ignored))
+    if logits is not None and of_targets.target_weights is not None:
+        logits, targets = freeze_ignored(logits, targets)
+        gradient = _weight_gradients(logits, targets, block_statistics(logits, axis), scale)
+        moved += jnp.sum(scale_gradient(gradient, of_targets.target_weights, targets.ignored))
+    return moved
+
+
+reduced_loss.defvjp(_reduced_loss_fwd, _reduced_loss_bwd, forward=_reduced_loss_forward)
 
 
 @with_platform_impl(cpu=cpu.loss)

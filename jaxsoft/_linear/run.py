@@ -12,10 +12,10 @@ from jaxtyping import Array
 from jaxsoft._arrays.checks import check_values, is_checking
 from jaxsoft._arrays.dtypes import compute_dtype
 from jaxsoft._arrays.sharding import axes_after_psum, is_replicated, pvary, replicate
+from jaxsoft._custom_vjp import custom_vjp, jvp_of_moving
 from jaxsoft._formula.head import Positions, Values, check_operands, operand_cotangents, scale_gradient
 from jaxsoft._formula.losses import target_operands
 from jaxsoft._formula.targets import LogitsType, Options, position_weights
-from jaxsoft._custom_vjp import custom_vjp
 from jaxsoft._jax_internals import Results, as_primitive, is_symbolic_zero, knows_manual_axes, manual_axes
 from jaxsoft._linear.args import DiffArgs, HeadArgs, HeadConfig, LinearParams
 from jaxsoft._linear.mesh import head_layout, over_mesh
@@ -170,8 +170,7 @@ def _gather_kernel(config: HeadConfig, layer: LinearParams, operands: Any) -> Li
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _summed_losses(config: HeadConfig, layer: LinearParams, operands: Any) -> tuple[Array, Results]:
     """The sum of all losses, which forms its gradients along with itself, and the constants of every position."""
-    results = tiled_values((_gather_kernel(config, layer, operands), operands), config)
-    (losses,), constants = as_values(config, results)
+    (losses,), constants = _values(config, layer, operands)
     return jnp.sum(losses), constants
 
 
@@ -183,27 +182,36 @@ def _summed_losses_fwd(config: HeadConfig, *primals):
     # The residuals have the same structure whichever gradients are needed, and tell which by their shapes: JAX caches
     # the structure with the traced function, and a later trace for other arguments would replace it.
     kept = tuple(jnp.zeros(()) if g is None else g for g in gradients)
-    return (jnp.sum(losses), constants), (kept, _dtypes(layer))
+    return (jnp.sum(losses), constants), (kept, layer, operands)
 
 
 def _summed_losses_bwd(config: HeadConfig, residuals, cotangents):
-    (gradients, dtypes), cotangent = residuals, _instantiate(cotangents[0])
+    (gradients, layer, _), cotangent = residuals, _instantiate(cotangents[0])
     scaled = (scale_gradient(g.astype(cotangent.dtype), cotangent) if g.ndim else None for g in gradients)
-    return _as_cotangents(config, DiffArgs(*scaled), dtypes)
+    return _as_cotangents(config, DiffArgs(*scaled), layer)
 
 
-_summed_losses.defvjp(_summed_losses_fwd, _summed_losses_bwd, symbolic_zeros=True, forward_from_fun=True)
+def _summed_losses_forward(config: HeadConfig, residuals, tangents):
+    (losses,), constants = _per_position_forward(config, residuals, tangents)
+    return jnp.sum(losses), constants
+
+
+_summed_losses.defvjp(_summed_losses_fwd, _summed_losses_bwd, symbolic_zeros=True, forward=_summed_losses_forward)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _per_position(config: HeadConfig, layer: LinearParams, operands: Any) -> Values:
     """Each position's values, whose gradients wait for the cotangents of each."""
+    return _values(config, layer, operands)
+
+
+def _values(config: HeadConfig, layer: LinearParams, operands: Any) -> Values:
     return as_values(config, tiled_values((_gather_kernel(config, layer, operands), operands), config))
 
 
 def _per_position_fwd(config: HeadConfig, *primals):
     needs_grad, (layer, operands) = _perturbed(*primals)
-    values = as_values(config, tiled_values((_gather_kernel(config, layer, operands), operands), config))
+    values = _values(config, layer, operands)
     return values, (tuple(jnp.zeros(int(needed)) for needed in needs_grad), layer, operands)
 
 
@@ -212,10 +220,16 @@ def _per_position_bwd(config: HeadConfig, residuals, cotangents):
     needs_grad = DiffArgs(*(flag.size > 0 for flag in flags))
     arrays = _gather_kernel(config, layer, operands), operands, tuple(map(_instantiate, cotangents[0]))
     _, gradients = _values_and_gradients(config, needs_grad, arrays)
-    return _as_cotangents(config, gradients, _dtypes(layer))
+    return _as_cotangents(config, gradients, layer)
 
 
-_per_position.defvjp(_per_position_fwd, _per_position_bwd, symbolic_zeros=True, forward_from_fun=True)
+def _per_position_forward(config: HeadConfig, residuals, tangents):
+    """A tile at a time, as the derivative of the values: the gradients that reverse mode keeps are not read."""
+    _, *primals = residuals
+    return jvp_of_moving(lambda primals: _values(config, *primals), primals, list(tangents))
+
+
+_per_position.defvjp(_per_position_fwd, _per_position_bwd, symbolic_zeros=True, forward=_per_position_forward)
 
 
 def _values_and_gradients(config: HeadConfig, needs_grad: DiffArgs, arrays: Any) -> tuple[Values, DiffArgs]:
@@ -238,12 +252,7 @@ def _perturbed(*primals) -> tuple[DiffArgs, tuple[LinearParams, Any]]:
     return needs_grad, jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
 
 
-def _dtypes(layer: LinearParams) -> tuple[Array, Array]:
-    """Empty arrays of the dtypes of features and kernel."""
-    return jnp.zeros(0, layer.features.dtype), jnp.zeros(0, layer.kernel.dtype)
-
-
-def _as_cotangents(config: HeadConfig, gradients: DiffArgs, dtypes: tuple[Array, Array]) -> tuple[LinearParams, Any]:
+def _as_cotangents(config: HeadConfig, gradients: DiffArgs, layer: LinearParams) -> tuple[LinearParams, Any]:
     """Summed over the devices, and last of all in the arguments' dtype: a sum may not fit into float16."""
     summed = (
         lax.psum(gradient, tuple(axes)) if axes and gradient is not None else gradient
@@ -253,10 +262,8 @@ def _as_cotangents(config: HeadConfig, gradients: DiffArgs, dtypes: tuple[Array,
     for axis, names in enumerate(config.gathered):
         if names and kernel is not None:
             kernel = lax.psum_scatter(kernel, names, scatter_dimension=axis, tiled=True)
-    features, kernel = (
-        gradient if gradient is None else gradient.astype(like.dtype)
-        for gradient, like in zip((features, kernel), dtypes, strict=True)
-    )
+    features = None if features is None else features.astype(layer.features.dtype)
+    kernel = None if kernel is None else kernel.astype(layer.kernel.dtype)
     # None is JAX's word for a zero cotangent.
     grad_layer = LinearParams(features, kernel, bias, None, None)  # pyright: ignore[reportArgumentType]
     return grad_layer, operand_cotangents(config.operands, target_weights)
