@@ -45,7 +45,7 @@ def _parts(docstring: str) -> Iterator[str]:
         elif number == 1 and FORMULA.match(first):
             # What stands apart on a line has one of its own: a page is narrower than a screen of code.
             yield (
-                "```text\n"
+                "```formula\n"
                 + re.sub(r"(?<=[^:\s]) {3,}|;  ", "\n", block.replace("`", ""))
                 + "\n```"
             )

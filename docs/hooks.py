@@ -1,21 +1,39 @@
-"""Of every page: version, citation and licence at its foot, and tracebacks as output, which the copy button skips."""
+"""Of every page: version, citation and licence at its foot; formulas; tracebacks as output, which no copy has."""
 
+import html
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
+HERE = Path(__file__).parent
+as_mathml = runpy.run_path(str(HERE / "formulas.py"))["as_mathml"]
+TRACEBACK = re.compile(
+    r'(<span class="gt">.*?)(?=\n<span class="gp">|\n?</code>)', re.DOTALL
+)
+FORMULA = re.compile(
+    r'<pre class="formula"><code>(.*?)</code></pre>', re.DOTALL
+)
+
 
 def on_config(config):
-    version = tomllib.loads(
-        Path(config.config_file_path).with_name("pyproject.toml").read_text()
-    )["project"]["version"]
-    files = f"{config.repo_url}/blob/main"
-    config.copyright = f"jaxsoft {version} · <a href='{files}/CITATION.cff'>cite</a> · <a href='{files}/LICENSE'>Apache-2.0</a>"
+    project = tomllib.loads((HERE.parent / "pyproject.toml").read_text())
+    version, files = (
+        project["project"]["version"],
+        f"{config.repo_url}/blob/main",
+    )
+    config.copyright = (
+        f"jaxsoft {version} · <a href='{files}/CITATION.cff'>cite</a> "
+        f"· <a href='{files}/LICENSE'>Apache-2.0</a>"
+    )
     return config
 
 
-def on_page_content(html, **_):
-    traceback = r'(<span class="gt">.*?)(?=\n<span class="gp">|\n?</code>)'
-    return re.sub(
-        traceback, r'<span class="go">\1</span>', html, flags=re.DOTALL
-    )
+def on_page_content(content, **_):
+    content = TRACEBACK.sub(r'<span class="go">\1</span>', content)
+    return FORMULA.sub(_as_formula, content)
+
+
+def _as_formula(block: re.Match) -> str:
+    text = html.unescape(re.sub(r"<[^>]+>", "", block[1])).strip()
+    return f'<div class="formula">{as_mathml(text)}</div>'

@@ -6,6 +6,7 @@ import math
 import re
 import runpy
 from pathlib import Path
+from xml.etree import ElementTree
 
 import jax.numpy as jnp
 import pytest
@@ -113,6 +114,21 @@ def test_docstrings_become_markdown():
                 assert not re.search(
                     r"^(Args|Returns|Raises|Edges|Example|Source|Differentiation):", prose, re.MULTILINE
                 )
+
+
+def test_formulas_become_mathml_that_says_the_same():
+    as_mathml = runpy.run_path(str(DOCS / "formulas.py"))["as_mathml"]
+    formulas = [
+        inspect.getdoc(fn) or "" for name in jaxsoft.__all__ if inspect.isfunction(fn := getattr(jaxsoft, name))
+    ]
+    formulas = [docstring.split("\n\n")[1] for docstring in formulas if "Args:" in docstring]
+    formulas += blocks(PAGES["exactness.md"], "formula")
+    same = str.maketrans("∑⁰¹²³⁴⁵⁶⁷⁸⁹⁻ᵀⁿ", "Σ0123456789−Tn", " ~_{}^\n\u0303")
+    for formula in formulas:
+        text = "".join(ElementTree.fromstring(as_mathml(formula)).itertext())
+        assert text.translate(same) == formula.translate(same)
+    (indexed,) = ElementTree.fromstring(as_mathml("z_j")).iter("msub")
+    assert [child.tag for child in indexed] == ["mi", "mrow"]
 
 
 def test_the_experiments_table_is_the_listing():
