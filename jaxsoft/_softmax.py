@@ -1,4 +1,4 @@
-"""Softmax, its logarithm and its normaliser: each public function with its derivative rule beside it."""
+"""Softmax, its logarithm and its normaliser: each public function next to its derivative rule."""
 
 import functools
 from collections.abc import Sequence
@@ -379,9 +379,9 @@ _logsumexp.__wrapped__.defvjp(_logsumexp_fwd, _logsumexp_bwd)
 def _prepare(
     logits: ArrayLike, axis: int | Sequence[int] | None, where: ArrayLike | None
 ) -> tuple[Array, Axes, Array | None]:
-    """The logits with removed classes at −inf, the class axes, and the mask.
+    """The logits with masked classes at −inf, the class axes, and the mask.
 
-    A mask is applied to the result as well, so that a cotangent at a removed class, NaN included
+    A mask is applied to the result as well, so that a cotangent at a masked class, NaN included
     (the derivative of p log p at 0), does not reach the others.
     """
     array = as_floating("logits", logits)

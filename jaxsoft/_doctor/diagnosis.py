@@ -1,4 +1,4 @@
-"""The gradient doctor: compare a gradient with the true one, and with those of the usual mistakes."""
+"""The gradient doctor: compare a gradient with the true one, and with the results of the usual mistakes."""
 
 from dataclasses import dataclass, replace
 

@@ -58,7 +58,7 @@ def _over_shards(
 ) -> tuple[Statistics, Array, Array]:
     max_logit = max_shards(block.max_logit, axis_name)
     below = block.max_logit - max_logit
-    # The first of the shards whose largest logit is that of all.
+    # The first of the shards that have the largest logit of all.
     none = jnp.iinfo(leader.dtype).max
     first = lax.pmin(jnp.where((below == 0) & jnp.isfinite(block.label_logit), leader, none), axis_name)
     leads, leading = leader == first, jnp.exp(block.label_logit)
