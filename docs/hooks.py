@@ -29,9 +29,15 @@ def on_config(config):
     return config
 
 
-def on_page_content(content, **_):
+def on_page_content(content, page, **_):
     content = TRACEBACK.sub(r'<span class="go">\1</span>', content)
-    return FORMULA.sub(_as_formula, content)
+    content = FORMULA.sub(_as_formula, content)
+    if page.file.src_uri.endswith(".py"):
+        name = Path(page.file.src_uri).name
+        content += (
+            f'<p><a href="{name}" download>Download this notebook</a></p>'
+        )
+    return content
 
 
 def _as_formula(block: re.Match) -> str:
