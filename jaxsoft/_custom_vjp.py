@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxsoft._jax_internals import Results, as_primitive, is_symbolic_zero, primitives_fail, zeros_of_type
+from jaxsoft._jax_internals import Results, as_primitive, is_symbolic_zero, no_tangent, primitives_fail, zeros_of_type
 from jaxsoft._platform.dispatch import mapped_axis_first
 
 
@@ -92,7 +92,7 @@ def _differentiate(rule: custom_vjp, *args: Any) -> tuple[Any, Any]:
     types = tuple(result.aval for result in result_leaves)
     derivative = _Derivative(rule, tuple(static), kept_tree, tree, moves, result_tree, types)
     changes = iter(_push((tuple(kept), tuple(tangent_leaves[n] for n in moves)), derivative))
-    result_tangents = [next(changes) if _varies(kind) else _no_tangent(kind) for kind in types]
+    result_tangents = [next(changes) if _varies(kind) else no_tangent(kind) for kind in types]
     return results, jax.tree.unflatten(result_tree, result_tangents)
 
 
@@ -108,8 +108,8 @@ def _varies(kind: Any) -> bool:
     return jnp.issubdtype(kind.dtype, np.inexact)
 
 
-def _no_tangent(kind: Any) -> Any:
-    """The tangent, or the cotangent, of an integer."""
+def _no_cotangent(kind: Any) -> Any:
+    """The cotangent of an integer."""
     return np.zeros(kind.shape, jax.dtypes.float0)
 
 
@@ -146,7 +146,7 @@ class _Derivative(NamedTuple):
         """The cotangents of what moves, None for zero, by the backward rule."""
         residuals = jax.tree.unflatten(self.kept_tree, kept)
         given = iter(cotangents)
-        leaves = [next(given) if _varies(kind) else _no_tangent(kind) for kind in self.types]
+        leaves = [next(given) if _varies(kind) else _no_cotangent(kind) for kind in self.types]
         pulled = self.rule.rules.bwd(*self.static, residuals, jax.tree.unflatten(self.result_tree, leaves))
         found: dict[int, Array] = {}
 

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.core
+import jax.custom_derivatives
 import jax.interpreters.mlir
+import numpy as np
 from jaxtyping import Array
 
 Results = tuple[Array, ...]
@@ -93,6 +95,14 @@ def zeros_of_type(kind: Any) -> Array:
     from jax.interpreters.ad import Zero, instantiate_zeros
 
     return instantiate_zeros(Zero(kind))
+
+
+def no_tangent(kind: Any) -> Any:
+    """The tangent of an integer of a type, as a rule of `jax.custom_jvp` returns it."""
+    symbolic_zero = getattr(jax.custom_derivatives, "SymbolicZero", None)
+    if symbolic_zero is None:
+        return np.zeros(kind.shape, jax.dtypes.float0)
+    return symbolic_zero(kind.to_tangent_aval())  # which varies over a mesh as the type says
 
 
 CONTEXTS = ("SPMDAxisContext", "ShardingContext")  # of jax.interpreters.mlir: of a shard_map, and of other programs

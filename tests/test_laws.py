@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxsoft
 import reference
@@ -444,3 +446,49 @@ def test_shards_that_are_all_nan_have_no_normaliser():
         lambda z: logsumexp(z, axis_name="classes"), mesh=mesh, in_specs=layout, out_specs=jax.sharding.PartitionSpec()
     )
     assert np.isnan(jax.jit(sharded)(np.array([0.0, np.nan, np.nan, 1.0])))
+
+
+def tails(margin, classes, second):
+    """Logits of which the first leads the others by a margin, a distribution that has nearly all there, and the truth."""
+    generator = np.random.default_rng(classes)
+    z = generator.normal(size=classes).astype(np.float32)
+    z[0] = z[1:].max() + np.float32(margin)
+    q = np.zeros(classes, np.float32)
+    q[0], q[-1] = 1, second
+    wide, weights = z.astype(np.float64), q.astype(np.float64)
+    e = np.exp(wide - wide.max())
+    others, top = e[1:].sum(), wide.argmax()
+    log_sum = np.log1p(np.delete(e, top).sum())
+    loss = np.sum(weights * (log_sum + (wide.max() - wide)))
+    gradient = e * weights.sum() / e.sum() - weights
+    gradient[0] = (weights[1:].sum() * e[0] - weights[0] * others) / e.sum()
+    return z, q, loss, gradient
+
+
+@pytest.mark.x32
+@pytest.mark.parametrize("classes", [2, 5, 70, 1000])
+@pytest.mark.parametrize("second", [0.0, 1e-9])
+def test_a_distribution_keeps_its_tail_as_a_label_does(classes, second):
+    """Loss and gradient at the leading class, where 1 − p and the weight of the others have rounded away beside 1."""
+    margins = np.linspace(-60, 80, 15)
+    z, q, losses, gradients = map(np.stack, zip(*(tails(m, classes, second) for m in margins), strict=True))
+    mesh = jax.make_mesh((2,), ("classes",), axis_types=(AxisType.Auto,))
+    blocks = P(None, "classes")
+    over_shards = jax.shard_map(
+        functools.partial(cross_entropy, reduction="none", axis_name="classes"),
+        mesh=mesh,
+        in_specs=(blocks, blocks),
+        out_specs=P(),
+    )
+    ways = {
+        "one pass": lambda z, q: jax.lax.map(lambda pair: cross_entropy(*pair), (z[:, None], q[:, None])),
+        "two passes": functools.partial(cross_entropy, reduction="none"),
+        "tiles": lambda z, q: linear_cross_entropy(z, np.eye(classes, dtype=np.float32), q, reduction="none"),
+    }
+    if classes % 2 == 0:
+        ways["shards"] = over_shards
+    for name, fn in ways.items():
+        value, pullback = jax.jit(lambda z, q, fn=fn: jax.vjp(lambda z: fn(z, q), z))(z, q)
+        np.testing.assert_allclose(value, losses, rtol=1e-5, err_msg=name)
+        (found,) = pullback(np.ones(len(margins), np.float32))
+        np.testing.assert_allclose(found[:, 0], gradients[:, 0], rtol=1e-5, err_msg=name)

@@ -97,7 +97,15 @@ def evaluate_plainly(head: Head, logits: Array, operands: Any, axis: int, axis_n
     return head.values(operands, head.statistics(logits, axis, operands, axis_name), axis)
 
 
-evaluate = custom_vjp(evaluate_plainly, nondiff_argnums=(0, 3, 4))  # the same with the rule below
+_evaluate = custom_vjp(evaluate_plainly, nondiff_argnums=(0, 3, 4))  # the same with the rule below
+
+
+def evaluate(head: Head, logits: Array, operands: Any, axis: int, axis_name: AxisName) -> Values:
+    """The values of each position, differentiated by the head's rule."""
+    # Without a position there is no number to differentiate, and what does not depend on the logits has no mapped axis,
+    # which JAX expects of a `custom_jvp` whose tangents have one.
+    program = evaluate_plainly if 0 in logits.shape else _evaluate
+    return program(head, logits, operands, axis, axis_name)
 
 
 def _evaluate_fwd(head: Head, logits: Array, operands: Any, axis: int, axis_name: AxisName):
@@ -112,7 +120,7 @@ def _evaluate_bwd(head: Head, axis: int, axis_name: AxisName, residuals: Any, co
     return grad_logits, operand_cotangents(type(operands), grad_weights)
 
 
-evaluate.defvjp(_evaluate_fwd, _evaluate_bwd)
+_evaluate.defvjp(_evaluate_fwd, _evaluate_bwd)
 
 
 def operand_cotangents(kind: Any, grad_weights: Array | None) -> Any:

@@ -17,7 +17,13 @@ from jaxsoft._arrays.dtypes import compute_dtype, widen
 from jaxsoft._custom_vjp import custom_vjp
 from jaxsoft._formula.head import Head, Values, freeze_ignored, operand_cotangents, scale_gradient
 from jaxsoft._formula.sparse import SparseTargets, check_sparse, sparse_loss, sparse_operands
-from jaxsoft._formula.statistics import Statistics, block_statistics, scaled_exponentials, weighted
+from jaxsoft._formula.statistics import (
+    Statistics,
+    block_statistics,
+    leading_statistics,
+    scaled_exponentials,
+    weighted,
+)
 from jaxsoft._formula.targets import Averaging, LogitsType, Options, Targets, dense_operands, labels_as_array
 from jaxsoft._jax_internals import Results
 from jaxsoft._platform import cpu
@@ -82,9 +88,10 @@ def position_gradients(
     mass = jnp.zeros_like(statistics.sum_others)  # τ + 2ζ·lse without the label's own weight
     if targets.z_loss_weight is not None:
         mass += cotangent * 2 * targets.z_loss_weight * statistics.finite_logsumexp
-    position_weight = None
+    position_weight = at_max = None
     if targets.target_weights is not None:
         position_weight = cotangent * targets.position_weight
+        at_max = None if statistics.max_weight is None else statistics.max_gradient(mass, position_weight)
         mass += position_weight * statistics.weight_sum
     label_weight, at_label = 0, None
     if targets.label is not None:
@@ -100,6 +107,7 @@ def position_gradients(
         at_label=at_label,
         position_weight=position_weight,
         target_weights=targets.target_weights,
+        at_max=at_max,
         in_place=in_place,
     )
     if targets.differentiable is None:
@@ -149,7 +157,7 @@ def _reduced_loss_bwd(axis: int, averaging: Averaging, residuals: Any, cotangent
     if logits is not None:
         logits, targets = freeze_ignored(logits, targets)
         cotangent = jnp.where(targets.ignored, 0, cotangent * scale)
-        grad_weights = _weight_gradients(logits, targets, block_statistics(logits, axis), cotangent)
+        grad_weights = _weight_gradients(logits, targets, leading_statistics(logits, (axis,)), cotangent)
     return grad_logits, operand_cotangents(Targets, grad_weights), None
 
 
@@ -162,7 +170,7 @@ def _reduced_loss_forward(axis: int, averaging: Averaging, residuals: Any, tange
         moved += jnp.sum(scale_gradient(gradient.astype(scale.dtype), of_logits.astype(scale.dtype), targets.ignored))
     if logits is not None and of_targets.target_weights is not None:
         logits, targets = freeze_ignored(logits, targets)
-        gradient = _weight_gradients(logits, targets, block_statistics(logits, axis), scale)
+        gradient = _weight_gradients(logits, targets, leading_statistics(logits, (axis,)), scale)
         moved += jnp.sum(scale_gradient(gradient, of_targets.target_weights, targets.ignored))
     return moved
 

@@ -25,10 +25,16 @@ class Statistics(NamedTuple):
     """Sums over the classes of a block, relative to its largest logit m; None where no target asks for one."""
 
     max_logit: Array  # m, above −inf
-    sum_others: Array  # Σ_j exp(z_j − m) over every class but the label
-    label_logit: Any = None  # z_label − m
-    weight_sum: Any = None  # Σ_j q_j
+    sum_others: Array  # Σ_j exp(z_j − m) over every class but the label, or of a distribution but one at m
+    label_logit: Any = None  # z − m of the class which that sum leaves out
+    other_weight: Any = None  # Σ_j q_j, of a distribution over the classes below m
     weighted_gap: Any = None  # Σ_j q_j (m − z_j)
+    max_weight: Any = None  # of a distribution, Σ_j q_j over the classes with the logit m
+
+    @property
+    def weight_sum(self) -> Array:
+        """Σ_j q_j over all classes."""
+        return self.other_weight if self.max_weight is None else self.other_weight + self.max_weight
 
     @property
     def exp_sum(self) -> Array:
@@ -83,6 +89,32 @@ class Statistics(NamedTuple):
         """(mass + label_weight)·p_label − label_weight, with 1 − p as the sum over the other classes."""
         return (mass * jnp.exp(self.label_logit) - label_weight * self.sum_others) / self.positive_sum
 
+    def max_gradient(self, mass: Array, position_weight: Array) -> "MaxGradient":
+        """(mass + w·τ)·p − w·q at a class with the largest logit, whose q is not known here.
+
+        That is mass·p + w·(τ − q)·p − w·q·(1 − p), in which τ − q is the weight of the others, and 1 − p their sum: of
+        a distribution that is nearly one-hot neither is a difference.
+        """
+        scale = position_weight / self.positive_sum
+        constant = mass / self.positive_sum + scale * self.other_weight
+        return MaxGradient(constant, scale, self.max_weight, scale * self.sum_minus_one)
+
+
+class MaxGradient(NamedTuple):
+    """The gradient at a class with the largest logit as a function of its target weight q, for each position."""
+
+    constant: Array
+    scale: Array
+    max_weight: Array
+    slope: Array
+
+    def at(self, weights: Array, exponentials: Array) -> Array:
+        """Where the exponential is 1; its derivative is not 0."""
+        change = self.scale * (exponentials - 1)
+        return (self.constant + self.scale * (self.max_weight - weights)) * exponentials - (
+            self.slope - change
+        ) * weights
+
 
 def block_statistics(
     logits: Array, axis: int | Axes, targets: Targets = Targets(), axis_name: AxisName = None
@@ -91,10 +123,8 @@ def block_statistics(
     axes = (axis,) if isinstance(axis, int) else axis
     max_logit, sum_others, *rest = _block_sums((logits, targets.label, targets.target_weights), from_end(axes, logits))
     max_logit = lax.stop_gradient(max_logit)  # no result depends on the shift
-    if targets.label is not None:
+    if rest:
         rest[0] -= max_logit
-    elif rest:
-        rest = [None, *rest]
     block = Statistics(max_logit, sum_others, *rest)
     return block if axis_name is None else _over_shards(block, logits, axes, targets, axis_name)
 
@@ -103,16 +133,30 @@ def _over_shards(block: Statistics, logits: Array, axes: Axes, targets: Targets,
     """The statistics of all blocks from each block's own, relative to the largest logit of all blocks."""
     max_logit = max_shards(block.max_logit, axis_name)
     below = block.max_logit - max_logit
+    count = None
+    if block.max_weight is not None:  # a block that does not have the largest logit leaves no class out
+        leads = lax.stop_gradient((below == 0) & (block.exp_sum != 0))
+        count = leads.astype(below.dtype)
+        block = block._replace(
+            sum_others=jnp.where(leads, block.sum_others, block.exp_sum),
+            other_weight=jnp.where(leads, block.other_weight, block.weight_sum),
+            max_weight=jnp.where(leads, block.max_weight, 0),
+        )
     sums = [_shifted_sum((logits, targets.label, block.sum_others, below, max_logit), axes)]
     if targets.label is not None:  # on one shard; a label that is on none has weight 0 or NaN
         inside = (targets.label >= 0) & (targets.label < logits.shape[axes[0]])
         sums.append(jnp.where(inside, block.label_logit + below, 0))
     if targets.target_weights is not None:
         below = jnp.where((block.weight_sum == 0) & ~jnp.isfinite(below), 0, below)  # no weight costs nothing
-        sums += [block.weight_sum, block.weighted_gap - block.weight_sum * below]
+        sums += [] if count is None else [count]
+        sums += [block.other_weight, block.weighted_gap - block.weight_sum * below]
+        sums += [] if count is None else [block.max_weight]
     packed = sum_shards(jnp.concatenate(sums, axes[-1]), axis_name)  # one all-reduce for them all
     sum_others, *rest = jnp.split(packed, len(sums), axes[-1])
-    return Statistics(max_logit, sum_others, *([] if targets.label is not None or not rest else [None]), *rest)
+    if count is not None:
+        sum_others, leader = _without_one(sum_others, rest[0], max_logit)
+        rest[0] = leader - lax.stop_gradient(max_logit)
+    return Statistics(max_logit, sum_others, *rest)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -146,10 +190,19 @@ def _log1p(arrays: tuple[Array], axes: Axes) -> tuple[Array]:
     tpu=accelerator.tpu_statistics,
 )
 def _block_sums(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array, ...]:
-    """m, the sum of the others, and where the targets ask for them z_label, Σ_j q_j and Σ_j q_j (m − z_j)."""
+    """m, the sum of the others, and where the targets ask for them z_label, Σ_j q_j and Σ_j q_j (m − z_j).
+
+    Of a distribution the label is one of the classes with the logit m, and their Σ_j q_j is apart, at the end.
+    """
     logits, label, target_weights = arrays
     max_logit = finite_max(logits, axes)
     z = widen(logits)
+    if label is None and target_weights is not None:
+        sums = [max_logit, *_without_one(*_others_and_leaders(logits, max_logit, axes), max_logit)]
+        at_max = jnp.where(z == max_logit, target_weights, 0)
+        below, _ = _weight_sums(jnp.where(z == max_logit, 0, target_weights), max_logit - z, axes)
+        _, gap = _weight_sums(target_weights, max_logit - z, axes)
+        return *sums, below, gap, jnp.sum(at_max, axes, keepdims=True)
     exponentials = jnp.exp(z - max_logit)
     if label is not None:
         exponentials = jnp.where(is_label(logits, label, axes[0]), 0, exponentials)
@@ -162,11 +215,16 @@ def _block_sums(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array, ...]:
         else:
             sums.append(jnp.take_along_axis(z, index, axis, mode="promise_in_bounds"))
     if target_weights is not None:
-        below, constant = max_logit - z, lax.stop_gradient(target_weights)
-        cost = weighted(constant, below) + (target_weights - constant) * jnp.where(jnp.isfinite(below), below, 0)
-        weight_sum, weighted_gap = (jnp.sum(terms, axes, keepdims=True) for terms in (target_weights, cost))
-        sums += [jnp.broadcast_to(weight_sum, weighted_gap.shape), weighted_gap]
+        sums += _weight_sums(target_weights, max_logit - z, axes)
     return tuple(sums)
+
+
+def _weight_sums(target_weights: Array, below: Array, axes: Axes) -> tuple[Array, Array]:
+    """Σ_j q_j and Σ_j q_j (m − z_j)."""
+    constant = lax.stop_gradient(target_weights)
+    cost = weighted(constant, below) + (target_weights - constant) * jnp.where(jnp.isfinite(below), below, 0)
+    weight_sum, weighted_gap = (jnp.sum(terms, axes, keepdims=True) for terms in (target_weights, cost))
+    return jnp.broadcast_to(weight_sum, weighted_gap.shape), weighted_gap
 
 
 def weighted(weight: Array, cost: Array) -> Array:
@@ -194,25 +252,30 @@ def scaled_exponentials(
     at_label: Array | None = None,
     position_weight: Array | None = None,
     target_weights: Array | None = None,
+    at_max: MaxGradient | None = None,
     in_place: bool = False,
 ) -> Array:
     """exp(z_j − m)·factor − position_weight·q_j, with `at_label` for the first term at the label; 0 where ignored.
 
-    In the logits' dtype, and in their memory if they are not read again. Terms that are None are omitted.
+    With `at_max` the gradient of classes with the logit m is taken from that. In the logits' dtype, and in their memory if
+    they are not read again. Terms that are None are omitted.
     """
-    per_position = (factor, ignored, label, at_label, position_weight)
+    per_position = (factor, ignored, label, at_label, position_weight, *(at_max or (None,) * 4))
     per_position = jax.tree.map(lambda array: jnp.broadcast_to(array, max_logit.shape), per_position)
     program = _in_place if in_place else _in_new_place
     return program((logits, max_logit, *per_position, target_weights), from_end(axes, logits))[0]
 
 
 def _scaled_exponentials(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array]:
-    logits, max_logit, factor, ignored, label, at_label, position_weight, target_weights = arrays
-    result = jnp.exp(widen(logits) - max_logit) * factor
+    logits, max_logit, factor, ignored, label, at_label, position_weight, *at_max, target_weights = arrays
+    exponentials = jnp.exp(widen(logits) - max_logit)
+    result = exponentials * factor
     if label is not None:
         result = jnp.where(is_label(logits, label, axes[0]), broadcast_like(at_label, result), result)
     if target_weights is not None:
         result -= position_weight * target_weights
+    if target_weights is not None and at_max[0] is not None:
+        result = jnp.where(exponentials == 1, MaxGradient(*at_max).at(target_weights, exponentials), result)
     if ignored is not None:
         result = jnp.where(broadcast_like(ignored, result), 0, result)
     return (result.astype(logits.dtype),)

@@ -66,15 +66,25 @@ def _block_sums(arrays: tuple[Array, Array | None, Array | None], axes: Axes) ->
         # In the same pass. A TPU gathers half precision from a copy of all logits in float32.
         index = jnp.clip(label, 0, logits.shape[axis] - 1)
         sums.append(jnp.where(is_label(logits, index, axis), z, 0))
+    merge = _merge
     if target_weights is not None:
+        merge = _merge_weighted
         sums += [jnp.broadcast_to(target_weights, z.shape), jnp.where(target_weights == 0, 0, max_logit - z)]
+    if label is None and target_weights is not None:  # each class is the only one with its logit, to begin with
+        merge, leads, (*_, weight, gap) = _merge_distribution, z == max_logit, sums
+        sums[1:] = [jnp.where(leads, 0, sum_others), leads.astype(z.dtype)]
+        sums += [jnp.where(leads, 0, weight), gap, jnp.where(leads, weight, 0)]
     sums = pvary(tuple(sums), manual_axes(sums))
     units = tuple(jnp.asarray(unit, z.dtype) for unit in (lowest, *(0.0 for _ in sums[1:])))
-    merge = _merge if target_weights is None else _merge_weighted
     summed = lax.reduce(sums, units, merge, [axis % z.ndim for axis in axes])
     max_logit, sum_others, *rest = (jnp.expand_dims(array, axes) for array in summed)
     # Divided by its own exponential the largest logit contributes exactly 1, so a sum that contains it is at least 1.
-    return max_logit, sum_others / jnp.exp(max_logit - jnp.ceil(max_logit)), *rest
+    sum_others = sum_others / jnp.exp(max_logit - jnp.ceil(max_logit))
+    if merge is _merge_distribution:
+        count = rest[0]
+        sum_others += jnp.maximum(count - 1, 0)
+        rest[0] = max_logit + jnp.log(jnp.minimum(count, 1))  # −inf where no class is left
+    return max_logit, sum_others, *rest
 
 
 def _merge(one: Results, other: Results) -> Results:
@@ -95,3 +105,25 @@ def _merge_weighted(one: Results, other: Results) -> Results:
         return jnp.where(sums[-2] == 0, 0, sums[-2] * (merged[0] - sums[0]))
 
     return *merged, weighted_gap + growth(one) + growth(other)
+
+
+def _merge_distribution(one: Results, other: Results) -> Results:
+    """The same where the classes with the largest logit are counted, and their weight is apart, at the end."""
+    max_logit = jnp.maximum(one[0], other[0])
+
+    def relative(sums: Results) -> Results:
+        own_max, sum_others, count, other_weight, weighted_gap, max_weight = sums
+        stays = own_max == max_logit
+        weight = other_weight + max_weight
+        gap = weighted_gap + jnp.where(weight == 0, 0, weight * (max_logit - own_max))
+        joined = sum_others + count * jnp.exp(own_max - jnp.ceil(own_max))
+        return (
+            own_max,
+            jnp.where(stays, sum_others, joined),
+            jnp.where(stays, count, 0),
+            jnp.where(stays, other_weight, weight),
+            gap,
+            jnp.where(stays, max_weight, 0),
+        )
+
+    return _merge(relative(one), relative(other))

@@ -102,7 +102,9 @@ def native_kernels() -> NativeKernels:
 
 def _of_statistics(axes: Axes, logits: Type, label: Type | None, target_weights: Type | None) -> Types:
     number = _position(logits, axes)
-    return number, number, *(None if array is None else number for array in (label, target_weights, target_weights))
+    weighed = None if target_weights is None else number
+    distribution = None if label is not None else weighed
+    return number, number, (distribution if label is None else number), weighed, weighed, distribution
 
 
 def _of_moments(axes: Axes, logits: Type) -> Types:
@@ -152,7 +154,7 @@ def _program(name: str, roles: str, results: Callable[..., Types], *, in_place: 
 
 statistics = _program("statistics", "label weights", _of_statistics)
 moments = _program("moments", "", _of_moments)
-OF_GRADIENT = "position position mask label position position weights"
+OF_GRADIENT = "position position mask label" + 6 * " position" + " weights"
 gradient = _program("gradient", OF_GRADIENT, _like_first)
 gradient_in_place = _program("gradient", OF_GRADIENT, _like_first, in_place=True)
 loss = _program("loss", "label position position position weights number", _of_loss)

@@ -163,7 +163,8 @@ void set_weights(Call& call, Array weights) {
 }
 
 ffi::Error statistics(ffi::ThreadPool pool, int64_t first, int64_t last, Array logits, Array label, Array weights,
-                      Result max, Result sum_others, Result label_logit, Result weight_sum, Result gap) {
+                      Result max, Result sum_others, Result label_logit, Result weight_sum, Result gap,
+                      Result max_weight) {
   Call call = call_on(Op::kStatistics, logits, first, last);
   call.label = data<int32_t>(label);
   set_weights(call, weights);
@@ -172,6 +173,7 @@ ffi::Error statistics(ffi::ThreadPool pool, int64_t first, int64_t last, Array l
   call.label_out = data(*label_logit);
   call.weight_sum_out = data(*weight_sum);
   call.gap_out = data(*gap);
+  call.max_weight_out = data(*max_weight);
   return run(pool, call);
 }
 
@@ -187,13 +189,16 @@ ffi::Error moments(ffi::ThreadPool pool, int64_t first, int64_t last, Array logi
 }
 
 ffi::Error gradient(ffi::ThreadPool pool, int64_t first, int64_t last, Array logits, Array max, Array factor,
-                    Array ignored, Array label, Array at_label, Array position_weight, Array weights, Result result) {
+                    Array ignored, Array label, Array at_label, Array position_weight, Array max_constant,
+                    Array max_scale, Array max_weight, Array max_slope, Array weights, Result result) {
   Call call = call_on(Op::kGradient, logits, first, last);
   call.max = data(max);
   call.factor = data(factor);
   call.ignored = data<bool>(ignored);
   call.label = data<int32_t>(label);
   call.at_label = data(at_label);
+  call.max_constant = data(max_constant), call.max_scale = data(max_scale);
+  call.max_weight = data(max_weight), call.max_slope = data(max_slope);
   call.position_weight = data(position_weight);
   set_weights(call, weights);
   call.result = data(*result);
@@ -267,9 +272,9 @@ auto binding() {
 }  // namespace jaxsoft
 
 #pragma GCC visibility push(default)
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_statistics, jaxsoft::statistics, (jaxsoft::binding<3, 5>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_statistics, jaxsoft::statistics, (jaxsoft::binding<3, 6>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_moments, jaxsoft::moments, (jaxsoft::binding<1, 5>()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_gradient, jaxsoft::gradient, (jaxsoft::binding<8, 1>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_gradient, jaxsoft::gradient, (jaxsoft::binding<12, 1>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_loss, jaxsoft::loss, (jaxsoft::binding<7, 2>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_total, jaxsoft::total, (jaxsoft::binding<1, 1>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_softmax, jaxsoft::softmax, (jaxsoft::binding<1, 1>()));

@@ -773,18 +773,37 @@ struct Unit : Layout<T> {
   }
   // Sums of 64 terms are summed 64 at a time in turn: what rounding a long sum would gather stays small.
   template <class F>
-  INLINE P sum(F term) const {
-    P total = P::all(0);
+  INLINE auto sum(F term) const {
+    using Terms = decltype(term(int64_t{}));
+    Terms total{};
     for (int64_t s = 0; s < this->steps();) {
-      P block = P::all(0);
+      Terms block{};
       for (const int64_t last = smaller(s + 4096, this->steps()); s < last;) {
-        P part = P::all(0);
+        Terms part{};
         for (const int64_t end = smaller(s + 64, last); s < end; ++s) part = part + term(s);
         block = block + part;
       }
       total = total + block;
     }
+    return folded(total);
+  }
+  INLINE P folded(const P& total) const {
     return this->fold(total, [](auto x, auto y) FORCE { return x + y; });
+  }
+  // Two sums in one pass.
+  struct Two {
+    P first, second;
+    friend INLINE Two operator+(const Two& a, const Two& b) { return {a.first + b.first, a.second + b.second}; }
+  };
+  INLINE Two folded(const Two& total) const { return {folded(total.first), folded(total.second)}; }
+  // A number of each class, apart for the classes with the logit m, of which `at_max` tells.
+  static INLINE Two apart(const P& p, const P& at_max) {
+    const auto pick = [](auto x, auto leads) FORCE { return leads != 0 ? x : decltype(x){}; };
+    const auto drop = [](auto x, auto leads) FORCE { return leads != 0 ? decltype(x){} : x; };
+    return {map(drop, p, at_max), map(pick, p, at_max)};
+  }
+  static INLINE P equal(const P& a, const P& b) {
+    return map([](auto x, auto y) FORCE { return x == y ? decltype(x){} + 1 : decltype(x){}; }, a, b);
   }
   template <class F>
   INLINE void each(F result) const {
@@ -845,9 +864,10 @@ struct Unit : Layout<T> {
     each([&](int64_t s) FORCE { return cotangent(s) - exponential(logits(s) - m) * factor; });
   }
 
-  // The sum over all classes but the label, the label's logit, and Σ q, Σ q (m − z).
+  // The sum over all classes but the label, the label's logit, and Σ q, Σ q (m − z). Of a distribution the label is one
+  // of the classes with the logit m, and their Σ q is apart.
   struct Sums {
-    P m, others, label_logit, weight_sum, gap;
+    P m, others, label_logit, weight_sum, gap, max_weight;
     typename Layout<T>::Labels labels;
   };
   template <bool kLabel, bool kWeights, bool kKeeps>
@@ -855,19 +875,38 @@ struct Unit : Layout<T> {
     Sums found;
     const P m = found.m = max();
     if constexpr (kLabel) found.labels = this->labels(), found.label_logit = this->label_logit();
+    if constexpr (kWeights && kLabel) found.weight_sum = sum([&](int64_t s) FORCE { return this->weights(s); });
+    if constexpr (kWeights && !kLabel) {
+      const Two weights = sum([&](int64_t s) FORCE { return apart(this->weights(s), equal(logits(s), m)); });
+      found.weight_sum = weights.first, found.max_weight = weights.second;
+    }
     if constexpr (kWeights) {
-      found.weight_sum = sum([&](int64_t s) FORCE { return this->weights(s); });
       found.gap = sum([&](int64_t s) FORCE {
         return map([](auto w, auto x) FORCE { return weighted_vector(w, x); }, this->weights(s), m - logits_or_0(s));
       });
     }
     // Last, since of a copy what is kept takes the place of the logits.
-    found.others = sum([&](int64_t s) FORCE {
-      P e = exponential(logits(s) - m);
-      if constexpr (kKeeps) keep(s, e);
-      if constexpr (kLabel) e = this->where_label(s, found.labels, P::all(0), e);
-      return e;
-    });
+    const auto sum_exponentials = [&](auto term) FORCE {
+      return sum([&](int64_t s) FORCE {
+        const P below = logits(s) - m, e = exponential(below);
+        if constexpr (kKeeps) keep(s, e);
+        return term(s, below, e);
+      });
+    };
+    if constexpr (kWeights && !kLabel) {  // those at m are ones, which are counted
+      const Two apart_at_m = sum_exponentials([](int64_t, const P& below, const P& e) FORCE {
+        return apart(e, equal(below, P::all(0)));
+      });
+      const P& count = apart_at_m.second;
+      const auto any = [](auto n, auto x, auto otherwise) FORCE { return n > 0 ? x : otherwise; };
+      found.others = apart_at_m.first + map(any, count, count - P::all(1), P::all(0));
+      found.label_logit = map(any, count, m, P::all(C(-INFINITY)));
+    } else {
+      found.others = sum_exponentials([&](int64_t s, const P&, const P& e) FORCE {
+        if constexpr (kLabel) return this->where_label(s, found.labels, P::all(0), e);
+        else return e;
+      });
+    }
     return found;
   }
   INLINE P logits_or_0(int64_t step) const {  // padding has no weight
@@ -878,8 +917,9 @@ struct Unit : Layout<T> {
   void statistics() const {
     const Sums found = sums<kLabel, kWeights, false>();
     report(this->call.max_out, found.m), report(this->call.sum_out, found.others);
-    if constexpr (kLabel) report(this->call.label_out, found.label_logit);
+    if constexpr (kLabel || kWeights) report(this->call.label_out, found.label_logit);
     if constexpr (kWeights) report(this->call.weight_sum_out, found.weight_sum), report(this->call.gap_out, found.gap);
+    if constexpr (kWeights && !kLabel) report(this->call.max_weight_out, found.max_weight);
   }
 
   void moments() const {  // the classes of the largest logit are counted, not added up: that sum is exact
@@ -918,15 +958,28 @@ struct Unit : Layout<T> {
     this->put(this->call.leader_out, leader);
   }
 
-  // exp(z − m)·factor − share·q, but `at_label` as the product at the label, and 0 where ignored.
+  // Numbers per position of a gradient, see scaled_exponentials in statistics.py.
+  struct Gradient {
+    P factor, at_label, share, ignored, max_constant, max_scale, max_weight, max_slope;
+  };
+  // exp(z − m)·factor − share·q, but `at_label` as the product at the label, of a distribution what `max_…` say where
+  // the exponential is 1, and 0 where ignored.
   template <bool kLabel, bool kWeights, class F>
-  INLINE void write_gradient(F product, const P& at_label, const P& share, const P& ignored) const {
+  INLINE void write_gradient(F exponential_at, const Gradient& of) const {
     const auto labels = this->labels_if(kLabel);
     each([&](int64_t s) FORCE {
-      P g = product(s);
-      if constexpr (kLabel) g = this->where_label(s, labels, at_label, g);
-      if constexpr (kWeights) g = g - share * this->weights(s);
-      return map([](auto g, auto none) FORCE { return none != 0 ? none - none : g; }, g, ignored);
+      const P e = exponential_at(s);
+      P g = e * of.factor;
+      if constexpr (kLabel) g = this->where_label(s, labels, of.at_label, g);
+      if constexpr (kWeights) {
+        const P q = this->weights(s);
+        g = g - of.share * q;
+        if constexpr (!kLabel) {
+          const P at_max = of.max_constant + of.max_scale * (of.max_weight - q) - of.max_slope * q;
+          g = map([](auto e, auto x, auto otherwise) FORCE { return e == 1 ? x : otherwise; }, e, at_max, g);
+        }
+      }
+      return map([](auto g, auto none) FORCE { return none != 0 ? none - none : g; }, g, of.ignored);
     });
   }
   INLINE typename Layout<T>::Labels labels_if(bool there) const {
@@ -935,10 +988,12 @@ struct Unit : Layout<T> {
   template <bool kLabel, bool kWeights>
   void gradient() const {
     const Call& call = this->call;
-    const P m = of_position(call.max), factor = of_position(call.factor);
-    const P ignored = call.ignored ? this->get(call.ignored) : P::all(0);
-    write_gradient<kLabel, kWeights>([&](int64_t s) FORCE { return exponential(logits(s) - m) * factor; },
-                                     of_position(call.at_label), of_position(call.position_weight), ignored);
+    const P m = of_position(call.max);
+    const Gradient of{of_position(call.factor),       of_position(call.at_label),   of_position(call.position_weight),
+                      call.ignored ? this->get(call.ignored) : P::all(0),
+                      of_position(call.max_constant), of_position(call.max_scale),  of_position(call.max_weight),
+                      of_position(call.max_slope)};
+    write_gradient<kLabel, kWeights>([&](int64_t s) FORCE { return exponential(logits(s) - m); }, of);
   }
 
   // Loss and gradient in one pass: see position_losses and position_gradients in losses.py, whose formula this is.
@@ -949,42 +1004,51 @@ struct Unit : Layout<T> {
     const P label_weight = of_position(call.label_weight), position_weight = of_position(call.position_weight);
     const P z_loss_weight = of_position(call.z_loss_weight);
     const C scale = *static_cast<const C*>(call.scale);
-    P loss, factor, at_label, share, ignored;
+    P loss;
+    Gradient of{};
 #pragma GCC unroll 4
     for (int i = 0; i < (Layout<T>::kSame ? 1 : kVectors); ++i) {
       using V = typename P::V;
       const V zero = {}, m = found.m.v[i], others = found.others.v[i], z = z_loss_weight.v[i];
-      const V l = kLabel ? found.label_logit.v[i] - m : zero, w = kWeights ? position_weight.v[i] : zero;
-      const V own = kLabel ? exp_vector<C>(l) : zero, exp_sum = others + own, total = exp_sum + kTiny;
-      const V surplus = kLabel ? others + (own - 1) : others - 1, excess = surplus < 0 ? zero : surplus;
+      const V l = found.label_logit.v[i] - m, w = kWeights ? position_weight.v[i] : zero;
+      const V own = exp_vector<C>(l), exp_sum = others + own, total = exp_sum + kTiny;
+      const V surplus = others + (own - 1), excess = surplus < 0 ? zero : surplus;
       const V log_sum = log1p_vector(excess), hot = scale * label_weight.v[i];
       V cost = zero, mass = zero;
       if constexpr (kLabel) {
         const V led = others * exp_vector<C>(l > -1 ? -l : zero + 1), nll = log1p_vector(l > -1 ? led : excess);
         cost += weighted_vector(label_weight.v[i], l > -1 ? nll : nll - l);
       }
+      V weight_sum = zero;
       if constexpr (kWeights) {
-        cost += weighted_vector(w, found.weight_sum.v[i] * log_sum + found.gap.v[i]);
-        mass += scale * w * found.weight_sum.v[i];
+        weight_sum = kLabel ? found.weight_sum.v[i] : found.weight_sum.v[i] + found.max_weight.v[i];
+        cost += weighted_vector(w, weight_sum * log_sum + found.gap.v[i]);
       }
       if (call.z_loss_weight) {
         const V finite = m - m == 0 ? m + log_sum : m, lse = exp_sum == 0 ? zero : finite;
         cost += weighted_vector(z, lse * lse);
         mass += scale * 2 * z * lse;
       }
-      loss.v[i] = cost, share.v[i] = scale * w, factor.v[i] = (mass + hot) / total;
-      at_label.v[i] = (mass * own - hot * others) / total;
-      ignored.v[i] = ((label_weight.v[i] == 0) & (w == 0) & (z == 0)) ? zero + 1 : zero;
+      const V share = scale * w;
+      loss.v[i] = cost, of.share.v[i] = share;
+      if constexpr (kWeights && !kLabel) {
+        const V max_scale = share / total;
+        of.max_constant.v[i] = mass / total + max_scale * found.weight_sum.v[i], of.max_scale.v[i] = max_scale;
+        of.max_weight.v[i] = found.max_weight.v[i], of.max_slope.v[i] = max_scale * excess;
+      }
+      mass += share * weight_sum;
+      of.factor.v[i] = (mass + hot) / total, of.at_label.v[i] = (mass * own - hot * others) / total;
+      of.ignored.v[i] = ((label_weight.v[i] == 0) & (w == 0) & (z == 0)) ? zero + 1 : zero;
     }
     if constexpr (Layout<T>::kSame) {
-      P* const numbers[] = {&loss, &factor, &at_label, &share, &ignored};
+      P* const numbers[] = {&loss,           &of.factor,    &of.at_label,   &of.share,    &of.ignored,
+                            &of.max_constant, &of.max_scale, &of.max_weight, &of.max_slope};
       for (P* p : numbers) {
         for (auto& v : p->v) v = p->v[0];
       }
     }
     report(call.loss_out, loss);
-    write_gradient<kLabel, kWeights>([&](int64_t s) FORCE { return kept_exponential(s, found.m) * factor; }, at_label,
-                                     share, ignored);
+    write_gradient<kLabel, kWeights>([&](int64_t s) FORCE { return kept_exponential(s, found.m); }, of);
   }
 
   void run(int64_t unit) {

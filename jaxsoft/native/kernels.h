@@ -31,10 +31,11 @@ struct Call {
   const int32_t* label = nullptr;
   const bool* ignored = nullptr;
   const void *max = nullptr, *total = nullptr, *factor = nullptr, *at_label = nullptr;
+  const void *max_constant = nullptr, *max_scale = nullptr, *max_weight = nullptr, *max_slope = nullptr;
   const void *label_weight = nullptr, *position_weight = nullptr, *z_loss_weight = nullptr, *scale = nullptr;
   void* result = nullptr;
   void *loss_out = nullptr, *max_out = nullptr, *sum_out = nullptr, *label_out = nullptr;
-  void *weight_sum_out = nullptr, *gap_out = nullptr;
+  void *weight_sum_out = nullptr, *gap_out = nullptr, *max_weight_out = nullptr;
   int32_t* leader_out = nullptr;
 };
 

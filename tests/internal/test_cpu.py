@@ -142,16 +142,16 @@ def every_kernel(run, z, g, largest, rest, probs=None, total=None):
         found.update({(name + options, result): v for result, v in zip(results.split(), values, strict=True)})
 
     for with_spread, spread in (("", None), (" weights", of_all), (" shared weights", of_first)):
-        of_weights = "" if spread is None else " weight_sum weighted_gap"
         for with_label, y in (("", None), (" label", label)):
             options = f" with{with_label}{with_spread}" if y is not None or spread is not None else ""
-            add(
-                "statistics",
-                (z, y, spread),
-                "max_logit sum_others" + (" label_logit" if with_label else "") + of_weights,
-                options,
-            )
-            targets = y, None if y is None else at_label, None if spread is None else share, spread
+            results = "max_logit sum_others" + (" label_logit" if with_label else "")
+            if spread is not None:
+                results += (
+                    " weight_sum weighted_gap" if with_label else " leader_logit other_weight weighted_gap max_weight"
+                )
+            add("statistics", (z, y, spread), results, options)
+            at_max = (at_label, factor, share, factor) if y is None and spread is not None else (None,) * 4
+            targets = y, None if y is None else at_label, None if spread is None else share, *at_max, spread
             add("gradient", (z, largest, factor, idle, *targets), options=options)
             add("gradient_in_place", (z, largest, factor, None, *targets), options=options)
     add("moments", (z,), "max_logit sum_others leader_logit gap leader")
@@ -202,6 +202,7 @@ def test_kernels_equal_the_plain_functions(shape, dtype, rng, monkeypatch):
         actual, expected = (np.where(where, a, np.zeros((), a.dtype)) for a in (found[kernel, result], expected))
         assert_close(kernel, result, actual, expected, roundings, scale, lost)
 
+    left = finite & (z > -np.inf).any(1, keepdims=True)
     at_labels = np.take_along_axis(z, np.clip(label, 0, classes - 1), 1).astype(compute)
     for kernel, result in found:
         if result == "max_logit" and kernel != "moments":
@@ -209,14 +210,22 @@ def test_kernels_equal_the_plain_functions(shape, dtype, rng, monkeypatch):
         elif kernel.startswith("statistics"):
             if result == "label_logit":
                 agree(kernel, result, 0, lost=1, expected=at_labels)
+            elif result == "leader_logit":
+                agree(kernel, result, 0, lost=1, expected=largest, where=left)
+            elif (kernel, result) in (
+                ("statistics with weights", "sum_others"),
+                ("statistics with shared weights", "sum_others"),
+            ):
+                agree(kernel, result, 16, lost=8 + classes, where=left)
             else:
                 agree(kernel, result, 16, where=~np.isnan(largest) if result == "weighted_gap" else True)
         elif kernel.startswith("gradient"):
             weights = spread[:1, :, :1] if "shared" in kernel else spread if "weights" in kernel else None
             scale = 0.0 if weights is None else np.abs(right[kernel, result]) + np.abs(wide(share) * weights)
+            if weights is not None and "label" not in kernel:  # at classes with the largest logit
+                scale += np.abs(wide(at_label)) + np.abs(wide(factor)) * (np.abs(wide(share)) + 2 * weights)
             agree(kernel, result, 6, scale)
 
-    left = finite & (z > -np.inf).any(1, keepdims=True)
     lead = wide(z).argmax(1, keepdims=True).astype(np.int32)
     # Without what leads every other exponential may be 0 below the smallest normal number, in the gap times up to 709.
     agree("moments", "sum_others", 16, lost=8 + classes, where=left)
@@ -314,14 +323,18 @@ def test_the_bits_of_a_row_do_not_depend_on_its_batch(shape, dtype, rng):
     def of_each(batches):
         def of_one(z, g, y):
             (s,), (log_s, largest, total) = kernel("softmax", z), kernel("log_softmax", z)
-            of_logits = z, largest, total
+            of_logits, wide_g = (z, largest, total), g.astype(total.dtype)
             return {
                 "softmax": s,
                 "log_softmax": (log_s, largest, total),
                 "statistics": kernel("statistics", z, y, g.astype(total.dtype)),
                 "moments": kernel("moments", z),
                 "total": kernel("total", z),
-                "gradient": kernel("gradient", z, largest, 1 / total, None, y, total, None, None),
+                "gradient": kernel("gradient", z, largest, 1 / total, None, y, total, *(None,) * 6),
+                "gradient with weights": kernel(
+                    "gradient", z, largest, 1 / total, None, None, None, total, *(total,) * 4, wide_g
+                ),
+                "statistics with weights": kernel("statistics", z, None, wide_g),
                 "loss": kernel(
                     "loss", z, y, total, total, total, g.astype(total.dtype), jnp.ones((1, 1, 1), total.dtype)
                 ),
