@@ -257,8 +257,8 @@ def scaled_exponentials(
 ) -> Array:
     """exp(z_j − m)·factor − position_weight·q_j, with `at_label` for the first term at the label; 0 where ignored.
 
-    With `at_max` the gradient of classes with the logit m is taken from that. In the logits' dtype, and in their memory if
-    they are not read again. Terms that are None are omitted.
+    With `at_max` the gradient of classes with the logit m is taken from that. In the logits' dtype, and in their
+    memory if they are not read again. Terms that are None are omitted.
     """
     per_position = (factor, ignored, label, at_label, position_weight, *(at_max or (None,) * 4))
     per_position = jax.tree.map(lambda array: jnp.broadcast_to(array, max_logit.shape), per_position)
