@@ -31,14 +31,24 @@ def _parts(docstring: str) -> Iterator[str]:
         if first == "Example:":
             yield f"**Example**\n\n```pycon\n{textwrap.dedent(rest).strip()}\n```"
         elif heading and first.endswith(":") and heading[1] in LISTS:
-            yield f"**{heading[1]}**\n\n" + "\n".join(_items(textwrap.dedent(rest)))
+            yield f"**{heading[1]}**\n\n" + "\n".join(
+                _items(textwrap.dedent(rest))
+            )
         elif heading and first.endswith(":") and heading[1] in PARAGRAPHS:
             yield f"**{heading[1]}**\n\n{textwrap.dedent(rest).strip()}"
-        elif heading and heading[2] and all(name in PARAGRAPHS for name in heading[1].split(", ")):
+        elif (
+            heading
+            and heading[2]
+            and all(name in PARAGRAPHS for name in heading[1].split(", "))
+        ):
             yield f"**{heading[1]}**: {heading[2]}"
         elif number == 1 and FORMULA.match(first):
             # What stands apart on a line has one of its own: a page is narrower than a screen of code.
-            yield "```text\n" + re.sub(r"(?<=[^:\s]) {3,}|;  ", "\n", block.replace("`", "")) + "\n```"
+            yield (
+                "```formula\n"
+                + re.sub(r"(?<=[^:\s]) {3,}|;  ", "\n", block.replace("`", ""))
+                + "\n```"
+            )
         else:
             yield block
 
@@ -58,13 +68,21 @@ class Docstrings(griffe.Extension):
             obj.docstring.value = as_markdown(obj.docstring.value)
 
     def on_class_members(self, *, cls: griffe.Class, **_: object) -> None:
-        fields = [member for member in cls.members.values() if member.is_attribute and member.lineno]
+        fields = [
+            member
+            for member in cls.members.values()
+            if member.is_attribute and member.lineno
+        ]
         if cls.docstring is not None and fields:
             lines = cls.filepath.read_text().splitlines()
-            items = (_field(member, lines[member.lineno - 1]) for member in fields)
+            items = (
+                _field(member, lines[member.lineno - 1]) for member in fields
+            )
             cls.docstring.value += "\n**Fields**\n\n" + "\n".join(items) + "\n"
 
 
 def _field(member: griffe.Attribute, line: str) -> str:
     comment = line.partition("  # ")[2]
-    return f"- `{member.name}` (`{member.annotation}`)" + (f": {comment}" if comment else "")
+    return f"- `{member.name}` (`{member.annotation}`)" + (
+        f": {comment}" if comment else ""
+    )

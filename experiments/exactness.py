@@ -1,4 +1,4 @@
-"""How many digits are left of a loss and its gradient when the label leads by a margin?
+"""How accurate are a loss and its gradient in float32, as the margin of the label's logit grows?
 
 python -m experiments.exactness
 
@@ -123,7 +123,7 @@ def plot(losses: Curves, gradients: Curves, path: Path) -> None:
             for (name, errors), (color, line) in zip(curves.items(), LINES, strict=True):
                 ax.semilogy(MARGINS, np.maximum(errors, FLOOR), line, color=color, label=name)
             ax.axhline(np.finfo(np.float32).eps, color="black", linewidth=0.8, linestyle=":")
-            ax.set(title=title, xlabel="label's logit less the largest other", ylim=(FLOOR, 3))
+            ax.set(title=title, xlabel="margin: label's logit minus the largest other", ylim=(FLOOR, 3))
         axes[0].text(79, np.finfo(np.float32).eps * 1.4, "float32 rounding", ha="right", fontsize=8)
         axes[0].set_ylabel("relative error")
         axes[0].legend(loc="center right", frameon=False)

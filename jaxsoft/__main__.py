@@ -1,4 +1,4 @@
-"""Say which versions, devices and kernels an installation has, for a bug report or a first look.
+"""Print the versions, devices and kernels of an installation, for a bug report or a first look.
 
 python -m jaxsoft
 """
@@ -16,7 +16,7 @@ from jaxsoft._jax_internals import lacking
 
 
 def installation() -> str:
-    """Versions, the devices that JAX runs on by default, the CPU's kernels, and what JAX lacks, a line each."""
+    """Versions, the devices that JAX runs on by default, the CPU's kernels, and what JAX lacks: one line each."""
     versions = {
         "jaxsoft": jaxsoft.__version__,
         "jax": jax.__version__,
@@ -38,7 +38,7 @@ def main() -> int:
     """Print it; 1 where JAX has no devices to run on."""
     try:
         text = installation()
-    except RuntimeError as error:  # JAX's, of a platform that was asked for and is not there
+    except RuntimeError as error:  # JAX's, for a platform that was requested and is missing
         print(f"error: {error}", file=sys.stderr)
         return 1
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without × shows ? for it

@@ -37,52 +37,52 @@ def cross_entropy(
     ∂loss/∂z_j = (τ + 2ζ·lse)·softmax(z)_j − q_j
 
     for targets t (one-hot at an integer label), class weights c and z-loss ζ. The loss and gradient
-    of a label come from the sum over the other classes, never from 1 − p: they keep full relative
-    precision where the label's float32 probability has long rounded to one.
+    of a label come from the sum over the other classes, never from 1 − p: they stay accurate, in relative
+    terms, even where the label's float32 probability rounds to one.
 
     Args:
         logits: scores z with the classes along `axis`, in float16, bfloat16, float32 or float64
             (integers are promoted).
         targets: integer labels in [0, classes), of the logits' shape without the class axis; or a
             floating distribution of the logits' shape, which need not sum to one; or, likewise, a
-            one-hot of integers or booleans over two classes or more. Without x64 JAX keeps 32 bits of an
-            integer before this function sees it: only labels that come as NumPy arrays or lists may be wider.
+            one-hot of integers or booleans over two classes or more. Without x64, JAX truncates integers to
+            32 bits before this function sees them: only labels given as NumPy arrays or lists may be wider.
         axis: the class axis; or several axes, or None for all, that together enumerate the classes as
             `reshape` does: labels count the last of the axes fastest, and sparse targets have K at the end.
-        ignore_index: label of the positions that take no part: loss 0, gradient 0, not counted. Any
-            integer, also one that is a class.
-        weights: weight of each position, or a mask of those that count, broadcasting to the loss; 0
-            leaves a position out like `ignore_index`.
+        ignore_index: label of the ignored positions: loss 0, gradient 0, not counted in the mean. Any
+            integer, even one that is also a class.
+        weights: weight per position, or a boolean mask of the positions to keep, broadcasting to the loss; a
+            weight of 0 ignores a position, as `ignore_index` does.
         class_weights: weight c of each class, of shape (classes,).
-        where: booleans that broadcast to the logits' shape; False removes a class. What a distribution has there costs
-            +inf: pass `jnp.where(where, targets, 0)` to leave it out.
-        label_smoothing: ε in [0, 1]: targets become (1−ε)t + ε/classes, counting the classes left.
-        z_loss: ζ ≥ 0, which draws lse towards 0. It is not weighted by class. Both may be traced, for
-            schedules, and are constants.
-        reduction: "none", the loss of each position; "sum"; or "mean", over the weights of the
-            positions that are not ignored, each times its label's class weight when targets are labels.
+        where: booleans that broadcast to the logits' shape; False masks a class. Target probability on a masked class
+            costs +inf: pass `jnp.where(where, targets, 0)` to drop it.
+        label_smoothing: ε in [0, 1]: targets become (1−ε)t + ε/classes, counting the classes not masked.
+        z_loss: ζ ≥ 0, which pulls lse towards 0. It is not weighted by class. Label smoothing and z-loss may both be
+            traced, for schedules, and are constants under differentiation.
+        reduction: "none", one loss per position; "sum"; or "mean", the sum divided by the total weight of the
+            positions that are not ignored, where a label's position also counts its class weight.
         axis_name: inside `jax.shard_map`, the mesh axis over which the classes are sharded in contiguous
-            blocks: logits, masks and distributions are of one block, labels and class weights of all
-            classes. The loss and gradients are those of the whole, for two all-reduces of a few numbers
-            per position (a third with `where` and smoothing). Types do not tell blocks from copies of all logits
-            that were gathered inside the `shard_map`: those would count once for each device. Where the
-            positions are sharded too, "mean" is over those of one device: take "sum", and divide by the `psum` of
-            the count.
+            blocks: logits, masks and distributions hold one block, labels and class weights refer to all
+            classes. The loss and gradients are the same as unsharded, at the cost of two all-reduces of a few numbers
+            per position (a third with `where` and smoothing). Do not pass full logits that were gathered
+            inside the `shard_map`: types cannot tell them from blocks, and they would count once per device. If the
+            positions are sharded too, "mean" averages over one device only: take "sum", and divide its `psum` by the
+            `psum` of the count.
 
     Returns:
         The loss in float32, or float64 for float64 logits: a scalar, or with "none" an array of the
         logits' shape without the class axis, 0 at ignored positions.
 
-    Edges: a label out of range is never clamped or wrapped: its loss and its gradients are NaN, the
-    gradients elsewhere are not touched (`checked` raises instead). A removed label costs +inf, with
-    finite gradients. Nothing to average gives loss 0 and gradient 0. The logits of a position that
-    is ignored may be anything, NaN too; elsewhere a NaN or +inf logit makes the loss NaN or +inf.
+    Edges: a label out of range is never clamped or wrapped: its loss and its gradients are NaN, and the
+    gradients of other positions are unaffected (`checked` raises instead). A label that is masked costs +inf, with
+    finite gradients. With every position ignored, loss and gradient are 0. The logits of an ignored position
+    may be anything, even NaN; elsewhere a NaN or +inf logit makes the loss NaN or +inf.
 
-    Differentiation: to logits and to distributions, in reverse and forward mode to any order. Gradients have the
-    dtype of their input. Labels, weights and masks are constants. Kept for the backward pass: of a mean or sum in
-    float32 or float64 its gradient, formed along with it; otherwise the logits (with `where` a masked copy) and a few
-    numbers per position. With a distribution both and the distribution; a compiled program drops the arrays that it
-    does not need.
+    Differentiation: with respect to logits and distributions, in reverse and forward mode to any order. Gradients have
+    the dtype of their input. Labels, weights and masks are constants. Saved for the backward pass: for a mean or sum in
+    float32 or float64, its gradient, computed together with the loss; otherwise the logits (with `where`, a masked
+    copy) and a few numbers per position. For a distribution, all of these and the distribution itself; a compiled
+    program drops the arrays that it does not need.
 
     Raises:
         TypeError: logits or targets of a wrong dtype, an option that is not a number.

@@ -40,28 +40,28 @@ def kl_divergence(
     forward: KL(t‖s) = Σ_j t_j log(t_j/s_j)        reverse: KL(s‖t)
     jensen-shannon: β·KL(t‖m) + (1 − β)·KL(s‖m),  m = βt + (1 − β)s
 
-    KL(p‖q) is taken as Σ_j p_j (e^x − 1 − x) for x = log(q_j/p_j), which is the same because both sum to one: no term
-    is negative, and one of 1e-8 has its digits. The gradient of the forward one is s − t.
+    KL(p‖q) is computed as Σ_j p_j (e^x − 1 − x) with x = log(q_j/p_j), which is the same because both sum to one: no
+    term is negative, and even a divergence of 1e-8 is accurate. The gradient of the forward divergence is s − t.
 
     Args:
         logits: scores z of the student.
-        teacher_logits: those of the teacher, of the same shape. They are constants.
+        teacher_logits: scores of the teacher, of the same shape. They are constants.
         axis: the class axis, several axes that together enumerate the classes, or None for all.
-        kind: "forward", which has its mean under the teacher and makes the student cover all that it does; "reverse",
-            under the student, which makes it keep to where the teacher is; or "jensen-shannon" between them.
-        beta: β in (0, 1), of "jensen-shannon" alone.
-        weights: weight of each position, or a mask of those that count.
-        where: booleans that broadcast to the logits' shape; False removes a class of both.
-        reduction: "none", "sum" or "mean", which is over the weights.
+        kind: "forward", an expectation under the teacher, makes the student cover every mode of the teacher; "reverse",
+            an expectation under the student, makes it seek a mode; "jensen-shannon" lies between them.
+        beta: β in (0, 1), used by "jensen-shannon" only.
+        weights: weight per position, or a boolean mask of the positions to keep.
+        where: booleans that broadcast to the logits' shape; False masks a class in both.
+        reduction: "none", "sum" or "mean", the sum divided by the sum of the weights.
         axis_name: the mesh axis over which the classes are sharded, as in `softmax`.
 
     Returns:
         The divergence in float32, or float64 for float64 logits: a scalar, or with "none" an array without `axis`.
 
-    Edges: 0 for equal logits, whatever constant is added to either, and where one of both has no class left. Infinite
-    where the first of the two has a class which the second has not; there the reverse has no gradient but NaN.
+    Edges: 0 for equal logits, whatever constant is added to either, and where either has no class left. Infinite where
+    the first distribution has a class that is masked in the second; there the gradient of "reverse" is NaN.
 
-    Differentiation: to logits, in reverse and forward mode to any order.
+    Differentiation: with respect to logits, in reverse and forward mode to any order.
 
     Raises:
         TypeError, ValueError: as `cross_entropy`; a kind that is none of these, a β that is not between 0 and 1.
@@ -74,7 +74,7 @@ def kl_divergence(
         0.0589 0.0566
 
     Source: S. Kullback, R. A. Leibler, "On information and sufficiency" (1951); J. Lin, "Divergence measures based on
-    the Shannon entropy" (1991); between them for distillation, R. Agarwal et al., "On-policy distillation of language
+    the Shannon entropy" (1991); all three for distillation, R. Agarwal et al., "On-policy distillation of language
     models" (2024).
     """
     teacher_z = as_floating("teacher_logits", teacher_logits)
@@ -120,28 +120,29 @@ def linear_kl_divergence(
     axis_name: AxisName = None,
     batch_axes: BatchAxes = None,
 ) -> Float[Array, "..."]:
-    """Divergence between two linear layers' softmaxes, as of a student from its teacher, with neither's logits stored.
+    """Divergence between the softmaxes of a student's and a teacher's linear layer, without storing either's logits.
 
     As `kl_divergence` of features @ kernel + bias and teacher_features @ teacher_kernel + teacher_bias
 
     Args:
         features: inputs of the student's layer; its other arguments are as in `linear_cross_entropy`.
         kernel: weights of the student's layer.
-        teacher_features: inputs of the teacher's, of the same positions and any width.
-        teacher_kernel: weights of the teacher's, for the same classes. The teacher is a constant: it costs one product.
-        bias: of the student's; −inf removes a class, as one that pads its vocabulary.
-        teacher_bias: of the teacher's.
+        teacher_features: inputs of the teacher's layer, for the same positions, of any width.
+        teacher_kernel: weights of the teacher's layer, for the same classes. The teacher is a constant and costs one
+            matmul.
+        bias: bias of the student's layer; −inf masks a class, such as one that pads the vocabulary.
+        teacher_bias: bias of the teacher's layer.
         kind: "forward", "reverse" or "jensen-shannon", as in `kl_divergence`.
-        beta: β in (0, 1), of "jensen-shannon" alone.
-        weights: weight of each position, or a mask of those that count; 0 leaves a position out.
-        where: booleans of shape (classes,); False removes a class of both.
-        soft_cap: of the student's logits.
-        teacher_soft_cap: of the teacher's.
-        temperature: T > 0, which divides both's logits after the caps. Gradients shrink as 1/T²: multiply by T² for
-            those of different T to weigh alike beside a loss of labels (G. Hinton et al., 2015).
-        reduction: "none", "sum" or "mean", which is over the weights.
+        beta: β in (0, 1), used by "jensen-shannon" only.
+        weights: weight per position, or a boolean mask of the positions to keep; a weight of 0 ignores a position.
+        where: booleans of shape (classes,); False masks a class in both.
+        soft_cap: soft cap of the student's logits.
+        teacher_soft_cap: soft cap of the teacher's logits.
+        temperature: T > 0, which divides the logits of both after the caps. Gradients shrink as 1/T²: multiply the
+            loss by T² to keep its weight relative to a loss of labels (G. Hinton et al., 2015).
+        reduction: "none", "sum" or "mean", the sum divided by the sum of the weights.
         kernel_axis: the class axis of both kernels.
-        memory_budget: bytes that one tile of both's logits and what is computed from them may take.
+        memory_budget: bytes that one tile may take: the logits of both, and what is computed from them.
         axis_name: the mesh axis over which the classes of both are sharded, as in `linear_cross_entropy`.
         batch_axes: the mesh axes over which the positions are sharded, as in `linear_cross_entropy`.
 
@@ -150,11 +151,11 @@ def linear_kl_divergence(
 
     Edges: as `kl_divergence`.
 
-    Differentiation: to features, kernel and bias of the student, as `linear_cross_entropy`: for a scalar three
-    products, and the teacher's one.
+    Differentiation: with respect to features, kernel and bias of the student, as `linear_cross_entropy`: a scalar loss
+    takes three matmuls, and the teacher one.
 
     Raises:
-        TypeError, ValueError: as `linear_cross_entropy`, of the teacher's arguments too.
+        TypeError, ValueError: as `linear_cross_entropy`, for the teacher's arguments too.
 
     Example:
         >>> import jax.numpy as jnp
@@ -206,7 +207,7 @@ class DivergenceStatistics(NamedTuple):
 
     @property
     def none_left(self) -> Array:
-        """Where one of both has no class left."""
+        """Where student or teacher has no class left."""
         return (self.student.exp_sum == 0) | (self.teacher.exp_sum == 0)
 
 
@@ -270,7 +271,7 @@ def _teacher_logits(positions: Positions, logits: Array) -> Array:
 
 
 def _ratios(logits: Array, z_t: Array, student: Statistics, teacher: Statistics) -> tuple[Array, Array, Array]:
-    """s, t and log s/t; 0 for a class that is removed from both."""
+    """s, t and log s/t; 0 for a class that is masked in both."""
     z = widen(logits)
     s = jnp.exp(z - student.max_logit) / student.positive_sum
     t = jnp.exp(z_t - teacher.max_logit) / teacher.positive_sum
@@ -290,7 +291,7 @@ def _terms(p: Array, q: Array, x: Array) -> Array:
     near = jnp.abs(x) < 0.5
     small = jnp.where(near, x, 0)
     series = 1.0
-    for n in range(12, 2, -1):  # e^x − 1 − x = x²/2 (1 + x/3 (1 + x/4 (…))), by subtraction nothing would be left
+    for n in range(12, 2, -1):  # e^x − 1 − x = x²/2 (1 + x/3 (1 + x/4 (…))): subtracting would cancel
         series = 1 + small / n * series
     far = jnp.where(near | (p == 0), 0, x)
     return jnp.where(near, p * small**2 / 2 * series, jnp.where(p == 0, q, q - p - p * far))

@@ -27,20 +27,20 @@ def entropy(
 
     H = −Σ_j p_j log p_j = log Σ_j e^{z_j − m} + Σ_j p_j (m − z_j),  m = max_j z_j        ∂H/∂z_j = −p_j (log p_j + H)
 
-    Both terms are sums over the classes that do not lead, none of them negative: an entropy of 1e-9 has its digits.
-    The difference lse − Σ_j p_j z_j leaves rounding of the logits, and may be below 0.
+    Both sums omit the most likely class, and none of their terms is negative: even an entropy of 1e-9 is accurate.
+    Computed as the difference lse − Σ_j p_j z_j it would be rounded as the logits are, and could be negative.
 
     Args:
         logits: scores z of any shape, in float16, bfloat16, float32 or float64 (integers are promoted).
         axis: the class axis, several axes that together enumerate the classes, or None for all.
-        where: booleans that broadcast to the logits' shape; False removes a class.
-        axis_name: the mesh axis over which the classes are sharded, as in `softmax`; the result is that of all.
+        where: booleans that broadcast to the logits' shape; False masks a class.
+        axis_name: the mesh axis over which the classes are sharded, as in `softmax`; the result is over all classes.
 
     Returns:
         Array without `axis`, in float32, or float64 for float64 logits.
 
     Edges: 0 for one class, and where no class is left; log n for n equal logits. A class of probability 0 adds
-    nothing, and has no gradient.
+    nothing, and its gradient is 0.
 
     Differentiation: in reverse and forward mode to any order.
 

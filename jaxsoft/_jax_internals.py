@@ -315,7 +315,7 @@ def _try_primitive() -> None:
 
 
 def lacking() -> list[str]:
-    """What this JAX lacks of what is used where it is there, a phrase each."""
+    """The optional parts of JAX that this version lacks, one phrase each."""
     lacks = [f"primitives ({reason})"] if (reason := primitives_fail()) else []
     lacks += ["jax.make_user_context"] if isinstance(checking, _Context) else []
     lacks += [f"jax.interpreters.mlir.{name}" for name in CONTEXTS if not hasattr(jax.interpreters.mlir, name)]

@@ -44,8 +44,8 @@ def linear_cross_entropy(
 
     z = c·tanh((x·W + b)/c)/T;  loss = τ·lse − Σ_j q_j z_j + ζ·lse², as in `cross_entropy`
 
-    Positions are taken in tiles, see `plan_linear_cross_entropy`; only one tile's logits exist at a time. A tile's
-    statistics and gradient are those of `cross_entropy`.
+    Positions are processed in tiles, see `plan_linear_cross_entropy`; only one tile's logits exist at a time. Each tile
+    is computed as `cross_entropy` computes it, and stays as accurate.
 
     Args:
         features: inputs x of the layer, in float16, bfloat16, float32 or float64, with any number of
@@ -55,68 +55,69 @@ def linear_cross_entropy(
             floating distribution of shape (..., classes), which need not sum to one, or a one-hot over two classes or
             more; or `SparseTargets` of a few classes: all as in `cross_entropy`.
         bias: b of shape (classes,).
-        ignore_index: label of the positions that contribute nothing and cost almost no time.
-        weights: weight of each position, or a mask of those that count; 0 leaves a position out like
-            `ignore_index`.
+        ignore_index: label of the ignored positions, which cost almost no time.
+        weights: weight per position, or a boolean mask of the positions to keep; a weight of 0 ignores a position, as
+            `ignore_index` does.
         class_weights: weight of each class, of shape (classes,).
-        where: booleans of shape (classes,); False removes a class, such as one that pads the vocabulary.
+        where: booleans of shape (classes,); False masks a class, such as one that pads the vocabulary.
         label_smoothing: ε in [0, 1], as in `cross_entropy`.
         z_loss: ζ ≥ 0, as in `cross_entropy`.
         soft_cap: c > 0, which keeps the logits within ±c; None for none.
         temperature: T > 0, which divides the logits after the cap. Like smoothing, z-loss and cap it may be
-            traced, for schedules, and is a constant: for one that is learnt divide the features by it.
+            traced, for schedules, and is a constant: to learn a temperature, divide the features by it.
         reduction: "none", "sum" or "mean", as in `cross_entropy`.
-        with_statistics: whether to return, from the same logits, what is logged beside a loss.
+        with_statistics: whether to return, in addition to the loss and from the same logits, what is usually logged.
         kernel_axis: the kernel's class axis: -1, or 0 for a kernel of shape (classes, features), such as tied
-            embeddings, of which no copy is made.
-        memory_budget: bytes that one tile's logits and their gradient may take; None for what suits the platform it
-            is compiled for.
+            embeddings, which is used without a transposed copy.
+        memory_budget: bytes that one tile's logits and their gradient may take; None for the default of the platform
+            it is compiled for.
         axis_name: inside `jax.shard_map`, or on an automatic mesh set by `jax.set_mesh`, the mesh axis over which the
-            classes are laid in contiguous blocks. Inside `shard_map`, kernel, bias, `where` and distributions are of
-            one block; labels and class weights are of all classes. The loss and gradients are those of the whole
-            layer. Types do not tell blocks from copies of all classes that were gathered inside the `shard_map`: those
-            would count once for each device. Where a `shard_map` has sharded the positions too, "mean" is over those
-            of one device: take "sum", and divide by the `psum` of the count.
+            classes are sharded in contiguous blocks. Inside `shard_map`, kernel, bias, `where` and distributions hold
+            one block; labels and class weights refer to all classes. The loss and gradients are the same as for the
+            unsharded layer. Do not pass a full kernel that was gathered inside the `shard_map`: types cannot tell it
+            from blocks, and it would count once per device. If a `shard_map` has sharded the positions too, "mean"
+            averages over one device only: take "sum", and divide its `psum` by the `psum` of the count.
         batch_axes: on an automatic mesh set by `jax.set_mesh`, the names of the mesh axes over which the first axis of
             the positions is sharded, or a `PartitionSpec` for all of them. Explicit axes are read from the types.
 
     Returns:
         The loss in float32, or float64 for float64 inputs: a scalar, or with "none" an array of the
-        features' shape without the last axis, 0 at ignored positions. With statistics a pair of it and `LogProbs`,
-        which are constants: of each position lse, argmax, entropy and, of labels, their log-probability.
+        features' shape without the last axis, 0 at ignored positions. With statistics, a pair of the loss and
+        `LogProbs`, which are constants: per position lse, argmax, entropy and, for labels, their log-probability.
 
-    Edges: as in `cross_entropy`: a label out of range gives NaN, nothing to average gives 0, and the
-    features of a position that is ignored may be NaN. A bias of −inf removes a class like `where`, soft
-    cap or not: smoothing shares its mass among the classes left.
+    Edges: as in `cross_entropy`: a label out of range gives NaN, no position to average gives 0, and the
+    features of an ignored position may be NaN. A bias of −inf masks a class as `where` does, with or without a soft
+    cap: smoothing then spreads over the remaining classes.
 
-    Differentiation: to features, kernel, bias and distributions, in reverse and forward mode to any order;
-    forward mode takes three matmuls per tile. In reverse mode a scalar loss forms its gradients along with it:
-    three matmuls per tile, 6·N·D·V FLOPs. "none" forms them in the backward pass, from logits
-    computed again: four, 8·N·D·V. Without differentiation there is one, and none for an input that is not
-    differentiated. The gradient of the kernel is summed in float32, over devices too. Training takes memory for
-    one tile, the gradients, and a product or two of the kernel's size: see `plan_linear_cross_entropy`.
+    Differentiation: with respect to features, kernel, bias and distributions, in reverse and forward mode to any order;
+    forward mode takes three matmuls per tile. In reverse mode a scalar loss computes its gradients together with
+    itself: three matmuls per tile, 6·N·D·V FLOPs. "none" computes them in the backward pass, from recomputed
+    logits: four matmuls, 8·N·D·V FLOPs. Without differentiation there is one matmul; an input that is not
+    differentiated saves its own. The gradient of the kernel is summed in float32, over devices too. Training takes
+    memory for one tile, the gradients, and one or two temporaries of the kernel's size: see
+    `plan_linear_cross_entropy`.
 
-    Under `jax.vmap` over features, and targets and weights where these are mapped, as over sequences, all examples
-    are positions of one loss, with gradients formed in the backward pass. A mapped layer, and `vmap` of a
-    gradient, have a kernel gradient for each example, and may not be mapped over an axis that is sharded over a mesh
-    explicitly (JAX loses its name inside the loop). In the body of `jax.lax.scan` or `jax.lax.map` every step
+    Under `jax.vmap` over features (and targets and weights, if these are mapped), as over sequences, all examples
+    share one loop over tiles, and their gradients are computed in the backward pass. A mapped layer, or `vmap` of a
+    gradient, has one kernel gradient per example, and cannot be mapped over an axis that is sharded over an explicit
+    mesh (JAX loses the axis's name inside the loop). In the body of `jax.lax.scan` or `jax.lax.map` every step
     would keep its gradients: wrap the body in `jax.checkpoint`.
 
-    Products are computed in the wider dtype of features and kernel (cast the kernel to compute in bfloat16),
-    their sums and everything else in float32.
+    Matmuls run in the wider dtype of features and kernel: to compute in bfloat16, cast both. Their
+    sums and everything else are in float32.
 
-    Sharded arrays under plain `jax.jit`: on explicit axes as they are sharded, on automatic ones as `batch_axes` and
-    `axis_name` say, each device has a loop over its own positions, in which only two numbers per position are summed
+    Sharded arrays under plain `jax.jit`: each device loops over its own positions, as explicit axes are sharded, or as
+    `batch_axes` and `axis_name` say for automatic ones. In the loop only two numbers per position are summed
     over the blocks of a vocabulary. A kernel that is sharded over the positions' axes (fully sharded data parallelism)
     is gathered once and its gradient, in float32, reduced once; "mean" is over the positions of all devices. Without
-    `batch_axes` on automatic axes the result is the same, but every device may do all positions. JAX cannot
-    differentiate one `shard_map` in another: in your own, name all axes that have part in it.
+    `batch_axes` on automatic axes the result is the same, but every device may compute all positions. JAX cannot
+    differentiate a `shard_map` nested in another: in your own, name every axis that is used.
 
     Raises:
         TypeError: inputs that are not real numbers of 16 bits or more, targets of a wrong dtype, an option that is
             not a number.
         ValueError: shapes that do not fit, an option out of range, a budget below one position's logits and
-            gradient, names that are no axes of the mesh, positions that its devices do not divide.
+            gradient, names that are not axes of the mesh, positions that cannot be split evenly over its devices.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -126,7 +127,7 @@ def linear_cross_entropy(
         >>> print(linear_cross_entropy(x, w, labels).round(4), cross_entropy(x @ w, labels).round(4))
         1.342 1.342
 
-    Source: tiles with gradients formed in the forward pass, P.-L. Hsu et al., "Liger kernel" (2024);
+    Source: tiles with gradients computed in the forward pass, P.-L. Hsu et al., "Liger kernel" (2024);
     the memory argument, E. Wijmans et al., "Cut your losses in large-vocabulary language models" (2024);
     the soft cap, Gemma Team, "Gemma 2" (2024).
     """

@@ -1,4 +1,4 @@
-"""Log-probabilities of a linear layer whose logits are never all stored, and what trainers log beside a loss."""
+"""Log-probabilities of a linear layer whose logits are never all stored, and what trainers log with a loss."""
 
 import functools
 from typing import Any, NamedTuple
@@ -23,9 +23,9 @@ from jaxsoft._linear.run import run_head
 
 @exportable
 class LogProbs(NamedTuple):
-    """What is known of softmax(logits) at each position; 0, and of the argmax −1, at one that is ignored.
+    """Numbers per position computed from softmax(logits). At an ignored position they are 0, and the argmax is −1.
 
-    A position is ignored by `ignore_index` or a weight of 0; with a loss, also if its label's class weighs 0.
+    A position is ignored by `ignore_index` or a weight of 0; with a loss, also if its label's class weight is 0.
     """
 
     label_log_prob: Float[Array, "*positions"] | None
@@ -33,9 +33,9 @@ class LogProbs(NamedTuple):
     logsumexp: Float[Array, "*positions"]
     """log Σ_j exp(z_j)."""
     argmax: Int[Array, "*positions"]
-    """The class with the largest logit, the first of several; −1 where no class is left or a logit is NaN."""
+    """The class with the largest logit, the first if several tie; −1 where no class is left or a logit is NaN."""
     entropy: Float[Array, "*positions"] | None
-    """−Σ_j p_j log p_j; None where it was not asked for."""
+    """−Σ_j p_j log p_j; None unless requested."""
 
 
 def linear_log_probs(
@@ -58,20 +58,20 @@ def linear_log_probs(
 
     z = c·tanh((x·W + b)/c)/T;  label = z_y − lse,  lse = log Σ_j exp(z_j),  entropy = −Σ_j p_j log p_j
 
-    What losses of sequences are made of (policy gradients, preferences, distillation): each position's numbers, each
-    with a cotangent of its own. They are exact in the tail: a label's log-probability is never above 0, and that of a
-    label which leads by 40 has its digits, as has the entropy there.
+    The building block of sequence losses (policy gradients, preferences, distillation): numbers per position, each
+    with its own cotangent. A label's log-probability is never above 0, and it and the entropy stay accurate for
+    confident predictions, such as a margin of 40.
 
     Args:
         features: inputs of the layer, and its other arguments, as in `linear_cross_entropy`.
         kernel: weights of the layer.
         labels: integers in [0, classes), of the features' shape without their last axis.
         bias: of shape (classes,).
-        ignore_index: label of the positions that contribute nothing and cost almost no time.
-        where: booleans of shape (classes,); False removes a class.
+        ignore_index: label of the ignored positions, which cost almost no time.
+        where: booleans of shape (classes,); False masks a class.
         soft_cap: c > 0, which keeps the logits within ±c.
-        temperature: T > 0, which divides the logits after the cap, once: all results are those of the quotients.
-        entropy: whether the entropy is wanted.
+        temperature: T > 0, which divides the logits after the cap; all results are computed from the divided logits.
+        entropy: whether to compute the entropy.
         kernel_axis: the kernel's class axis.
         memory_budget: bytes that one tile's logits and their gradient may take.
         axis_name: the mesh axis over which the classes are sharded.
@@ -80,11 +80,11 @@ def linear_log_probs(
     Returns:
         `LogProbs` in float32, or float64 for float64 inputs, of the labels' shape.
 
-    Edges: a label out of range has a log-probability and gradients of NaN (`checked` raises instead); a removed one
-    has −inf. Ignored positions have 0, no gradient, and an argmax of −1.
+    Edges: a label out of range has a log-probability and gradients of NaN (`checked` raises instead); a masked label
+    has −inf. Ignored positions have 0, a gradient of 0, and an argmax of −1.
 
-    Differentiation: label, logsumexp and entropy, to features, kernel and bias, in reverse and forward mode to any
-    order. The logits are computed again in the backward pass: four matrix products in all.
+    Differentiation: of label_log_prob, logsumexp and entropy, with respect to features, kernel and bias, in reverse and
+    forward mode to any order. The logits are recomputed in the backward pass: four matmuls in all.
 
     Raises:
         TypeError, ValueError: as `linear_cross_entropy`.
@@ -106,7 +106,7 @@ def linear_log_probs(
     execution = Execution(kernel_axis, memory_budget, axis_name, batch_axes)
     args = check_head(features, kernel, bias, where, Scaling(soft_cap, temperature), execution)
     if isinstance(labels, SparseTargets):
-        raise TypeError("labels: expected integers, got SparseTargets: cross-entropies take these")
+        raise TypeError("labels: expected integers, got SparseTargets, which only cross-entropies accept")
     y, ignore_index = labels_as_array(labels, args.classes, ignore_index, "labels")
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise TypeError(f"labels: expected integers, got dtype {y.dtype}")

@@ -29,12 +29,12 @@ class TopK(NamedTuple):
     log_probs: Float[Array, "*positions k"]
     """log p of each, −inf where fewer than k classes are left."""
     indices: Int[Array, "*positions k"]
-    """The classes; of equal logits the lower index comes first."""
+    """The classes; for equal logits the lower index comes first."""
     logsumexp: Float[Array, "*positions"]
     """log Σ_j exp(z_j) over all classes."""
 
     def as_targets(self, outside: Outside = "tail") -> SparseTargets:
-        """What a student is to learn of it, as targets of `cross_entropy` and `linear_cross_entropy`."""
+        """The same as targets for a student, for `cross_entropy` and `linear_cross_entropy`."""
         return SparseTargets.from_log_probs(self.indices, self.log_probs, outside)
 
 
@@ -56,14 +56,14 @@ def linear_top_k(
 
     log p_j = z_j − log Σ_i exp(z_i) for the k largest z_j        vjp: Σ_k g_k (δ_jk − p_j)
 
-    What is stored of a teacher; a student's targets are `top.as_targets()`.
+    For distillation: store these of a teacher, and train a student on `top.as_targets()`.
 
     Args:
         features: inputs of the layer, and all other arguments but k, as in `linear_cross_entropy`.
         kernel: weights of the layer.
         k: how many classes, from 1 to all of them.
         bias: of shape (classes,).
-        where: booleans of shape (classes,); False removes a class.
+        where: booleans of shape (classes,); False masks a class.
         soft_cap: c > 0, which keeps the logits within ±c.
         temperature: T > 0, which divides the logits after the cap.
         kernel_axis: the kernel's class axis.
@@ -74,13 +74,13 @@ def linear_top_k(
     Returns:
         `TopK`, log-probabilities in float32, or float64 for float64 inputs.
 
-    Edges: the log-probability of a leading class has its digits where p has rounded to 1. A class that is removed
-    comes last, with −inf and no gradient.
+    Edges: the log-probability of the most likely class stays accurate where p rounds to 1. A masked class
+    comes last, with −inf and a gradient of 0.
 
-    Differentiation: log-probabilities and logsumexp, as `linear_log_probs`; indices are constants.
+    Differentiation: of log-probabilities and logsumexp, as `linear_log_probs`; indices are constants.
 
     Raises:
-        TypeError, ValueError: as `linear_cross_entropy`; a k that is not from 1 to the number of classes.
+        TypeError, ValueError: as `linear_cross_entropy`; a k that is not between 1 and the number of classes.
 
     Example:
         >>> import jax.numpy as jnp
@@ -89,7 +89,7 @@ def linear_top_k(
         >>> print(*(f"{p:.4f}" for p in jnp.exp(top.log_probs[0])), top.indices[0])
         0.6000 0.3000 [1 2]
 
-    Source: a teacher's largest logits as what is stored of it, X. Tan et al., "Multilingual neural machine
+    Source: storing a teacher's largest logits, X. Tan et al., "Multilingual neural machine
     translation with knowledge distillation" (2019).
     """
     execution = Execution(kernel_axis, memory_budget, axis_name, batch_axes)

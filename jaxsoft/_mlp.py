@@ -31,8 +31,8 @@ def init_mlp(
         dtype: dtype of the parameters.
 
     Returns:
-        One {"kernel": (inputs, outputs), "bias": (outputs,)} a layer. The bias belongs to the unit,
-        not to the sample: any number of samples can be scored.
+        One {"kernel": (inputs, outputs), "bias": (outputs,)} per layer. A bias belongs to a unit,
+        not to a sample: any number of samples can be scored.
 
     Raises:
         ValueError: fewer than two sizes, or a size below one.
@@ -102,7 +102,7 @@ def apply_mlp(
         raise ValueError(
             f"features: expected one example of shape ({inputs},), got {x.shape}; map batches with jax.vmap"
         )
-    if jnp.issubdtype(jnp.result_type(features), jnp.integer):  # which promote to the parameters, not they to a default
+    if jnp.issubdtype(jnp.result_type(features), jnp.integer):  # integers take the parameters' dtype, not a default
         x = x.astype(first.dtype)
     *hidden, last = params
     for layer in hidden:

@@ -1,4 +1,4 @@
-"""Softmax, its logarithm and its normaliser: each public function with its derivative rule beside it."""
+"""Softmax, its logarithm and its normaliser: each public function next to its derivative rule."""
 
 import functools
 from collections.abc import Sequence
@@ -37,22 +37,22 @@ def softmax(
     Args:
         logits: scores z of any shape, in float16, bfloat16, float32 or float64 (integers are promoted).
         axis: the class axis, several axes that together enumerate the classes, or None for all.
-        where: booleans that broadcast to the logits' shape; False removes a class.
+        where: booleans that broadcast to the logits' shape; False masks a class.
         axis_name: inside `jax.shard_map`, the mesh axis over which the classes are sharded in blocks. The
-            result is this block of the whole softmax, for two all-reduces of one number per vector, and one more
-            in the backward pass.
+            result is this block of the whole softmax, at the cost of two all-reduces of one number per vector, and
+            one more in the backward pass.
 
     Returns:
         Array of the logits' shape and dtype that sums to one over `axis`. Half precision is
         reduced in float32.
 
-    Edges: a removed class has probability 0 and gradient 0 whatever its logit, NaN included. Where no
-    class is left (all removed, or every logit −inf) all probabilities and gradients are 0. A NaN or
-    +inf logit that is not removed makes its own vector NaN.
+    Edges: a masked class has probability 0 and gradient 0 whatever its logit, NaN included. Where no
+    class is left (all masked, or every logit −inf) all probabilities and gradients are 0. A NaN or
+    +inf logit that is not masked makes its own vector NaN.
 
-    Exactness: s and its derivative are right to rounding of s. Once a class leads all others together by about 17
-    in float32 its s rounds to 1 and its own derivative, s (1 − s), to 0; those of the other classes keep their
-    digits. For the loss of a label take `cross_entropy`, which keeps its own.
+    Exactness: s and its derivative are accurate to the rounding of s. In float32, at a margin of about 17 over the
+    log-sum-exp of the other classes, s rounds to 1 and its own derivative, s (1 − s), to 0; the other classes stay
+    accurate. For the loss of a label take `cross_entropy`, which stays accurate at every margin.
 
     Differentiation: reverse and forward mode to any order. The Jacobian is symmetric: the one rule
     s * (g − s·g) maps cotangents of s to the logits, and tangents of the logits to s.
@@ -116,7 +116,7 @@ def softmax_vjp(
     *,
     axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
-    """The product of softmax's Jacobian with a vector, from the probabilities alone.
+    """The vector-Jacobian product (VJP) of softmax, from the probabilities alone.
 
     (diag(s) − s sᵀ) g = s * (g − s·g)
 
@@ -132,7 +132,7 @@ def softmax_vjp(
         The Jacobian is symmetric, so the same call maps a tangent of the logits to a tangent of s.
 
     Edges: a class of probability 0 has gradient 0. A cotangent that is constant over the classes
-    gives 0: moving all logits together moves no probability.
+    gives 0: adding a constant to all logits changes no probability.
 
     Raises:
         TypeError: arguments that are not real numbers, an axis that is not an integer.
@@ -145,7 +145,7 @@ def softmax_vjp(
         >>> print(softmax_vjp(s, jnp.array([0.5, -1.0, 2.0])).round(4))
         [-0.0568 -0.5215  0.5782]
 
-    Source: J. S. Bridle (1990); written as one dot product and one product in Y. Jia et al.,
+    Source: J. S. Bridle (1990); as one dot product and one elementwise product in Y. Jia et al.,
     "Caffe: convolutional architecture for fast feature embedding" (2014).
     """
     s, g = as_floating("probs", probs), as_floating("cotangent", cotangent)
@@ -175,7 +175,7 @@ def _pulled_back(arrays: tuple[Array, Array], axes: Axes) -> tuple[Array]:
 
 
 def softmax_jacobian(probs: Float[ArrayLike, "*batch classes"]) -> Float[Array, "*batch classes classes"]:
-    """The matrix of all derivatives ∂s_i/∂z_j, for looking at: computing needs only `softmax_vjp`.
+    """The matrix of all derivatives ∂s_i/∂z_j, to look at: to compute with it, take `softmax_vjp`.
 
     J = diag(s) − s sᵀ, that is J_ij = s_i (δ_ij − s_j)
 
@@ -183,10 +183,10 @@ def softmax_jacobian(probs: Float[ArrayLike, "*batch classes"]) -> Float[Array, 
         probs: softmax output s with the classes along the last axis.
 
     Returns:
-        Array of shape (..., classes, classes) and the dtype of `probs`: one symmetric matrix a
-        vector. N vectors of C classes take N·C² numbers, which is why nothing here stores it.
+        Array of shape (..., classes, classes) and the dtype of `probs`: one symmetric matrix per
+        vector. N vectors of C classes take N·C² numbers, which is why no other function here stores it.
 
-    Edges: rows sum to zero, one probability of 1 makes the matrix zero.
+    Edges: rows sum to zero; a probability of 1 makes the matrix zero.
 
     Raises:
         TypeError: probabilities that are not real numbers.
@@ -224,20 +224,20 @@ def log_softmax(
     Args:
         logits: scores z of any shape, in float16, bfloat16, float32 or float64 (integers are promoted).
         axis: the class axis, several axes, or None for all.
-        where: booleans that broadcast to the logits' shape; False removes a class.
+        where: booleans that broadcast to the logits' shape; False masks a class.
         axis_name: the mesh axis over which the classes are sharded, as in `softmax`.
 
     Returns:
         Array of the logits' shape and dtype. Half precision is reduced in float32.
 
-    Edges: a removed class has −inf and gradient 0, and a cotangent given to it is dropped. Where no
+    Edges: a masked class has −inf and gradient 0, and its cotangent is dropped. Where no
     class is left everything is −inf.
 
-    Exactness: right to rounding, but a class that leads all others together by about 17 in float32 has a
-    logarithm, and to its own logit a derivative, of 0: both have rounded away beside 1. For the loss of a label
-    take `cross_entropy`, which keeps its digits.
+    Exactness: accurate to rounding, except near 0: in float32, at a margin of about 17 over the log-sum-exp of the
+    other classes, a class's log-probability, and its derivative with respect to its own logit, round to 0. For the
+    loss of a label take `cross_entropy`, which stays accurate there.
 
-    Differentiation: as `softmax`; the logits and two numbers per vector are kept.
+    Differentiation: as `softmax`; the logits and two numbers per vector are saved for the backward pass.
 
     Raises:
         TypeError, ValueError: as `softmax`.
@@ -320,19 +320,19 @@ def logsumexp(
     Args:
         logits: scores z of any shape, in float16, bfloat16, float32 or float64 (integers are promoted).
         axis: the class axis (by default the last, unlike `jax.nn.logsumexp`), several axes, or None for all.
-        where: booleans that broadcast to the logits' shape; False removes a class.
+        where: booleans that broadcast to the logits' shape; False masks a class.
         keepdims: keep the reduced axes with length one.
-        axis_name: the mesh axis over which the classes are sharded, as in `softmax`; the result is that of all.
+        axis_name: the mesh axis over which the classes are sharded, as in `softmax`; the result is over all classes.
 
     Returns:
         Array of the logits' dtype without `axis`. Half precision is reduced in float32.
 
-    Edges: where no class is left −inf, with gradient 0. A +inf logit gives +inf.
+    Edges: −inf where no class is left, with gradient 0. A +inf logit gives +inf.
 
     Exactness: m + log1p(Σ exp(z_j − m) over all classes but one with the largest logit m). Near 0, where both terms are
-    small, it keeps digits that log(1 + …) has rounded away: logsumexp([0, −20]) is 2.06e-9.
+    small, it stays accurate where log(1 + …) rounds to 0: logsumexp([0, −20]) is 2.06e-9.
 
-    Differentiation: as `softmax`; the logits and two numbers per vector are kept.
+    Differentiation: as `softmax`; the logits and two numbers per vector are saved for the backward pass.
 
     Raises:
         TypeError, ValueError: as `softmax`.
@@ -379,9 +379,9 @@ _logsumexp.__wrapped__.defvjp(_logsumexp_fwd, _logsumexp_bwd)
 def _prepare(
     logits: ArrayLike, axis: int | Sequence[int] | None, where: ArrayLike | None
 ) -> tuple[Array, Axes, Array | None]:
-    """The logits with removed classes at −inf, the class axes, and the mask.
+    """The logits with masked classes at −inf, the class axes, and the mask.
 
-    A mask is applied to the result as well, so that a cotangent at a removed class, NaN included
+    A mask is applied to the result as well, so that a cotangent at a masked class, NaN included
     (the derivative of p log p at 0), does not reach the others.
     """
     array = as_floating("logits", logits)

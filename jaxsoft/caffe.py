@@ -1,8 +1,8 @@
-"""Caffe's softmax and loss layers, by their names and to the letter.
+"""Caffe's softmax and loss layers, with Caffe's names and exact behaviour.
 
-A network moved from Caffe keeps its numbers only if the small print moves too: the class axis is 1,
-losses are clamped but their gradients are not, and a batch is averaged in one of four ways. That
-small print is all there is here: the mathematics is `jaxsoft.softmax` and `jaxsoft.cross_entropy`.
+A network ported from Caffe gives the same numbers only if its conventions are ported too: the class axis is 1,
+losses are clamped but their gradients are not, and a batch is averaged in one of four ways. This module implements
+these conventions only: the mathematics is `jaxsoft.softmax` and `jaxsoft.cross_entropy`.
 
 Caffe sees an array as (outer, classes, inner), the dimensions before and after the class axis
 multiplied, and calls each of the outer·inner vectors of classes a position.
@@ -86,19 +86,19 @@ def softmax_with_loss(
         ignore_label: any integer; positions of this label have loss 0 and gradient 0, whatever their logits,
             and are not counted.
         normalization: what the sum is divided by: "FULL", all positions; "VALID", those not ignored
-            (the default); "BATCH_SIZE", the dimensions before `axis`; "NONE", 1. Never by less than 1.
-        normalize: the older flag, heeded only without `normalization`: True is "VALID", False "BATCH_SIZE".
+            (the default); "BATCH_SIZE", the product of the dimensions before `axis`; "NONE", 1. At least 1.
+        normalize: the older flag, used only without `normalization`: True is "VALID", False "BATCH_SIZE".
         loss_weight: a scalar that multiplies loss and gradient.
 
     Returns:
         The loss, a scalar in float32, or float64 for float64 logits; and the probabilities, of the
         logits' shape and dtype, through which gradients flow by softmax's rule.
 
-    Edges: a position costs at most 126 log 2 = 87.3365448, also where its label's logit is −inf, and
-    goes on learning there. Nothing valid gives loss 0 and gradient 0. A label that is no class and not
+    Edges: a position costs at most 126 log 2 = 87.3365448, even where its label's logit is −inf, and still
+    has a gradient there. No valid position gives loss 0 and gradient 0. A label that is neither a class nor
     ignored, NaN included, gives a NaN loss and gradient (`checked` raises instead); so does one beyond 32
-    bits in a NumPy array, unless `jax.jit` around this function has narrowed it before. NaN logits, where
-    ignored too, show in the probabilities.
+    bits in a NumPy array, unless `jax.jit` around this function has truncated it first. NaN logits, even where
+    ignored, make the probabilities NaN.
 
     Raises:
         TypeError: logits, labels or options of a wrong type.
@@ -140,7 +140,7 @@ def infogain_loss(
     normalize: bool | None = None,
     loss_weight: Float[ArrayLike, ""] = 1.0,
 ) -> tuple[Float[Array, ""], Float[Array, "..."]]:
-    """Caffe's InfogainLoss layer: every class costs what a matrix says it gains at the label.
+    """Caffe's InfogainLoss layer: a matrix weights the loss of every class for every label.
 
     loss = loss_weight/normaliser · Σ −Σ_j H[label, j] log max(p_j, 1e-20)
     ∂loss/∂z_j = loss_weight/normaliser · (p_j Σ_k H[label, k] − H[label, j]), whether clamped or not
@@ -150,9 +150,9 @@ def infogain_loss(
     Args:
         logits: scores z, classes along `axis`; like all but `infogain` as in `softmax_with_loss`.
         labels: one per position.
-        infogain: the matrix H, a row a label, in any shape of classes² elements. A constant: no gradient.
+        infogain: the matrix H, one row per label, in any shape of classes² elements. A constant: no gradient.
         axis: the class axis.
-        ignore_label: label of the positions that take no part.
+        ignore_label: label of the ignored positions.
         normalization: what the sum is divided by.
         normalize: the older flag.
         loss_weight: a scalar that multiplies loss and gradient.
@@ -160,7 +160,7 @@ def infogain_loss(
     Returns:
         The loss and the probabilities, as `softmax_with_loss`.
 
-    Edges: with the identity matrix it is `softmax_with_loss` up to the clamp. Otherwise as there.
+    Edges: with the identity matrix it equals `softmax_with_loss` up to the clamp. Otherwise as `softmax_with_loss`.
 
     Raises:
         TypeError, ValueError: as `softmax_with_loss`; a matrix of another size. Under `checked`: an
@@ -194,12 +194,12 @@ def infogain_loss(
 
 
 def multinomial_logistic_loss(probs: Float[ArrayLike, "..."], labels: Labels) -> Float[Array, ""]:
-    """Caffe's MultinomialLogisticLoss layer: the loss of probabilities that were computed before.
+    """Caffe's MultinomialLogisticLoss layer: the loss of given probabilities.
 
     loss = 1/N Σ_n −log max(p_n,label, 1e-20)        ∂loss/∂p_n,label = −1/(N max(p_n,label, 1e-20))
 
-    Behind a softmax this is the first of two schemes, dividing by a probability that may have
-    vanished and multiplying by it again; `softmax_with_loss` is the second, which does neither.
+    After a softmax layer this divides by a probability that may have underflowed, only to multiply by it
+    again; `softmax_with_loss` does neither.
 
     Args:
         probs: probabilities p of any rank, N = the first dimension; the rest, flattened, are the classes.
@@ -209,7 +209,7 @@ def multinomial_logistic_loss(probs: Float[ArrayLike, "..."], labels: Labels) ->
         The mean loss, a scalar in float32, or float64 for float64 probabilities.
 
     Edges: both value and gradient use the clamped probability, so a position costs at most
-    20 log 10 = 46.05 with a gradient of 1e20/N. No sample gives loss 0. A label that is no class
+    20 log 10 = 46.05 with a gradient of 1e20/N. Zero samples give loss 0. A label out of range
     gives a NaN loss and gradient (`checked` raises instead).
 
     Raises:
@@ -237,8 +237,8 @@ def multinomial_logistic_loss(probs: Float[ArrayLike, "..."], labels: Labels) ->
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _at_least(x: Array, floor: float) -> Array:
-    """The larger of the two, differentiated as if there were no floor: Caffe clamps no gradient."""
-    # What is added is 0: its derivative stands in where JAX drops the rule, inside a scan.
+    """The larger of the two, differentiated as if there were no floor: Caffe does not clamp gradients."""
+    # The added term is 0: its derivative is used where JAX drops the rule, inside a scan.
     finite = jnp.where(x < jnp.finfo(x.dtype).min, 0, x)
     return jnp.where(x < floor, floor + (finite - jax.lax.stop_gradient(finite)), x)
 
@@ -250,7 +250,7 @@ def _at_least_jvp(floor: float, primals: tuple[Array], tangents: tuple[Array]) -
 
 def _read_labels(labels: Labels, shape: tuple[int, ...], axis: int, ignore_label: int | None) -> Int[Array, "..."]:
     """The class of each position, IGNORED or NO_CLASS."""
-    # Read in NumPy what is not yet JAX's, which would narrow it: 2³² + 1 is not class 1.
+    # Read NumPy's labels in NumPy, since JAX would truncate them: 2³² + 1 is not class 1.
     refuse_mask("labels", labels, "ignore_label")
     xp = jnp if isinstance(labels, jax.Array) else np
     given: Any = xp.asarray(labels)

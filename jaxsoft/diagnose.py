@@ -1,4 +1,4 @@
-"""Say of arrays saved by any program whether a gradient of softmax and cross-entropy is right, and if not, why.
+"""Judge arrays saved by any program: is their gradient of softmax and cross-entropy right, and if not, why?
 
 jaxsoft-diagnose FILE.npz
 """
@@ -19,14 +19,14 @@ NAMES = ("logits", "targets", "gradient")
 
 
 class InputError(Exception):
-    """What cannot be judged, in one line."""
+    """Why a file cannot be judged, in one line."""
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
     """The three arrays of an NPZ file."""
     try:
         if not zipfile.is_zipfile(path):
-            path.open("rb").close()  # is_zipfile says no to what cannot be opened, too
+            path.open("rb").close()  # is_zipfile is False for a file that cannot be opened, too
             raise InputError(f"{path}: expected an NPZ file, as numpy.savez writes it, got another kind of file")
         with np.load(path, allow_pickle=False) as archive:
             for name in NAMES:
@@ -43,7 +43,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the verdict and its explanation; 0 for a right gradient, 1 for a wrong one, 2 when nobody can say."""
+    """Print the verdict and its explanation; return 0 if it is right, 1 if wrong, 2 if it cannot be judged."""
     parser = argparse.ArgumentParser(
         prog="jaxsoft-diagnose",
         description="Is my gradient of softmax and cross-entropy right, and if not, what is wrong with it? "
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--ignore-index",
         type=int,
-        help="label of the positions that take no part (default: -1, -100, 255, 65535 and -2**31, where no class)",
+        help="label of the ignored positions (default: -1, -100, 255, 65535 and -2**31, unless they are classes)",
     )
     options = parser.parse_args(arguments)
     try:

@@ -1,8 +1,8 @@
 """Energies and the probabilities they give: Gibbs, Hopfield, Boltzmann, restricted Boltzmann.
 
-A Gibbs distribution is the softmax of energies with their sign turned, −βE. Hopfield and Boltzmann
-networks are two ways of walking on such energies, restricted Boltzmann machines one where the sums
-factor. States have the units along the last axis; axes before it are a batch.
+A Gibbs distribution is the softmax of negated energies, −βE. Hopfield and Boltzmann networks are two ways of moving
+through states by such energies; in restricted Boltzmann machines the sums over states factorise. States have the units
+along the last axis; axes before it are a batch.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def gibbs_distribution(
     *,
     beta: Float[ArrayLike, ""] = 1.0,
 ) -> Float[Array, "..."]:
-    """Probabilities of states in thermal equilibrium: the lower the energy, the likelier.
+    """Probabilities of states in thermal equilibrium: the lower the energy, the more likely.
 
     P_i = exp(−βE_i) / Σ_j exp(−βE_j) = softmax(−βE)_i
 
@@ -56,7 +56,7 @@ def gibbs_distribution(
     Returns:
         Array of the energies' shape and dtype that sums to one over `axis`.
 
-    Edges: β = 0 is the uniform distribution, β → ∞ shares everything among the lowest energies. A
+    Edges: β = 0 gives the uniform distribution, β → ∞ spreads all probability over the lowest energies. A
     state of energy +inf is forbidden: probability 0 and gradient 0 at every β, 0 included.
 
     Raises:
@@ -155,7 +155,7 @@ def hopfield_field(
     weights: Float[ArrayLike, "units units"],
     bias: Float[ArrayLike, " units"] | None = None,
 ) -> Float[Array, "*batch units"]:
-    """Local field at each unit of a Hopfield network: its sign is where the unit wants to be.
+    """Local field at each unit of a Hopfield network: its sign is the value that lowers the energy.
 
     h_i = Σ_j W_ij s_j + b_i        E after unit i moves by Δs minus E before = −Δs·h_i
 
@@ -351,7 +351,7 @@ def boltzmann_probability(
 
     Raises:
         TypeError: fields or a temperature that are not real numbers, `low` that is not an integer.
-        ValueError: a temperature that is not a scalar, or known to be zero or less, `low` other than
+        ValueError: a temperature that is not a scalar, or known not to be positive, `low` other than
             0 or −1.
 
     Example:
@@ -395,7 +395,7 @@ def rbm_energy(
     Args:
         params: weights W, visible bias b and hidden bias c.
         visible: visible units v, each 0 or 1.
-        hidden: hidden units h, each 0 or 1; their batch axes broadcast with those of `visible`.
+        hidden: hidden units h, each 0 or 1; their batch axes broadcast with the batch axes of `visible`.
 
     Returns:
         The energy of each pair of states, in the dtype the arguments promote to.
@@ -441,7 +441,7 @@ def rbm_free_energy(params: RestrictedBoltzmann, visible: Float[ArrayLike, "*bat
     Returns:
         The free energy of each state, in the dtype the arguments promote to.
 
-    Edges: the sum factors over the hidden units, so its cost is that of one matrix product.
+    Edges: the sum factorises over the hidden units, so it costs one matmul.
     The gradient to c is −P(h_j = 1 | v).
 
     Raises:
@@ -639,7 +639,7 @@ def _check_vector(name: str, array: Array, count: int) -> None:
 
 
 def _affine(x: Array, weights: Array, bias: Array) -> Array:
-    """x·W + b, with the bias of every row written out: its rank is not promoted in silence."""
+    """x·W + b, with the bias broadcast explicitly, as strict rank promotion asks for."""
     product = x @ weights
     return product + jnp.broadcast_to(bias, product.shape)
 

@@ -83,7 +83,7 @@ def test_an_error_after_a_progress_bar_has_a_line_of_its_own(ended, tmp_path):
     assert said.split("\n")[-2].startswith("error: --vocabulary: expected at most 4, the distinct words of")
 
 
-@pytest.mark.parametrize("script", TRAININGS)
+@pytest.mark.parametrize("script", TRAININGS[1:])
 def test_a_finished_run_is_kept_unless_it_is_to_be_replaced(ended, tmp_path, script, monkeypatch):
     write_json(tmp_path / "summary.json", {"loss": 0.5})
     before = (tmp_path / "summary.json").read_bytes()
@@ -95,6 +95,15 @@ def test_a_finished_run_is_kept_unless_it_is_to_be_replaced(ended, tmp_path, scr
     assert (tmp_path / "summary.json").read_bytes() == before
     monkeypatch.setattr(_door, "make_folder", lambda out: signal.raise_signal(signal.SIGINT))
     assert ended(script, f"--out={tmp_path}", "--overwrite")[0] == 130  # it got as far as that
+
+
+def test_the_demonstration_replaces_its_last_run_unless_told_otherwise(ended, tmp_path, monkeypatch):
+    write_json(tmp_path / "summary.json", {"loss": 0.5})
+    status, _, said = ended("iris", f"--out={tmp_path}", "--no-overwrite")
+    assert status == 1
+    assert said.startswith(f"error: {tmp_path}: holds a finished run")
+    monkeypatch.setattr(_door, "make_folder", lambda out: signal.raise_signal(signal.SIGINT))
+    assert ended("iris", f"--out={tmp_path}")[0] == 130  # it got as far as that
 
 
 @pytest.mark.parametrize("script", TRAININGS[1:])

@@ -601,14 +601,14 @@ def test_labels_counted_from_one(dtype):
     diagnosis = diagnose_gradient(z, one_more, (o - t) / 7)
     assert (diagnosis.correct, diagnosis.verdict) == (False, "labels counted from 1")
     assert str(diagnosis).startswith("Label 3 is outside [0, 3), and no label is 0")
-    assert "for the labels less one: correct for the mean over 7 positions." in str(diagnosis)
+    assert "for the labels minus 1: correct for the mean over 7 positions." in str(diagnosis)
     np.testing.assert_allclose(diagnosis.true_gradient, o - t, atol=1e-12)
     # A one-hot table without a row for label 3, and labels that are wrong in another way.
     table = (one_more[:, None] == np.arange(3)).astype(float)
-    assert "for the labels less one: labels shifted by one." in str(diagnose_gradient(z, one_more, o - table))
+    assert "for the labels minus 1: labels shifted by one." in str(diagnose_gradient(z, one_more, o - table))
     one_more[3] = 255
     right = np.where((one_more == 255)[:, None], 0, o - t)
-    assert "less one: correct for the sum" in str(diagnose_gradient(z, one_more, right))
+    assert "minus 1: correct for the sum" in str(diagnose_gradient(z, one_more, right))
     one_more[3] = 0
     with pytest.raises(ValueError, match=re.escape("is 3: expected a label in [0, 3)")):
         diagnose_gradient(z, one_more, o - t)

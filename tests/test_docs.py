@@ -6,6 +6,7 @@ import math
 import re
 import runpy
 from pathlib import Path
+from xml.etree import ElementTree
 
 import jax.numpy as jnp
 import pytest
@@ -59,6 +60,12 @@ def test_links_lead_somewhere(page):
             assert ((DOCS / page).parent / target).is_file(), link
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_code_has_80_columns(page):
+    code = re.findall(r"^ *```(?:python|pycon|py|text)\n(.*?)^ *```$", PAGES[page], re.DOTALL | re.MULTILINE)
+    assert [line for block in code for line in block.splitlines() if len(line) > 80] == []
+
+
 @pytest.mark.x32
 @pytest.mark.parametrize("page", [name for name, text in PAGES.items() if blocks(text, "python")])
 def test_programs_run_and_the_doctor_says_what_is_printed(page, tmp_path, monkeypatch, capsys):
@@ -107,6 +114,21 @@ def test_docstrings_become_markdown():
                 assert not re.search(
                     r"^(Args|Returns|Raises|Edges|Example|Source|Differentiation):", prose, re.MULTILINE
                 )
+
+
+def test_formulas_become_mathml_that_says_the_same():
+    as_mathml = runpy.run_path(str(DOCS / "formulas.py"))["as_mathml"]
+    formulas = [
+        inspect.getdoc(fn) or "" for name in jaxsoft.__all__ if inspect.isfunction(fn := getattr(jaxsoft, name))
+    ]
+    formulas = [docstring.split("\n\n")[1] for docstring in formulas if "Args:" in docstring]
+    formulas += blocks(PAGES["exactness.md"], "formula")
+    same = str.maketrans("∑⁰¹²³⁴⁵⁶⁷⁸⁹⁻ᵀⁿ", "Σ0123456789−Tn", " ~_{}^\n\u0303")
+    for formula in formulas:
+        text = "".join(ElementTree.fromstring(as_mathml(formula)).itertext())
+        assert text.translate(same) == formula.translate(same)
+    (indexed,) = ElementTree.fromstring(as_mathml("z_j")).iter("msub")
+    assert [child.tag for child in indexed] == ["mi", "mrow"]
 
 
 def test_the_experiments_table_is_the_listing():

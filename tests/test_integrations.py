@@ -119,13 +119,13 @@ def test_a_network_trains_as_with_full_logits_on_four_devices_too(network):
     (expected, losses), _ = train(params, features_and_head, [unfused, mean_loss])
     np.testing.assert_allclose(losses, expected, rtol=2e-5)
 
-    mesh = jax.make_mesh((2, 2), ("data", "words"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    mesh = jax.make_mesh((2, 2), ("data", "vocab"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
 
     def lay(leaf):
         return jax.device_put(leaf, NamedSharding(mesh, P("data") if leaf.ndim > 1 else P()))
 
     def sharded(*arrays):
-        return mean_loss(*arrays, batch_axes="data", axis_name="words")
+        return mean_loss(*arrays, batch_axes="data", axis_name="vocab")
 
     with jax.set_mesh(mesh):
         place = lambda tokens: jax.device_put(tokens, NamedSharding(mesh, P("data")))  # noqa: E731

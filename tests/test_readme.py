@@ -1,6 +1,7 @@
 """What the README says holds."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from experiments.benchmark.headline import headline
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 LINKS = re.findall(r"\]\(([^)]*)\)", README)
-REPOSITORY = "https://github.com/jaxsoft/jaxsoft"
-FILES = (f"{REPOSITORY}/blob/main/", "https://raw.githubusercontent.com/jaxsoft/jaxsoft/main/")
-SITE = "https://jaxsoft.github.io/jaxsoft/"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+URLS = PROJECT["project"]["urls"]
+SITE = URLS["Documentation"] + "/"
+FILES = (f"{URLS['Source']}/blob/main/", f"{URLS['Source']}/raw/main/")
 
 
 @pytest.mark.x32
@@ -27,18 +29,27 @@ def test_the_table_of_speed_is_that_of_the_committed_results():
 
 
 def test_it_is_short():
-    assert len(README.split()) <= 1300
+    assert len(README.split()) <= 1000
 
 
 @pytest.mark.parametrize("link", LINKS)
-def test_links_are_absolute_and_lead_somewhere(link):
-    for start in FILES:
-        if link.startswith(start):
-            assert (ROOT / link.removeprefix(start)).is_file()
-            return
-    assert link.startswith(SITE)
-    page = ROOT / "docs" / (link.removeprefix(SITE).strip("/") or "index")
-    assert page.with_suffix(".md").is_file() or (page / "index.md").is_file()
+def test_links_lead_to_files_of_the_repository(link):
+    assert (ROOT / link).is_file()
+
+
+def test_links_in_the_package_index_are_absolute_and_lead_to_the_same():
+    """Where `hatch-fancy-pypi-readme` substitutes them when a wheel is built."""
+    text = README
+    for rule in PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(rule["pattern"], rule["replacement"], text)
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert len(links) == len(LINKS)
+    for link, relative in zip(links, LINKS, strict=True):
+        if link.startswith(SITE):
+            page = link.removeprefix(SITE).strip("/")
+            assert relative in (f"docs/{page}.md", f"docs/{page}/index.md")
+        else:
+            assert link in [start + relative for start in FILES]
 
 
 def test_ci_finds_the_test_command():

@@ -365,7 +365,7 @@ def test_explicit_sharding_of_the_class_axis():
 
 
 def test_errors_say_where_the_name_must_come_from():
-    message = r"axis_name: expected a mesh axis of an enclosing jax\.shard_map with check_vma=True, its default \(linear_cross_entropy takes that of a mesh set by jax\.set_mesh too\), got 'classes'"
+    message = r"axis_name: expected a mesh axis of an enclosing jax\.shard_map with check_vma=True, its default \(linear_cross_entropy also takes an axis of a mesh set by jax\.set_mesh\), got 'classes'"
     with pytest.raises(ValueError, match=message):
         jaxsoft.softmax(LOGITS, axis_name="classes")
     mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Debug my softmax gradient
 #
-# A classifier in NumPy, with a gradient written by hand. It trains, its accuracy is fine, and its gradient is wrong.
-# How does one find out, and what is wrong with it?
+# This is a classifier in NumPy, with a gradient written by hand. It trains, its accuracy is fine, and its gradient is
+# wrong. How do you find out, and what is wrong with it?
 
 # %%
 import jax
@@ -28,9 +28,10 @@ def softmax(z):
 
 
 # %% [markdown]
-# Three versions of the error at the output. The first is what most of us write first: the textbook says to multiply by
-# the derivative of the activation, and o(1 − o) is the derivative of a softmax output to its own input. The second
-# multiplies by the whole Jacobian, since every output depends on every input. The third multiplies by nothing.
+# Here are three versions of the error at the output. The first is what many people write: the textbook says to multiply
+# by the derivative of the activation, and o(1 − o) is the derivative of a softmax output with respect to its own input.
+# The second multiplies by the whole Jacobian, since every output depends on every input. The third multiplies by
+# nothing.
 
 
 # %%
@@ -47,7 +48,11 @@ def difference(o, t):
     return o - t
 
 
-ATTEMPTS = {"(o − t)∘o(1 − o)": elementwise, "J(o − t)": times_jacobian, "o − t": difference}
+ATTEMPTS = {
+    "(o − t)∘o(1 − o)": elementwise,
+    "J(o − t)": times_jacobian,
+    "o − t": difference,
+}
 
 
 # %%
@@ -72,8 +77,8 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# All three learn, and the accuracies do not tell which is right. The doctor does. It takes the logits, the targets and
-# the gradient that was computed from them:
+# All three learn, and their accuracies do not show which gradient is right. The doctor does. It takes the logits, the
+# targets and the gradient that was computed from them:
 
 # %%
 logits = rng.normal(size=(150, 3))
@@ -83,21 +88,22 @@ for name, error in ATTEMPTS.items():
     print(f"{name}: {diagnosis.verdict}\n\n{diagnosis}\n")
 
 # %% [markdown]
-# ## What it looks at
+# ## What the diagnosis contains
 #
-# Everything is in the diagnosis: the true gradient, how far the given one is from it, and the sums over the classes,
-# which are 0 for every right gradient, because a softmax does not change when all its logits move together. The
-# second attempt has such sums, too: it is a gradient, but of another loss, half the Brier score.
+# The diagnosis holds the true gradient, how far the given one is from it, and the sums over the classes. These are 0 for
+# every right gradient, because softmax does not change when a constant is added to all logits. The sums of the second
+# attempt are 0 too: it is the gradient of another loss, half the Brier score.
 
 # %%
 for name, error in ATTEMPTS.items():
     diagnosis = diagnose_gradient(logits, labels, error(o, targets) / 150)
-    print(f"{name:18} error {diagnosis.error:8.1e}   largest row sum {np.abs(diagnosis.row_sums).max():.1e}")
+    largest = np.abs(diagnosis.row_sums).max()
+    print(f"{name:18} error {diagnosis.error:8.1e}   largest sum {largest:.1e}")
 
 # %% [markdown]
-# ## Two more that are easily made
+# ## Two more common mistakes
 #
-# Labels that count from 1, and positions that should have been ignored:
+# Labels may count from 1, and positions may have been trained on that should be ignored:
 
 # %%
 shifted = np.eye(4)[labels + 1][:, 1:]
@@ -107,19 +113,21 @@ padded = np.where(np.arange(150) < 100, labels, -100)
 print(diagnose_gradient(logits, padded, (o - targets) / 100).verdict)
 
 # %% [markdown]
-# ## When the formula is right, and digits are lost
+# ## When the formula is right, but rounding is not
 #
-# In float32 the label's entry p − 1 has nothing left once the label leads all others by 17. The formula is right, and
-# the label's entry is 0:
+# In float32, at a margin of 17, the probability of the label rounds to 1. The formula is right, but the label's entry
+# p − 1 is 0:
 
 # %%
 sure = np.array([[20.0, 0.0, 0.0]], np.float32)
 p = np.exp(sure - sure.max()) / np.exp(sure - sure.max()).sum()
-lost = diagnose_gradient(sure, np.array([0]), p - np.eye(3, dtype=np.float32)[:1])
+lost = diagnose_gradient(
+    sure, np.array([0]), p - np.eye(3, dtype=np.float32)[:1]
+)
 print(f"{lost.verdict}\n\n{lost}")
 
 # %% [markdown]
-# `jaxsoft.cross_entropy` takes that entry from the other classes, and keeps it:
+# `jaxsoft.cross_entropy` computes that entry from the other classes, and stays accurate:
 
 # %%
 print(jax.grad(cross_entropy)(sure, np.array([0])))

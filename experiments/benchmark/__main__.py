@@ -1,4 +1,4 @@
-"""How fast is this library beside its peers on this machine?
+"""How fast is this library compared with others on this machine?
 
 python -m experiments.benchmark
 

@@ -1,4 +1,4 @@
-"""What does a compiler make of this library and its peers for a device that is not there?
+"""What do compilers make of this library and of others, for a GPU or TPU that is not there?
 
 python -m experiments.compile --for h100
 

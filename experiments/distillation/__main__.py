@@ -1,5 +1,5 @@
-"""What does a small language model learn from a few stored probabilities of a larger one, and does it matter what is
-said of the rest?
+"""What does a small language model learn from a few stored probabilities of a larger one, and does it matter how
+the rest is treated?
 
 python -m experiments.distillation --seed 0
 

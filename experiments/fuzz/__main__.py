@@ -1,4 +1,4 @@
-"""Is any result wrong, without a word, in some corner of functions, options, dtypes, transformations and meshes?
+"""Is any result silently wrong for some combination of functions, options, dtypes, transformations and meshes?
 
 python -m experiments.fuzz --minutes 60
 

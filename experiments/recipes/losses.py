@@ -1,7 +1,7 @@
 """Losses over the features of a network and the layer that would turn them into logits, which are never all stored.
 
 Everywhere features are (…, D), the kernel is (D, V), and ℓ is the log-probability of the label among the V classes.
-A position whose label is `IGNORED` takes no part. `head` is whatever else the layer has or needs: bias, soft_cap,
+A position whose label is `IGNORED` is ignored. `head` holds the other arguments of the linear layer: bias, soft_cap,
 kernel_axis, memory_budget, axis_name, batch_axes.
 """
 
@@ -24,7 +24,7 @@ from jaxsoft import (
 )
 
 IGNORED = -1
-"""The label of what is no target: prompts, padding, the last word of a sequence."""
+"""The label of ignored positions: prompts, padding, the last token of a sequence."""
 Outside = Literal["tail", "renormalise", "nothing"]
 Metrics = dict[str, Float[Array, "..."]]
 
@@ -50,12 +50,12 @@ def log_probs_of(
 def packed_labels(
     tokens: Int[Array, "*rows length"], sequences: Int[Array, "*rows length"], learnt: Bool[Array, "*rows length"]
 ) -> Int[Array, "*rows length"]:
-    """At each token the one after it, of the same sequence and if it is to be learnt; else `IGNORED`.
+    """For each token the next one, if it is in the same sequence and to be learnt; otherwise `IGNORED`.
 
     Args:
         tokens: rows of sequences, one after the other.
-        sequences: which sequence of its row a token is of; neighbours differ.
-        learnt: the loss mask, False at tokens that are no targets: those of a prompt, or that fill up the row.
+        sequences: the number of the sequence that a token belongs to; neighbouring sequences differ.
+        learnt: the loss mask, False at tokens that are not targets: prompts, and padding.
     """
     follows = (sequences[..., 1:] == sequences[..., :-1]) & learnt[..., 1:]
     labels = jnp.where(follows, tokens[..., 1:], IGNORED)
@@ -111,7 +111,7 @@ def loss_with_metrics(
 
     Returns:
         The loss, and constants: "cross_entropy", "z_loss", "entropy" (−Σ_j p_j log p_j), "accuracy", means over the
-        positions that take part, and "tokens", their number.
+        positions that are not ignored, and "tokens", their number.
 
     Source: A. Chowdhery et al., "PaLM" (2022) for the z-loss.
     """

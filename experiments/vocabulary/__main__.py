@@ -1,4 +1,4 @@
-"""Does a network learn the next word of a vocabulary so large that its logits would not fit in memory?
+"""Does a network learn the next token of a vocabulary so large that its logits would not fit in memory?
 
 python -m experiments.vocabulary --seed 0
 

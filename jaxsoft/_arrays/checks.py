@@ -39,8 +39,8 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
     Raises:
         ValueError: a label outside [0, classes) that is not `ignore_index`; a negative or non-finite
             target, weight or class weight; a NaN logit. The message names the argument, the index
-            and the value of the first offender; under `jax.vmap` the index is that within one of
-            the mapped calls.
+            and the value of the first offender; under `jax.vmap` the index is relative to one
+            of the mapped calls.
         TypeError: called inside `jit`, `grad` or `vmap`.
 
     Example:
@@ -104,7 +104,7 @@ def _entry(name: str, index: Iterable[str]) -> str:
 def as_array(name: str, value: ArrayLike) -> Array:
     """`value` as an array of JAX's, or an error that names the argument."""
     refuse_mask(name, value)
-    # JAX knows best what is wrong inside of a list or an array.
+    # For a list or an array JAX's own error says best what is wrong.
     is_array = isinstance(value, jax.Array | np.ndarray | Sequence) and not isinstance(value, str)
     try:
         if isinstance(value, str):
@@ -117,7 +117,7 @@ def as_array(name: str, value: ArrayLike) -> Array:
 
 
 def refuse_mask(name: str, value: object, ignored: str = "ignore_index") -> None:
-    """NumPy drops the mask of a masked array; `ignored` is the option that leaves labels out."""
+    """Refuse masked arrays, whose mask NumPy would drop; `ignored` is the option that ignores labels."""
     if isinstance(value, np.ma.MaskedArray):
         is_label = name in ("targets", "labels") and value.dtype.kind in "iu"
         instead = f"{name}.filled(-1) with {ignored}=-1" if is_label else f"{name}.filled(...)"
@@ -131,7 +131,7 @@ def as_floating(name: str, value: ArrayLike) -> Array:
         return array.astype(jnp.result_type(float))
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name}: expected real numbers, got dtype {array.dtype}")
-    if array.dtype.itemsize < 2:  # some have no infinity, with which classes are removed, and none can hold a result
+    if array.dtype.itemsize < 2:  # some have no infinity, which masks classes, and none can hold a result
         raise TypeError(f"{name}: expected at least 16 bits, got dtype {array.dtype}: convert to bfloat16 first")
     return array
 
@@ -153,7 +153,7 @@ def broadcast(name: str, array: Array, shape: tuple[int, ...]) -> Array:
 
 
 def as_integer(name: str, value: int) -> int:
-    """`value` as a Python integer: it is part of the program, not traced."""
+    """`value` as a Python integer: it is static, not traced."""
     if isinstance(value, Tracer):
         raise TypeError(
             f"{name}: expected an integer known when the function is traced, got a traced value: "
@@ -209,7 +209,7 @@ def as_number(
 
 
 def as_option(name: str, value: Option, options: Sequence[Option]) -> Option:
-    """`value` if it is one of several words."""
+    """`value` if it is one of the options."""
     if value not in options:
         raise ValueError(f"{name}: expected {', '.join(map(repr, options[:-1]))} or {options[-1]!r}, got {value!r}")
     return value

@@ -26,13 +26,13 @@ class Dense(NamedTuple):
 
     logits: Array
     axis: int
-    mask: Array | None  # of the classes that are left
+    mask: Array | None  # False at masked classes
     axis_name: AxisName
     others: tuple[Any, ...]
 
 
 def dense_arguments(logits: ArrayLike, axis: Axis, where: ArrayLike | None, axis_name: AxisName, *others: Any) -> Dense:
-    """What all dense functions take, checked; the others of the logits' rank have their classes along the same axis."""
+    """The arguments of all dense functions, checked; `others` of the logits' rank have classes along the same axis."""
     z = as_floating("logits", logits)
     mask = None if where is None else shard_like(as_mask("where", where, z.shape), z)
     class_axis, z, (mask, *rest) = along_one_axis(axis, axis_name, z, mask, *others)
@@ -73,7 +73,7 @@ def is_label(logits: Array, label: Array, axis: int) -> Array:
 
 
 def put(array: Array, classes: Array, values: Array, axis: int) -> Array:
-    """`array` with other values at some classes of each position; nothing is put at classes outside of the block."""
+    """`array` with other values at some classes of each position; classes outside the block are skipped."""
     values = jnp.broadcast_to(values, classes.shape).astype(array.dtype)
     if any(explicit_names(array)):
         is_class = _is_class(array, classes, axis)

@@ -1,4 +1,4 @@
-"""The dtype in which half precision is reduced, and numbers that are not finite."""
+"""The dtype in which half precision is reduced, and non-finite numbers."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -19,7 +19,7 @@ def is_removed(logits: Array) -> Array:
 
 
 def nan_unless(valid: Bool[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
-    """1, or NaN: a compiled function has no other way to object to a value.
+    """1, or NaN where not valid: a compiled function has no other way to report an invalid value.
 
     It is a root of −1, since JAX's `debug_nans` stops at a literal NaN even where that is not selected.
     """

@@ -1,4 +1,4 @@
-"""How arrays lie over the devices of a mesh: in blocks inside `jax.shard_map`, or by their types on explicit axes."""
+"""How arrays are sharded over a mesh: in blocks inside `jax.shard_map`, or by their types on explicit axes."""
 
 import functools
 from collections.abc import Hashable, Sequence
@@ -118,7 +118,7 @@ def as_axis_name(axis_name: AxisName, name: str, array: Array) -> AxisName:
     if not tracked:
         raise ValueError(
             "axis_name: expected a mesh axis of an enclosing jax.shard_map with check_vma=True, its default "
-            "(linear_cross_entropy takes that of a mesh set by jax.set_mesh too), "
+            "(linear_cross_entropy also takes an axis of a mesh set by jax.set_mesh), "
             f"got {axis_name!r}"
         )
     if not tracked <= manual_axes(array):
@@ -129,7 +129,7 @@ def as_axis_name(axis_name: AxisName, name: str, array: Array) -> AxisName:
 
 
 def first_class(classes: int, axis_name: AxisName) -> Array | int:
-    """The index of the first of a shard's `classes` among those of all shards."""
+    """The index of the first of a shard's `classes` among the classes of all shards."""
     return 0 if axis_name is None else lax.axis_index(axis_name) * classes
 
 
@@ -142,7 +142,7 @@ def sum_shards(array: Array, axis_name: AxisName) -> Array:
 
 
 def max_shards(array: Array, axis_name: AxisName) -> Array:
-    """The largest on any shard, and NaN where one is NaN: XLA's CPU would prefer a larger number."""
+    """The largest on any shard, or NaN where one is NaN: XLA's CPU would ignore the NaN."""
     if axis_name is None:
         return array
     largest, is_nan = lax.pmax(jnp.stack([array, jnp.isnan(array).astype(array.dtype)]), axis_name)

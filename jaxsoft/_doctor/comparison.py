@@ -37,7 +37,7 @@ class Comparison:
         given = count * self.g
         hot = np.count_nonzero(p.t, -1, keepdims=True) == 1
         length = norms(p.truth)
-        # z less the maximum is rounded before it is exponentiated; 1/count and the result may be the smallest numbers.
+        # z minus the maximum is rounded before it is exponentiated; 1/count and the result may be the smallest numbers.
         exponent = self.eps / 2 * (p.z.max(-1, keepdims=True) - p.z) * np.abs(p.tau) * p.o
         smallest = self.least / 2 * abs(count) * (1 + np.abs(p.truth))
         subtraction = 4 * self.eps * np.abs(p.t)

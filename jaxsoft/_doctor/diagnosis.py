@@ -1,4 +1,4 @@
-"""The gradient doctor: compare a gradient with the true one, and with those of the usual mistakes."""
+"""The gradient doctor: compare a gradient with the true one, and with the results of the usual mistakes."""
 
 from dataclasses import dataclass, replace
 
@@ -14,25 +14,25 @@ from jaxsoft._doctor.problem import Problem, solve
 
 COUNTED_FROM_ONE = (
     "Label {label} is outside [0, {label}), and no label is 0: these labels count the classes from 1, and here the "
-    "first class is 0. Subtract 1 from all of them. Of the gradient, for the labels less one: {name}. {explanation}"
+    "first class is 0. Subtract 1 from all of them. The gradient, for the labels minus 1: {name}. {explanation}"
 )
 OTHER_SHAPES = {
     "transposed": MISTAKES["transposed"][0],
-    "Jacobian handed over": "This is softmax's Jacobian itself, one matrix a position, and no gradient yet: the "
-    "product with the loss's gradient to the probabilities is. It is s (g − s·g), without the matrix.",
+    "Jacobian handed over": "This is softmax's Jacobian itself, one matrix per position, not yet a gradient: that is "
+    "its product with the loss's gradient g to the probabilities, s (g − s·g), which needs no matrix.",
 }
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no one truth value to be equal by
 class Diagnosis:
-    """What `diagnose_gradient` found; printing it prints the explanation."""
+    """The result of `diagnose_gradient`; printing it prints the explanation."""
 
     correct: bool
     verdict: str  # a few words, the same for the same finding
     explanation: str  # sentences
     true_gradient: Float[np.ndarray, "..."]  # of the sum of the losses
-    error: float  # distance from the true gradient of the sum or a mean, whichever is nearest, over its norm
-    row_sums: Float[np.ndarray, "..."]  # over the classes; zero in every right gradient
+    error: float  # distance to the true gradient of the sum or a mean, whichever is nearer, divided by its norm
+    row_sums: Float[np.ndarray, "..."]  # sums over the classes; zero in every right gradient
 
     def __str__(self) -> str:
         return self.explanation
@@ -46,37 +46,37 @@ def diagnose_gradient(
     *,
     ignore_index: int | None = None,
 ) -> Diagnosis:
-    """Say whether a gradient of the cross-entropy to the logits is right, and if not, why.
+    """Say whether a gradient of cross-entropy with respect to the logits is right, and if not, why.
 
     The truth is τ·softmax(z) − t, with τ = Σ_j t_j, divided by the number of positions for a mean.
 
     Args:
         logits: the scores z at which the gradient was computed, NumPy or JAX, classes along `axis`.
         targets: integer labels of the logits' shape without the class axis; or a distribution of the
-            logits' shape, also one-hot as integers or booleans.
-        gradient: what is to be judged, of the logits' shape (or, of a matrix, transposed).
-        axis: the class axis. Labels that fit another axis only are judged along that one, which the
+            logits' shape, or a one-hot of integers or booleans.
+        gradient: the gradient to judge, of the logits' shape (a matrix may be transposed).
+        axis: the class axis. Labels that fit only another axis are judged along that one, which the
             explanation then names.
-        ignore_index: label of the ignored positions. With None these are the labels -1,
-            -100, 255, 65535 and -2**31 where they are no classes.
+        ignore_index: label of the ignored positions. With None, the labels -1, -100, 255, 65535 and
+            -2**31 are ignored unless they are classes.
 
     Returns:
-        A `Diagnosis`: whether the gradient is that of the sum or of a mean, a verdict, an explanation,
+        A `Diagnosis`: whether the gradient is right for the sum or a mean, a verdict, an explanation,
         the true gradient, how far the given one is from it, and its sums over the classes.
 
-    Edges: the comparison is made in float64, for each position by itself, however long the vectors of
-    the others. A vector may be off by 1e-4 of its length in float32 and float64, 2e-3 in float16 and
-    2e-2 in bfloat16, by what the dtype's smallest numbers cannot say, and by what subtracting a target
-    costs; where a label's p − 1 loses more than 1 % of the vector, the verdict is "lost to rounding".
-    Logits finer than the gradient may have been rounded to its dtype. Mistakes are recognised whether
-    summed or averaged. With two classes and one position some are the truth up to a factor; such a
-    mistake is named where its factor is exact. Labels from 1 to the number of classes are judged less
-    one, and never called right. This is a tool for concrete arrays, not for `jit`.
+    Edges: the comparison is made in float64, for each position by itself, relative to the norm of its own
+    gradient. A vector may be off by 1e-4 of its norm in float32 and float64, 2e-3 in float16 and 2e-2 in
+    bfloat16, by the spacing of the dtype's smallest numbers, and by the rounding of subtracting a target;
+    where a label's p − 1 loses more than 1 % of the vector, the verdict is "lost to rounding". Logits of a
+    finer dtype than the gradient may have been rounded to the gradient's. Mistakes are recognised whether
+    summed or averaged. With two classes and one position some mistakes equal the true gradient up to a
+    factor; they are named where that factor is exact. Labels from 1 to the number of classes are judged
+    minus 1, and never called right. This is a tool for concrete arrays, not for `jit`.
 
     Raises:
         TypeError: traced arrays, or arrays that are not real numbers.
-        ValueError: shapes that do not fit, logits or targets that are not finite, no positions, other
-            labels outside [0, classes) than those above.
+        ValueError: shapes that do not fit, logits or targets that are not finite, zero positions, labels
+            outside [0, classes) that are not ignored.
 
     Example:
         >>> import numpy as np
@@ -88,7 +88,7 @@ def diagnose_gradient(
         >>> diagnose_gradient(z, t, -t * (1 - o)).verdict
         'off-diagonal terms missing'
 
-    Source: J. S. Bridle (1990) for the truth; the mistakes are those of public questions and answers.
+    Source: J. S. Bridle (1990) for the truth; the mistakes are collected from public questions and answers.
     """
     z, t, g = (concrete(*a) for a in (("logits", logits), ("targets", targets), ("gradient", gradient)))
     axis = as_axis(axis, z.ndim)

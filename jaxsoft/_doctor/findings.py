@@ -93,7 +93,7 @@ label's.""")(lambda c: not c.p.live.all() and c.p.live.any() and c.at(c.p.live[.
 
 @finding("a known mistake: {explanation}{others}")
 def _(c: Comparison) -> Values:
-    """A mistake in a sum or a mean is likelier than the truth times an odd number, and that than both at once."""
+    """A mistake in a sum or a mean is more likely than the truth times an odd number, and that than both at once."""
     names = list(dict.fromkeys(name for name, candidate in candidates(c.p) if c.is_candidate(candidate)))
     others = f" Here the result is the same as of: {', '.join(names[1:])}." if names[1:] else ""
     return {"name": names[0], "explanation": MISTAKES[names[0]][0], "others": others} if names else None
@@ -113,11 +113,11 @@ def _(c: Comparison) -> Values:
     if (factor := c.factor_of_truth()) is None:
         return None
     habits = {
-        "that of the mean over positions and classes": 1 / (positions * classes),
-        "that of mean squared error's 2/(positions · classes)": 2 / (positions * classes),
-        "that of a mean over the classes": 1 / classes,
-        "that of a mean over positions that was taken twice": 1 / positions**2,
-        "and no mean over positions makes that factor": factor,
+        "as for a mean over positions and classes": 1 / (positions * classes),
+        "as for mean squared error's 2/(positions · classes)": 2 / (positions * classes),
+        "as for a mean over the classes": 1 / classes,
+        "as for a mean over positions that was taken twice": 1 / positions**2,
+        "and no mean over positions gives that factor": factor,
     }
     return {"factor": factor, "note": next(n for n, k in habits.items() if abs(factor / k - 1) < 1e-3)}
 
@@ -137,7 +137,7 @@ def _(c: Comparison) -> Values:
 
 
 @weights("""right up to a mask: This is the gradient of {count} of {positions} positions, times {factor:.6g}, and zero
-at the others: right if a mask was to leave these out.""")
+at the others: right if a mask was meant to ignore these.""")
 def _(c: Comparison, factors: Factors, hot: Vectors) -> Values:
     taken = factors[factors != 0]
     is_mask = len(taken) < len(factors) and np.ptp(taken) <= 4 * c.tolerance * np.abs(factors).max()
@@ -159,8 +159,8 @@ def _(c: Comparison, factors: Factors, hot: Vectors) -> Values:
 
 
 @weights("""a function of the label's probability: Each vector is a multiple of its true gradient, and the multiple
-follows the probability of the label: this is the gradient of another function of it than −log p, as that of the focal
-loss is. The multiples go from {low:.4g} to {high:.4g}.""")
+follows the probability of the label: this is the gradient of another function of it than −log p, such as the focal
+loss. The multiples go from {low:.4g} to {high:.4g}.""")
 def _(c: Comparison, factors: Factors, hot: Vectors) -> Values:
     taken, probs = factors != 0, (c.p.o * hot).sum(-1)
     rises = np.diff(factors[taken][np.argsort(probs[taken])]) > 0

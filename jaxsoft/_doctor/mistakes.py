@@ -71,8 +71,8 @@ o − t already contains the derivative of softmax; multiplying again gives the 
 mistake("""elementwise derivative: This is (o − t)·o(1 − o), as if softmax acted on each logit alone, like a sigmoid.
 o − t already contains the derivative of softmax; and with the off-diagonal terms left out this is the gradient of no
 function.""")(lambda p: (p.truth * p.o * p.rest, (p.o - p.t) * p.o * p.rest))
-mistake("""derivative of softmax alone: This is o(1 − o), the derivatives ∂o_j/∂z_j alone: the targets are not in it, so
-it cannot lead to them. The chain rule multiplies all of softmax's derivatives by those of the loss, and what is left is
+mistake("""derivative of softmax alone: This is o(1 − o), the derivatives ∂o_j/∂z_j alone: without the targets, it
+cannot learn them. The chain rule multiplies all of softmax's derivatives by the loss's derivatives, which gives
 τo − t.""")(lambda p: p.o * p.rest)
 mistake("""gradient to the probabilities: This is −t/o, the derivatives of the loss to the probabilities
 o, not to the logits. Multiplied by softmax's Jacobian it becomes τo − t, in which the division has
@@ -86,8 +86,8 @@ that do not exclude each other (binary cross-entropy). Where one class is right,
 probabilities sum to one.""")(lambda p: sigmoid(p.z) - p.t)
 
 
-mistake("""softmax over the wrong axis: The probabilities were normalised over another axis than that of the
-classes.""")(lambda p: (p.error(softmax(p.z, n)) for n in [*range(p.z.ndim - 1)] + [None] * (p.z.size > p.classes)))
+mistake("""softmax over the wrong axis: The probabilities were normalised over another axis than the
+classes'.""")(lambda p: (p.error(softmax(p.z, n)) for n in [*range(p.z.ndim - 1)] + [None] * (p.z.size > p.classes)))
 
 
 @mistake("""labels shifted by one: This is the gradient for labels one higher or lower: are the classes counted from
@@ -121,8 +121,8 @@ mistake("""probabilities passed as logits: This is z − t. The logits are at le
 sum to one: they are probabilities already, and this is the gradient to the logits that
 they were made of. Pass those: softmax of probabilities is another distribution, nearly
 uniform.""")(lambda p: p.error(p.z) if (p.z >= 0).all() and np.allclose(p.z.sum(-1), 1, atol=1e-2) else ())
-mistake("""softmax applied twice: The probabilities are those of softmax(softmax(z)): softmax was applied to
-what is passed to a loss that applies it again. Its result is nearly uniform, and learning slow. Pass the
+mistake("""softmax applied twice: The probabilities are those of softmax(softmax(z)): softmax was applied first,
+and again by the loss. The result is nearly uniform, and learning is slow. Pass the
 logits.""")(lambda p: (p.pulled(p.error(softmax(p.o))), p.error(softmax(p.o))))
 
 for name, activation, slope in (
@@ -132,7 +132,7 @@ for name, activation, slope in (
 ):
 
     @mistake(f"""{name} before softmax: The probabilities are those of softmax({name}(z)). The layer before softmax has
-    no activation: it would keep logits from being as low or as high as they need to be.""")
+    no activation: one would keep logits from being as low or as high as they need to be.""")
     def _(p: Problem, activation=activation, slope=slope) -> Iterator[Vectors]:
         error = p.error(softmax(activation(p.z)))
         yield error * slope(p.z)
@@ -141,27 +141,27 @@ for name, activation, slope in (
 
 mistake("""softmax not applied: This is z − t: softmax was not applied. The gradient is
 softmax(z) − t.""")(lambda p: p.z - p.t)
-mistake("""only the targets: This is −t, the derivative of the loss to the logarithms of the probabilities. What these
-have to do with the logits is left out: log-softmax's rule g − s Σg makes τo − t of it.""")(lambda p: -p.t)
+mistake("""only the targets: This is −t, the derivative of the loss to the logarithms of the probabilities. The
+derivative of these to the logits is missing: log-softmax's rule g − s Σg gives τo − t.""")(lambda p: -p.t)
 mistake("""probabilities not normalised: This is exp(z) − t: the exponentials were not divided by their
 sum.""")(lambda p: np.exp(p.z) - p.t)
 mistake("""argmax in place of the probabilities: This is one_hot(argmax z) − t, as the perceptron
-learns: the probabilities were rounded to 0 and 1, and a position whose label leads has no
-gradient.""")(lambda p: np.where(p.live, np.eye(p.classes)[p.z.argmax(-1)] - p.t, 0))
-mistake("""logarithm missing: This is o_y (o − t), the gradient of −o_y, or of −Σ t o that of a distribution: the loss
+learns: the probabilities were rounded to 0 and 1, and a position whose label is the most likely class has
+no gradient.""")(lambda p: np.where(p.live, np.eye(p.classes)[p.z.argmax(-1)] - p.t, 0))
+mistake("""logarithm missing: This is o_y (o − t), the gradient of −o_y (for a distribution, of −Σ t o). The loss
 of a label is −log o_y.""")(lambda p: ((p.t * p.o).sum(-1, keepdims=True) * p.truth, p.pulled(-p.t)))
 mistake("""log-softmax's rule with a plus: This is g + s Σg in place of log-softmax's g − s Σg, for the gradient g = −t
-to the logarithms: the sign of what the classes have in common is wrong.""")(lambda p: -p.t - p.tau * p.o)
+to the logarithms: the sign of the sum is wrong.""")(lambda p: -p.t - p.tau * p.o)
 mistake("""log-softmax's rule with a dot product: This is g − Σ g·log p, for the gradient
 g = −t to the logarithms. Log-softmax's rule is g − s Σg: softmax's, s (g − s·g), is
 another.""")(lambda p: np.where(p.live, (p.t * (p.z - p.lse)).sum(-1, keepdims=True) - p.t, 0))
 mistake("""sum in place of the dot product: This is s (g − Σg) for g = −t/o: softmax's rule is s (g − s·g), with the dot
 product of both.""")(lambda p: p.o * (p.quotient.sum(-1, keepdims=True) - p.quotient))
 mistake("""binary cross-entropy of softmax's outputs: This is the gradient of −Σ (t log o + (1 − t) log(1 − o)), which
-takes each class for a question of its own. Cross-entropy is −Σ t log o.""")(lambda p: p.pulled(_binary(p)))
+treats each class as a separate yes-or-no question. Cross-entropy is −Σ t log o.""")(lambda p: p.pulled(_binary(p)))
 mistake("""binary cross-entropy to the probabilities: This is (o − t)/(o(1 − o)), the derivatives of binary
-cross-entropy to the probabilities o, not to the logits, and of a loss that takes each class for a question of its
-own.""")(_binary)
+cross-entropy to the probabilities o, not to the logits, and of a loss that treats each class as a separate yes-or-no
+question.""")(_binary)
 mistake("""gradient to the probabilities with a plus: This is t/o. The derivatives of the loss to the probabilities o
 are −t/o, and to the logits τo − t.""")(lambda p: p.quotient)
 
@@ -189,12 +189,12 @@ every row, and p[np.arange(n), y] -= 1 in each its own.""")(lambda p: p.mass - p
 
 
 mistake("""divided in part: Of τo − t only one term was divided by the number of positions, n, as where
-parentheses are missing or a mean's −t/n is added to o. n·o − t is that of one Jacobian of the whole batch,
+parentheses are missing or a mean's −t/n is added to o. n·o − t comes from one Jacobian of the whole batch,
 flattened.""")(lambda p: (e for n in p.scales.values() if n > 1 for e in (n * p.mass - p.t, p.mass - n * p.t)))
 
 
-@mistake("""reshaped in place of transposed: The classes are not along the last axis in memory, and the logits were
-reshaped to (positions, classes) all the same: each softmax was of what lies side by side. Move the axis first.""")
+@mistake("""reshaped in place of transposed: The classes are not along the last axis in memory, and but the logits were
+reshaped to (positions, classes): each softmax mixed classes of several positions. Move the axis first.""")
 def _(p: Problem) -> Iterator[Vectors]:
     for axis in range(p.z.ndim - 1):
         memory = np.moveaxis(p.z, -1, axis)

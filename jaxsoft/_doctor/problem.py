@@ -42,7 +42,7 @@ class Problem:
         return np.where(self.live, self.tau * probs - self.t, 0)
 
     def pulled(self, g: Vectors) -> Vectors:
-        """The product of softmax's Jacobian with a gradient to the probabilities."""
+        """The VJP of softmax with a gradient to the probabilities."""
         return self.o * (g - (self.o * g).sum(-1, keepdims=True))
 
     def spared_or_not(self, gradient: Vectors) -> Iterator[Vectors]:

@@ -43,7 +43,7 @@ class Operands(Protocol):
 
 
 def check_operands(operands: Any, rank: int) -> None:
-    """Refuse operands that do not keep to the protocol, which loops over tiles rely on."""
+    """Refuse operands that do not follow the protocol, which the loops over tiles rely on."""
     kind = type(operands).__name__
     for name in ("ignored", "position_weight", "target_weights", "weights_differentiable", "is_wide"):
         if not hasattr(operands, name):
@@ -157,7 +157,7 @@ def operand_cotangents(kind: Any, grad_weights: Array | None) -> Any:
 def freeze_ignored(logits: Array, operands: Any) -> tuple[Array, Any]:
     """The same logits and operands, constant at ignored positions.
 
-    A derivative would only multiply these by a weight of 0, and padding may be NaN.
+    A derivative would multiply them by a weight of 0, which is NaN where padding is NaN.
     """
 
     # Not by a rule of its own: inside a scan JAX forgets a `custom_jvp` once it has differentiated in reverse. XLA
@@ -171,6 +171,6 @@ def freeze_ignored(logits: Array, operands: Any) -> tuple[Array, Any]:
 
 
 def scale_gradient(gradient: Array, cotangent: Array, ignored: Array | bool = False) -> Array:
-    """Their product, but 0 where ignored, and where the cotangent is 0 and the gradient infinite."""
+    """cotangent·gradient, but 0 where ignored, and where the cotangent is 0 and the gradient infinite."""
     infinite = jnp.abs(gradient) > jnp.finfo(gradient.dtype).max  # `isinf` itself makes what `debug_infs` stops at
     return jnp.where(ignored | ((cotangent == 0) & infinite), 0, cotangent * gradient)

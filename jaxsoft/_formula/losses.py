@@ -54,7 +54,7 @@ def target_operands(
     ignore_index: int | None,
     name: str = "targets",
 ) -> tuple[Any, Array | None]:
-    """The operands of `loss_head(targets)`, and what the sum of their losses is to be divided by."""
+    """The operands of `loss_head(targets)`, and the denominator of the sum of their losses."""
     if isinstance(targets, SparseTargets):
         return sparse_operands(targets, logits, options, averaging)
     return dense_operands(targets, logits, options, averaging, ignore_index, name)
@@ -62,7 +62,7 @@ def target_operands(
 
 def position_losses(targets: Targets, statistics: Statistics, axis: int) -> Values:
     """τ·lse − Σ_j q_j z_j + ζ·lse² of every position."""
-    # A term without weight costs nothing, not even where it is infinite. Weights are constants: a tangent of 0 times an
+    # A term of weight 0 costs nothing, even where it is infinite. Weights are constants: a tangent of 0 times an
     # infinite loss would be NaN.
     weights = targets.label_weight, targets.position_weight, targets.z_loss_weight
     label_weight, position_weight, z_loss_weight = cast(tuple[Array, Array, Array], lax.stop_gradient(weights))
@@ -81,7 +81,7 @@ def position_gradients(
 ) -> tuple[Array, Array | None]:
     """The gradients of Σ cotangent·loss to the logits of a block, and to the weights of a distribution: −log p_j.
 
-    A position without weight has none, whatever its logits and its cotangent: padding may be NaN.
+    At a position of weight 0 they are 0, whatever its logits and its cotangent: padding may be NaN.
     """
     ignored, (logits, targets) = targets.ignored, freeze_ignored(logits, targets)
     cotangent = jnp.where(ignored, 0, cotangents[0])
@@ -126,7 +126,7 @@ LOSS = Head(block_statistics, position_losses, position_gradients)
 
 @functools.partial(custom_vjp, nondiff_argnums=(0, 1))
 def reduced_loss(axis: int, averaging: Averaging, logits: Array, targets: Targets, denominator: Array | None) -> Array:
-    """The sum or mean of all losses. Where it is differentiated it forms its gradient in the same pass."""
+    """The sum or mean of all losses. Under differentiation it computes its gradient in the same pass."""
     (losses,), _ = position_losses(targets, block_statistics(logits, axis, targets), axis)
     return averaging.reduce(losses, denominator, axis)
 
@@ -145,7 +145,7 @@ def _reduced_loss_fwd(axis: int, averaging: Averaging, logits: Array, targets: T
         scale,
     )
     losses, gradient = _losses_and_gradient(arrays, from_end((axis,), logits))
-    # A distribution has a gradient of its own, for which its logits are kept, too.
+    # The gradient to a distribution needs the logits, so they are saved too.
     kept = None if targets.differentiable is None else logits
     return averaging.reduce(losses, denominator, axis), (gradient, kept, targets, scale)
 

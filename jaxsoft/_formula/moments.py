@@ -1,4 +1,4 @@
-"""Sums over the classes relative to the one that leads, from which entropy and any class's log-probability follow."""
+"""Sums over the classes relative to the most likely one, which give the entropy and any class's log-probability."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ class Moments(NamedTuple):
 
     statistics: Statistics
     gap: Array  # Σ_j exp(z_j − m)(m − z_j)
-    leader: Array  # that class, among those of all shards; −1 where no class is left, or a logit is NaN
+    leader: Array  # its index among the classes of all shards; −1 where no class is left, or a logit is NaN
 
     @property
     def mean_gap(self) -> Array:
@@ -32,7 +32,7 @@ class Moments(NamedTuple):
         return self.statistics.log_sum + self.mean_gap
 
     def around(self, leads: Array, label_logit: Array) -> Statistics:
-        """The statistics with another class as the label, unless that `leads`: no sum is taken again."""
+        """The statistics with another class as the label, unless that one `leads`: no sum is recomputed."""
         statistics = self.statistics
         below = label_logit - statistics.max_logit
         # The leader adds 1 to the sum, and takes it along; under any other label the others sum to at least that 1.
@@ -58,7 +58,7 @@ def _over_shards(
 ) -> tuple[Statistics, Array, Array]:
     max_logit = max_shards(block.max_logit, axis_name)
     below = block.max_logit - max_logit
-    # The first of the shards whose largest logit is that of all.
+    # The first of the shards that have the largest logit of all.
     none = jnp.iinfo(leader.dtype).max
     first = lax.pmin(jnp.where((below == 0) & jnp.isfinite(block.label_logit), leader, none), axis_name)
     leads, leading = leader == first, jnp.exp(block.label_logit)

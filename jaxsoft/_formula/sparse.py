@@ -1,4 +1,4 @@
-"""Targets of a few classes per position, as of a teacher: the third form, after labels and distributions."""
+"""Targets of a few classes per position, such as a teacher's top-k: the third form, after labels and distributions."""
 
 import functools
 from dataclasses import dataclass, field
@@ -41,31 +41,33 @@ class SparseTargets:
     renormalise:  loss = −Σ_k q̃_k log p̃_k,  q̃ = q / Σ_k q_k,  p̃ = p / Σ_k p_k
     nothing:      loss = −Σ_k q_k log p_k
 
-    for p = softmax(z). What is said of the classes outside of the K differs, and with it what is learnt of them: that
-    they have the rest of the probability together, in whatever shares; nothing, not even how much they have together;
-    or, since log p_k counts them, that they have as little as can be. Only "tail" has its least where every p_k = q_k.
-    The sum over the classes outside is taken over them, never as 1 − Σ p, which rounds to 0.
+    for p = softmax(z). The three differ in what the student learns about the classes outside the K. "tail": together
+    they have the remaining probability, however it is distributed among them. "renormalise": nothing, not even their
+    total. "nothing": since log p_k counts them, that they have as little as possible. Only "tail" has its minimum
+    where every p_k = q_k. The probability outside is summed over those classes, never computed as 1 − Σ p, which
+    rounds to 0.
 
     Args:
-        indices: the classes, of the logits' shape but for K in the place of the classes (the last axis for
+        indices: the classes, of the logits' shape with K in place of the classes (the last axis for
             `linear_cross_entropy`).
-        probs: their probabilities q_k ≥ 0, of the same shape; `exp` of what `linear_top_k` returns.
-        outside: what is meant about all other classes; "renormalize" is "renormalise".
+        probs: their probabilities q_k ≥ 0, of the same shape; `exp` of the log-probabilities of `linear_top_k`.
+        outside: how to treat all other classes; "renormalize" is the same as "renormalise".
 
-    Edges: the same class twice counts with both probabilities. Servers that return the sampled token in addition to the
-    K most probable ones return it twice: drop the second. A class that is no class gives NaN, but with a probability of
-    0 it is left out, so −1 can pad. Mass that is not left, to rounding, is 0. With "nothing" probabilities need not sum
-    to one. K = 1 with q = 1 is the label, to rounding, but with "renormalise", where nothing is left to learn; K =
-    classes is the distribution. Mass that is left where no class is costs +inf. `checked` refuses a class that comes
-    twice, and but with "nothing" a sum above 1: a teacher's probabilities that were rounded to bfloat16 or to four
-    digits sum to 1.003 at times, where K = 64 classes have nearly all mass. Divide them by their sum before.
+    Edges: a class that occurs twice counts with both probabilities. Servers that return the sampled token in addition
+    to the K most likely ones return it twice: drop the second. An index out of range gives NaN, unless its probability
+    is 0, when it is ignored: pad with −1. A remainder 1 − Σ q within rounding is treated as 0. With "nothing"
+    probabilities need not sum to one. K = 1 with q = 1 equals a label, to rounding (except with "renormalise", where
+    the loss is then 0); K = classes equals a distribution. A remainder with no class outside the K to receive it costs
+    +inf. `checked` refuses a class that occurs twice and, except with "nothing", a sum above 1. Probabilities that were
+    rounded to bfloat16 or to four digits sometimes sum to 1.003, when K = 64 classes have nearly all of the
+    probability: divide them by their sum first.
 
-    Differentiation: to logits and to probs.
+    Differentiation: with respect to logits and probs.
 
     Raises:
         TypeError: on use, indices that are not integers, probabilities that are not floating.
         ValueError: an `outside` that is none of these; on use, shapes that do not fit, probabilities below 0 that are
-            not traced, and options that have no meaning with it: `ignore_index` (take weights of 0),
+            not traced, and options that do not apply to sparse targets: `ignore_index` (use weights of 0),
             `class_weights`, `label_smoothing`.
 
     Example:
@@ -96,7 +98,7 @@ class SparseTargets:
     def from_log_probs(
         cls, indices: Int[ArrayLike, "..."], log_probs: Float[ArrayLike, "..."], outside: Outside = "tail"
     ) -> "SparseTargets":
-        """The targets whose probabilities are given as logarithms, as servers of language models return them.
+        """Targets from log-probabilities, as servers of language models return them.
 
         Args:
             indices: the classes, as above.
@@ -192,7 +194,7 @@ def sparse_operands(
 
 
 def _fitting(targets: SparseTargets, logits: LogitsType) -> tuple[Array, Array]:
-    """Indices and probabilities of the logits' shape but K in place of the classes, sharded like the logits."""
+    """Indices and probabilities of the logits' shape with K in place of the classes, sharded like the logits."""
     indices, probs, axis = jnp.asarray(targets.indices), jnp.asarray(targets.probs), logits.axis
     expected = (*logits.shape[:axis], "K", *logits.shape[axis + 1 :])
     fits = indices.ndim == len(expected) and all(
@@ -220,14 +222,14 @@ def _without_repetitions(indices: Array, q: Array, axis: int) -> tuple[Array, Ar
 class SparseStatistics(NamedTuple):
     """Statistics of two groups of classes, the K chosen and all others, each relative to its own largest logit.
 
-    In one group's terms the other's sum may be 0 or infinite in float32, however little the loss is.
+    Relative to one group's largest logit, the other's sum could be 0 or infinite in float32.
     """
 
-    chosen: Statistics  # whose label is the class of the K that leads
+    chosen: Statistics  # whose label is the most likely of the K
     others: Statistics
     below: Array  # z_k − the largest of the K; −inf where there is no k
-    leads: Array  # which of the K it is that leads
-    rest: Array | None  # what the targets leave to the others together
+    leads: Array  # True at the most likely of the K
+    rest: Array | None  # 1 − Σ_k q_k, which the targets leave to all other classes together
 
     @property
     def nll(self) -> Array:
@@ -272,7 +274,7 @@ def sparse_loss(targets: SparseTargets) -> Head:
 
     loss = Σ_k q_k (nll_k − log P) − (1 − Σ_k q_k) log(1 − P),  P = Σ_k p_k
 
-    Probabilities are right to a rounding of their dtype, and what they leave is no mass if it is no more.
+    A remainder 1 − Σ_k q_k within the rounding of the probabilities' dtype is treated as 0.
     """
     return _sparse_loss(targets.outside, float(jnp.finfo(jnp.asarray(targets.probs).dtype).eps))
 
@@ -296,7 +298,7 @@ def _values(operands: SparseOperands, sparse: SparseStatistics, axis: int, *, ou
     q, each = operands.target_weights, sparse.nll
     nll_chosen, nll_others = _nlls(sparse.log_odds)
     each = each if outside == "renormalise" else each + nll_chosen
-    # A class without weight costs nothing, at −inf too. What is added is 0 and has the derivative to a probability.
+    # A class of weight 0 costs nothing, even at −inf. The added term is 0 and carries the derivative to a probability.
     constant = lax.stop_gradient(q)
     cost = weighted(constant, each) + (q - constant) * jnp.where(jnp.isfinite(each), each, 0)
     losses = jnp.sum(cost, axis, keepdims=True)
@@ -344,7 +346,7 @@ def _gradients(
     grad_weights = sparse.nll
     if not renormalised:
         nll_chosen = _nlls(log_odds)[0]
-        # With "tail" one of the K gains what it takes from the others: −log P + log(1 − P).
+        # With "tail", raising q_k lowers the remainder: −log P + log(1 − P).
         gain = nll_chosen if sparse.rest is None else jnp.where(sparse.rest == 0, nll_chosen, -log_odds)
         grad_weights += gain
     grad_weights = jnp.where(is_removed(sparse.below), 0, grad_weights)
@@ -356,7 +358,7 @@ def _gradients(
 def _statistics_of_chosen(
     logits: Array, operands: SparseOperands, axis: int, axis_name: AxisName
 ) -> tuple[Statistics, Array, Array]:
-    """Statistics of the K alone, each logit less the largest of the K, and which of them that is."""
+    """Statistics of the K alone, each logit minus the largest of the K, and a mask of that largest one."""
     at, exists = take(logits, operands.classes, axis, axis_name)
     at = jnp.where(exists, at, -jnp.inf)
     leader = jnp.argmax(lax.stop_gradient(at), axis, keepdims=True)

@@ -1,4 +1,4 @@
-"""The one formula: what a block of classes contributes to a loss and to a normaliser, and exp(z) in their terms.
+"""The one formula: what a block of classes contributes to a loss and a normaliser, and exponentials scaled by these.
 
 Losses and normalisers come from `block_statistics`, their gradients to logits from `scaled_exponentials`; the entropy
 comes from `moments.py`, and divergences from two such statistics. Arrays of statistics keep the class axes with length
@@ -49,11 +49,11 @@ class Statistics(NamedTuple):
 
     @property
     def sum_minus_one(self) -> Array:
-        """Σ_j exp(z_j − m) − 1, to full relative precision when the label leads; 0 where no class is left.
+        """Σ_j exp(z_j − m) − 1, accurate even when the label is the most likely class; 0 where no class is left.
 
-        That is why the sum leaves the label out: once the label leads by 17, its 1 swallows every other term in
-        float32. A label that leads has exp(0) − 1 = 0 exactly; under any other the sum of the others is at least 1 and
-        nothing cancels.
+        This is why `sum_others` omits the label: at a margin of 17 the label's term of 1 would absorb all other terms
+        in float32. If the label has the largest logit, exp(0) − 1 = 0 exactly; otherwise the sum over the other classes
+        is at least 1 and nothing cancels.
         """
         excess = self.sum_others - 1
         if self.label_logit is not None:
@@ -67,9 +67,9 @@ class Statistics(NamedTuple):
 
     @property
     def nll(self) -> Array:
-        """log Σ_j exp(z_j) − z_label, and its derivative, to full relative precision when the label leads."""
+        """log Σ_j exp(z_j) − z_label; it and its derivative are accurate even when the label is the most likely."""
         leads = self.label_logit > -1
-        # The derivative of log_sum − label_logit would be the difference of two ones.
+        # The derivative of log_sum − label_logit would be a difference of two numbers that both round to 1.
         led = self.sum_others * jnp.exp(-jnp.maximum(self.label_logit, -1))
         (log_sum,) = _log1p((jnp.where(leads, led, self.sum_minus_one),), ())
         return log_sum - jnp.where(leads, 0, self.label_logit)
@@ -81,12 +81,12 @@ class Statistics(NamedTuple):
 
     @property
     def finite_logsumexp(self) -> Array:
-        """lse, or 0 where no class is left and nothing is to be drawn towards 0."""
+        """lse, or 0 where no class is left, so that the z-loss is 0 there."""
         lse = jnp.where(jnp.isfinite(self.max_logit), self.max_logit + self.log_sum, self.max_logit)
         return jnp.where(self.exp_sum == 0, 0, lse)
 
     def label_gradient(self, mass: Array | float, label_weight: Array) -> Array:
-        """(mass + label_weight)·p_label − label_weight, in which 1 − p is the sum of the others, not a difference."""
+        """(mass + label_weight)·p_label − label_weight, with 1 − p as the sum over the other classes."""
         return (mass * jnp.exp(self.label_logit) - label_weight * self.sum_others) / self.positive_sum
 
     def max_gradient(self, mass: Array, position_weight: Array) -> "MaxGradient":
@@ -123,7 +123,7 @@ def block_statistics(
 
 
 def _over_shards(block: Statistics, logits: Array, axes: Axes, targets: Targets, axis_name: AxisName) -> Statistics:
-    """The statistics of all blocks from those of each, relative to the largest logit of all."""
+    """The statistics of all blocks from each block's own, relative to the largest logit of all blocks."""
     max_logit = max_shards(block.max_logit, axis_name)
     below = block.max_logit - max_logit
     count = None
@@ -136,7 +136,7 @@ def _over_shards(block: Statistics, logits: Array, axes: Axes, targets: Targets,
             max_weight=jnp.where(leads, block.max_weight, 0),
         )
     sums = [_shifted_sum((logits, targets.label, block.sum_others, below, max_logit), axes)]
-    if targets.label is not None:  # of one shard; a label in none has no weight, or NaN
+    if targets.label is not None:  # on one shard; a label that is on none has weight 0 or NaN
         inside = (targets.label >= 0) & (targets.label < logits.shape[axes[0]])
         sums.append(jnp.where(inside, block.label_logit + below, 0))
     if targets.target_weights is not None:
@@ -154,7 +154,7 @@ def _over_shards(block: Statistics, logits: Array, axes: Axes, targets: Targets,
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _shifted_sum(arrays: tuple[Any, ...], axes: Axes) -> Array:
-    """The sum of a block's others relative to the largest logit of all shards, from that relative to its own."""
+    """The block's sum over the other classes, rescaled from its own largest logit to the largest of all shards."""
     _, _, sum_others, below, _ = arrays
     return sum_others * jnp.exp(below)
 
@@ -221,15 +221,15 @@ def _weight_sums(target_weights: Array, below: Array, axes: Axes) -> tuple[Array
 
 
 def weighted(weight: Array, cost: Array) -> Array:
-    """weight·cost, but 0 where there is no weight, however infinite the cost."""
+    """weight·cost, but 0 where the weight is 0, even if the cost is infinite."""
     return jnp.where(weight == 0, 0, weight * jnp.where(weight == 0, 0, cost))
 
 
 def finite_max(logits: Array, axes: Axes) -> Array:
-    """The largest logit or, where none is left, the lowest finite number, from which exp(−inf) is still 0."""
+    """The largest logit or, where no class is left, the lowest finite number, so that exp(−inf − m) is still 0."""
     lowest = jnp.finfo(logits.dtype).min
     max_logit = jnp.max(lax.stop_gradient(logits), axes, keepdims=True, initial=lowest)
-    if max_logit.shape == logits.shape:  # XLA takes a reduction of one element for that element
+    if max_logit.shape == logits.shape:  # XLA drops `initial` where it reduces one element to itself
         max_logit = jnp.maximum(max_logit, float(lowest))
     return widen(max_logit)
 
@@ -248,10 +248,10 @@ def scaled_exponentials(
     at_max: MaxGradient | None = None,
     in_place: bool = False,
 ) -> Array:
-    """exp(z_j − m)·factor − position_weight·q_j, but `at_label` as the product at the label, and 0 where ignored.
+    """exp(z_j − m)·factor − position_weight·q_j, with `at_label` for the first term at the label; 0 where ignored.
 
-    With `at_max` that is what there is at classes with the logit m. In the logits' dtype, and in their place if they
-    are not read again. What is None is left out.
+    With `at_max` the gradient of classes with the logit m is taken from that. In the logits' dtype, and in their
+    memory if they are not read again. Terms that are None are omitted.
     """
     per_position = (factor, ignored, label, at_label, position_weight, *(at_max or (None, None)))
     per_position = jax.tree.map(lambda array: jnp.broadcast_to(array, max_logit.shape), per_position)
@@ -283,7 +283,7 @@ _in_place = with_platform_impl(cpu=cpu.gradient_in_place)(_scaled_exponentials)
 
 
 def leading_statistics(logits: Array, axes: Axes, axis_name: AxisName = None) -> Statistics:
-    """Statistics whose label is the class with the largest logit: so that a lse near 0 keeps its digits beside a 1."""
+    """Statistics whose label is the class with the largest logit, so that an lse near 0 stays accurate."""
     if axis_name is None:
         max_logit, sum_others, leader = _leading_sums((logits,), from_end(axes, logits))
     else:
@@ -312,8 +312,8 @@ def _others_and_leaders(logits: Array, max_logit: Array, axes: Axes) -> tuple[Ar
 
 
 def _without_one(others: Array, leaders: Array, max_logit: Array) -> tuple[Array, Array]:
-    """Both sums together without one of the leaders, and its logit, a constant; its term in the sum is not constant."""
+    """Both sums without one class of the largest logit, and its logit as a constant; its term in the sum is not one."""
     count = lax.stop_gradient(leaders)
-    # −inf where no class is left, and no literal: `debug_infs` stops at one that is not chosen, too.
+    # −inf where no class is left, but not as a literal: `debug_infs` stops at one even where it is not selected.
     leader = lax.stop_gradient(max_logit) + jnp.log(jnp.minimum(count, 1))
     return others + jnp.where(count == 0, leaders, leaders - 1), leader

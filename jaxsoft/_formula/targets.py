@@ -45,7 +45,7 @@ class Targets(NamedTuple):
     target_weights: Array | None = None  # of all classes, broadcasting against the logits
     position_weight: Any = None  # what a position's target weights are multiplied by
     z_loss_weight: Array | None = None  # what lse² is multiplied by
-    differentiable: Array | None = None  # False at a class of a distribution that is removed or weighs nothing
+    differentiable: Array | None = None  # False at a class of a distribution that is masked or has weight 0
 
     @property
     def ignored(self) -> Array:
@@ -59,7 +59,7 @@ class Targets(NamedTuple):
 
     @property
     def weights_differentiable(self) -> bool:
-        """Whether the target weights are a distribution, not those of smoothing."""
+        """Whether the target weights are a distribution, not label smoothing."""
         return self.label is None
 
     @property
@@ -68,7 +68,7 @@ class Targets(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a loss makes of its targets; None leaves a step out. Arrays, so that a schedule compiles once."""
+    """How a loss transforms its targets; None skips a step. Arrays, so that a schedule compiles once."""
 
     weights: PerPosition | None = None  # broadcasting to the positions
     class_weights: Replicated | None = None  # of all classes
@@ -143,7 +143,7 @@ class Averaging(NamedTuple):
     batch: Names = ()
 
     def denominator(self, weights: Array) -> Array | None:
-        """What the sum of losses is divided by, or None."""
+        """The denominator of the sum of losses, or None."""
         if self.reduction != "mean":
             return None
         count = self.sum(weights)
@@ -179,8 +179,8 @@ def dense_operands(
 ) -> tuple[Targets, Array | None]:
     """Labels or a distribution, checked against the logits' type and represented in the dtype to compute in.
 
-    In addition what the sum of their losses is to be divided by, or None: the z-loss has a denominator of its own,
-    which its weight contains. Labels and class weights are of all classes, the rest of the block.
+    Also the denominator of the sum of their losses, or None: the z-loss has its own denominator, which its weight
+    includes. Labels and class weights refer to all classes, the rest to the block.
     """
     if not jnp.issubdtype(targets.dtype, jnp.floating) and targets.shape == logits.shape and logits.classes != 1:
         targets = _one_hot(targets, logits.dtype)
@@ -210,7 +210,7 @@ def _one_hot(targets: Array, dtype: jnp.dtype) -> Array:
 
 
 def _class_weights(class_weights: Array | None, logits: LogitsType) -> tuple[Array | None, Array]:
-    """The weights of all classes, if there are any, and those of the block, to broadcast against the logits."""
+    """The weights of all classes, or None, and the block's own, to broadcast against the logits."""
     block = logits.shape[logits.axis]
     if class_weights is None:
         return None, logits.along_classes(jnp.ones(block, logits.dtype))
@@ -223,7 +223,7 @@ def _class_weights(class_weights: Array | None, logits: LogitsType) -> tuple[Arr
 
 
 def _uniform(block_weights: Array, where: Array | None, logits: LogitsType) -> Array:
-    """What smoothing shares among the classes that are left, to each by its class weight."""
+    """The uniform distribution of label smoothing over the classes that are not masked, times class weights."""
     if where is None:
         return block_weights / jnp.asarray(logits.classes, logits.dtype)
     left = sum_shards(jnp.sum(where, logits.axis, keepdims=True, dtype=logits.dtype), logits.axis_name)
@@ -283,7 +283,7 @@ def _distribution_operands(
     uniform: Array | None,
     options: Options,
 ) -> Targets:
-    """A distribution as targets, constant at classes that are removed or without weight."""
+    """A distribution as targets, constant at classes that are masked or have weight 0."""
     differentiable = options.where
     if differentiable is None:
         differentiable = logits.along_classes(jnp.ones(logits.shape[logits.axis], bool))
@@ -311,7 +311,7 @@ def z_loss_weights(
 ) -> Array | None:
     """What lse² is multiplied by in a sum that is divided by the denominator.
 
-    Its own average is over the positions that are counted, so that class weights leave it alone.
+    Its own average is over the positions that are counted, so that class weights do not affect it.
     """
     if z_loss is None or denominator is None:
         return z_loss if z_loss is None else z_loss * counted
@@ -323,8 +323,8 @@ def labels_as_array(
 ) -> tuple[Array, int | None]:
     """Labels, or other targets, in a dtype of JAX's, and what to ignore among them.
 
-    Without x64 JAX keeps the lower 32 bits of a label, which may be a class. Labels that come as NumPy arrays or lists
-    are seen before that, and what does not fit becomes a label that is no class.
+    Without x64 JAX keeps the lower 32 bits of a label, which may be a valid class. Labels given as NumPy arrays or
+    lists are read before that, and one that does not fit becomes a label out of range.
     """
     if ignore_index is not None:
         ignore_index = as_integer("ignore_index", ignore_index)

@@ -1,4 +1,4 @@
-"""The arguments of every head of a linear layer: arrays, and what is part of the program."""
+"""The arguments of every head of a linear layer: arrays, and the static configuration."""
 
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ class LinearParams(NamedTuple):
 
     features: PerPosition  # (…, D)
     kernel: Kernel  # (D, V) or (V, D)
-    bias: PerClass | None  # (V,), −inf at a class that is removed
+    bias: PerClass | None  # (V,), −inf at a masked class
     soft_cap: Replicated | None  # scalars
     temperature: Replicated | None
 
@@ -47,7 +47,7 @@ class HeadArgs(NamedTuple):
 
 
 class DiffArgs(NamedTuple):
-    """For each argument that may be differentiated something of it: its gradient, whether that is needed."""
+    """One entry per argument that may be differentiated: its gradient, or whether that is needed, and so on."""
 
     features: Any = None
     kernel: Any = None
@@ -56,13 +56,13 @@ class DiffArgs(NamedTuple):
 
 
 class HeadConfig(NamedTuple):
-    """What is part of the program of a call."""
+    """The static part of a call, which is compiled into its program."""
 
     class_axis: int  # of the kernel
     memory_budget: int | None
     axis_name: AxisName
     batch_axes: PartitionSpec | None  # mesh axes over which the positions are to be sharded
-    class_names: Names  # those over which the classes are, outside of any `shard_map`
+    class_names: Names  # mesh axes over which the classes are sharded, outside of any `shard_map`
     head: Head = LOSS
     averaging: Averaging = Averaging("none")
     ignore_index: int | None = None
@@ -78,7 +78,7 @@ class CheckedArgs(NamedTuple):
     """The arguments of a public function that all heads have."""
 
     layer: LinearParams
-    mask: Array | None  # of the classes that are left
+    mask: Array | None  # False at masked classes
     classes: int  # of all devices
     config: HeadConfig
 
@@ -109,7 +109,7 @@ def check_head(
     *,
     prefix: str = "",
 ) -> CheckedArgs:
-    """The arguments that all heads have, checked; a prefix of their names for those of a second layer."""
+    """The arguments that all heads have, checked; `prefix` names the arguments of a second layer."""
     x, w = as_floating(f"{prefix}features", features), as_floating(f"{prefix}kernel", kernel)
     class_axis = as_axis(execution.kernel_axis, 2, "kernel_axis")
     if x.ndim == 0:
@@ -143,7 +143,7 @@ def _check_kernel(name: str, shape: tuple[int, ...], width: int, class_axis: int
 
 
 def _as_bias(name: str, bias: ArrayLike | None, mask: Array | None, classes: int, dtype: jnp.dtype) -> Array | None:
-    """The bias, −inf at classes that are removed."""
+    """The bias, −inf at masked classes."""
     if bias is None and mask is None:
         return None
     b = jnp.zeros(classes, dtype) if bias is None else as_floating(name, bias).astype(dtype)

@@ -1,4 +1,4 @@
-"""A linear head over the devices of a mesh outside `shard_map`: as types say (explicit axes), or a user's word."""
+"""A linear head sharded over a mesh outside `shard_map`: by its types (explicit axes) or by a user's arguments."""
 
 import functools
 import itertools
@@ -23,7 +23,7 @@ BatchAxes = str | Sequence[str] | P | None
 
 
 class Layout(NamedTuple):
-    """How a linear head's arrays lie over a mesh: nothing of it is automatic inside a `shard_map` over `axes`."""
+    """How a linear head's arrays are sharded over a mesh: inside a `shard_map` over `axes` nothing is automatic."""
 
     mesh: Mesh | AbstractMesh
     positions: tuple[Names, ...]  # of each axis of the features but the last
@@ -66,7 +66,7 @@ def head_layout(layer: "LinearParams", config: "HeadConfig") -> Layout | None:
     if AxisType.Manual in mesh.axis_types:  # JAX has no derivative of one shard_map in another
         raise ValueError(
             f"features, kernel: expected only axes of the enclosing jax.shard_map to be sharded over, got "
-            f"{sorted(layout.sharded)}: name these in its axis_names too, and those of the classes as axis_name"
+            f"{sorted(layout.sharded)}: name these in its axis_names too, and the axes of the classes as axis_name"
         )
     return layout
 
@@ -155,7 +155,7 @@ def as_batch_axes(batch_axes: BatchAxes, features: Array) -> P | None:
 
 
 def as_mesh_axes(names: AxisName) -> Names:
-    """`names` if the mesh has axes so named that no `shard_map` has taken, or else ()."""
+    """`names` if they are axes of the mesh that no enclosing `shard_map` uses, otherwise ()."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     given = as_names(names) if isinstance(names, str | tuple | list | None) else ()
@@ -168,11 +168,11 @@ def _free() -> str:
     free = [name for name, kind in kinds if kind != AxisType.Manual]
     if free:
         return f"here {', '.join(map(repr, free))}"
-    return "of which there is none here" if kinds else "and no mesh is set: call inside `with jax.set_mesh(mesh):`"
+    return "and there are none here" if kinds else "and no mesh is set: call inside `with jax.set_mesh(mesh):`"
 
 
 def check_blocks(names: Names, classes: int, batch_axes: P | None) -> None:
-    """Refuse classes that cannot be split evenly over the devices of their mesh axes, or axes that positions have."""
+    """Refuse classes that cannot be split evenly over their mesh axes, or mesh axes that the positions use too."""
     if frozenset(names) & frozenset(sum(map(as_names, batch_axes or ()), ())):
         raise ValueError(f"axis_name: expected no axis that batch_axes names, got {names!r}")
     _check_divides(f"kernel: {classes} classes", names, names, classes)

@@ -1,4 +1,4 @@
-"""The tiles of a linear layer's positions, on each platform, and what they take."""
+"""The tiles of a linear layer's positions on each platform, and their cost."""
 
 from typing import Literal, NamedTuple, get_args
 
@@ -14,9 +14,9 @@ from jaxsoft._jax_internals import max_dim, min_dim
 Platform = Literal["cpu", "gpu", "tpu"]
 
 CPU_BUDGET = 256 * 2**20
-CPU_ROWS = 2048  # a product of one feature sums its rows in sequence: a longer sum in float32 would lose digits
-# Each tile reads and writes the float32 gradient of the kernel, 8·D·V bytes beside 2·R·D·V operations: from
-# R = 4·peak/bandwidth rows on that hides behind the product, 836 on an H100, 663 on a TPU v5p, 962 on a v5e.
+CPU_ROWS = 2048  # a matmul of one feature sums its rows in sequence: a longer sum in float32 would lose accuracy
+# Each tile reads and writes the float32 gradient of the kernel, 8·D·V bytes for 2·R·D·V FLOPs: from
+# R = 4·peak/bandwidth rows on that is hidden behind the matmul, 836 on an H100, 663 on a TPU v5p, 962 on a v5e.
 ACCELERATOR_ROWS = 1024
 ACCELERATOR_LOSS_ROWS = 512  # the loss alone, which reads the kernel once for each tile
 DEFERRED_ROWS = 256
@@ -27,7 +27,7 @@ class Tile(NamedTuple):
 
     rows: int
     loss_rows: int  # where there are no gradients to add up
-    deferred: bool  # whether logit gradients are kept, in half precision, for one product for each input at the end
+    deferred: bool  # whether logit gradients are kept, in half precision, for one matmul per input at the end
 
 
 class Plan(NamedTuple):
@@ -38,8 +38,8 @@ class Plan(NamedTuple):
     flops: int  # of the loss alone
     training_flops: int  # of the loss and all gradients
     tile_bytes: int  # logits and their gradient of one tile
-    kept_bytes: int  # logit gradients of all positions, kept where the inputs' gradients are one product each
-    gradient_bytes: int  # gradients to features and kernel, the latter in float32 where tiles add up to it
+    kept_bytes: int  # logit gradients of all positions, kept where each input's gradient is one matmul
+    gradient_bytes: int  # gradients of features and kernel, the kernel's in float32 where tiles add to it
     unfused_bytes: int  # logits and their gradient of all positions, which are not stored
 
     def __str__(self) -> str:
@@ -65,32 +65,32 @@ def plan_linear_cross_entropy(
     memory_budget: int | None = None,
     platform: Platform | None = None,
 ) -> Plan:
-    """The tiles, operations and bytes of `linear_cross_entropy` for given shapes.
+    """The tiles, FLOPs and bytes of `linear_cross_entropy` for given shapes.
 
-    tile bytes = rows · classes · (logit + gradient),  training operations = 6·N·D·V, with "none" 8·N·D·V
+    tile bytes = rows · classes · (logit + gradient),  training FLOPs = 6·N·D·V, with "none" 8·N·D·V
 
-    On a CPU a tile has as many rows as 256 MiB hold, 2048 at most; without native kernels half as many, which is not
-    counted here, since to know it a device is needed. On an accelerator it has 1024, whatever their width: so many hide
-    the adding up of the kernel's gradient behind its product. There, in half precision and for N ≤ 2·D, that gradient
-    in float32 would take more than those of all logits in half precision: these are kept, and each input's gradient is
-    one product at the end.
+    On a CPU a tile has as many rows as fit in 256 MiB, 2048 at most; without native kernels half as many, which is not
+    counted here, since finding out takes a device. On an accelerator it has 1024 rows, whatever their width: enough to
+    hide the accumulation of the kernel's gradient behind the matmul. There, in half precision and for N ≤ 2·D, the
+    kernel's gradient in float32 would take more memory than the gradients of all logits in half precision: those are
+    kept, and each input's gradient is one matmul at the end.
 
     Args:
-        positions: N, of one device where the data are sharded.
+        positions: N; per device where the data are sharded.
         features: D.
-        classes: V, of one device where the classes are sharded.
+        classes: V; per device where the classes are sharded.
         dtype: of features and kernel.
-        distributions: whether the targets are distributions, whose rows are part of a tile.
+        distributions: whether the targets are distributions, whose rows count towards a tile's memory.
         reduction: as given to `linear_cross_entropy`.
-        memory_budget: as given to `linear_cross_entropy`. On an accelerator what is kept is within it too, and a larger
-            one makes no larger tiles.
-        platform: "cpu", "gpu" or "tpu"; None for that of JAX's default devices.
+        memory_budget: as given to `linear_cross_entropy`. On an accelerator the kept logit gradients are within it too,
+            and a larger one does not make tiles larger than the default.
+        platform: "cpu", "gpu" or "tpu"; None for the platform of JAX's default devices.
 
     Returns:
-        A `Plan` of counts, in tiles, positions, floating-point operations and bytes, that prints as a sentence.
+        A `Plan` of counts, in tiles, positions, FLOPs and bytes, that prints as a sentence.
 
-    Edges: ignored positions count in the plan and cost no work. With a frozen kernel nothing is kept. Where a
-    kernel's gradient is summed over devices it takes float32 there. `jax.vmap` of a gradient has a CPU's tiles.
+    Edges: ignored positions count in the plan but cost no work. With a frozen kernel no logit gradients are kept. A
+    kernel's gradient that is summed over devices is in float32. `jax.vmap` of a gradient uses a CPU's tiles.
 
     Raises:
         TypeError, ValueError: an argument that is not a positive integer, a platform that is none of these, a budget
@@ -153,14 +153,14 @@ def plan_tile(
     *,
     kernel_moves: bool = True,
 ) -> Tile:
-    """As many rows as the budget allows and the platform likes, shared evenly among tiles; shape is (N, D, V)."""
+    """As many rows as the budget and the platform allow, split evenly into tiles; shape is (N, D, V)."""
     positions, features, classes = shape
     row = bytes_of_row(classes, dtype, distributions)
     known = isinstance(classes, int)  # of unknown sizes tiles have the most rows that they may have
     if platform == "cpu":
         budget = CPU_BUDGET if memory_budget is None else memory_budget
         rows = _shared(positions, max(min(budget // row, CPU_ROWS), 1) if known else CPU_ROWS)
-        # With no gradients to add up for each tile small ones, which stay in a cache, are faster.
+        # Without gradients to accumulate, small tiles, which stay in the cache, are faster.
         return Tile(rows, min_dim(rows, max_dim(rows // 8, 256)), deferred=False)
     most = max(memory_budget // row, 1) if known and memory_budget is not None else ACCELERATOR_ROWS
     loss_rows = _shared(positions, min(most, ACCELERATOR_LOSS_ROWS))
@@ -180,5 +180,5 @@ def _shared(positions: int, most: int) -> int:
 
 
 def bytes_of_row(classes: int, dtype: jnp.dtype, distributions: bool) -> int:
-    """A logit and its gradient for each class, and of distributions as much again."""
+    """A logit and its gradient per class; twice as much with distributions."""
     return classes * compute_dtype(dtype).itemsize * (4 if distributions else 2)

@@ -90,7 +90,7 @@ def _on_device(args: HeadArgs, config: HeadConfig) -> Results:
 
 
 def _operands(args: HeadArgs, config: HeadConfig) -> tuple[Any, Array | None]:
-    """The operands of the head, and what the sum of its losses is to be divided by."""
+    """The operands of the head, and the denominator of the sum of its losses."""
     *leading, _ = args.layer.features.shape
     classes = args.layer.kernel.shape[config.class_axis]
     classes *= math.prod(map(lax.axis_size, config.gathered[config.class_axis]))
@@ -108,7 +108,7 @@ def _operands(args: HeadArgs, config: HeadConfig) -> tuple[Any, Array | None]:
 
 
 def _nothing(leading: tuple[int, ...], dtype: jnp.dtype, config: HeadConfig) -> Results:
-    """The results where there are no positions."""
+    """The results for zero positions."""
     each = jax.tree.leaves(config.head.init_output(0, dtype))
     results = [jnp.reshape(array, (*leading, *array.shape[1:])) for array in each]
     if config.averaging.reduction != "none":
@@ -179,8 +179,8 @@ def _summed_losses_fwd(config: HeadConfig, *primals):
     one = jnp.ones((1, 1), compute_dtype(layer.features.dtype))
     arrays = _gather_kernel(config, layer, operands), operands, (one,)
     ((losses,), constants), gradients = _values_and_gradients(config, needs_grad, arrays)
-    # What is kept has one structure whichever gradients are needed, and says which by its shapes: JAX caches the
-    # structure with the traced function, and a later trace for other arguments would replace it.
+    # The residuals have the same structure whichever gradients are needed, and tell which by their shapes: JAX caches
+    # the structure with the traced function, and a later trace for other arguments would replace it.
     kept = tuple(jnp.zeros(()) if g is None else g for g in gradients)
     return (jnp.sum(losses), constants), (kept, layer, operands)
 

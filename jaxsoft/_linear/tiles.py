@@ -1,7 +1,7 @@
 """The loops over tiles of a linear layer's positions, with one tile's logits alive: a head's values and gradients.
 
-Each loop is fast and cannot be differentiated: its derivative is that of the same sum as a scan. A layer among the
-operands, a teacher, stands for its logits, which a tile has in its place.
+Each loop is fast and cannot be differentiated: its derivative is taken of the same sum written as a scan. A layer among
+the operands, a teacher, stands for its logits, which each tile computes.
 """
 
 import functools
@@ -80,7 +80,7 @@ class _Gradients(NamedTuple):
         return self.dtype if self.config.axis_name is None else compute_dtype(self.dtype)
 
     def one_tile(self, rows: Array) -> tuple[Array, Values, Array, Array | None]:
-        """A tile's features, values, and gradients to its products and target weights."""
+        """A tile's features, values, and gradients to x·W + b and to the target weights."""
         layer, config = self.layer, self.config
         x, t, c = _gather_rows(rows, (layer.features, self.operands, self.cotangents), config)
         x = jnp.where(t.ignored, 0, x)  # by a class weight of 0 too, and then its features may be NaN
@@ -125,7 +125,7 @@ class _Gradients(NamedTuple):
         return _init_output(self.layer, self.operands, self.config), gradients
 
     def added(self, rows: Array, gradients: DiffArgs, grad_products: Array, grad_weights: Array | None) -> DiffArgs:
-        """The gradients to bias and target weights with those of a tile."""
+        """The gradients to bias and target weights, with a tile's contribution added."""
         if self.needs_grad.bias:
             gradients = gradients._replace(bias=gradients.bias + jnp.sum(grad_products, 0))
         if self.needs_grad.target_weights:
@@ -138,13 +138,13 @@ class _Gradients(NamedTuple):
 
 
 def _accumulated(loop: _Gradients) -> tuple[Results, DiffArgs]:
-    """Each tile adds its own products to the gradients of features and kernel."""
+    """Each tile adds its own matmuls to the gradients of features and kernel."""
 
     def step(rows: Array, first: Any, carry: Any) -> Any:
         values, gradients = carry
         x, new, grad_products, grad_weights = loop.one_tile(rows)
         gradients = loop.added(rows, gradients, grad_products, grad_weights)
-        narrow = grad_products.astype(x.dtype)  # or the products would be taken in float32
+        narrow = grad_products.astype(x.dtype)  # otherwise the matmuls would run in float32
         if loop.needs_grad.features:
             filled = gradients.features.at[rows].set(loop.to_features(narrow), mode="drop")
             gradients = gradients._replace(features=filled)
@@ -156,7 +156,7 @@ def _accumulated(loop: _Gradients) -> tuple[Results, DiffArgs]:
 
 
 def _deferred(loop: _Gradients) -> tuple[Results, DiffArgs]:
-    """Tiles keep their logit gradients, for one product for each of features and kernel at the end.
+    """Tiles keep their logit gradients, for one matmul each for features and kernel at the end.
 
     For few positions in half precision: a tile that adds to the kernel's gradient reads and writes all of it in
     float32, which takes more than these (see `plan_tile`).
@@ -200,7 +200,7 @@ def _scanned_gradients(
     layer: LinearParams, operands: Any, cotangents: Results, config: HeadConfig, needs_grad: DiffArgs
 ) -> tuple[Values, DiffArgs]:
     """Values and gradients by differentiating the values as a scan, which JAX can differentiate again."""
-    # The kernel in the dtype to compute in: the gradients of all tiles are summed in that of the variable.
+    # The kernel in the dtype to compute in: the gradients of all tiles are summed in the variable's dtype.
     wide = compute_dtype(layer.features.dtype)
     given = diff_args(layer._replace(kernel=layer.kernel.astype(wide)), operands)
 
@@ -224,7 +224,7 @@ def _scanned_values(fn: Callable[..., Values], layer: LinearParams, operands: An
     @jax.checkpoint
     def tile(rows: Array) -> Values:
         x, t = _gather_rows(rows, (layer.features, operands), config)
-        x = jnp.where(t.ignored, 0, x)  # the loops leave most of these rows out
+        x = jnp.where(t.ignored, 0, x)  # the loops skip most of these rows
         products = _products(x, layer._replace(kernel=layer.kernel.astype(x.dtype)), config)
         return fn(config.head, _to_logits(products, layer, _capped_in_scans), t, 1, config.axis_name)
 
@@ -235,7 +235,7 @@ def _scanned_values(fn: Callable[..., Values], layer: LinearParams, operands: An
 
 
 def _init_output(layer: LinearParams, operands: Any, config: HeadConfig) -> Results:
-    """The values of ignored positions, typed as varying like those of the others."""
+    """The values of ignored positions, typed as varying like the others' values."""
     axes = axes_after_psum(manual_axes((layer, operands)), config.axis_name)
     values = config.head.init_output(layer.features.shape[0], compute_dtype(layer.features.dtype))
     return pvary(tuple(jax.tree.leaves(values)), axes)
@@ -268,13 +268,14 @@ def _over_tiles(
     step: Callable[[Array, Any, Any], Any],
     carry: Any,
 ) -> Any:
-    """Fold `step(rows, first, carry)` over tiles of the positions that are not ignored, `first` of them gone before."""
+    """Fold `step(rows, first, carry)` over tiles of the positions that are not ignored; `first` counts earlier ones."""
     rows, count = _in_turn(operands, config)
     padded = jnp.pad(rows, (0, size), constant_values=rows.shape[0])
     spans = [(0, count, size)]
     if platform == "cpu" and config.may_ignore and config.axis_name is None:
-        # What whole tiles leave is taken in tiles of an eighth, or most of the last one could be ignored. A small tile
-        # costs an accelerator as much as a whole one, and over shards each loop brings two all-reduces of its own.
+        # The remainder after whole tiles is taken in tiles of an eighth, since a last whole tile could be mostly
+        # padding. Not on accelerators, where a small tile costs as much as a whole one, nor over shards, where each
+        # loop brings two all-reduces of its own.
         whole = count - count % size
         spans = [(0, whole, size), (whole, count, -(-size // 8))]
     for first, end, length in spans:
@@ -288,7 +289,7 @@ def _over_tiles(
 
 
 def _in_turn(operands: Any, config: HeadConfig) -> tuple[Array, Array | int]:
-    """The rows of the positions that are not ignored, how many, and behind them an index out of range."""
+    """The rows of the positions that are not ignored, followed by an index out of range, and their number."""
     positions = operands.position_weight.shape[0]
     if not config.may_ignore:
         return jnp.arange(positions), positions
@@ -299,7 +300,7 @@ def _in_turn(operands: Any, config: HeadConfig) -> tuple[Array, Array | int]:
 
 
 def _gather_rows(rows: Array, arrays: Any, config: HeadConfig) -> Any:
-    """A tile's rows of every array, zero where the index is out of range, and logits in the place of a layer."""
+    """A tile's rows of every array, zero where the index is out of range, and logits in place of a layer."""
 
     def gather(array: Any) -> Array:
         if isinstance(array, LinearParams):
@@ -324,17 +325,17 @@ def _products(features: Array, layer: LinearParams, config: HeadConfig) -> Array
 
 
 def _capped_in_scans(products: Array, soft_cap: Array) -> Array:
-    """The same where JAX forgets the rule below: in a scan that was differentiated in reverse."""
+    """The same for scans that were differentiated in reverse, in which JAX forgets the rule below."""
     sign = jnp.where(products < 0, -1, 1).astype(products.dtype)
     finite = jnp.where(jnp.isfinite(products), products, 0)  # avoids 0 · inf where a bias is −inf
     e = jnp.exp(-2 * sign * finite / soft_cap)
-    differentiable = -2 * sign * e / (1 + e)  # tanh, less a constant, with the derivative of the rule
+    differentiable = -2 * sign * e / (1 + e)  # tanh minus a constant, with the derivative of the rule
     tanh = lax.stop_gradient(jnp.tanh(products / soft_cap))
     return soft_cap * (tanh + (differentiable - lax.stop_gradient(differentiable)))
 
 
 def _to_logits(products: Array, layer: LinearParams, capped: Callable[[Array, Array], Array] | None = None) -> Array:
-    """Capped, then divided by the temperature; a class removed by a bias of −inf stays removed, without a gradient."""
+    """Capped, then divided by the temperature; a class masked by a bias of −inf stays masked, with a gradient of 0."""
     logits = products
     if layer.soft_cap is not None:
         logits = (capped or _capped)(logits, layer.soft_cap)

@@ -7,7 +7,7 @@ would round the sum anew: emulated 3e-5 where logits rise slowly over the 1563 t
 exact, and what was scaled r times has come to weigh e^(1−r) at most.
 
 In whatever order: a class is scaled at most once for each integer between its logit and the largest in the tail, and
-once more when the label takes the lead. Under softmax the mean of m − z is at most log n for n classes. So with
+once more when the label becomes the largest. Under softmax the mean of m − z is at most log n for n classes. So with
 u = 2⁻²⁴, exponentials right to ε, and L additions in turn, the tail is right to
 
     L·u + (log n + 4)·(ε + u)        by the plain formula to L·u + ε + (m − z)·u
@@ -78,7 +78,7 @@ def _block_sums(arrays: tuple[Array, Array | None, Array | None], axes: Axes) ->
     units = tuple(jnp.asarray(unit, z.dtype) for unit in (lowest, *(0.0 for _ in sums[1:])))
     summed = lax.reduce(sums, units, merge, [axis % z.ndim for axis in axes])
     max_logit, sum_others, *rest = (jnp.expand_dims(array, axes) for array in summed)
-    # Divided by its own exponential the largest logit contributes exactly 1, and no sum that contains it is less.
+    # Divided by its own exponential the largest logit contributes exactly 1, so a sum that contains it is at least 1.
     sum_others = sum_others / jnp.exp(max_logit - jnp.ceil(max_logit))
     if merge is _merge_distribution:
         count = rest[0]
@@ -88,7 +88,7 @@ def _block_sums(arrays: tuple[Array, Array | None, Array | None], axes: Axes) ->
 
 
 def _merge(one: Results, other: Results) -> Results:
-    """The sums of two sets of classes, those of exponentials relative to the largest logit rounded up."""
+    """The sums of two sets of classes; sums of exponentials are relative to the largest logit rounded up."""
     (max_logit, sum_others, *sums), (other_max, other_sum, *other_sums) = one, other
     above = jnp.ceil(max_logit) - jnp.ceil(other_max)
     leads = above >= 0

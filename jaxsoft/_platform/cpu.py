@@ -1,4 +1,4 @@
-"""The CPU's programs: the kernels of `native`, each one trip through memory over (outer, classes, inner).
+"""The CPU's programs: the kernels of `native`, each one pass through memory over (outer, classes, inner).
 
 XLA's CPU compiler reads the classes once for each maximum, sum and result; the kernels keep a row in the cache for all.
 """
@@ -42,7 +42,7 @@ Types = tuple[Type | None, ...]
 
 
 class NativeKernels(NamedTuple):
-    """Whether the CPU's kernels are in use, and why or from where."""
+    """Whether the CPU's kernels are in use, and from which file, or why not."""
 
     loaded: bool
     detail: str
@@ -61,18 +61,18 @@ def native_kernels() -> NativeKernels:
     """Whether this process runs the kernels compiled for the CPU, or the plain formula in their place.
 
     Both give the same results, to rounding. The environment variable JAXSOFT_NATIVE, read when the library is
-    imported, chooses: 0 turns the kernels off, 1, the default, uses them wherever they can run; the file of a library
-    compiled otherwise puts that in their place.
+    imported, chooses: 0 turns the kernels off; 1, the default, uses them wherever they can run; the path of a library
+    file uses that library instead.
 
     Returns:
-        `loaded`, and `detail`: the file of the kernels or why there are none.
+        `loaded`, and `detail`: the file of the kernels, or why they are not loaded.
 
-    Edges: no kernel takes arrays that XLA is to shard over several devices (inside `jax.shard_map` each device is one),
-    programs made by `jax.export`, and accelerators. To ask, JAX's CPU has to be there: call
-    `jax.distributed.initialize` before.
+    Edges: kernels do not run on arrays that XLA shards over several devices (inside `jax.shard_map` each device runs
+    them), in programs made by `jax.export`, or on accelerators. This call initialises JAX's CPU: call
+    `jax.distributed.initialize` first.
 
     Raises:
-        ValueError: when the library is imported, a value of JAXSOFT_NATIVE that is none of these.
+        ValueError: on importing the library, for any other value of JAXSOFT_NATIVE.
 
     Example:
         >>> from jaxsoft import native_kernels
@@ -83,7 +83,7 @@ def native_kernels() -> NativeKernels:
         return NativeKernels(False, f"turned off by {SWITCH}=0")
     if reason := primitives_fail():
         return NativeKernels(False, f"JAX {jax.__version__} has changed: {reason}")
-    # In an editable installation the package has two folders: the sources', and that of what was built.
+    # In an editable installation the package has two folders: one of the sources and one of the built files.
     folders = [Path(folder) / "native" for folder in sys.modules["jaxsoft"].__path__]
     built = [folder / f"{LIBRARY}.{end}" for folder in folders for end in ("so", "dylib")]
     files = [file for file in built if file.exists()] if _MODE == "1" else [Path(_MODE)]
@@ -127,8 +127,8 @@ def _of_log_softmax(axes: Axes, logits: Type) -> Types:
 def _program(name: str, roles: str, results: Callable[..., Types], *, in_place: bool = False) -> Program:
     """The kernel `name` as the program of a plain function of the same arrays, whose absent results are None.
 
-    `roles` are those of the arrays behind the first, see `_takes`. `in_place` overwrites the first with the result:
-    XLA copies it before if it is read again.
+    `roles` are the roles of the arrays after the first, see `_takes`. `in_place` overwrites the first with the result:
+    XLA copies it first if it is read again.
     """
 
     def choose(single_device: bool, types: Types, axes: Axes) -> Function | None:
@@ -140,7 +140,7 @@ def _program(name: str, roles: str, results: Callable[..., Types], *, in_place: 
         return run if all(_takes(role, array, logits, axes) for role, array in given) else None
 
     def run(arrays: tuple[Array | None, ...], axes: Axes) -> Results:
-        # The handlers know an absent array by its having no elements.
+        # The handlers recognise an absent array by its having no elements.
         nothing = jnp.zeros(0, jnp.float32)
         expected = results(axes, *arrays)
         types = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in (nothing if r is None else r for r in expected)]
@@ -179,7 +179,7 @@ def _fits(logits: Type, axes: Axes) -> bool:
 
 
 def _takes(role: str, array: Type, logits: Type, axes: Axes) -> bool:
-    """Whether a kernel takes the array in its role beside the logits, whose bounds it keeps to without looking."""
+    """Whether a kernel can take the array in its role with these logits: kernels do not check bounds."""
     if role == "like":
         return (array.shape, array.dtype) == (logits.shape, logits.dtype)
     dtype = {"label": jnp.int32, "mask": jnp.bool_}.get(role, compute_dtype(logits.dtype))
@@ -188,7 +188,7 @@ def _takes(role: str, array: Type, logits: Type, axes: Axes) -> bool:
     if role != "weights":
         return (array.shape, array.dtype) == (_position(logits, axes).shape, dtype)
     first, ahead = logits.ndim + axes[0], logits.shape[: axes[0]]
-    # One weight a class may be shared by consecutive vectors: by all, or under `vmap` by those of one example.
+    # One weight per class may be shared by consecutive vectors: by all, or under `vmap` by one example's vectors.
     class_sizes = tuple(
         size if axis in axes else 1 for axis, size in zip(range(-logits.ndim, 0), logits.shape, strict=True)
     )
@@ -197,7 +197,7 @@ def _takes(role: str, array: Type, logits: Type, axes: Axes) -> bool:
 
 
 def _position(logits: Type, axes: Axes) -> jax.ShapeDtypeStruct:
-    """The type of one number a position, in the dtype to compute in."""
+    """The type of one number per position, in the dtype to compute in."""
     shape = list(logits.shape)
     for axis in axes:
         shape[axis] = 1
@@ -207,13 +207,13 @@ def _position(logits: Type, axes: Axes) -> jax.ShapeDtypeStruct:
 def log1p(single_device: bool, types: tuple[Type], axes: Axes) -> Function:
     """log(1 + x) of x ≥ 0 as log u + (x − (u − 1)) / u, u being 1 + x as it is rounded (W. Kahan's correction).
 
-    XLA's own chooses between two formulas, and where a choice follows its CPU makes both for each number alone: that
-    took 10 times as long as logarithms side by side.
+    XLA's own selects between two formulas; if another select follows, XLA's CPU computes both without vectorising,
+    which took 10 times as long as vectorised logarithms.
     """
 
     def run(arrays: tuple[Array], axes: Axes) -> tuple[Array]:
         (x,) = arrays
-        u = jnp.maximum(1 + x, 1)  # of no effect, but for XLA not to simplify u − 1
+        u = jnp.maximum(1 + x, 1)  # no effect on the value: keeps XLA from simplifying u − 1
         return (jnp.log(u) + (x - (u - 1)) / u,)
 
     return run

@@ -22,7 +22,7 @@ def with_platform_impl(**programs: Program) -> Callable[[Function], Function]:
 
     All arrays have one rank, those without classes a length of one in their place, and so have the results.
     `program(single_device, types, axes)` is asked when a call is compiled, and returns the function to compile, or None
-    to leave the call to `plain`. `single_device` says whether the arrays lie on one device, as inside a `shard_map`;
+    to leave the call to `plain`. `single_device` says whether the arrays are on one device, as inside a `shard_map`;
     if not, XLA still has to shard the call, and it can only shard its own operations, not a kernel.
     """
 
