@@ -98,6 +98,19 @@ def is_on_one_device(context: Any) -> bool:
         return False
 
 
+def device_lowered_for(context: Any) -> Any:
+    """A device, perhaps abstract, that what is lowered here will run on; None if JAX does not tell."""
+    try:
+        if context.module_context.lowering_parameters.for_export:
+            return None
+        devices = context.module_context.axis_context
+        if isinstance(devices, getattr(jax.interpreters.mlir, CONTEXTS[0], ())):
+            return devices.mesh.abstract_mesh.abstract_device
+        return devices.device_assignment[0]
+    except (AttributeError, TypeError):
+        return None
+
+
 def as_primitive(
     batch: Callable[[int, Any, Any, Any], tuple[Results, tuple[int, ...]] | None],
     programs: Mapping[str, Callable[[Any, Any, Any], Function]] | None = None,
