@@ -53,7 +53,7 @@ def by_platform(formula: Function) -> Callable[[Callable[[Device, Any, Any], Res
 
         choices = {name: functools.partial(choose, name) for name in ("cuda", "rocm", "tpu")}
         on_cpu = functools.update_wrapper(functools.partial(plain, Device("cpu")), plain)
-        return as_primitive(lambda *_: None, choices, formula)(on_cpu)
+        return as_primitive(lambda *_: None, choices, formula, needs_devices=True)(on_cpu)
 
     return decorate
 

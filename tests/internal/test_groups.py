@@ -87,7 +87,7 @@ def test_the_kind_is_that_of_the_devices_that_a_program_is_lowered_for():
         seen.append(device_lowered_for(context))
         return lambda arrays, static: arrays
 
-    seam = as_primitive(lambda *_: None, {"cpu": choose})(lambda arrays, static: arrays)
+    seam = as_primitive(lambda *_: None, {"cpu": choose}, needs_devices=True)(lambda arrays, static: arrays)
     ones = jnp.ones((4, 2))
     one = functools.partial(seam, static=None)
     jax.jit(lambda x: one((x,))[0]).lower(ones)
