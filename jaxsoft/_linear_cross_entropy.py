@@ -69,8 +69,8 @@ def linear_cross_entropy(
         with_statistics: whether to return, from the same logits, what is logged beside a loss.
         kernel_axis: the kernel's class axis: -1, or 0 for a kernel of shape (classes, features), such as tied
             embeddings, of which no copy is made.
-        memory_budget: bytes that one tile's logits and their gradient may take; None for what suits the platform it
-            is compiled for.
+        memory_budget: bytes that one tile's logits and their gradient, and what is kept of them, may take; None for what
+            suits the device it is compiled for, on an accelerator a third of its memory at most.
         axis_name: inside `jax.shard_map`, or on an automatic mesh set by `jax.set_mesh`, the mesh axis over which the
             classes are laid in contiguous blocks. Inside `shard_map`, kernel, bias, `where` and distributions are of
             one block; labels and class weights are of all classes. The loss and gradients are those of the whole
@@ -94,7 +94,7 @@ def linear_cross_entropy(
     three matrix products a tile, 6·N·D·V operations. "none" forms them in the backward pass, from logits
     computed again: four, 8·N·D·V. Without differentiation there is one, and none for an input that is not
     differentiated. The gradient of the kernel is summed in float32, over devices too. Training takes memory for
-    one tile, the gradients, and a product or two of the kernel's size: see `plan_linear_cross_entropy`.
+    one tile, what is kept, the gradients, and a product or two of the kernel's size: see `plan_linear_cross_entropy`.
 
     Under `jax.vmap` over features, and targets and weights where these are mapped, as over sequences, all examples
     are positions of one loss, with gradients formed in the backward pass. A mapped layer, and `vmap` of a

@@ -1,7 +1,5 @@
 """Tiles in groups, as accelerators take them: their products and values are those of one tile of everything."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,15 +87,15 @@ def test_the_kind_is_that_of_the_devices_that_a_program_is_lowered_for():
 
     seam = as_primitive(lambda *_: None, {"cpu": choose}, needs_devices=True)(lambda arrays, static: arrays)
     ones = jnp.ones((4, 2))
-    one = functools.partial(seam, static=None)
-    jax.jit(lambda x: one((x,))[0]).lower(ones)
+    one = lambda x: seam((x,), None)[0]  # noqa: E731
+    jax.jit(one).lower(ones)
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))
     placed = jax.ShapeDtypeStruct(ones.shape, ones.dtype, sharding=NamedSharding(mesh, P("data")))
-    jax.jit(jax.shard_map(lambda x: one((x,))[0], mesh=mesh, in_specs=P("data"), out_specs=P("data"))).lower(placed)
+    jax.jit(jax.shard_map(one, mesh=mesh, in_specs=P("data"), out_specs=P("data"))).lower(placed)
     kind = jax.devices()[0].device_kind
     assert [found.device_kind for found in seen] == [kind, kind]
     seen.clear()
-    jax.export.export(jax.jit(lambda x: one((x,))[0]), platforms=["cpu"])(ones)
+    jax.export.export(jax.jit(one), platforms=["cpu"])(ones)
     assert seen == [None]
 
 
