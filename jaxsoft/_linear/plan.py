@@ -78,9 +78,9 @@ def plan_linear_cross_entropy(
     counted here, since to know it a device is needed. On an accelerator in half precision it has as many as hide the
     reading of the kernel behind their product, 512 or 1024 by the kind of device. Of a group of tiles, as many as fit
     into a third of the device's memory, logit gradients are kept for one product for each input: each group reads and
-    writes the kernel's gradient in float32, unless it is the only one. A group has 8192 positions at most, on a GPU
-    2048, or all where N ≤ 2·D: those take less than that gradient in float32. Where none are kept, for distributions, a
-    frozen kernel and float32, a tile has 1024 positions.
+    writes the kernel's gradient in float32, unless it is the only one. A group has 4096 positions at most, on a GPU
+    2048, or 2·D more if these are all: they take no more than such a group and that gradient. Where none are kept, for
+    distributions, a frozen kernel and float32, a tile has 1024 positions.
 
     Args:
         positions: N, of one device where the data are sharded.
@@ -198,9 +198,11 @@ def plan_tile(
     most = max(min(limit // row, ACCELERATOR_ROWS), 1) if known else ACCELERATOR_ROWS
     loss_rows = _shared(positions, min(most, ACCELERATOR_LOSS_ROWS))
     if kernel_moves and jnp.finfo(dtype).bits == 16 and not distributions and known and isinstance(positions, int):
-        # All of up to 2·D take less than the kernel's gradient in float32, which a single group does not have.
-        kept = 2 * features if isinstance(features, int) and positions <= 2 * features else device.traits.group_rows
-        grouped = _group(positions, (device.traits.rows, kept), (row, classes * dtype.itemsize), limit)
+        # A single group, of 2·N·V bytes, does without the kernel's gradient in float32, which takes 4·D·V.
+        _, tile_rows, kept = device.traits
+        if isinstance(features, int) and positions <= kept + 2 * features:
+            kept = positions + tile_rows
+        grouped = _group(positions, (tile_rows, kept), (row, classes * dtype.itemsize), limit)
         if grouped is not None:
             return Tile(grouped[0], loss_rows, grouped[1])
     rows = _shared(positions, most)

@@ -72,7 +72,7 @@ def test_what_is_kept_and_a_tile_are_within_the_budget(kind, budget):
         assert tile.group_rows % tile.rows == 0
         assert not keeps or tile.rows % ALIGNED_ROWS == 0
         assert tile.group_rows < positions + max(tile.rows, 1)
-        assert not keeps or tile.group_rows <= max(2 * features, device.traits.group_rows)
+        assert not keeps or tile.group_rows <= device.traits.group_rows + 2 * features + tile.rows
         for narrow in (plan_tile(device, shape, jnp.dtype("float32"), False, budget),
                        plan_tile(device, shape, jnp.dtype("bfloat16"), False, budget, kernel_moves=False)):  # fmt: skip
             assert narrow.group_rows == narrow.rows <= 1024
