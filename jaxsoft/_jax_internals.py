@@ -127,6 +127,22 @@ def is_on_one_device(context: Any) -> bool:
         return False
 
 
+def device_lowered_for(context: Any) -> Any:
+    """A device, perhaps abstract, that what is lowered here will run on; None if JAX does not tell.
+
+    Outside of a `shard_map` it tells the primitives of `as_primitive(..., needs_devices=True)` alone.
+    """
+    try:
+        if context.module_context.lowering_parameters.for_export:
+            return None
+        devices = context.module_context.axis_context
+        if isinstance(devices, getattr(jax.interpreters.mlir, CONTEXTS[0], ())):
+            return devices.mesh.abstract_mesh.abstract_device
+        return devices.device_assignment[0]
+    except (AttributeError, TypeError):
+        return None
+
+
 def as_primitive(
     batch: Callable[[int, Any, Any, Any], tuple[Results, tuple[int, ...]] | None],
     programs: Mapping[str, Callable[[Any, Any, Any], Function]] | None = None,
@@ -134,6 +150,7 @@ def as_primitive(
     *,
     transpose: Callable[[Results, Any, Any], list[Array | None]] | None = None,
     result_types: Callable[[Any], Any] | None = None,
+    needs_devices: bool = False,
 ) -> Callable[[Function], Function]:
     """Give `fn(arrays, static)`, which returns a tuple of arrays, another form under `jax.vmap`, or on a platform.
 
@@ -150,7 +167,7 @@ def as_primitive(
     def decorate(fn: Function) -> Function:
         plain = fn if formula is None else _with_derivative_of(formula, fn)
         rules = _Rules(fn, plain, batch, formula, transpose, result_types)
-        make = functools.cache(lambda: _bind(rules, programs or {}))
+        make = functools.cache(lambda: _bind(rules, programs or {}, needs_devices))
 
         @functools.wraps(fn)
         def wrapper(arrays: Any, static: Hashable) -> Results:
@@ -178,7 +195,7 @@ def _with_derivative_of(formula: Function, fn: Function) -> Function:
     return plain
 
 
-def _bind(rules: "_Rules", programs: Mapping[str, Callable]) -> Callable[..., Results]:
+def _bind(rules: "_Rules", programs: Mapping[str, Callable], needs_devices: bool = False) -> Callable[..., Results]:
     """The function that adds a primitive with these rules to what is traced."""
     from jax.extend.core import Primitive
     from jax.interpreters.ad import primitive_jvps, primitive_transposes
@@ -196,7 +213,18 @@ def _bind(rules: "_Rules", programs: Mapping[str, Callable]) -> Callable[..., Re
     register_lowering(primitive, lower_fun(rules.call, multiple_results=True))
     for platform, choose in programs.items():
         register_lowering(primitive, functools.partial(_lower, choose), platform=platform)
+    if needs_devices and (told := _primitives_told_of_devices()) is not None:
+        told.add(primitive)
     return primitive.bind
+
+
+def _primitives_told_of_devices() -> set | None:
+    """The primitives whose lowering knows the devices; None where this JAX has no such set."""
+    try:
+        from jax._src.dispatch import prim_requires_devices_during_lowering
+    except ImportError:
+        return None
+    return prim_requires_devices_during_lowering
 
 
 class _Rules(NamedTuple):
@@ -320,6 +348,7 @@ def lacking() -> list[str]:
     lacks += ["jax.make_user_context"] if isinstance(checking, _Context) else []
     lacks += [f"jax.interpreters.mlir.{name}" for name in CONTEXTS if not hasattr(jax.interpreters.mlir, name)]
     number = jax.ShapeDtypeStruct((), "float32")
+    lacks += ["primitives that are told of devices"] if _primitives_told_of_devices() is None else []
     lacks += ["the manual axes of a type"] if not knows_manual_axes(number) else []
     lacks += ["the sharding of a type"] if type_sharding(number) is None else []
     return lacks + [f"jax.core.{name}" for name in ("Tracer", "max_dim", "min_dim") if not hasattr(jax.core, name)]

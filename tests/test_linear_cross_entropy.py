@@ -582,6 +582,23 @@ def test_plan():
     assert kept == [0, 4096 * 32_000 * 2]  # within the budget or not at all
 
 
+def test_the_plan_follows_the_kind_of_device_and_says_so():
+    plan = functools.partial(plan_linear_cross_entropy, 4096, 4096, 128_256, "bfloat16")
+    rows = {kind: plan(device_kind=kind).rows for kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x")}
+    assert rows == {"TPU v5 lite": 512, "TPU v5": 512, "TPU v6 lite": 1024, "TPU7x": 512}
+    tomorrow = plan(device_kind="TPU of tomorrow")
+    assert tomorrow[:-1] == plan(platform="tpu")[:-1] == plan(device_kind="TPU v6 lite")[:-1]
+    assert str(tomorrow).endswith("; for any TPU within a third of 16 GB, where the kernel's gradient is written once")
+    small = plan(device_kind="TPU7x", memory_budget=2**30)
+    assert (small.groups, small.tile_bytes + small.kept_bytes <= 2**30) == (2, True)
+    assert small.reason == "for TPU7x within the budget, where the kernel's gradient is written 2 times"
+    assert plan(device_kind="cpu").reason == "on a CPU"
+    with pytest.raises(ValueError, match="device_kind: expected a kind of the platform 'gpu', got 'TPU7x'"):
+        plan(platform="gpu", device_kind="TPU7x")
+    with pytest.raises(TypeError, match="device_kind: expected a string, got 7"):
+        plan(device_kind=7)
+
+
 def test_to_plan_for_a_platform_no_device_is_needed():
     """A process of a cluster has none before it has met the others."""
     program = (

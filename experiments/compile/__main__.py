@@ -30,9 +30,9 @@ from experiments.compile.targets import TARGETS, devices_of, with_peak
 class Config:
     """Options of the experiment."""
 
-    device: Annotated[Literal["h100", "a100", "b200", "tpu-v5e", "tpu-v5p", "tpu-v6e"], tyro.conf.arg(name="for")] = (
-        "h100"
-    )
+    device: Annotated[
+        Literal["h100", "a100", "b200", "tpu-v5e", "tpu-v5p", "tpu-v6e", "tpu7x"], tyro.conf.arg(name="for")
+    ] = "h100"
     """The device to compile for."""
     suite: Literal["small", "full"] = "full"
     """The cases: small takes half a minute."""

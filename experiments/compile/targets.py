@@ -42,6 +42,8 @@ TARGETS = {
     "tpu-v5e": Target("TPU v5e", 0.819e12, 197e12, 197e12, "Google Cloud, TPU v5e, key chip specifications"),
     "tpu-v5p": Target("TPU v5p", 2.765e12, 459e12, 459e12, "Google Cloud, TPU v5p, key chip specifications"),
     "tpu-v6e": Target("TPU v6e", 1.64e12, 918e12, 918e12, "Google Cloud, TPU v6e, key chip specifications"),
+    # A chip, of 7.37 TB/s and 2307 TFLOP/s by its data sheet, is two devices.
+    "tpu7x": Target("TPU7x", 3.685e12, 1153.5e12, 1153.5e12, "Google Cloud, TPU7x, key chip specifications, halved"),
 }
 
 # What XLA asks of a GPU before it compiles for it, as a protocol buffer in text. Source: the devices' own answers, as
@@ -99,7 +101,7 @@ def missing(target: Target) -> str | None:
 
 
 def devices_of(target: Target) -> list[Any]:
-    """Four of them, to compile for and for nothing else."""
+    """Four of them, each on a chip of its own, to compile for and for nothing else."""
     if reason := missing(target):
         raise InputError(reason)
     jax.config.update("jax_platforms", "cpu")  # nothing runs: do not look for a device of this machine
@@ -112,14 +114,15 @@ def devices_of(target: Target) -> list[Any]:
             gpu_device_info {{ name: "{target.kind}" {NVIDIA} {GPUS[target.kind]} }}
         """
         return topologies.get_topology_desc(platform="cuda", topology=f"1x{CHIPS}x1", target_config=config).devices
-    name = target.kind.removeprefix("TPU ")
+    name = "tpu7x" if target.kind == "TPU7x" else target.kind.removeprefix("TPU ")
     os.environ |= {
         "TPU_ACCELERATOR_TYPE": f"{name}-8",
         "TPU_SKIP_MDS_QUERY": "1",  # it would ask the cloud which machine this is
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # a second process would end at the first one's lock
     }
-    slice_ = "2x2x1" if name == "v5p" else "2x2"
-    return topologies.get_topology_desc(
+    slice_ = "2x2" if name in ("v5e", "v6e") else "2x2x1"
+    devices = topologies.get_topology_desc(
         platform="tpu", topology_name=f"{name}:{slice_}", chips_per_host_bounds=(2, 2, 1)
     ).devices
+    return [device for device in devices if device.core_on_chip == 0]

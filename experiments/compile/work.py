@@ -173,7 +173,7 @@ def read_of(inner: Computation, parameter: Instruction, size: Callable[[tuple[Ar
     for user in inner.instructions.values():
         if not names & {*user.operands}:
             continue
-        if user.opcode in VIEWS:
+        if user.opcode in VIEWS or "output_to_operand_aliasing" in user.attributes:  # in another layout, where it lies
             names.add(user.name)
         elif user.operands[0] in names and not names & {*user.operands[1:]} and user.opcode in SLICES:
             # In the operand's own dtype, which a view may have changed.

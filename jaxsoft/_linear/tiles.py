@@ -19,8 +19,9 @@ from jaxsoft._arrays.sharding import axes_after_psum, is_replicated, pvary
 from jaxsoft._formula.head import Values, evaluate, evaluate_plainly
 from jaxsoft._jax_internals import Results, manual_axes
 from jaxsoft._linear.args import DiffArgs, HeadConfig, LinearParams
-from jaxsoft._linear.plan import Platform, Tile, plan_tile
+from jaxsoft._linear.plan import Tile, plan_tile
 from jaxsoft._platform.cpu import native_kernels
+from jaxsoft._platform.devices import Device
 from jaxsoft._platform.dispatch import by_platform
 
 
@@ -29,18 +30,18 @@ def _values_formula(arrays: tuple[LinearParams, Any], config: HeadConfig) -> Res
 
 
 @by_platform(_values_formula)
-def tiled_values(platform: Platform, arrays: tuple[LinearParams, Any], config: HeadConfig) -> Results:
+def tiled_values(device: Device, arrays: tuple[LinearParams, Any], config: HeadConfig) -> Results:
     """The values of every position, each of shape (N, …)."""
     (layer, operands), head = arrays, config.head
 
-    def step(rows: Array, first: Any, values: Results) -> Results:
+    def step(rows: Array, values: Results) -> Results:
         x, t = _gather_rows(rows, (layer.features, operands), config)
         logits = _to_logits(_products(x, layer, config), layer)
         new = head.values(t, head.statistics(logits, 1, t, config.axis_name), 1)
         return _scatter_rows(rows, values, new)
 
-    rows = _tile(platform, layer, operands, config).loss_rows
-    return _over_tiles(platform, rows, operands, config, step, _init_output(layer, operands, config))
+    rows = _tile(device, layer, operands, config).loss_rows
+    return _over_tiles(device, rows, operands, config, step, _init_output(layer, operands, config))
 
 
 def _gradients_formula(arrays: tuple[LinearParams, Any, Results], static: tuple[HeadConfig, DiffArgs]) -> Results:
@@ -49,21 +50,20 @@ def _gradients_formula(arrays: tuple[LinearParams, Any, Results], static: tuple[
 
 @by_platform(_gradients_formula)
 def tiled_gradients(
-    platform: Platform, arrays: tuple[LinearParams, Any, Results], static: tuple[HeadConfig, DiffArgs]
+    device: Device, arrays: tuple[LinearParams, Any, Results], static: tuple[HeadConfig, DiffArgs]
 ) -> Results:
     """The values of every position, and the gradients of the sum of cotangents·values that are needed."""
     (layer, operands, _), (config, needs_grad) = arrays, static
-    tile = _tile(platform, layer, operands, config, kernel_moves=needs_grad.kernel)
-    run = _deferred if tile.deferred else _accumulated
-    values, gradients = run(_Gradients(platform, tile.rows, *arrays, *static))
+    tile = _tile(device, layer, operands, config, kernel_moves=needs_grad.kernel)
+    values, gradients = _summed(_Gradients(device, tile, *arrays, *static))
     return *values, *(gradient for gradient in gradients if gradient is not None)
 
 
 class _Gradients(NamedTuple):
     """What the loops over gradients share."""
 
-    platform: Platform
-    rows: int
+    device: Device
+    tile: Tile
     layer: LinearParams
     operands: Any
     cotangents: Results
@@ -79,8 +79,8 @@ class _Gradients(NamedTuple):
         """Over shards the features' gradient is summed in the dtype to compute in; otherwise it has the features'."""
         return self.dtype if self.config.axis_name is None else compute_dtype(self.dtype)
 
-    def one_tile(self, rows: Array) -> tuple[Array, Values, Array, Array | None]:
-        """A tile's features, values, and gradients to x·W + b and to the target weights."""
+    def one_tile(self, rows: Array, carry: Any) -> tuple[Array, Any, Array]:
+        """A tile's features, its values and smaller gradients with those carried along, and those to its products."""
         layer, config = self.layer, self.config
         x, t, c = _gather_rows(rows, (layer.features, self.operands, self.cotangents), config)
         x = jnp.where(t.ignored, 0, x)  # by a class weight of 0 too, and then its features may be NaN
@@ -88,13 +88,43 @@ class _Gradients(NamedTuple):
         statistics = config.head.statistics(logits, 1, t, config.axis_name)
         values = config.head.values(t, statistics, 1)
         # Not over shards, where both would be typed as varying.
-        if self.platform == "cpu" and config.axis_name is None and not native_kernels().loaded:
+        if self.device.platform == "cpu" and config.axis_name is None and not native_kernels().loaded:
             # Without it XLA would keep the exponentials of the statistics for the gradient, as large as the logits.
             logits, statistics = lax.optimization_barrier((logits, statistics))
         in_place = not self.needs_grad.target_weights
         grad_logits, grad_weights = config.head.gradients(logits, t, statistics, 1, c, in_place=in_place)
         (grad_products,) = pull(grad_logits)
-        return x, values, grad_products, grad_weights
+        results, gradients = carry
+        gradients = self.added(rows, gradients, grad_products, grad_weights)
+        return x, (_scatter_rows(rows, results, values), gradients), grad_products
+
+    def one_group(self, rows: Array, carry: Any) -> tuple[Array, Any, Array]:
+        """A group's features, the same carried along, and the gradients to its products in the features' dtype."""
+        if self.tile.rows == self.tile.group_rows:
+            x, carry, grad_products = self.one_tile(rows, carry)
+            return x, carry, grad_products.astype(x.dtype)  # or products of them would be taken in float32
+        length, tiles = self.tile.rows, self.tile.group_rows // self.tile.rows
+        used = tiles
+        if self.config.may_ignore:
+            used = (jnp.sum(rows < self.layer.features.shape[0]) + length - 1) // length
+        classes, axes = self.layer.kernel.shape[self.config.class_axis], manual_axes(self.layer)
+
+        def put(kept: Array, tile: Array, grad_products: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(kept, grad_products.astype(kept.dtype), tile * length, 0)
+
+        def step(tile: Array, state: Any) -> Any:
+            carry, kept = state
+            _, carry, grad_products = self.one_tile(lax.dynamic_slice_in_dim(rows, tile * length, length), carry)
+            return carry, put(kept, tile, grad_products)
+
+        # Zeros everywhere would be another pass over a group's logits, and by a TPU's compiler more than one.
+        kept = pvary(lax.empty((tiles * length, classes), self.dtype), axes)
+        carry, kept = lax.fori_loop(0, used, step, (carry, kept))
+        if self.config.may_ignore:
+            zeros = pvary(jnp.zeros((length, classes), self.dtype), axes)
+            kept = lax.fori_loop(used, tiles, lambda tile, kept: put(kept, tile, zeros), kept)
+        x, ignored = _gather_rows(rows, (self.layer.features, self.operands.ignored), self.config)
+        return jnp.where(ignored, 0, x), carry, kept
 
     def to_features(self, grad_products: Array) -> Array:
         contracted = (((1,), (self.config.class_axis,)), ((), ()))
@@ -108,7 +138,7 @@ class _Gradients(NamedTuple):
         contracted = (((0,), (0,)), ((), ()))
         return lax.dot_general(first, second, contracted, preferred_element_type=compute_dtype(self.dtype))
 
-    def init(self, needs_grad: DiffArgs) -> tuple[Results, DiffArgs]:
+    def init(self) -> tuple[Results, DiffArgs]:
         """Values and gradients before the first tile, typed as varying like what is added to them."""
         wide = compute_dtype(self.dtype)
         dtypes = DiffArgs(self.features_dtype, wide, wide, wide)
@@ -121,7 +151,7 @@ class _Gradients(NamedTuple):
                 axes = axes_after_psum(axes, self.config.axis_name)
             return pvary(jnp.zeros(array.shape, dtype), axes)
 
-        gradients = DiffArgs(*map(zeros, diff_args(self.layer, self.operands), needs_grad, dtypes))
+        gradients = DiffArgs(*map(zeros, diff_args(self.layer, self.operands), self.needs_grad, dtypes))
         return _init_output(self.layer, self.operands, self.config), gradients
 
     def added(self, rows: Array, gradients: DiffArgs, grad_products: Array, grad_weights: Array | None) -> DiffArgs:
@@ -133,56 +163,23 @@ class _Gradients(NamedTuple):
             gradients = gradients._replace(target_weights=filled)
         return gradients
 
-    def over_tiles(self, step: Callable[[Array, Any, Any], Any], start: Any) -> Any:
-        return _over_tiles(self.platform, self.rows, self.operands, self.config, step, start)
 
+def _summed(loop: _Gradients) -> tuple[Results, DiffArgs]:
+    """Groups of tiles, each of which adds its products to the gradients of features and kernel."""
 
-def _accumulated(loop: _Gradients) -> tuple[Results, DiffArgs]:
-    """Each tile adds its own matmuls to the gradients of features and kernel."""
-
-    def step(rows: Array, first: Any, carry: Any) -> Any:
+    def step(rows: Array, carry: Any) -> Any:
         values, gradients = carry
-        x, new, grad_products, grad_weights = loop.one_tile(rows)
-        gradients = loop.added(rows, gradients, grad_products, grad_weights)
-        narrow = grad_products.astype(x.dtype)  # otherwise the matmuls would run in float32
+        small = gradients._replace(features=None, kernel=None)
+        x, (values, small), grad_products = loop.one_group(rows, (values, small))
+        gradients = small._replace(features=gradients.features, kernel=gradients.kernel)
         if loop.needs_grad.features:
-            filled = gradients.features.at[rows].set(loop.to_features(narrow), mode="drop")
+            filled = gradients.features.at[rows].set(loop.to_features(grad_products), mode="drop")
             gradients = gradients._replace(features=filled)
         if loop.needs_grad.kernel:
-            gradients = gradients._replace(kernel=gradients.kernel + loop.to_kernel(x, narrow))
-        return _scatter_rows(rows, values, new), gradients
+            gradients = gradients._replace(kernel=gradients.kernel + loop.to_kernel(x, grad_products))
+        return values, gradients
 
-    return loop.over_tiles(step, loop.init(loop.needs_grad))
-
-
-def _deferred(loop: _Gradients) -> tuple[Results, DiffArgs]:
-    """Tiles keep their logit gradients, for one matmul each for features and kernel at the end.
-
-    For few positions in half precision: a tile that adds to the kernel's gradient reads and writes all of it in
-    float32, which takes more than these (see `plan_tile`).
-    """
-    layer, config, needs_grad = loop.layer, loop.config, loop.needs_grad
-
-    def step(rows: Array, first: Any, carry: Any) -> Any:
-        (values, gradients), kept = carry
-        x, new, grad_products, grad_weights = loop.one_tile(rows)
-        gradients = loop.added(rows, gradients, grad_products, grad_weights)
-        kept = lax.dynamic_update_slice_in_dim(kept, grad_products.astype(x.dtype), first, 0)
-        return (_scatter_rows(rows, values, new), gradients), kept
-
-    positions = layer.features.shape[0]
-    shape = -(-positions // loop.rows) * loop.rows, layer.kernel.shape[config.class_axis]
-    kept = pvary(jnp.zeros(shape, loop.dtype), manual_axes(layer))
-    start = loop.init(needs_grad._replace(features=False, kernel=False)), kept
-    (values, gradients), kept = loop.over_tiles(step, start)
-    rows, _ = _in_turn(loop.operands, config)
-    rows = jnp.pad(rows, (0, shape[0] - positions), constant_values=positions)
-    if needs_grad.features:
-        _, zeros = loop.init(DiffArgs(True, False, False, False))
-        filled = zeros.features.at[rows].set(loop.to_features(kept), mode="drop")
-        gradients = gradients._replace(features=filled)
-    x, ignored = _gather_rows(rows, (layer.features, loop.operands.ignored), config)
-    return values, gradients._replace(kernel=loop.to_kernel(jnp.where(ignored, 0, x), kept))
+    return _over_tiles(loop.device, loop.tile.group_rows, loop.operands, loop.config, step, loop.init())
 
 
 def diff_args(layer: LinearParams, operands: Any) -> DiffArgs:
@@ -228,7 +225,7 @@ def _scanned_values(fn: Callable[..., Values], layer: LinearParams, operands: An
         products = _products(x, layer._replace(kernel=layer.kernel.astype(x.dtype)), config)
         return fn(config.head, _to_logits(products, layer, _capped_in_scans), t, 1, config.axis_name)
 
-    positions, size = layer.features.shape[0], _tile("cpu", layer, operands, config).rows
+    positions, size = layer.features.shape[0], _tile(Device("cpu"), layer, operands, config).rows
     tiles = -(-positions // size)
     rows = jnp.arange(tiles * size).reshape(tiles, size)
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:positions], lax.map(tile, rows))
@@ -241,17 +238,15 @@ def _init_output(layer: LinearParams, operands: Any, config: HeadConfig) -> Resu
     return pvary(tuple(jax.tree.leaves(values)), axes)
 
 
-def _tile(
-    platform: Platform, layer: LinearParams, operands: Any, config: HeadConfig, *, kernel_moves: bool = True
-) -> Tile:
+def _tile(device: Device, layer: LinearParams, operands: Any, config: HeadConfig, *, kernel_moves: bool = True) -> Tile:
     (positions, width), classes = layer.features.shape, layer.kernel.shape[config.class_axis]
-    writes_out = platform == "cpu" and not native_kernels().loaded  # what the plain formula sums
+    writes_out = device.platform == "cpu" and not native_kernels().loaded  # what the plain formula sums
     is_wide = operands.is_wide or config.head.copies or writes_out
     budget = config.memory_budget
     if writes_out and budget is not None:
         budget = budget * 16 // 17  # a byte per class for a mask, in addition to four numbers of four
     return plan_tile(
-        platform,
+        device,
         (positions, width, classes),
         layer.features.dtype,
         is_wide,
@@ -261,28 +256,28 @@ def _tile(
 
 
 def _over_tiles(
-    platform: Platform,
+    device: Device,
     size: int,
     operands: Any,
     config: HeadConfig,
-    step: Callable[[Array, Any, Any], Any],
+    step: Callable[[Array, Any], Any],
     carry: Any,
 ) -> Any:
-    """Fold `step(rows, first, carry)` over tiles of the positions that are not ignored; `first` counts earlier ones."""
+    """Fold `step(rows, carry)` over tiles of the positions that are not ignored."""
     rows, count = _in_turn(operands, config)
     padded = jnp.pad(rows, (0, size), constant_values=rows.shape[0])
+    if device.platform != "cpu" and isinstance(rows.shape[0], int) and size >= rows.shape[0]:
+        return step(padded[:size], carry)
     spans = [(0, count, size)]
-    if platform == "cpu" and config.may_ignore and config.axis_name is None:
-        # The remainder after whole tiles is taken in tiles of an eighth, since a last whole tile could be mostly
-        # padding. Not on accelerators, where a small tile costs as much as a whole one, nor over shards, where each
-        # loop brings two all-reduces of its own.
+    if device.platform == "cpu" and config.may_ignore and config.axis_name is None:
+        # What whole tiles leave is taken in tiles of an eighth, or most of the last one could be ignored. A small tile
+        # costs an accelerator as much as a whole one, and over shards each loop brings two all-reduces of its own.
         whole = count - count % size
         spans = [(0, whole, size), (whole, count, -(-size // 8))]
     for first, end, length in spans:
 
         def body(tile: Array, carry: Any, first=first, length=length) -> Any:
-            row = first + tile * length
-            return step(lax.dynamic_slice_in_dim(padded, row, length), row, carry)
+            return step(lax.dynamic_slice_in_dim(padded, first + tile * length, length), carry)
 
         carry = lax.fori_loop(0, (end - first + length - 1) // length, body, carry)
     return carry

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxsoft._jax_internals import Function, Results, as_primitive, is_on_one_device
+from jaxsoft._jax_internals import Function, Results, as_primitive, device_lowered_for, is_on_one_device
+from jaxsoft._platform.devices import Device, as_device
 
 Axes = tuple[int, ...]  # the class axes, counted from the end: a mapped axis comes before them
 Program = Callable[[bool, Any, Axes], Function | None]
@@ -40,20 +41,19 @@ def with_platform_impl(**programs: Program) -> Callable[[Function], Function]:
     return decorate
 
 
-def by_platform(formula: Function) -> Callable[[Callable[[Any, Any, Any], Results]], Function]:
-    """Have `plain(platform, arrays, static)` know whether it is compiled for "cpu", "gpu" or "tpu".
+def by_platform(formula: Function) -> Callable[[Callable[[Device, Any, Any], Results]], Function]:
+    """Have `plain(device, arrays, static)` know what kind of device it is compiled for.
 
     The CPU's program is what is mapped, and `formula(arrays, static)`, which returns the same, what is differentiated.
     """
 
-    def decorate(plain: Callable[[Any, Any, Any], Results]) -> Function:
+    def decorate(plain: Callable[[Device, Any, Any], Results]) -> Function:
         def choose(platform: str, context: Any, types: Any, static: Any) -> Function:
-            return functools.partial(plain, platform)
+            return functools.partial(plain, as_device(platform, device_lowered_for(context)))
 
-        names = {"cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
-        choices = {name: functools.partial(choose, platform) for name, platform in names.items()}
-        on_cpu = functools.update_wrapper(functools.partial(plain, "cpu"), plain)
-        return as_primitive(lambda *_: None, choices, formula)(on_cpu)
+        choices = {name: functools.partial(choose, name) for name in ("cuda", "rocm", "tpu")}
+        on_cpu = functools.update_wrapper(functools.partial(plain, Device("cpu")), plain)
+        return as_primitive(lambda *_: None, choices, formula, needs_devices=True)(on_cpu)
 
     return decorate
 
