@@ -69,7 +69,7 @@ def linear_cross_entropy(
         with_statistics: whether to return, in addition to the loss and from the same logits, what is usually logged.
         kernel_axis: the kernel's class axis: -1, or 0 for a kernel of shape (classes, features), such as tied
             embeddings, which is used without a transposed copy.
-        memory_budget: bytes that one tile's logits and their gradient, and what is kept of them, may take; None for what
+        memory_budget: bytes that one tile's logits, their gradient, and what is kept of them may take; None for what
             suits the device it is compiled for, on an accelerator a third of its memory at most.
         axis_name: inside `jax.shard_map`, or on an automatic mesh set by `jax.set_mesh`, the mesh axis over which the
             classes are sharded in contiguous blocks. Inside `shard_map`, kernel, bias, `where` and distributions hold
