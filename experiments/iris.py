@@ -108,8 +108,8 @@ def read_split(path: Path, seed: int) -> Split:
     """Hold out 30 % of each species; standardise by the mean and deviation of the rest."""
     features, species = read_iris(path)
     check_species(path, species, 4)
-    train, test = train_test_split(np.arange(species.size), test_size=0.3, stratify=species, random_state=seed)
-    return split_of(path, features, species, train, test)
+    parts = train_test_split(np.arange(species.size), test_size=0.3, stratify=species, random_state=seed)
+    return split_of(path, features, species, *map(np.asarray, parts))
 
 
 def read_folds(path: Path, seed: int) -> list[Split]:

@@ -7,6 +7,7 @@ from jaxsoft._arrays.checks import checked
 from jaxsoft._cross_entropy import cross_entropy
 from jaxsoft._divergences import kl_divergence, linear_kl_divergence
 from jaxsoft._doctor.diagnosis import Diagnosis, diagnose_gradient
+from jaxsoft._doctor.loss import diagnose_loss
 from jaxsoft._entropy import entropy
 from jaxsoft._formula.sparse import SparseTargets
 from jaxsoft._linear.plan import Plan, plan_linear_cross_entropy
@@ -31,6 +32,7 @@ __all__ = [
     "checked",
     "cross_entropy",
     "diagnose_gradient",
+    "diagnose_loss",
     "energy",
     "entropy",
     "init_mlp",

@@ -198,6 +198,7 @@ HOST = {  # looks at values
     "checked gradient": (jaxsoft.checked(jax.jit(jax.grad(jaxsoft.linear_cross_entropy))), X, W, Y, B),
     "checked caffe": (jaxsoft.checked(lambda z: caffe.softmax_with_loss(z, PIXELS, ignore_label=255)), IMAGE),
     "diagnose_gradient": (lambda z: jaxsoft.diagnose_gradient(z, Y, P - np.eye(5, dtype=np.float32)[Y]).row_sums, Z),
+    "diagnose_loss": (lambda z: jaxsoft.diagnose_loss(z, Y, np.float32(1.5)).true_loss, Z),
     "plan_linear_cross_entropy": (lambda: np.array(jaxsoft.plan_linear_cross_entropy(4096, 4096, 128_256)[:-1]),),
 }
 

@@ -25,7 +25,7 @@ OTHER_SHAPES = {
 
 @dataclass(frozen=True, eq=False)  # arrays have no one truth value to be equal by
 class Diagnosis:
-    """The result of `diagnose_gradient`; printing it prints the explanation."""
+    """The result of `diagnose_gradient` or `diagnose_loss`; printing it prints the explanation."""
 
     correct: bool
     verdict: str  # a few words, the same for the same finding
@@ -33,6 +33,8 @@ class Diagnosis:
     true_gradient: Float[np.ndarray, "..."]  # of the sum of the losses
     error: float  # distance to the true gradient of the sum or a mean, whichever is nearer, divided by its norm
     row_sums: Float[np.ndarray, "..."]  # sums over the classes; zero in every right gradient
+    true_loss: Float[np.ndarray, "..."] | None = None  # of each position, where a loss was judged
+    found: tuple[str, ...] = ()  # where a loss was judged, at most three explanations, the most likely first
 
     def __str__(self) -> str:
         return self.explanation

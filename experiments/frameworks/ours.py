@@ -1,0 +1,202 @@
+"""Our call for each call of a framework, of NumPy arrays with the classes last: what docs/coming-from says, as code."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.frameworks.cases import Case
+from jaxsoft import cross_entropy, entropy, kl_divergence
+
+Ours = Callable[[Case, jax.Array], jax.Array]  # of a case and its logits
+
+
+def value_and_gradient(ours: Ours, case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """The value, and the gradient of it or of its product with the case's cotangent."""
+    z = jnp.asarray(case.z, jnp.float64)
+
+    def scalar(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        value = ours(case, z)
+        cotangent = np.resize(case.arrays["cotangent"], value.shape)
+        return (value * cotangent).sum() if value.ndim else value, value
+
+    gradient, value = jax.grad(scalar, has_aux=True)(z)
+    return np.asarray(value), np.asarray(gradient)
+
+
+def smoothing(case: Case) -> float:
+    return case.options.get("smoothing", 0.0)
+
+
+def over(total: jax.Array, case: Case, count: float) -> jax.Array:
+    """The sum, or what is divided by a count of its own where a mean is asked for."""
+    return total / count if case.options["reduction"] == "mean" else total
+
+
+def as_pytorch(case: Case, z: jax.Array) -> jax.Array:
+    """PyTorch's and MindSpore's: the same names."""
+    return cross_entropy(
+        z,
+        case.targets,
+        ignore_index=case.get("ignore_index") if "labels" in case.arrays else None,
+        class_weights=case.get("class_weights"),
+        label_smoothing=smoothing(case),
+        reduction=case.options["reduction"],
+    )
+
+
+def batchmean(case: Case, z: jax.Array) -> jax.Array:
+    return kl_divergence(z, jnp.log(case.arrays["probs"]), reduction="sum") / len(case.z)
+
+
+def each(case: Case, z: jax.Array) -> jax.Array:
+    """A loss for each position."""
+    targets = case.targets
+    return cross_entropy(z, targets, reduction="none", label_smoothing=smoothing(case))
+
+
+def divergence(case: Case, z: jax.Array) -> jax.Array:
+    return kl_divergence(z, jnp.log(case.arrays["probs"]), reduction="none")
+
+
+def masked(case: Case, z: jax.Array) -> jax.Array:
+    return cross_entropy(z, case.y, ignore_index=case.get("ignore_index"))
+
+
+def over_all(case: Case, z: jax.Array) -> jax.Array:
+    """Keras's and MLX's: with weights a mean is over the number of positions, with ignore_class over the valid ones."""
+    count: float
+    ignored, options = case.get("ignore_index"), {"weights": case.get("weights"), "label_smoothing": smoothing(case)}
+    if "probs" in case.arrays:
+        targets, count = case.arrays["probs"], case.z[..., 0].size
+    else:
+        targets, count, options = case.y, int(np.sum(case.y != ignored)), options | {"ignore_index": ignored}
+    if case.options["reduction"] == "none":
+        return cross_entropy(z, targets, reduction="none", **options)
+    return over(cross_entropy(z, targets, reduction="sum", **options), case, count)
+
+
+def over_weights(case: Case, z: jax.Array) -> jax.Array:
+    """The mean over the weights, ours too."""
+    targets = case.targets
+    ignored = case.get("ignore_index") if "labels" in case.arrays else None
+    return cross_entropy(z, targets, ignore_index=ignored, weights=case.get("weights"), label_smoothing=smoothing(case))
+
+
+def no_class(case: Case, z: jax.Array) -> jax.Array:
+    """A label that is no class costs 0 in Keras on JAX, and counts."""
+    y = np.where((case.y >= 0) & (case.y < z.shape[-1]), case.y, -1)
+    return cross_entropy(z, y, ignore_index=-1, reduction="sum") / y.size
+
+
+def by_nonzero_weights(case: Case, z: jax.Array) -> jax.Array:
+    w = case.get("weights")
+    total = cross_entropy(z, case.y, weights=w, reduction="sum")
+    return over(total, case, case.y.size if w is None else int(np.count_nonzero(w)))
+
+
+def negative_ignored(case: Case, z: jax.Array) -> jax.Array:
+    """PaddlePaddle's for an ignore_index below 0 and without weights: over all positions."""
+    if case.options["reduction"] != "mean" or "class_weights" in case.arrays:
+        return as_pytorch(case, z)
+    options = {"ignore_index": -100, "label_smoothing": smoothing(case)}
+    return cross_entropy(z, case.y, reduction="sum", **options) / case.y.size
+
+
+def all_entries(case: Case, z: jax.Array) -> jax.Array:
+    """PaddlePaddle's with smoothing and an ignored label that is a class: nothing is ignored, over N·C."""
+    total = cross_entropy(z, case.y, label_smoothing=smoothing(case), reduction="sum")
+    return total / z.size
+
+
+def weight_of_row(case: Case, z: jax.Array) -> jax.Array:
+    """PaddlePaddle's of distributions: a weight Σ_j c_j t_j for each position."""
+    t, c = case.arrays["probs"], case.get("class_weights")
+    w = None if c is None else t @ c
+    return cross_entropy(z, t, weights=w, reduction=case.options["reduction"])
+
+
+def of_examples(case: Case, z: jax.Array) -> jax.Array:
+    """MXNet gluon's: a mean for each example, over its other axes."""
+    targets = case.targets
+    losses = cross_entropy(z, targets, weights=case.get("weights"), reduction="none")
+    return losses.reshape(len(losses), -1).mean(1)
+
+
+def output(divisor: str) -> Ours:
+    """The loss whose gradient MXNet's SoftmaxOutput gives."""
+
+    def ours(case: Case, z: jax.Array) -> jax.Array:
+        classes, ignored = z.shape[-1], case.get("ignore_index")
+        epsilon = smoothing(case) * classes / (classes - 1)  # ε/(C − 1) to the others
+        total = cross_entropy(z, case.y, ignore_index=ignored, label_smoothing=epsilon, reduction="sum")
+        counts = {"null": case.y[0].size, "batch": case.y.size, "valid": np.sum(case.y != ignored)}
+        return total / counts[divisor]
+
+    return ours
+
+
+def chainers(case: Case, z: jax.Array) -> jax.Array:
+    """Over the valid positions or, without normalize, over the batch size; never over class weights."""
+    if "probs" in case.arrays:  # class weights have no effect
+        losses = cross_entropy(z, case.arrays["probs"], reduction="none")
+        return losses if case.options["reduction"] == "none" else losses.mean()
+    options = {"ignore_index": case.get("ignore_index"), "class_weights": case.get("class_weights")}
+    if case.options["reduction"] == "none":
+        return cross_entropy(z, case.y, reduction="none", **options)
+    total = cross_entropy(z, case.y, reduction="sum", **options)
+    valid = np.sum(case.y != case.get("ignore_index"))
+    return total / (valid if case.options["reduction"] == "mean" else len(case.z))
+
+
+def tinygrads(case: Case, z: jax.Array) -> jax.Array:
+    """Rows of −1 cost ε·mean(−log p), and count; any other mark is as PyTorch's."""
+    if case.get("ignore_index") != -1:
+        return as_pytorch(case, z)
+    epsilon = smoothing(case)
+    uniform = np.full(z.shape, 1 / z.shape[-1])
+    losses = cross_entropy(z, case.y, ignore_index=-1, reduction="none") * (1 - epsilon)
+    losses += epsilon * cross_entropy(z, uniform, reduction="none")
+    reduced = {"mean": jnp.mean, "sum": jnp.sum, "none": lambda losses: losses}[case.options["reduction"]]
+    return reduced(losses)
+
+
+def negatives_ignored(case: Case, z: jax.Array) -> jax.Array:
+    """nnabla's: every label below 0."""
+    return cross_entropy(z, np.where(case.y < 0, -1, case.y), ignore_index=-1, reduction="none")
+
+
+def thincs(case: Case, z: jax.Array) -> jax.Array:
+    """The loss whose gradient Thinc gives, ε/(C − 1) to the others."""
+    targets = case.targets
+    epsilon = smoothing(case) * z.shape[-1] / (z.shape[-1] - 1)
+    total = cross_entropy(z, targets, label_smoothing=epsilon, reduction="sum")
+    return over(total, case, len(targets))
+
+
+def weighted_sum(case: Case, z: jax.Array) -> jax.Array:
+    return cross_entropy(z, case.y, weights=case.get("weights"), reduction="sum")
+
+
+def over_weights_or_sum(case: Case, z: jax.Array) -> jax.Array:
+    return cross_entropy(z, case.y, weights=case.get("weights"), reduction=case.options["reduction"])
+
+
+def nothing_left(case: Case, z: jax.Array) -> jax.Array:
+    """What differs between a booster's margins by its own objective and by our gradient: nothing."""
+    return 0 * z
+
+
+def log_probability(case: Case, z: jax.Array) -> jax.Array:
+    return -cross_entropy(z, case.y, reduction="none")
+
+
+def entropies(case: Case, z: jax.Array) -> jax.Array:
+    return entropy(z)
+
+
+def causal(case: Case, z: jax.Array) -> jax.Array:
+    """transformers': the labels are moved by one, and a number of tokens may be given to divide by."""
+    losses = {"ignore_index": -100, "reduction": case.options["reduction"]}
+    return cross_entropy(z[:-1], case.y[1:], **losses) / (7 if case.options["reduction"] == "sum" else 1)

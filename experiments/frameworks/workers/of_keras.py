@@ -1,0 +1,68 @@
+"""Keras, on the backend that KERAS_BACKEND names."""
+
+import os
+
+import keras
+import numpy as np
+from exchange import work
+from keras import losses, ops
+
+BACKEND = os.environ["KERAS_BACKEND"]
+
+
+def differentiated(case, loss):
+    if BACKEND == "jax":
+        import jax
+
+        def scalar(z):
+            value = loss(z)
+            return (value * case.cotangent).sum() if value.ndim else value
+
+        z = jax.numpy.asarray(case.logits)
+        return np.asarray(loss(z)), jax.grad(scalar)(z)
+    import tensorflow as tf
+
+    z = tf.constant(case.logits)
+    with tf.GradientTape() as tape:
+        tape.watch(z)
+        value = loss(z)
+        scalar = tf.reduce_sum(value * case.cotangent) if value.shape.rank else value
+    return value.numpy(), tape.gradient(scalar, z).numpy()
+
+
+REDUCTIONS = {"mean": "sum_over_batch_size", "sum": "sum", "none": None}
+
+
+def sparse(reduction, ignores=True):
+    def call(case):
+        name = reduction or REDUCTIONS[case.reduction]
+        loss = losses.SparseCategoricalCrossentropy(
+            from_logits=True, ignore_class=case.ignore_index if ignores else None, reduction=name
+        )
+        return differentiated(case, lambda z: loss(ops.convert_to_tensor(case.labels), z, sample_weight=case.weights))
+
+    return call
+
+
+def dense(reduction):
+    def call(case):
+        t = case.probs
+        if t is None:
+            t = np.eye(case.logits.shape[-1], dtype=case.logits.dtype)[case.labels]
+        loss = losses.CategoricalCrossentropy(
+            from_logits=True, label_smoothing=case.smoothing or 0.0, reduction=reduction or REDUCTIONS[case.reduction]
+        )
+        return differentiated(case, lambda z: loss(ops.convert_to_tensor(t), z, sample_weight=case.weights))
+
+    return call
+
+
+CALLS = {
+    "SparseCategoricalCrossentropy": sparse(None),
+    "SparseCategoricalCrossentropy, mean_with_sample_weight": sparse("mean_with_sample_weight"),
+    "CategoricalCrossentropy": dense(None),
+    "CategoricalCrossentropy, mean_with_sample_weight": dense("mean_with_sample_weight"),
+    "CategoricalCrossentropy, Σt ≠ 1": dense(None),
+    "SparseCategoricalCrossentropy, a label that is no class": sparse(None, ignores=False),
+}
+work(CALLS, "keras " + keras.__version__ + " on " + BACKEND)

@@ -1,0 +1,38 @@
+"""ONNX Runtime, and ONNX's own reference: one operator, whose gradient is not in what pip installs."""
+
+import numpy as np
+import onnx
+import onnxruntime
+from exchange import work
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+
+
+def model(case):
+    kind = TensorProto.FLOAT if case.logits.dtype == np.float32 else TensorProto.DOUBLE
+    names = ["z", "y"] + (["w"] if case.class_weights is not None else [])
+    options = {} if case.ignore_index is None else {"ignore_index": case.ignore_index}
+    node = helper.make_node("SoftmaxCrossEntropyLoss", names, ["loss"], reduction=case.reduction, **options)
+    given = [helper.make_tensor_value_info(name, TensorProto.INT64 if name == "y" else kind, None) for name in names]
+    graph = helper.make_graph([node], "loss", given, [helper.make_tensor_value_info("loss", kind, None)])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
+    made.ir_version = 8
+    return made
+
+
+def feed(case):
+    arrays = {"z": np.ascontiguousarray(case.classes_first), "y": case.labels}
+    return arrays if case.class_weights is None else dict(arrays, w=case.class_weights)
+
+
+def runtime(case):
+    session = onnxruntime.InferenceSession(model(case).SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, feed(case))[0], None
+
+
+def reference(case):
+    return ReferenceEvaluator(model(case)).run(None, feed(case))[0], None
+
+
+CALLS = {"SoftmaxCrossEntropyLoss": runtime, "SoftmaxCrossEntropyLoss, onnx's reference": reference}
+work(CALLS, "onnxruntime " + onnxruntime.__version__ + ", onnx " + onnx.__version__)

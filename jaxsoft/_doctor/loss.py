@@ -1,0 +1,233 @@
+"""The doctor of losses: which convention gives a number, or what is wrong with it."""
+
+from collections.abc import Iterable
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import ArrayLike, Bool, Float, Int
+
+from jaxsoft._arrays.checks import as_axis
+from jaxsoft._doctor.diagnosis import Diagnosis
+from jaxsoft._doctor.inputs import concrete, read
+from jaxsoft._doctor.loss_conventions import FORMS, REDUCTIONS, SMOOTHINGS, TELLS, WEIGHTINGS, smoothed, weighted
+from jaxsoft._doctor.loss_mistakes import ADDITIONS, HALF, HALF_TEXT, INPUTS, LOG_PROBS, LOSSES, OUTERS
+from jaxsoft._doctor.loss_sample import Options, Sample, log_softmax, read_sample, softmax
+from jaxsoft._doctor.loss_search import Precision, Way, distinct, search
+
+COUNTED_FROM_ONE = (
+    "Label {label} is outside [0, {label}), and no label is 0: these labels count the classes from 1, and here the "
+    "first class is 0. Subtract 1 from all of them. Of the loss, for the labels less one: "
+)
+NOTHING = "Nothing is left to average: a sum of 0 over a count of 0"
+
+
+def diagnose_loss(
+    logits: Float[ArrayLike, "..."],
+    targets: Int[ArrayLike, "..."] | Float[ArrayLike, "..."] | Bool[ArrayLike, "..."],
+    value: Float[ArrayLike, "..."],
+    axis: int = -1,
+    *,
+    ignore_index: int | None = None,
+    weights: Float[ArrayLike, "..."] | None = None,
+    class_weights: Float[ArrayLike, " classes"] | None = None,
+    label_smoothing: float = 0.0,
+) -> Diagnosis:
+    """Say which convention gives a cross-entropy's value, or what is wrong with it.
+
+    The value is compared with Σ_i k_i w_i Σ_j c_j t_ij (−log p_ij), for every way in which frameworks choose the
+    factors k of a mean, the weights and the smoothed targets t; and with what the usual mistakes make of it.
+
+    Args:
+        logits: the scores z that the loss was computed from, NumPy or JAX, classes along `axis`.
+        targets: integer labels of the logits' shape without the class axis; or a distribution of the
+            logits' shape.
+        value: what is to be judged: a number, or one for each position, or one for each example, which
+            is each index of the first axis.
+        axis: the class axis.
+        ignore_index: label of the ignored positions. With None these are the labels -1,
+            -100, 255, 65535 and -2**31 where they are no classes.
+        weights: of the positions, as the loss was to have them.
+        class_weights: one for each class, as the loss was to have them.
+        label_smoothing: ε in [0, 1], as the loss was to have it.
+
+    Returns:
+        A `Diagnosis`: whether some convention gives the value, a verdict, an explanation that names
+        frameworks, in `found` the names of at most three ways that give it, the likeliest first, in
+        `true_loss` the loss of each position with the options asked for, how far the value is from the
+        nearest of their sum and means, and the gradient of that sum.
+
+    Edges: everything is computed in float64. A value in float32, or one that a float32 holds, may be
+    off by 1e-5 of the losses plus one, in half precision by the dtype's own rounding, one of three to
+    six digits by half a unit of the last. One mistake is preferred to two; two are looked for in at
+    most 100,000 logits and where the value has more than six digits. Numbers such as ζ or ε are found
+    of one value where they are usual ones (1 to 5 times a power of ten, for instance), of three or
+    more values whatever they are. Where an axis has length one, or nothing has a weight, conventions
+    coincide: the explanation says so, and what would tell them apart. A NaN is right where nothing is
+    left to average. This is a tool for concrete arrays, not for `jit`.
+
+    Raises:
+        TypeError: traced arrays, or arrays that are not real numbers.
+        ValueError: shapes that do not fit, logits or targets that are not finite, no positions, other
+            labels outside [0, classes) than those above.
+
+    Example:
+        >>> import numpy as np
+        >>> from jaxsoft import diagnose_loss
+        >>> z, y = np.array([[1.0, 2, 3], [0, 0, 0], [3, 1, 2]]), np.array([2, -100, 1])
+        >>> print(diagnose_loss(z, y, 0.9384, ignore_index=-100).verdict)
+        correct: mean over all positions, ignored ones too
+        >>> print(diagnose_loss(z, y, 4.0615, ignore_index=-100).verdict)
+        log2 in place of ln
+
+    Source: the conventions of seventeen frameworks as they were run, `experiments/frameworks`.
+    """
+    given, shape = concrete("value", value), np.shape(logits)
+    axis = as_axis(axis, len(shape))
+    positions = shape[:axis] + shape[axis + 1 :]
+    numbers = _read_value(given, positions)
+    options = Options(ignore_index, weights, class_weights, label_smoothing)
+    sample, from_one = read_sample(logits, targets, axis, len(numbers), options)
+    true, gradient = _truth(sample)
+    found = distinct(search(sample, numbers, _precision(given, numbers))) if np.isfinite(numbers).all() else []
+    verdict, explanation, correct = _judged(sample, numbers, found)
+    if from_one:
+        explanation = COUNTED_FROM_ONE.format(label=sample.classes) + explanation
+        verdict, correct = "labels counted from 1", False
+    whole = (*positions, sample.classes)
+    return Diagnosis(
+        correct,
+        verdict,
+        explanation,
+        np.moveaxis(gradient.reshape(whole), -1, axis),
+        _error(sample, true, numbers),
+        gradient.sum(-1).reshape(positions),
+        true_loss=true.reshape(positions),
+        found=tuple(_name(way) for way in found),
+    )
+
+
+def _read_value(given: np.ndarray, positions: tuple[int, ...]) -> Float[np.ndarray, " groups"]:
+    if given.shape not in ((), positions, positions[:1]):
+        each = f", one an example, shape {positions[:1]}" if len(positions) > 1 else ""
+        expected = f"one number, one a position, shape {positions}{each}"
+        raise ValueError(f"value: expected {expected}, got shape {given.shape}")
+    return read("value", given).reshape(-1)
+
+
+def _truth(s: Sample) -> tuple[np.ndarray, np.ndarray]:
+    """The loss of each position as it was asked for, and the gradient of their sum."""
+    q = smoothed(s)
+    wq = q * s.c * s.w[:, None]
+    return -np.sum(wq * log_softmax(s.z), -1), wq.sum(-1, keepdims=True) * softmax(s.z) - wq
+
+
+def _precision(given: np.ndarray, numbers: np.ndarray) -> Precision:
+    """How exactly the value is known, by its dtype and its digits."""
+    if jnp.issubdtype(given.dtype, jnp.floating) and jnp.finfo(given.dtype).nmant < 23:
+        eps = float(jnp.finfo(given.dtype).eps)
+        return Precision(eps, 4 * eps, np.zeros(len(numbers)))
+    with np.errstate(over="ignore"):
+        is_single = bool((numbers.astype(np.float32) == numbers).all())
+    tight = 1e-6 if is_single else 1e-11
+    dtype = np.float32 if is_single else np.float64
+    return Precision(tight, 1e-5, np.array([_half_unit(np.format_float_scientific(dtype(v))) for v in numbers]))
+
+
+def _half_unit(number: str) -> float:
+    """Half a unit of the last digit of a number that was typed: a computed one has more than six digits."""
+    mantissa, _, exponent = number.partition("e")
+    digits = len(mantissa.replace(".", "").replace("-", "").rstrip("0"))
+    return 0.51 * 10.0 ** (int(exponent) - digits + 1) if 3 <= digits <= 6 else 0.0
+
+
+def _judged(s: Sample, numbers: np.ndarray, found: list[Way]) -> tuple[str, str, bool]:
+    """Verdict, explanation, and whether the value is a right one."""
+    if not np.isfinite(numbers).all():
+        return _judged_not_finite(s, numbers)
+    if not (s.live.any() and s.w[s.live].any()) and not numbers.any():
+        return "correct: 0 of nothing", f"{NOTHING}, taken as 0, as here and in Chainer and Keras.", True
+    if not found:
+        verdict = "wrong"
+        text = (
+            "No convention that is known here gives this, nor one mistake, nor two. {} Compare the losses a position."
+        )
+        return verdict, text.format(_nearest(s, numbers)), False
+    best = found[0]
+    sentences = [_explained(s, best)]
+    if others := found[1:]:
+        sentences.append(f"The same number comes of: {'; '.join(map(_name, others))}.")
+        if not best.mistakes:
+            tells = dict.fromkeys(TELLS[way.conventions[-1]] for way in found if way.conventions[-1] in TELLS)
+            sentences.append(f"What would tell them apart: {'; '.join(tells)}.")
+        else:
+            sentences.append("One loss a position, or other logits, would tell them apart.")
+    verdict = _name(best) if best.mistakes else f"correct: {_name(best)}"
+    return verdict, " ".join(sentences), not best.mistakes
+
+
+def _name(way: Way) -> str:
+    """Mistakes by their names, a convention by what in it is not usual."""
+    if way.mistakes:
+        return " and ".join(way.mistakes)
+    smoothing, form, weighting, reduction = way.conventions
+    usual = {next(iter(table)) for table in (SMOOTHINGS, FORMS, WEIGHTINGS)}
+    return ", ".join([reduction, *(name for name in (form, smoothing, weighting) if name not in usual)])
+
+
+def _explained(s: Sample, way: Way) -> str:
+    """What the person reads of one way."""
+    texts = {
+        name: text for table in (INPUTS, LOG_PROBS, LOSSES, OUTERS, ADDITIONS) for name, (text, _) in table.items()
+    }
+    sentences = [texts[name].format(value=way.value) for name in way.mistakes if name in texts]
+    if HALF in way.mistakes:
+        sentences.append(HALF_TEXT.format(dtype=way.value))
+    usual = {next(iter(table)) for table in (SMOOTHINGS, FORMS, WEIGHTINGS)}
+    tables = SMOOTHINGS, FORMS, WEIGHTINGS, REDUCTIONS
+    counts = {
+        "positions": len(s.w) // s.groups if s.groups < len(s.w) else len(s.w),
+        "valid": int(s.live.sum()),
+        "batch": s.shape[0] if s.shape else 1,
+        "inner": len(s.w) // s.shape[0] if s.shape else 1,
+        "classes": s.classes,
+    }
+    for name, table in zip(reversed(way.conventions), reversed(tables), strict=True):
+        if name not in usual:
+            sentences.append(f"{name[0].upper()}{name[1:]}: {table[name][0].format(**counts)}")
+    return " ".join(sentences)
+
+
+def _judged_not_finite(s: Sample, numbers: np.ndarray) -> tuple[str, str, bool]:
+    count = int((~np.isfinite(numbers)).sum())
+    if np.isnan(numbers).all() and not (s.live.any() and s.w[s.live].any()):
+        return "correct: NaN of nothing", f"{NOTHING} is NaN, as in PyTorch, ONNX and MindSpore; here it is 0.", True
+    least = float((log_softmax(s.z)[s.t > 0]).min()) if (s.t > 0).any() else 0.0
+    causes: Iterable[tuple[bool, str]] = (
+        (least < -745, "a probability is 0 in float64 and its logarithm −∞: take log_softmax, not the log of softmax"),
+        (least < -103, "a probability is 0 in float32 and its logarithm −∞: take log_softmax, not the log of softmax"),
+        (float(s.z.max()) > 88.7, "exp(z) overflows in float32, since no maximum was subtracted"),
+        (least < -16, "a probability is 0 in float16 and its logarithm −∞: take log_softmax in float32"),
+        (s.has_ignored, "an ignored position was taken for a class that is not there, or multiplied by 0 only later"),
+    )
+    cause = next((text for holds, text in causes if holds), "none of the usual ones: no logit or target is extreme")
+    return "not finite", f"{count} of {len(numbers)} numbers are NaN or infinity. The likely cause: {cause}.", False
+
+
+def _nearest(s: Sample, numbers: np.ndarray) -> str:
+    sums = _reductions(s, _truth(s)[0])
+    name, right = min(sums.items(), key=lambda item: float(np.abs(item[1] - numbers).max()))
+    n = int(np.abs(right - numbers).argmax())
+    return f"The nearest is {name}, {right[n]:.6g} where {numbers[n]:.6g} is given."
+
+
+def _reductions(s: Sample, true: np.ndarray) -> dict[str, np.ndarray]:
+    _, r = weighted(s, smoothed(s))
+    factors = {name: formula(s, r) for name, (_, formula) in REDUCTIONS.items()}
+    return {name: s.reduced(k * true) for name, k in factors.items() if k is not None}
+
+
+def _error(s: Sample, true: np.ndarray, numbers: np.ndarray) -> float:
+    """The distance to the nearest of the sum and the means, relative to it."""
+    with np.errstate(all="ignore"):
+        errors = [float(np.abs(v - numbers).max() / (np.abs(v).max() or 1)) for v in _reductions(s, true).values()]
+    return min((error for error in errors if np.isfinite(error)), default=float("inf"))

@@ -1,0 +1,126 @@
+"""The arrays that a loss is made of, in float64 and with one row a position."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import ArrayLike, Bool, Float, Int
+
+from jaxsoft._arrays.checks import as_integer
+from jaxsoft._doctor.inputs import as_labels, concrete, read, read_targets
+
+Rows = Float[np.ndarray, "positions classes"]
+Numbers = Float[np.ndarray, " positions"]
+
+
+class Sample(NamedTuple):
+    """What goes into a loss; a mistake makes another one of it."""
+
+    z: Rows
+    t: Rows  # targets before smoothing, zero where a position is ignored
+    live: Bool[np.ndarray, " positions"]  # not ignored
+    present: Bool[np.ndarray, " positions"]  # not cut off at an edge, and so counted
+    w: Numbers
+    c: Float[np.ndarray, " classes"]
+    epsilon: float  # of the smoothing that was asked for
+    labels: Int[np.ndarray, " positions"] | None  # as given, those of ignored positions too
+    shape: tuple[int, ...]  # of the positions
+    axis: int  # of the classes in the logits as given
+    groups: int  # numbers that were given: 1, or one an example, or one a position
+
+    @property
+    def classes(self) -> int:
+        return self.z.shape[-1]
+
+    @property
+    def has_weights(self) -> bool:
+        return bool((self.w != 1).any())
+
+    @property
+    def has_class_weights(self) -> bool:
+        return bool((self.c != 1).any())
+
+    @property
+    def has_ignored(self) -> bool:
+        return not self.live.all()
+
+    def label_weights(self) -> Numbers:
+        """The class weight of each position's target: of its label, or of a distribution its mean."""
+        return self.t @ self.c
+
+    def total(self, numbers: np.ndarray) -> Numbers:
+        """Sums over the positions of each given number, repeated for each of these positions."""
+        sums = numbers.reshape(self.groups, -1).sum(1, dtype=np.float64)
+        return np.repeat(sums, len(numbers) // self.groups)
+
+    def reduced(self, numbers: np.ndarray) -> Float[np.ndarray, " groups"]:
+        return numbers.reshape(self.groups, -1).sum(1)
+
+
+class Options(NamedTuple):
+    """The options of the loss as they were asked for."""
+
+    ignore_index: int | None
+    weights: ArrayLike | None
+    class_weights: ArrayLike | None
+    label_smoothing: float
+
+
+def read_sample(logits: ArrayLike, targets: ArrayLike, axis: int, groups: int, options: Options) -> tuple[Sample, bool]:
+    """The sample, and whether its labels were counted from 1."""
+    given, labels = concrete("logits", logits), concrete("targets", targets)
+    z = np.moveaxis(read("logits", given), axis, -1)
+    if not np.isfinite(z).all():
+        raise ValueError("logits: expected finite numbers, got NaN or infinity")
+    if z.size == 0:
+        raise ValueError(f"logits: expected at least one position and class, got shape {given.shape}")
+    index = None if options.ignore_index is None else as_integer("ignore_index", options.ignore_index)
+    labels = as_labels(labels, given.shape, axis)
+    t, from_one = read_targets(labels, given.shape, axis, index)
+    shape, classes = z.shape[:-1], z.shape[-1]
+    t = t.reshape(-1, classes)
+    is_hot = labels.shape != given.shape
+    w = _numbers("weights", options.weights, shape).reshape(-1)
+    epsilon = float(options.label_smoothing)
+    if not 0 <= epsilon <= 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {epsilon}")
+    return Sample(
+        z=z.reshape(-1, classes),
+        t=t,
+        live=np.asarray(t.any(-1)),
+        present=np.ones(len(t), bool),
+        w=w,
+        c=_numbers("class_weights", options.class_weights, (classes,)),
+        epsilon=epsilon,
+        labels=labels.reshape(-1).astype(np.int64) - int(from_one) if is_hot else None,
+        shape=shape,
+        axis=axis,
+        groups=groups,
+    ), from_one
+
+
+def _numbers(name: str, value: ArrayLike | None, shape: tuple[int, ...]) -> np.ndarray:
+    """Weights in float64, ones where there are none."""
+    if value is None:
+        return np.ones(shape)
+    numbers = concrete(name, value)
+    numbers = read(name, numbers.astype(np.int8) if numbers.dtype == np.bool_ else numbers)
+    try:
+        numbers = np.broadcast_to(numbers, shape)
+    except ValueError:
+        raise ValueError(f"{name}: expected shape {shape}, got {numbers.shape}") from None
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+    return numbers
+
+
+def log_softmax(z: np.ndarray, axis: int | None = -1) -> np.ndarray:
+    return z - logsumexp(z, axis)
+
+
+def logsumexp(z: np.ndarray, axis: int | None = -1) -> np.ndarray:
+    top = z.max(axis, keepdims=True)
+    return top + np.log(np.exp(z - top).sum(axis, keepdims=True))
+
+
+def softmax(z: np.ndarray, axis: int | None = -1) -> np.ndarray:
+    return np.exp(log_softmax(z, axis))
