@@ -289,7 +289,7 @@ def test_divisors_of_other_frameworks_are_known(divisor, verdict):
 @pytest.mark.parametrize(
     ("divisor", "habit"),
     [
-        (24 * 5, "the mean over positions and classes"),
+        (24 * 5, "a mean over positions and classes"),
         (24 * 5 / 2, "mean squared error's 2/(positions · classes)"),
         (5, "a mean over the classes"),
         (24**2, "a mean over positions that was taken twice"),
@@ -299,7 +299,7 @@ def test_other_divisors_are_named(divisor, habit):
     z, labels, o, t = problem(24, 5)
     diagnosis = diagnose_gradient(z, labels, (o - t) / divisor)
     assert diagnosis.verdict == f"right up to a factor of {1 / divisor:.6g}"
-    assert f"times the gradient of the sum, that of {habit}." in str(diagnosis)
+    assert f"times the gradient of the sum, as for {habit}." in str(diagnosis)
 
 
 def test_probabilities_passed_as_logits():

@@ -1,5 +1,6 @@
 """Types of arguments and results that a program exported by `jax.export` can be stored with."""
 
+import contextlib
 import json
 from typing import TypeVar
 
@@ -13,7 +14,12 @@ def exportable(kind: Kind) -> Kind:
 
     Under a name that never changes: it is stored with the program.
     """
-    name = f"jaxsoft.{kind.__name__}"
+    with contextlib.suppress(ValueError):  # of a package that is imported once more; JAX keeps the first
+        _register(kind, f"jaxsoft.{kind.__name__}")
+    return kind
+
+
+def _register(kind: type, name: str) -> None:
     if hasattr(kind, "_fields"):
         export.register_namedtuple_serialization(kind, serialized_name=name)
     else:  # its static fields, of which each is a string, are what JAX keeps beside the arrays
@@ -23,4 +29,3 @@ def exportable(kind: Kind) -> Kind:
             serialize_auxdata=lambda fields: json.dumps(fields).encode(),
             deserialize_auxdata=lambda stored: tuple(json.loads(stored.decode())),
         )
-    return kind

@@ -16,6 +16,7 @@ from jaxsoft._formula import statistics
 from jaxsoft._formula.targets import Targets
 from jaxsoft._linear import args, tiles
 from jaxsoft._platform import accelerator
+from jaxsoft._platform.devices import Device
 from jaxsoft._platform.dispatch import with_platform_impl
 
 MARGINS = (-60.0, -20, -5, -1, -0.1, 0, 0.1, 1, 5, 10, 17, 30, 60, 80)
@@ -264,7 +265,8 @@ def test_a_label_and_its_block_may_vary_over_different_axes():
 def loops(platform, needs_grad, config, *arrays):
     """Each loss, their gradients, and each loss alone, by the loops that are compiled for a platform."""
     gradients, values = (fn.__wrapped__.__wrapped__ for fn in (tiles.tiled_gradients, tiles.tiled_values))
-    return *gradients(platform, arrays, (config, needs_grad)), *values(platform, arrays[:2], config)
+    device = Device(platform)
+    return *gradients(device, arrays, (config, needs_grad)), *values(device, arrays[:2], config)
 
 
 WANTED = {
@@ -273,7 +275,7 @@ WANTED = {
     "kernel": args.DiffArgs(False, True, False, False),
 }
 HALF, WHOLE = jnp.dtype("bfloat16"), jnp.dtype("float32")
-LAYERS = {"half": (HALF, 400, True), "narrow": (HALF, 4, False), "whole": (WHOLE, 400, False)}  # dtype, width, deferred
+LAYERS = {"half": (HALF, 400, True), "narrow": (HALF, 4, True), "whole": (WHOLE, 400, False)}  # dtype, width, deferred
 LOOPS = [LAYERS, WANTED, [False, True], [0, 1]]
 
 
@@ -301,7 +303,8 @@ def test_the_loops_of_an_accelerator_are_those_of_a_cpu(of, wanted, skips, class
     targets = Targets(label, hot, None, share)
     config = args.HeadConfig(class_axis, None, None, None, (), may_ignore=skips)
     arrays = layer, targets, (rng.normal(size=(positions, 1)).astype(np.float32),)
-    assert tiles._tile("gpu", layer, targets, config).deferred == deferred
+    tile = tiles._tile(Device("gpu"), layer, targets, config)
+    assert (tile.group_rows > tile.rows) == deferred
     platforms = "gpu", "tpu", "cpu"
     *found, expected = jax.jit(lambda *a: [loops(platform, WANTED[wanted], config, *a) for platform in platforms])(
         *arrays
