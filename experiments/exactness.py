@@ -22,13 +22,13 @@ from jaxtyping import Array, Float
 
 from experiments._door import InputError, check_counts, check_seed, enter, make_folder
 from experiments._numbers import Number, report
-from experiments._style import BLUE, GREY, ORANGE
+from experiments._style import BLUE, GREY, ORANGE, SKY
 from jaxsoft import cross_entropy
 
 MARGINS = np.arange(-20, 80.5, 0.5)
 MAX_CLASSES = 10_000
 FLOOR = 1e-9  # errors below are drawn here
-LINES = (GREY, "-"), (ORANGE, "--"), (BLUE, "-")  # where two are one, both are seen
+LINES = (GREY, "-"), (ORANGE, "--"), (BLUE, "-"), (SKY, "--")  # where two are one, both are seen
 
 Logits = Float[np.ndarray, "margins draws classes"]
 Curves = dict[str, Float[np.ndarray, " margins"]]
@@ -63,6 +63,8 @@ def run(config: Config) -> dict[str, float]:
         [
             Number("jaxsoft: loss, worst of all margins", "<1e-5", losses["jaxsoft"].max()),
             Number("jaxsoft: gradient, worst of all margins", "<1e-5", gradients["jaxsoft"].max()),
+            Number("jaxsoft, one-hot: loss, worst of all margins", "<1e-5", losses["jaxsoft, one-hot"].max()),
+            Number("jaxsoft, one-hot: gradient, worst of all margins", "<1e-5", gradients["jaxsoft, one-hot"].max()),
             Number("optax: loss at 20", "1", losses["optax"][at_20]),
             Number("optax: gradient at 20", "1", gradients["optax"][at_20]),
             Number("−log softmax: loss at 20", "1", losses["−log softmax"][at_20]),
@@ -94,6 +96,7 @@ PEERS: dict[str, Callable[[Float[Array, " classes"]], Float[Array, ""]]] = {
     "−log softmax": lambda z: -jnp.log(jax.nn.softmax(z)[0]),
     "optax": optax_loss,
     "jaxsoft": lambda z: cross_entropy(z, jnp.array(0)),
+    "jaxsoft, one-hot": lambda z: cross_entropy(z, jax.nn.one_hot(0, z.size)),
 }
 
 
