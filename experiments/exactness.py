@@ -129,7 +129,7 @@ def plot(losses: Curves, gradients: Curves, path: Path) -> None:
             ax.set(title=title, xlabel="margin: label's logit minus the largest other", ylim=(FLOOR, 3))
         axes[0].text(79, np.finfo(np.float32).eps * 1.4, "float32 rounding", ha="right", fontsize=8)
         axes[0].set_ylabel("relative error")
-        axes[0].legend(loc="center right", frameon=False)
+        axes[0].legend(loc="center right", bbox_to_anchor=(1, 0.62), frameon=False)
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
 
