@@ -985,9 +985,11 @@ struct Unit : Layout<T> {
   void gradient() const {
     const Call& call = this->call;
     const P m = of_position(call.max);
+    const P factor = of_position(call.factor), share = of_position(call.position_weight);
     const P ignored = call.ignored ? this->get(call.ignored) : P::all(0);
-    const Gradient of{of_position(call.factor), of_position(call.at_label),     of_position(call.position_weight),
-                      ignored,                  of_position(call.max_constant), of_position(call.max_slope)};
+    const Gradient of{factor, of_position(call.at_label), share, ignored,
+                      call.max_constant ? of_position(call.max_constant) : factor,
+                      call.max_slope ? of_position(call.max_slope) : share};
     write_gradient<kLabel, kWeights>([&](int64_t s) FORCE { return exponential(logits(s) - m); }, of);
   }
 

@@ -151,7 +151,11 @@ def every_kernel(run, z, g, largest, rest, probs=None, total=None):
                 )
             add("statistics", (z, y, spread), results, options)
             at_max = (at_label, factor) if y is None and spread is not None else (None, None)
-            targets = y, None if y is None else at_label, None if spread is None else share, *at_max, spread
+            share_of_weights = None if spread is None else share
+            if y is None and spread is not None:
+                no_max = None, None, share_of_weights, None, None, spread
+                add("gradient", (z, largest, factor, idle, *no_max), options=options + ", like any other class")
+            targets = y, None if y is None else at_label, share_of_weights, *at_max, spread
             add("gradient", (z, largest, factor, idle, *targets), options=options)
             add("gradient_in_place", (z, largest, factor, None, *targets), options=options)
     add("moments", (z,), "max_logit sum_others leader_logit gap leader")
