@@ -405,7 +405,7 @@ def test_logits_are_read_no_oftener_than_promised(compiled):
 def test_a_fused_head_never_stores_all_logits(compiled):
     head = compiled.xs(("linear cross-entropy + gradient", "", "jaxsoft"))
     # A quarter for what is kept, in half precision, and the rest for a tile, which libtpu counts twice in a loop.
-    assert head["temporaries MB"] * 1e6 < 0.55 * 8192 * 32768 * 4
+    assert head["temporaries MB"] * 1e6 < 0.5 * 8192 * 32768 * 4
     assert head["launches"] > head["kernels"]  # in tiles, and how many is known
 
 

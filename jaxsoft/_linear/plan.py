@@ -78,7 +78,7 @@ def plan_linear_cross_entropy(
     counted here, since to know it a device is needed. On an accelerator in half precision it has as many as hide the
     reading of the kernel behind their product, 512 or 1024 by the kind of device. Of a group of tiles, as many as fit
     into a third of the device's memory, logit gradients are kept for one product for each input: each group reads and
-    writes the kernel's gradient in float32, unless it is the only one. A group has 4096 positions at most, on a GPU
+    writes the kernel's gradient in float32, unless it is the only one. A group has 3584 positions at most, on a GPU
     2048, or 2·D more if these are all: they take no more than such a group and that gradient. Where none are kept, for
     distributions, a frozen kernel and float32, a tile has 1024 positions.
 
