@@ -15,7 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxsoft._jax_internals import Results, as_primitive, is_symbolic_zero, no_tangent, primitives_fail, zeros_of_type
+from jaxsoft._jax_internals import (
+    Results,
+    as_primitive,
+    checking,
+    is_symbolic_zero,
+    no_tangent,
+    primitives_fail,
+    zeros_of_type,
+)
 from jaxsoft._platform.dispatch import mapped_axis_first
 
 
@@ -49,7 +57,9 @@ class custom_vjp(jax.custom_vjp):
 
         @property  # so that no frame stands between a call and its function
         def __call__(self) -> Callable[..., Any]:
-            return super().__call__ if self.both_modes is None or primitives_fail() else self.both_modes
+            # With its own checks on, JAX 0.10 and 0.12 refuse a `custom_jvp` inside `checkify`.
+            refused = checking.value and jax.config.jax_enable_checks
+            return super().__call__ if self.both_modes is None or refused or primitives_fail() else self.both_modes
 
 
 def jvp_of_moving(fun: Callable, primals: Any, tangents: Any) -> Any:
