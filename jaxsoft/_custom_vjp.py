@@ -107,7 +107,7 @@ def _differentiate(rule: custom_vjp, *args: Any) -> tuple[Any, Any]:
 
 
 def _merge(rule: custom_vjp, static: Sequence[Any], primals: Sequence[Any]) -> list[Any]:
-    """All arguments in their order, of which `nondiff_argnums` are not differentiated."""
+    """All arguments in their order: the static ones at `nondiff_argnums`, the primals elsewhere."""
     args = list(primals)
     for position, value in sorted(zip(rule.nondiff_argnums, static, strict=True)):
         args.insert(position, value)

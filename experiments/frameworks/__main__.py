@@ -41,7 +41,7 @@ class Config:
 
 
 def run(config: Config) -> pd.DataFrame:
-    """Install what is asked for, run what is there, and write the table and the picture."""
+    """Install the requested frameworks, run the installed ones, and write the table and the picture."""
     check_counts(config, "cases")
     check_seed(config.seed)
     chosen = [FRAMEWORKS[name] for name in check_names("only", config.only) or FRAMEWORKS]
@@ -87,7 +87,7 @@ def check_names(option: str, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def run_one(framework: Framework, config: Config, bar: tqdm) -> list[dict[str, object]]:
-    """The rows of one framework, its cases counted beside the bar."""
+    """The rows of one framework; the progress bar counts its cases."""
     python, done = python_of(framework, config.cache), [0]
 
     def progress() -> None:

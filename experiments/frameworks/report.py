@@ -10,7 +10,7 @@ from experiments.frameworks.measure import COLUMNS
 
 
 def merged(path: Path, rows: list[dict[str, object]]) -> pd.DataFrame:
-    """The table with these rows in place of those of the same frameworks; what other runs found stays."""
+    """The table with these rows replacing older rows of the same frameworks; rows of other frameworks stay."""
     table = pd.DataFrame(rows, columns=COLUMNS)
     if path.exists():
         older = pd.read_csv(

@@ -22,7 +22,7 @@ def exportable(kind: Kind) -> Kind:
 def _register(kind: type, name: str) -> None:
     if hasattr(kind, "_fields"):
         export.register_namedtuple_serialization(kind, serialized_name=name)
-    else:  # its static fields, of which each is a string, are what JAX keeps beside the arrays
+    else:  # in addition to the arrays JAX stores the static fields, which are strings
         export.register_pytree_node_serialization(
             kind,
             serialized_name=name,
