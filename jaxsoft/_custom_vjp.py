@@ -1,9 +1,9 @@
-"""A `jax.custom_vjp` with forward mode: its derivative in forward mode is the transpose of its backward rule.
+"""A `jax.custom_vjp` with forward mode: its JVP is the transpose of its backward rule.
 
-A backward rule is linear in its cotangent, so that it says all about the derivative: reverse mode is the rule itself,
-and forward mode its transpose, which JAX can form. Nothing else of a rule changes: `defvjp(fwd, bwd)` is written as for
-`jax.custom_vjp`, what is kept for the backward pass is what `fwd` keeps, and the backward program is `bwd`. Without
-primitives (see `_jax_internals.py`) it is a `jax.custom_vjp`, and has no forward mode.
+A backward rule is linear in its cotangent, and so determines the derivative: reverse mode calls the rule, and forward
+mode its transpose, which JAX derives. Everything else is as in `jax.custom_vjp`: `defvjp(fwd, bwd)`, the residuals, and
+the backward program. If this JAX has no primitives (see `_jax_internals.py`), it is a `jax.custom_vjp` without forward
+mode.
 """
 
 import functools
@@ -28,11 +28,11 @@ from jaxsoft._platform.dispatch import mapped_axis_first
 
 
 class custom_vjp(jax.custom_vjp):
-    """A function with a rule for reverse mode, as `jax.custom_vjp`, that has forward mode too.
+    """A `jax.custom_vjp` that can be differentiated in forward mode too.
 
-    `defvjp(fwd, bwd, symbolic_zeros)` as there. Where JAX cannot transpose `bwd`, or not well, `forward` is what its
-    transpose would be: `forward(*nondiff_args, residuals, tangents)` returns the tangents of the results, from those of
-    the arguments, with None for what does not move.
+    `defvjp(fwd, bwd, symbolic_zeros)` as there. If JAX cannot transpose `bwd`, or only to a slow program, `forward`
+    takes the transpose's place: `forward(*nondiff_args, residuals, tangents)` returns the tangents of the results. The
+    tangent of an argument that is not perturbed is None.
     """
 
     both_modes: jax.custom_jvp | None = None
@@ -55,24 +55,11 @@ class custom_vjp(jax.custom_vjp):
 
     else:
 
-        @property  # so that no frame stands between a call and its function
+        @property  # so that a traceback has no frame between a call and its function
         def __call__(self) -> Callable[..., Any]:
-            # With its own checks on, JAX 0.10 and 0.12 refuse a `custom_jvp` inside `checkify`.
+            # With jax_enable_checks JAX 0.10 and 0.12 raise an AssertionError for a `custom_jvp` inside `checkify`.
             refused = checking.value and jax.config.jax_enable_checks
             return super().__call__ if self.both_modes is None or refused or primitives_fail() else self.both_modes
-
-
-def jvp_of_moving(fun: Callable, primals: Any, tangents: Any) -> Any:
-    """The tangents of `fun(primals)`, where the tangent of what does not move is None."""
-    leaves, tree = jax.tree.flatten(primals)
-    given = tree.flatten_up_to(tangents)
-    moves = [n for n, tangent in enumerate(given) if tangent is not None]
-
-    def of_moving(*moving: Array) -> Any:
-        changed = dict(zip(moves, moving, strict=True))
-        return fun(jax.tree.unflatten(tree, [changed.get(n, leaf) for n, leaf in enumerate(leaves)]))
-
-    return jax.jvp(of_moving, [leaves[n] for n in moves], [given[n] for n in moves])[1]
 
 
 class _Rules(NamedTuple):
@@ -82,27 +69,28 @@ class _Rules(NamedTuple):
 
 
 class _Primal(NamedTuple):
-    """What a forward rule with `symbolic_zeros` is given."""
+    """The argument of a `fwd` with `symbolic_zeros`."""
 
     value: Array
     perturbed: bool
 
 
 def _differentiate(rule: custom_vjp, *args: Any) -> tuple[Any, Any]:
+    """The rule of `jax.custom_jvp`: results and their tangents, which are linear in those of the arguments."""
     *static, primals, tangents = args
     leaves, tree = jax.tree.flatten(primals)
     tangent_leaves = jax.tree.leaves(tangents)
-    moves = tuple(n for n, tangent in enumerate(tangent_leaves) if not is_symbolic_zero(tangent))
+    perturbed = tuple(n for n, tangent in enumerate(tangent_leaves) if not is_symbolic_zero(tangent))
     given = primals
     if rule.symbolic_zeros:
-        given = jax.tree.unflatten(tree, [_Primal(leaf, n in moves) for n, leaf in enumerate(leaves)])
+        given = jax.tree.unflatten(tree, [_Primal(leaf, n in perturbed) for n, leaf in enumerate(leaves)])
     results, residuals = rule.rules.fwd(*_merge(rule, static, given))
-    kept, kept_tree = jax.tree.flatten(residuals)
+    residual_leaves, residual_tree = jax.tree.flatten(residuals)
     result_leaves, result_tree = jax.tree.flatten(results)
     types = tuple(result.aval for result in result_leaves)
-    derivative = _Derivative(rule, tuple(static), kept_tree, tree, moves, result_tree, types)
-    changes = iter(_push((tuple(kept), tuple(tangent_leaves[n] for n in moves)), derivative))
-    result_tangents = [next(changes) if _varies(kind) else no_tangent(kind) for kind in types]
+    derivative = _Derivative(rule, tuple(static), residual_tree, tree, perturbed, result_tree, types)
+    pushed = iter(_pushforward((tuple(residual_leaves), tuple(tangent_leaves[n] for n in perturbed)), derivative))
+    result_tangents = [next(pushed) if _is_inexact(kind) else no_tangent(kind) for kind in types]
     return results, jax.tree.unflatten(result_tree, result_tangents)
 
 
@@ -114,91 +102,94 @@ def _merge(rule: custom_vjp, static: Sequence[Any], primals: Sequence[Any]) -> l
     return args
 
 
-def _varies(kind: Any) -> bool:
+def _is_inexact(kind: Any) -> bool:
     return jnp.issubdtype(kind.dtype, np.inexact)
 
 
-def _no_cotangent(kind: Any) -> Any:
-    """The cotangent of an integer."""
-    return np.zeros(kind.shape, jax.dtypes.float0)
-
-
 class _Derivative(NamedTuple):
-    """The derivative of a call: a linear map of the tangents of those leaves of its primals that move."""
+    """The derivative of one call: a linear map from the tangents of its perturbed leaves to those of its results."""
 
     rule: custom_vjp
     static: tuple[Any, ...]
-    kept_tree: Any  # of residuals
-    tree: Any  # of primals
-    moves: tuple[int, ...]
+    residual_tree: Any
+    primal_tree: Any
+    perturbed: tuple[int, ...]  # indices of leaves of the primals
     result_tree: Any
-    types: tuple[Any, ...]  # of results
+    result_types: tuple[Any, ...]
 
-    def push(self, kept: Results, moving: Results) -> Results:
+    def pushforward(self, residuals: Results, tangents: Results) -> Results:
         """The tangents of the results."""
-        if self.rule.rules.forward is not None:
-            given = dict(zip(self.moves, moving, strict=True))
-            tangents = jax.tree.unflatten(self.tree, [given.get(n) for n in range(self.tree.num_leaves)])
-            residuals = jax.tree.unflatten(self.kept_tree, kept)
-            pushed = jax.tree.leaves(self.rule.rules.forward(*self.static, residuals, tangents))
-            return tuple(t for t, kind in zip(pushed, self.types, strict=True) if _varies(kind))
+        if self.rule.rules.forward is None:
+            return self._transposed(residuals, tangents)
+        given = dict(zip(self.perturbed, tangents, strict=True))
+        tree = jax.tree.unflatten(self.primal_tree, [given.get(n) for n in range(self.primal_tree.num_leaves)])
+        pushed = self.rule.rules.forward(*self.static, jax.tree.unflatten(self.residual_tree, residuals), tree)
+        pairs = zip(jax.tree.leaves(pushed), self.result_types, strict=True)
+        return tuple(tangent for tangent, kind in pairs if _is_inexact(kind))
+
+    def _transposed(self, residuals: Results, tangents: Results) -> Results:
         used: list[int] = []
 
-        def pull(*cotangents: Array) -> list[Array]:
-            pulled = self.pull(kept, cotangents)
+        def pullback(*cotangents: Array) -> list[Array]:
+            pulled = self.pullback(residuals, cotangents)
             used[:] = [n for n, cotangent in enumerate(pulled) if cotangent is not None]
             return [cotangent for cotangent in pulled if cotangent is not None]
 
-        _, transpose = jax.vjp(pull, *map(zeros_of_type, filter(_varies, self.types)))
-        return transpose([moving[n] for n in used])
+        # Derived at 0, which is as good as any other point of a linear function.
+        _, transpose = jax.vjp(pullback, *map(zeros_of_type, filter(_is_inexact, self.result_types)))
+        return transpose([tangents[n] for n in used])
 
-    def pull(self, kept: Results, cotangents: Results) -> list[Array | None]:
-        """The cotangents of what moves, None for zero, by the backward rule."""
-        residuals = jax.tree.unflatten(self.kept_tree, kept)
+    def pullback(self, residuals: Results, cotangents: Results) -> list[Array | None]:
+        """The cotangents of the perturbed leaves by the backward rule, None for zero."""
         given = iter(cotangents)
-        leaves = [next(given) if _varies(kind) else _no_cotangent(kind) for kind in self.types]
-        pulled = self.rule.rules.bwd(*self.static, residuals, jax.tree.unflatten(self.result_tree, leaves))
-        found: dict[int, Array] = {}
+        leaves = [
+            next(given) if _is_inexact(kind) else np.zeros(kind.shape, jax.dtypes.float0) for kind in self.result_types
+        ]
+        result_cotangents = jax.tree.unflatten(self.result_tree, leaves)
+        pulled = self.rule.rules.bwd(*self.static, jax.tree.unflatten(self.residual_tree, residuals), result_cotangents)
+        by_index: dict[int, Array] = {}
 
         def note(cotangent: Any, index: Any) -> None:
-            if cotangent is not None:  # JAX's word for zero, also for a whole tree
-                found[index] = cotangent
+            if cotangent is not None:  # None is JAX's zero, of a leaf or of a whole tree
+                by_index[index] = cotangent
 
-        indices = jax.tree.unflatten(self.tree, range(self.tree.num_leaves))
+        indices = jax.tree.unflatten(self.primal_tree, range(self.primal_tree.num_leaves))
         jax.tree.map(note, tuple(pulled), indices, is_leaf=lambda cotangent: cotangent is None)
-        return [found.get(n) for n in self.moves]
+        return [by_index.get(n) for n in self.perturbed]
 
 
 class _Mapped(NamedTuple):
-    """A derivative under `jax.vmap`: `axes` of what is kept are mapped, and the first one of what moves."""
+    """A derivative under `jax.vmap`, with the mapped axes of the residuals; tangents are mapped along their first."""
 
     inner: Any
-    axes: tuple[int | None, ...]
+    residual_axes: tuple[int | None, ...]
     size: int
 
-    def push(self, kept: Results, moving: Results) -> Results:
-        return jax.vmap(self.inner.push, (self.axes, 0), axis_size=self.size)(kept, moving)
+    def pushforward(self, residuals: Results, tangents: Results) -> Results:
+        return jax.vmap(self.inner.pushforward, (self.residual_axes, 0), axis_size=self.size)(residuals, tangents)
 
-    def pull(self, kept: Results, cotangents: Results) -> list[Array | None]:
-        return jax.vmap(self.inner.pull, (self.axes, 0), axis_size=self.size)(kept, cotangents)
+    def pullback(self, residuals: Results, cotangents: Results) -> list[Array | None]:
+        return jax.vmap(self.inner.pullback, (self.residual_axes, 0), axis_size=self.size)(residuals, cotangents)
 
 
 def _map(size: int, axes: Any, arrays: tuple[Results, Results], derivative: Any) -> tuple[Results, tuple[int, ...]]:
-    kept, moving = arrays
-    moving = mapped_axis_first(size, axes[1], moving)
-    results = _push((kept, moving), _Mapped(derivative, tuple(axes[0]), size))
+    residuals, tangents = arrays
+    residual_axes, tangent_axes = axes
+    tangents = mapped_axis_first(size, tangent_axes, tangents)
+    results = _pushforward((residuals, tangents), _Mapped(derivative, tuple(residual_axes), size))
     return results, (0,) * len(results)
 
 
-def _pull(cotangents: Results, arrays: tuple[Results, Any], derivative: Any) -> list[Array | None]:
-    return derivative.pull(arrays[0], cotangents)
+def _pullback(cotangents: Results, arrays: tuple[Results, Any], derivative: Any) -> list[Array | None]:
+    residuals, _ = arrays
+    return derivative.pullback(residuals, cotangents)
 
 
 def _result_types(derivative: Any) -> list[Any] | None:
-    return list(filter(_varies, derivative.types)) if isinstance(derivative, _Derivative) else None
+    return list(filter(_is_inexact, derivative.result_types)) if isinstance(derivative, _Derivative) else None
 
 
-@as_primitive(_map, transpose=_pull, result_types=_result_types)
-def _push(arrays: tuple[Results, Results], derivative: Any) -> Results:
-    """The tangents of a call's results from what is kept and the tangents of what moves."""
-    return derivative.push(*arrays)
+@as_primitive(_map, transpose=_pullback, result_types=_result_types)
+def _pushforward(arrays: tuple[Results, Results], derivative: Any) -> Results:
+    """The tangents of a call's results from its residuals and the tangents of its perturbed leaves."""
+    return derivative.pushforward(*arrays)

@@ -90,6 +90,19 @@ def manual_axes(tree: object) -> frozenset:
     return frozenset().union(*(kind.mat.varying for kind in types if hasattr(kind, "mat")))
 
 
+def partial_jvp(fn: Callable[[Any], Any], primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """`jax.jvp` of `fn(primals)` for a tree of primals; those whose tangent is None are constants, and cost nothing."""
+    leaves, tree = jax.tree.flatten(primals)
+    given = tree.flatten_up_to(tangents)
+    perturbed = [n for n, tangent in enumerate(given) if tangent is not None]
+
+    def of_perturbed(*values: Array) -> Any:
+        changed = dict(zip(perturbed, values, strict=True))
+        return fn(jax.tree.unflatten(tree, [changed.get(n, leaf) for n, leaf in enumerate(leaves)]))
+
+    return jax.jvp(of_perturbed, [leaves[n] for n in perturbed], [given[n] for n in perturbed])
+
+
 def zeros_of_type(kind: Any) -> Array:
     """Zeros of a type, sharded and varying as it states."""
     from jax.interpreters.ad import Zero, instantiate_zeros
@@ -99,12 +112,13 @@ def zeros_of_type(kind: Any) -> Array:
 
 def no_tangent(kind: Any) -> Any:
     """The tangent of an integer of a type, as a rule of `jax.custom_jvp` returns it."""
-    symbolic_zero = getattr(jax.custom_derivatives, "SymbolicZero", None)
+    symbolic_zero = getattr(jax.custom_derivatives, ZERO, None)
     if symbolic_zero is None:
         return np.zeros(kind.shape, jax.dtypes.float0)
     return symbolic_zero(kind.to_tangent_aval())  # which varies over a mesh as the type says
 
 
+ZERO = "SymbolicZero"  # of jax.custom_derivatives
 CONTEXTS = ("SPMDAxisContext", "ShardingContext")  # of jax.interpreters.mlir: of a shard_map, and of other programs
 
 
@@ -258,17 +272,11 @@ class _Rules(NamedTuple):
     def differentiate(self, primals, tangents, *, tree, static):
         from jax.interpreters.ad import Zero
 
-        perturbed = [not isinstance(tangent, Zero) for tangent in tangents]
-        moving, changes = (
-            [v for v, moves in zip(values, perturbed, strict=True) if moves] for values in (primals, tangents)
+        given = [None if isinstance(tangent, Zero) else tangent for tangent in tangents]
+        formula = self.formula or self.fn
+        results, result_tangents = partial_jvp(
+            lambda leaves: formula(jax.tree.unflatten(tree, leaves), static), list(primals), given
         )
-
-        def perturbed_part(*values: Array) -> Results:  # the others stay constants, and cost no derivative
-            given = iter(values)
-            leaves = (next(given) if moves else primal for moves, primal in zip(perturbed, primals, strict=True))
-            return (self.formula or self.fn)(jax.tree.unflatten(tree, leaves), static)
-
-        results, result_tangents = jax.jvp(perturbed_part, moving, changes)
         if self.value is not None:
             results = self.value(*primals, tree=tree, static=static)
         return results, result_tangents
@@ -348,6 +356,7 @@ def lacking() -> list[str]:
     lacks += ["jax.make_user_context"] if isinstance(checking, _Context) else []
     lacks += [f"jax.interpreters.mlir.{name}" for name in CONTEXTS if not hasattr(jax.interpreters.mlir, name)]
     number = jax.ShapeDtypeStruct((), "float32")
+    lacks += [f"jax.custom_derivatives.{ZERO}"] if not hasattr(jax.custom_derivatives, ZERO) else []
     lacks += ["primitives that are told of devices"] if _primitives_told_of_devices() is None else []
     lacks += ["the manual axes of a type"] if not knows_manual_axes(number) else []
     lacks += ["the sharding of a type"] if type_sharding(number) is None else []

@@ -43,12 +43,12 @@ def gauss_newton(loss, x, w, of_x, of_w):
 
 
 PRODUCTS = {
-    "gradient to both": gradient,
-    "forward product, both move": forward,
-    "Hessian, the kernel moves": of_kernel,
-    "Hessian, the features move": of_features,
-    "Hessian, both move": of_both,
-    "Gauss–Newton, both move": gauss_newton,
+    "gradient of both": gradient,
+    "JVP, x and W": forward,
+    "Hessian product, W": of_kernel,
+    "Hessian product, x": of_features,
+    "Hessian product, x and W": of_both,
+    "Gauss–Newton product, x and W": gauss_newton,
 }
 
 
@@ -62,7 +62,7 @@ def temporaries(product, loss, positions, width, classes):
     return jax.jit(run).lower(labels, x, w, x, w).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("name", ["Hessian, the features move", "Hessian, both move"])
+@pytest.mark.parametrize("name", ["Hessian product, x", "Hessian product, x and W"])
 def test_a_hessian_product_keeps_one_tile(name):
     positions, width, classes, budget = 1024, 64, 8192, 4 << 20
     tiled = functools.partial(linear_cross_entropy, memory_budget=budget)

@@ -102,8 +102,8 @@ _evaluate = custom_vjp(evaluate_plainly, nondiff_argnums=(0, 3, 4))  # the same 
 
 def evaluate(head: Head, logits: Array, operands: Any, axis: int, axis_name: AxisName) -> Values:
     """The values of each position, differentiated by the head's rule."""
-    # Without a position there is no number to differentiate, and what does not depend on the logits has no mapped axis,
-    # which JAX expects of a `custom_jvp` whose tangents have one.
+    # With no positions the values do not depend on the logits: under `jax.vmap` they have no mapped axis while their
+    # tangents have one, which JAX forbids a `custom_jvp`.
     program = evaluate_plainly if 0 in logits.shape else _evaluate
     return program(head, logits, operands, axis, axis_name)
 
@@ -121,29 +121,27 @@ def _evaluate_bwd(head: Head, axis: int, axis_name: AxisName, residuals: Any, co
 
 
 def _evaluate_forward(head: Head, axis: int, axis_name: AxisName, residuals: Any, tangents: Any) -> Values:
-    """By the transpose of the gradients to logits, and by those to target weights, which may be infinite.
+    """The logits' part by the transpose of their gradients, the target weights' part by their own gradients.
 
-    Only what moves counts: transposed at a cotangent of 0 an infinite gradient would be masked for every tangent.
+    A target weight's gradient may be infinite, which the transpose would lose: it is derived at a cotangent of 0.
     """
     logits, operands, statistics = residuals
-    of_logits, of_operands = tangents
+    logit_tangents, operand_tangents = tangents
     values, constants = head.values(operands, statistics, axis)
-    moved = tuple(zeros_of_type(value.aval) for value in values)
+    pushed = tuple(zeros_of_type(value.aval) for value in values)
 
     def gradients(*cotangents: Array) -> tuple[Array, Array | None]:
         return head.gradients(logits, operands, statistics, axis, cotangents, in_place=False)
 
-    if of_logits is not None:
-        _, transpose = jax.vjp(lambda *cotangents: gradients(*cotangents)[0], *moved)
-        moved = transpose(of_logits)
-    if operands.weights_differentiable and of_operands.target_weights is not None:
-        of_weights = of_operands.target_weights
-        (_, each), shards = gradients(*map(jnp.ones_like, values)), axis_name
-        if is_replicated(operands.target_weights, axis_name):
-            shards = None
-        terms = scale_gradient(cast(Array, each), of_weights, operands.ignored)
-        moved = (moved[0] + sum_shards(jnp.sum(terms, axis, keepdims=True), shards),)
-    return moved, jax.tree.map(jnp.zeros_like, constants)
+    if logit_tangents is not None:
+        _, transpose = jax.vjp(lambda *cotangents: gradients(*cotangents)[0], *pushed)
+        pushed = transpose(logit_tangents)
+    if operands.weights_differentiable and operand_tangents.target_weights is not None:
+        _, grad_weights = gradients(*map(jnp.ones_like, values))
+        terms = scale_gradient(cast(Array, grad_weights), operand_tangents.target_weights, operands.ignored)
+        shards = None if is_replicated(operands.target_weights, axis_name) else axis_name
+        pushed = (pushed[0] + sum_shards(jnp.sum(terms, axis, keepdims=True), shards),)
+    return pushed, jax.tree.map(jnp.zeros_like, constants)
 
 
 _evaluate.defvjp(_evaluate_fwd, _evaluate_bwd, forward=_evaluate_forward)

@@ -155,24 +155,29 @@ def _reduced_loss_bwd(axis: int, averaging: Averaging, residuals: Any, cotangent
     grad_logits = scale_gradient(gradient.astype(scale.dtype), cotangent).astype(gradient.dtype)
     grad_weights = None
     if logits is not None:
-        logits, targets = freeze_ignored(logits, targets)
         cotangent = jnp.where(targets.ignored, 0, cotangent * scale)
-        grad_weights = _weight_gradients(logits, targets, leading_statistics(logits, (axis,)), cotangent)
+        grad_weights = _kept_weight_gradients(axis, logits, targets, cotangent)
     return grad_logits, operand_cotangents(Targets, grad_weights), None
 
 
 def _reduced_loss_forward(axis: int, averaging: Averaging, residuals: Any, tangents: Any) -> Array:
-    """By the gradient that is kept; a position that is ignored may move by NaN."""
+    """Σ gradient·tangent; at ignored positions, where a tangent may be NaN, 0."""
     gradient, logits, targets, scale = residuals
-    of_logits, of_targets, _ = tangents
-    moved = jnp.zeros((), scale.dtype)
-    if of_logits is not None:
-        moved += jnp.sum(scale_gradient(gradient.astype(scale.dtype), of_logits.astype(scale.dtype), targets.ignored))
-    if logits is not None and of_targets.target_weights is not None:
-        logits, targets = freeze_ignored(logits, targets)
-        gradient = _weight_gradients(logits, targets, leading_statistics(logits, (axis,)), scale)
-        moved += jnp.sum(scale_gradient(gradient, of_targets.target_weights, targets.ignored))
-    return moved
+    logit_tangents, target_tangents, _ = tangents
+    pushed = jnp.zeros((), scale.dtype)
+    if logit_tangents is not None:
+        terms = scale_gradient(gradient.astype(scale.dtype), logit_tangents.astype(scale.dtype), targets.ignored)
+        pushed += jnp.sum(terms)
+    if logits is not None and target_tangents.target_weights is not None:
+        grad_weights = _kept_weight_gradients(axis, logits, targets, scale)
+        pushed += jnp.sum(scale_gradient(grad_weights, target_tangents.target_weights, targets.ignored))
+    return pushed
+
+
+def _kept_weight_gradients(axis: int, logits: Array, targets: Targets, cotangent: Array) -> Array:
+    """The gradients to the weights of a distribution from the logits that were saved for them."""
+    logits, targets = freeze_ignored(logits, targets)
+    return _weight_gradients(logits, targets, leading_statistics(logits, (axis,)), cotangent)
 
 
 reduced_loss.defvjp(_reduced_loss_fwd, _reduced_loss_bwd, forward=_reduced_loss_forward)

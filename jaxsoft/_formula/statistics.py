@@ -25,11 +25,11 @@ class Statistics(NamedTuple):
     """Sums over the classes of a block, relative to its largest logit m; None where no target asks for one."""
 
     max_logit: Array  # m, above −inf
-    sum_others: Array  # Σ_j exp(z_j − m) over every class but the label, or of a distribution but one at m
-    label_logit: Any = None  # z − m of the class which that sum leaves out
-    other_weight: Any = None  # Σ_j q_j, of a distribution over the classes below m
+    sum_others: Array  # Σ_j exp(z_j − m) over all classes but the label; of a distribution, but one class with logit m
+    label_logit: Any = None  # z − m of the class that is omitted from that sum
+    other_weight: Any = None  # Σ_j q_j; of a distribution, over the classes with logits below m
     weighted_gap: Any = None  # Σ_j q_j (m − z_j)
-    max_weight: Any = None  # of a distribution, Σ_j q_j over the classes with the logit m
+    max_weight: Any = None  # of a distribution, Σ_j q_j over the classes with logit m
 
     @property
     def weight_sum(self) -> Array:
@@ -90,15 +90,15 @@ class Statistics(NamedTuple):
         return (mass * jnp.exp(self.label_logit) - label_weight * self.sum_others) / self.positive_sum
 
     def max_gradient(self, mass: Array, position_weight: Array) -> "MaxGradient":
-        """(mass + w·τ)·p − w·q at a class with the largest logit, whose q is not known here.
+        """(mass + w·τ)·p − w·q at a class with the largest logit, for any target weight q.
 
-        Where the others together have less than p that is one class, and this (mass + w·(τ − q))·p − w·q·(1 − p), in
-        which τ − q is the weight of the others, and 1 − p their sum: of a distribution that is nearly one-hot neither
-        is a difference.
+        If all other classes together are less likely than this one, it is the only one with that logit, and the
+        gradient is (mass + w·(τ − q))·p − w·q·(1 − p). There τ − q and 1 − p are sums over the other classes, not
+        differences, so that a distribution that is nearly one-hot has an accurate gradient.
         """
-        certain, total = self.sum_others < 1, self.positive_sum
-        weight = jnp.where(certain, self.other_weight, self.weight_sum)
-        slope = jnp.where(certain, self.sum_minus_one / total, 1)
+        confident, total = self.sum_others < 1, self.positive_sum
+        weight = jnp.where(confident, self.other_weight, self.weight_sum)
+        slope = jnp.where(confident, self.sum_minus_one / total, 1)
         return MaxGradient((mass + position_weight * weight) / total, position_weight * slope)
 
 
@@ -127,7 +127,7 @@ def _over_shards(block: Statistics, logits: Array, axes: Axes, targets: Targets,
     max_logit = max_shards(block.max_logit, axis_name)
     below = block.max_logit - max_logit
     count = None
-    if block.max_weight is not None:  # a block that does not have the largest logit leaves no class out
+    if block.max_weight is not None:  # only blocks that have the largest logit omit a class from their sum
         leads = lax.stop_gradient((below == 0) & (block.exp_sum != 0))
         count = leads.astype(below.dtype)
         block = block._replace(
@@ -185,17 +185,17 @@ def _log1p(arrays: tuple[Array], axes: Axes) -> tuple[Array]:
 def _block_sums(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array, ...]:
     """m, the sum of the others, and where the targets ask for them z_label, Σ_j q_j and Σ_j q_j (m − z_j).
 
-    Of a distribution the label is one of the classes with the logit m, and their Σ_j q_j is apart, at the end.
+    Of a distribution one class with logit m takes the label's place, and Σ_j q_j over these classes is separate, the
+    last result.
     """
     logits, label, target_weights = arrays
     max_logit = finite_max(logits, axes)
     z = widen(logits)
     if label is None and target_weights is not None:
         sums = [max_logit, *_without_one(*_others_and_leaders(logits, max_logit, axes), max_logit)]
-        at_max = jnp.where(z == max_logit, target_weights, 0)
-        below, _ = _weight_sums(jnp.where(z == max_logit, 0, target_weights), max_logit - z, axes)
-        _, gap = _weight_sums(target_weights, max_logit - z, axes)
-        return *sums, below, gap, jnp.sum(at_max, axes, keepdims=True)
+        leads = z == max_logit
+        weights = [jnp.sum(jnp.where(mask, target_weights, 0), axes, keepdims=True) for mask in (~leads, leads)]
+        return *sums, weights[0], _weighted_gap(target_weights, max_logit - z, axes), weights[1]
     exponentials = jnp.exp(z - max_logit)
     if label is not None:
         exponentials = jnp.where(is_label(logits, label, axes[0]), 0, exponentials)
@@ -208,16 +208,16 @@ def _block_sums(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array, ...]:
         else:
             sums.append(jnp.take_along_axis(z, index, axis, mode="promise_in_bounds"))
     if target_weights is not None:
-        sums += _weight_sums(target_weights, max_logit - z, axes)
+        gap = _weighted_gap(target_weights, max_logit - z, axes)
+        sums += [jnp.broadcast_to(jnp.sum(target_weights, axes, keepdims=True), gap.shape), gap]
     return tuple(sums)
 
 
-def _weight_sums(target_weights: Array, below: Array, axes: Axes) -> tuple[Array, Array]:
-    """Σ_j q_j and Σ_j q_j (m − z_j)."""
+def _weighted_gap(target_weights: Array, below: Array, axes: Axes) -> Array:
+    """Σ_j q_j (m − z_j)."""
     constant = lax.stop_gradient(target_weights)
     cost = weighted(constant, below) + (target_weights - constant) * jnp.where(jnp.isfinite(below), below, 0)
-    weight_sum, weighted_gap = (jnp.sum(terms, axes, keepdims=True) for terms in (target_weights, cost))
-    return jnp.broadcast_to(weight_sum, weighted_gap.shape), weighted_gap
+    return jnp.sum(cost, axes, keepdims=True)
 
 
 def weighted(weight: Array, cost: Array) -> Array:
@@ -250,7 +250,7 @@ def scaled_exponentials(
 ) -> Array:
     """exp(z_j − m)·factor − position_weight·q_j, with `at_label` for the first term at the label; 0 where ignored.
 
-    With `at_max` the gradient of classes with the logit m is taken from that. In the logits' dtype, and in their
+    With `at_max`, classes with logit m have the gradient that it gives. The result has the logits' dtype, and their
     memory if they are not read again. Terms that are None are omitted.
     """
     per_position = (factor, ignored, label, at_label, position_weight, *(at_max or (None, None)))
@@ -269,10 +269,9 @@ def _scaled_exponentials(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array]:
         result -= position_weight * target_weights
     if target_weights is not None and at_max[0] is not None:
         constant, slope = at_max
-        certain = (
-            constant + factor * (exponentials - 1) - slope * target_weights
-        )  # the derivative of what is 0 is not 0
-        result = jnp.where(exponentials == 1, certain, result)
+        # The term with factor is 0 in value, but its derivative is that of the exponential.
+        gradient = constant + factor * (exponentials - 1) - slope * target_weights
+        result = jnp.where(exponentials == 1, gradient, result)
     if ignored is not None:
         result = jnp.where(broadcast_like(ignored, result), 0, result)
     return (result.astype(logits.dtype),)

@@ -12,11 +12,11 @@ from jaxtyping import Array
 from jaxsoft._arrays.checks import check_values, is_checking
 from jaxsoft._arrays.dtypes import compute_dtype
 from jaxsoft._arrays.sharding import axes_after_psum, is_replicated, pvary, replicate
-from jaxsoft._custom_vjp import custom_vjp, jvp_of_moving
+from jaxsoft._custom_vjp import custom_vjp
 from jaxsoft._formula.head import Positions, Values, check_operands, operand_cotangents, scale_gradient
 from jaxsoft._formula.losses import target_operands
 from jaxsoft._formula.targets import LogitsType, Options, position_weights
-from jaxsoft._jax_internals import Results, as_primitive, is_symbolic_zero, knows_manual_axes, manual_axes
+from jaxsoft._jax_internals import Results, as_primitive, is_symbolic_zero, knows_manual_axes, manual_axes, partial_jvp
 from jaxsoft._linear.args import DiffArgs, HeadArgs, HeadConfig, LinearParams
 from jaxsoft._linear.mesh import head_layout, over_mesh
 from jaxsoft._linear.plan import check_budget
@@ -224,9 +224,9 @@ def _per_position_bwd(config: HeadConfig, residuals, cotangents):
 
 
 def _per_position_forward(config: HeadConfig, residuals, tangents):
-    """A tile at a time, as the derivative of the values: the gradients that reverse mode keeps are not read."""
+    """The derivative of the values, tile by tile; the gradients among the residuals are not read."""
     _, *primals = residuals
-    return jvp_of_moving(lambda primals: _values(config, *primals), primals, list(tangents))
+    return partial_jvp(lambda primals: _values(config, *primals), primals, list(tangents))[1]
 
 
 _per_position.defvjp(_per_position_fwd, _per_position_bwd, symbolic_zeros=True, forward=_per_position_forward)
