@@ -19,8 +19,6 @@ LABELS = rng.integers(0, 5, 6)
 
 @pytest.mark.parametrize("outside", ["tail", "renormalise"])
 def test_our_types_as_arguments_and_results_of_a_stored_program(outside):
-    pytest.importorskip("flatbuffers", reason="jax.export stores programs by flatbuffers")
-
     def teach(x, w, labels):
         top = linear_top_k(x, w, 2)
         return top, linear_log_probs(x, w, labels, entropy=True), top.as_targets(outside)
@@ -47,7 +45,6 @@ def test_our_types_as_arguments_and_results_of_a_stored_program(outside):
 
 
 def test_types_without_labels_and_entropy():
-    pytest.importorskip("flatbuffers", reason="jax.export stores programs by flatbuffers")
     exported = jax.export.export(jax.jit(lambda x, w: linear_log_probs(x, w, LABELS)))(X, W)
     found = jax.export.deserialize(exported.serialize()).call(X, W)
     assert found.entropy is None

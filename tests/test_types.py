@@ -27,7 +27,10 @@ RULES = {
 # `linear_log_probs` has labels, but `label_log_prob` may be None by its type.
 OPTIONAL = pytest.mark.xfail(reason="the results of linear_log_probs are optional, whatever the call")
 
-pytestmark = pytest.mark.skipif(not PYRIGHT.is_file(), reason="pyright is not installed: it is in the extra dev")
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.skipif(not PYRIGHT.is_file(), reason="pyright is not installed: it is in the extra dev"),
+]
 
 
 def programs() -> dict[str, str]:
