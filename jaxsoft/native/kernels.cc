@@ -796,7 +796,7 @@ struct Unit : Layout<T> {
     friend INLINE Two operator+(const Two& a, const Two& b) { return {a.first + b.first, a.second + b.second}; }
   };
   INLINE Two folded(const Two& total) const { return {folded(total.first), folded(total.second)}; }
-  // A number of each class, apart for the classes of which two others are equal.
+  // One number per class in two parts, p where a ≠ b and p where a = b, with zeros elsewhere.
   static INLINE Two apart(const P& p, const P& a, const P& b) {
     return {map([](auto p, auto a, auto b) FORCE { return a == b ? decltype(p){} : p; }, p, a, b),
             map([](auto p, auto a, auto b) FORCE { return a == b ? p : decltype(p){}; }, p, a, b)};
@@ -860,8 +860,8 @@ struct Unit : Layout<T> {
     each([&](int64_t s) FORCE { return cotangent(s) - exponential(logits(s) - m) * factor; });
   }
 
-  // The sum over all classes but the label, the label's logit, and Σ q, Σ q (m − z). Of a distribution the label is one
-  // of the classes with the logit m, and their Σ q is apart.
+  // The sum over all classes but the label, the label's logit, and Σ q, Σ q (m − z). Of a distribution one class with
+  // logit m takes the label's place, and Σ q over the classes with logit m is separate.
   struct Sums {
     P m, others, label_logit, weight_sum, gap, max_weight;
     typename Layout<T>::Labels labels;
@@ -889,7 +889,7 @@ struct Unit : Layout<T> {
         return term(s, below, e);
       });
     };
-    if constexpr (kWeights && !kLabel) {  // those at m are ones, which are counted
+    if constexpr (kWeights && !kLabel) {  // the exponentials at m are ones, which are counted
       const Two apart_at_m = sum_exponentials([](int64_t, const P& below, const P& e) FORCE {
         return apart(e, below, P::all(0));
       });
@@ -958,8 +958,8 @@ struct Unit : Layout<T> {
   struct Gradient {
     P factor, at_label, share, ignored, max_constant, max_slope;
   };
-  // exp(z − m)·factor − share·q, but `at_label` as the product at the label, of a distribution what `max_…` say where
-  // the exponential is 1, and 0 where ignored.
+  // exp(z − m)·factor − share·q, with `at_label` for the first term at the label, and 0 where ignored. Of a distribution
+  // max_constant − max_slope·q where the exponential is 1.
   template <bool kLabel, bool kWeights, class F>
   INLINE void write_gradient(F exponential_at, const Gradient& of) const {
     const auto labels = this->labels_if(kLabel);
