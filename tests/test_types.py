@@ -1,7 +1,8 @@
-"""What a user's type checker says: every program and example of README and documentation passes pyright's strict mode."""
+"""What a user's type checker says: programs and examples of README and documentation pass pyright's and mypy's strict modes."""
 
 import doctest
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PYRIGHT = Path(sys.executable).with_name("pyright")
+PYRIGHT, MYPY = (Path(sys.executable).with_name(name) for name in ("pyright", "mypy"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# Examples need not annotate their own functions, and JAX's types are unknown in part; both make reports of `Unknown`.
+# Examples need not annotate their own functions, and JAX's types are unknown in part: neither checker reports these.
+UNTYPED = ("--allow-untyped-defs", "--allow-incomplete-defs", "--allow-untyped-calls", "--ignore-missing-imports")
 RULES = {
     "typeCheckingMode": "strict",
     "reportMissingParameterType": False,
@@ -24,12 +26,10 @@ RULES = {
     "reportUnknownVariableType": False,
     "reportUnusedExpression": False,  # what an interpreter prints
 }
-# `linear_log_probs` has labels, but `label_log_prob` may be None by its type.
-OPTIONAL = pytest.mark.xfail(reason="the results of linear_log_probs are optional, whatever the call")
 
 pytestmark = [
     pytest.mark.exhaustive,
-    pytest.mark.skipif(not PYRIGHT.is_file(), reason="pyright is not installed: it is in the extra dev"),
+    pytest.mark.skipif(not (PYRIGHT.is_file() and MYPY.is_file()), reason="pyright and mypy are in the extra dev"),
 ]
 
 
@@ -49,13 +49,19 @@ PROGRAMS = programs()
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    """What pyright says of each program."""
+def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("types")
-    (folder / "pyrightconfig.json").write_text(json.dumps(RULES | {"extraPaths": [str(ROOT)]}))
     files = {name: folder / (re.sub(r"\W", "_", name) + ".py") for name in PROGRAMS}
     for name, file in files.items():
         file.write_text(PROGRAMS[name])
+    return files
+
+
+@pytest.fixture(scope="module")
+def reports(files):
+    """What pyright says of each program."""
+    folder = next(iter(files.values())).parent
+    (folder / "pyrightconfig.json").write_text(json.dumps(RULES | {"extraPaths": [str(ROOT)]}))
     command = [PYRIGHT, "--outputjson", "--pythonpath", sys.executable, "-p", folder]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     diagnostics = json.loads(done.stdout)["generalDiagnostics"]
@@ -65,9 +71,20 @@ def reports(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[OPTIONAL] if name == "docs/recipes program 1" else []) for name in PROGRAMS],
-)
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_a_user_of_strict_types_can_write_this(reports, name):
     assert reports[name] == []
+
+
+def test_a_user_of_mypy_can_write_them(files):
+    command = [MYPY, "--strict", *UNTYPED, "--follow-imports=silent", *files.values()]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"MYPYPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.stdout == f"Success: no issues found in {len(files)} source files\n", done.stdout + done.stderr
