@@ -182,7 +182,7 @@ def check_named(verdict, make, n, classes, dtype, mean, seed=0, scale=2.0, layou
         diagnosis = diagnose_gradient(*map(LAYOUTS[layout], (z, t, wrong)))
     assert not diagnosis.correct
     if diagnosis.verdict != verdict:  # several fit
-        assert f"the same as of: {verdict}" in str(diagnosis) or f", {verdict}" in str(diagnosis), diagnosis.verdict
+        assert f"the same result: {verdict}" in str(diagnosis) or f", {verdict}" in str(diagnosis), diagnosis.verdict
 
 
 @pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 40), marks=exhaustive)], ids=["few", "many"])
@@ -644,7 +644,7 @@ def test_labels_that_fit_another_axis_are_judged_along_it():
         diagnosis = diagnose_gradient(z.T, labels, gradient.T)
         assert (diagnosis.correct, diagnosis.verdict) == (verdict.startswith("correct"), verdict)
         assert str(diagnosis).startswith(
-            "The targets fit classes along axis 0, not 1, and were judged so: pass axis=0. "
+            "The targets fit classes along axis 0, not 1, and were judged along it: pass axis=0. "
         )
     z, labels, o, t = problem(12, 3)
     images, gradient = (np.moveaxis(a.reshape(*IMAGES, 3), -1, 2) for a in (z, o - t))
