@@ -148,9 +148,7 @@ def _judged(s: Sample, numbers: np.ndarray, found: list[Way]) -> tuple[str, str,
         return "correct: 0 of nothing", f"{NOTHING} is taken as 0, as in jaxsoft, Chainer and Keras.", True
     if not found:
         verdict = "wrong"
-        text = (
-            "No known convention gives this, nor do one or two known mistakes. {} Compare the losses per position."
-        )
+        text = "No known convention gives this, nor do one or two known mistakes. {} Compare the losses per position."
         return verdict, text.format(_nearest(s, numbers)), False
     best = found[0]
     sentences = [_explained(s, best)]

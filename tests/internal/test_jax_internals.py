@@ -164,7 +164,7 @@ def test_without_a_name_the_package_imports_and_says_so(name, without):
     else:
         assert lacking == says
     text = importlib.import_module("jaxsoft.__main__").installation()
-    assert [f"this JAX lacks {line}: the plain formula runs in its place" in text for line in lacking] == [True] * len(
+    assert [f"this JAX lacks {line}: the plain formula runs instead" in text for line in lacking] == [True] * len(
         lacking
     )
     value, pullback = jax.vjp(jax.jit(lambda z: package.softmax(z, -1)), Z)
