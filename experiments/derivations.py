@@ -2,8 +2,8 @@
 
 python -m experiments.derivations
 
-Each formula is evaluated beside automatic differentiation and central differences in float64; each
-misprint beside the truth.
+Each formula is compared with automatic differentiation and central differences in float64, and each
+misprint with the right formula.
 """
 
 from collections.abc import Callable

@@ -2,13 +2,13 @@
 
 python -m experiments.distributed --processes 2
 
-The training of `experiments.vocabulary`, compiled by plain `jax.jit`, on a grid of devices: the batch is divided along
-its first axis, the head's classes along its second, which `jaxsoft.linear_cross_entropy` is told by
-batch_axes="data", axis_name="vocabulary". Every array of the state is divided along the first axis too (fully sharded
-data parallelism), and gathered where it is used. --processes starts as many on this machine, with one CPU device each.
-On a cluster run the same command once for each process, with --coordinator, --processes and --process-id; under SLURM
-or Open MPI with none of the three. When a process dies the others end too, within a minute and with an error, and the
-same command with --resume goes on, on as many processes as you like. Only process 0 uses the folder of results.
+This is the training of `experiments.vocabulary`, compiled by plain `jax.jit`, on a grid of devices: the batch is
+sharded over its first axis and the head's classes over its second, which `jaxsoft.linear_cross_entropy` learns from
+batch_axes="data", axis_name="vocabulary". Every array of the state is sharded over the first axis too (fully sharded
+data parallelism), and gathered for use. --processes starts so many processes on this machine, with one CPU device each.
+On a cluster run the same command once per process, with --coordinator, --processes and --process-id; under SLURM or
+Open MPI without these. If a process dies the others end too, within a minute and with an error; the same command with
+--resume continues, on any number of processes. Only process 0 uses the folder of results.
 """
 
 import contextlib
@@ -50,9 +50,9 @@ class Config(Training):
     """Options of the experiment."""
 
     mesh: tuple[int, int] | None = None
-    """Devices along the batch and along the vocabulary; 1 and all of them where not given."""
+    """Devices along the batch and along the vocabulary; by default 1 and all of them."""
     processes: int | None = None
-    """Processes to start on this machine; with --coordinator, all that take part."""
+    """Processes to start on this machine; with --coordinator, the number of all processes."""
     coordinator: str | None = None
     """ADDRESS:PORT at which process 0 of a cluster can be reached, the same for every process."""
     process_id: int | None = None

@@ -1141,7 +1141,7 @@ def test_files_that_cannot_be_judged(tmp_path, capsys):
     assert "expected an NPZ file of plain numbers" in error_of(path)
     for other in (b"no archive", b"", whole[:-100]):
         path.write_bytes(other)
-        assert "expected an NPZ file, as numpy.savez writes it, got another kind of file" in error_of(path)
+        assert "expected an NPZ file, as numpy.savez writes, got another kind of file" in error_of(path)
     with open(path, "wb") as file:
         np.save(file, z)
     assert "got another kind of file" in error_of(path)

@@ -31,7 +31,7 @@ def headline() -> str:
         lines.append(f"| {case} | {shape} | {' | '.join(cells)} |")
     kinds = [ratios_by_kind(table) for table in tables]
     plain, huge, pure = (" / ".join(f"{geometric_mean(of_table[kind]):.2f}" for of_table in kinds) for kind in MEANS)
-    lines.append(f"| **geometric mean of all cases**, bfloat16 too, the fastest peer | | {plain} | | {huge} |")
+    lines.append(f"| **geometric mean of all cases**, bfloat16 too, the fastest other library | | {plain} | | {huge} |")
     lines.append(f"| the same where our kernels were not built | | {pure} | | |")
     return "\n".join(lines)
 

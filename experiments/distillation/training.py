@@ -39,20 +39,20 @@ STORED = "teacher/stored"
 
 @dataclass(frozen=True)
 class Config(vocabulary.Training):
-    """Options of the trainings: those of the teacher's, and what is different of a student's."""
+    """Options of the teacher's training, and the differences of a student's."""
 
     steps: int = 800
     """Gradient steps of the teacher, each on one batch."""
     student_steps: int = 400
-    """Gradient steps of each student, on the batches of the teacher's first ones or, after these, on further ones."""
+    """Gradient steps of each student, on the same batches as the teacher's first steps, and then on further batches."""
     student_features: int = 32
-    """Features of a student: of a word, and of a context at the head."""
+    """Features of a student: per token, and per context at the head."""
     k: int = 16
-    """Classes whose probabilities are stored of the teacher, for every word that the students are trained on."""
+    """Classes whose teacher probabilities are stored, for every token that the students are trained on."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     out: Path = Path("out/distillation")
-    """Folder for students.csv, summary.json, the picture, what is stored of the teacher, and for each network a folder
+    """Folder for students.csv, summary.json, the picture, the teacher's stored data, and for each network a folder
     with its metrics.csv (each training batch, before its step) and checkpoints."""
 
     def of(self, network: str) -> "Config":
