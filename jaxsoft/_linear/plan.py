@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     training_flops: int  # of the loss and all gradients
     tile_bytes: int  # one tile's logits and their gradient
     kept_bytes: int  # a group's logit gradients, stored for one matmul per input
-    gradient_bytes: int  # gradients of features and kernel, the latter in float32 if several groups or tiles add to it
+    gradient_bytes: int  # gradients of features and kernel, the latter in float32 unless a single group writes it
     unfused_bytes: int  # all logits and their gradient, which are not stored
     groups: int  # of tiles; each group adds once to the kernel's gradient
     reason: str  # for these tiles
