@@ -165,7 +165,7 @@ class _Gradients(NamedTuple):
 
 
 def _summed(loop: _Gradients) -> tuple[Results, DiffArgs]:
-    """Values and gradients, summed over groups of tiles; each group adds one matmul to each of two gradients."""
+    """Values and gradients; each group of tiles computes its part of the features' and the kernel's gradients."""
 
     def step(rows: Array, carry: Any) -> Any:
         values, gradients = carry
