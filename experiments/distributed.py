@@ -262,7 +262,7 @@ def last_words(n: int, count: int, exitcode: int, told: connection.Connection) -
         return told.recv().removeprefix("error: ")
     except EOFError:
         how = f"was ended by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"ended with status {exitcode}"
-        return f"process {n} of {count} {how}, and the others with it; --resume goes on from the last checkpoint"
+        return f"process {n} of {count} {how}, and the others with it; --resume continues from the last checkpoint"
 
 
 def follow(config: Config, sender: connection.Connection) -> None:

@@ -22,7 +22,7 @@ MEANS = "peers over ours", "peers with huge pages over ours", "peers over ours w
 
 
 def headline() -> str:
-    """A row for each case: the fastest of the peers over ours, for each version of JAX; last the mean of all cases."""
+    """A row per case: the fastest peer's time over ours, for each version of JAX; last the mean of all cases."""
     tables = [read_table(RESULTS / f"cpu-jax{version}.csv") for version in VERSIONS]
     lines = [f"| {DTYPE} | shape | {' | '.join(PEERS)} | the faster, with huge pages |", "|---|---|---|---|---|"]
     for case, shape in ROWS.items():

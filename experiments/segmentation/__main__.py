@@ -177,13 +177,13 @@ def check_continued(config: Chosen, options: dict[str, Any]) -> None:
     known = read_record(config.out / CHECKPOINTS, step)["options"]
     if not options.keys() <= known.keys():
         raise InputError(
-            f"{config.out}: expected a run of this version, got one of an earlier, which does not go on: begin again "
-            "with --overwrite, or choose another --out"
+            f"{config.out}: expected a run of this version, got one of an earlier version, which cannot continue: "
+            "start again with --overwrite, or choose another --out"
         )
     if known["steps"] != config.steps:
         raise InputError(
             f"--steps: expected {known['steps']}, over which the learning rate of {config.out} falls to 0, got "
-            f"{config.steps}: for more after it, begin another run with its parameters, --start {config.out} --out DIR"
+            f"{config.steps}: to train longer, start another run from its parameters, --start {config.out} --out DIR"
         )
 
 

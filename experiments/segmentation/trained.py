@@ -58,7 +58,7 @@ def read_trained(out: Path) -> Trained:
         raise InputError(f"{out}: expected a finished run, which holds summary.json and {NETWORK}")
     step = latest_whole(out / "checkpoints")
     if step is None:
-        raise InputError(f"{out / 'checkpoints'}: expected the checkpoint of the last step, got none")
+        raise InputError(f"{out / 'checkpoints'}: expected a checkpoint of the last step, got none")
     known = json.loads(path.read_text())
     like = jax.eval_shape(lambda key: init_network(key, len(known["names"]), tuple(known["widths"])), jax.random.key(0))
     [params] = read_state(out / "checkpoints", step, (like,))

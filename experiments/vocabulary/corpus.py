@@ -46,7 +46,9 @@ def read_text(corpus: str, vocabulary: int, context: int, seed: int) -> Text:
         documents = np.array_split(documents[0], STRETCHES)
     documents = [document for document in documents if document.size]
     if len(documents) < 2:
-        raise InputError(f"{corpus}: expected two documents with words in them, to hold one out, got {len(documents)}")
+        raise InputError(
+            f"{corpus}: expected at least two documents with tokens, to hold one out, got {len(documents)}"
+        )
     order = np.random.default_rng(seed).permutation(len(documents))
     held_out = set(order[: max(1, len(documents) // STRETCHES)].tolist())
     train = [document for n, document in enumerate(documents) if n not in held_out]
@@ -56,7 +58,7 @@ def read_text(corpus: str, vocabulary: int, context: int, seed: int) -> Text:
     if vocabulary > found + 1:
         more = "" if corpus not in LIBRARIES or corpus == "installed" else "; --corpus installed has more"
         raise InputError(
-            f"--vocabulary: expected at most {found + 1}, the distinct words of the training documents of {corpus} "
+            f"--vocabulary: expected at most {found + 1}, the distinct tokens of the training documents of {corpus} "
             f"and the unknown class, got {vocabulary}{more}"
         )
     commonest = np.argsort(-counts, kind="stable")[: vocabulary - 1]
@@ -64,7 +66,7 @@ def read_text(corpus: str, vocabulary: int, context: int, seed: int) -> Text:
     classes[commonest] = np.arange(1, vocabulary)
     if not classes[np.concatenate(test)].any():
         raise InputError(
-            f"--vocabulary {vocabulary}: expected some of it in the held-out documents of {corpus}, got none"
+            f"--vocabulary {vocabulary}: expected some of its tokens in the held-out documents of {corpus}, got none"
         )
     everything = zlib.crc32(np.concatenate(documents).tobytes() + "\n".join(words).encode())
     return Text(
