@@ -61,7 +61,7 @@ class Case(NamedTuple):
 
 
 def case(rng, soft=None, **needs):
-    """A random problem; what it needs is there, and other options often are."""
+    """A random problem, with the options that it needs, and often with others."""
     layouts = [layout for layout in LAYOUTS if not needs.get("images") or len(layout[0]) > 1]
     shape, axis = layouts[rng.integers(len(layouts))]
     classes = int(rng.choice([3, 5, 10, 21]))
@@ -95,7 +95,7 @@ def mean(s, losses):
     return losses.sum() / (s.w * s.cy).sum()
 
 
-# What each convention needs to be another than the rest, and its value.
+# The options that each convention needs to differ from the others, and its value.
 CONVENTIONS = {
     "sum": ({}, lambda s: s.losses().sum()),
     "mean over valid positions": ({"ignored": True, "soft": False}, lambda s: s.losses().sum() / s.live.sum()),
@@ -257,7 +257,7 @@ MISTAKES = {
     "logits rounded": ({}, lambda s: mean(s, s._replace(z=s.z.astype(np.float16).astype(float)).losses())),
 }
 
-# Each in a place of its own, so that two of them can be made in one loss.
+# Each mistake is in a different place, so that one loss can have two of them.
 OF_LOGITS = {
     "softmax applied twice": softmax,
     "temperature": lambda z: z / 2,
@@ -312,7 +312,7 @@ def trial(rng, name):
 
 
 def shares(seed, count):
-    """Of so many trials, how many named what was done, and which called a right loss wrong."""
+    """How many of the trials named the mistake, and which called a right loss wrong."""
     rng = np.random.default_rng(seed)
     names = [*CONVENTIONS, *MISTAKES]
     missed, wronged = [], []

@@ -1,4 +1,4 @@
-"""Names of JAX that may go: without any one of them the package imports, says so, and every public function is right."""
+"""Names that JAX may remove: without any one the package imports, says so, and all public functions are right."""
 
 import importlib
 import re
@@ -53,7 +53,7 @@ STATES, COUPLINGS = np.sign(rng.normal(size=(2, 3))).astype(np.float32), np.ones
 
 
 class Without:
-    """An object but for one of its attributes."""
+    """An object without one of its attributes."""
 
     def __init__(self, whole, name):
         self.whole, self.name = whole, name
