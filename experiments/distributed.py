@@ -157,7 +157,7 @@ def start(config: Config) -> None:
 
 
 def meet(config: Config, bind_address: str | None = None) -> bool:
-    """Wait until all processes are there; False where this one is not of a cluster."""
+    """Wait until all processes have started; False if this one does not belong to a cluster."""
     if config.coordinator is not None and config.process_id == 0:
         check_free(int(config.coordinator.rpartition(":")[2]))
     keep_stdout()
@@ -179,7 +179,7 @@ def meet(config: Config, bind_address: str | None = None) -> bool:
 
 
 def check_free(port: int) -> None:
-    """Refuse a port that something listens at, where JAX would end without a word."""
+    """Refuse a port on which something listens; JAX would end without a message."""
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
     try:
@@ -190,7 +190,7 @@ def check_free(port: int) -> None:
 
 
 def keep_stdout() -> None:
-    """Leave stdout to Python: what its libraries in C++ print, as Gloo does, goes to stderr."""
+    """Leave stdout to Python: send the output of C++ libraries such as Gloo to stderr."""
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -198,7 +198,7 @@ def keep_stdout() -> None:
 
 @contextlib.contextmanager
 def end_at_once(config: Config, tell: Callable[[str], None]) -> Iterator[None]:
-    """End this process where the body fails: an ordinary exit waits for the others, which may wait for this one."""
+    """End this process if the body fails: an ordinary exit waits for the others, which may wait for this one."""
     try:
         yield
     except BaseException as error:
@@ -216,7 +216,7 @@ def end_at_once(config: Config, tell: Callable[[str], None]) -> Iterator[None]:
 
 
 def watch(config: Config, count: int) -> None:
-    """Start processes on this machine, and end them all where one fails."""
+    """Start processes on this machine, and end them all if one fails."""
     grid(config, count)
     make_folder(config.out)
     with socket.create_server(("127.0.0.1", 0)) as server:

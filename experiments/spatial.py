@@ -69,7 +69,7 @@ def run(config: Config) -> dict[str, float]:
 
 
 def counted() -> list[Number]:
-    """The losses of an undecided network, and what one Jacobian a pixel would take."""
+    """The losses of an undecided network, and the memory of one Jacobian per pixel."""
     losses = jax.jit(lambda z, labels: cross_entropy(z, labels, 1, reduction="none"))(
         np.zeros((1, CLASSES, HEIGHT, WIDTH)), np.zeros((1, HEIGHT, WIDTH), int)
     )

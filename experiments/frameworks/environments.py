@@ -11,7 +11,7 @@ from experiments._door import ScriptError
 from experiments.frameworks.frameworks import Framework
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxsoft" / "frameworks"
-FINISHED = "installed.txt"  # in an environment whose packages are all there
+FINISHED = "installed.txt"  # in an environment whose packages are all installed
 
 
 class NotInstalled(ScriptError):
@@ -19,7 +19,7 @@ class NotInstalled(ScriptError):
 
 
 def python_of(framework: Framework, cache: Path) -> Path:
-    """The Python that has the framework: that of its environment, or this one."""
+    """The Python that has the framework: its environment's, or this one."""
     own = cache / framework.home
     if (own / FINISHED).exists():
         return own / "bin" / "python"

@@ -115,7 +115,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Chosen(Config):
-    """With what the data decide."""
+    """The options with the values that depend on the data."""
 
     steps: int = 4000
     batch_size: int = 16
@@ -123,7 +123,7 @@ class Chosen(Config):
 
 
 def choose(config: Config) -> Chosen:
-    # Of a photograph as much as will be seen at the end: what is learnt near borders alone fails far from them.
+    # As large a window as predictions will see: a network trained only near borders fails far from them.
     chosen: dict[str, Any] = (
         {"steps": 4000, "batch_size": 16, "crop": 64}
         if config.data == "digits"
@@ -155,14 +155,14 @@ def read_coding(config: Chosen) -> Coding:
 
 
 def read_data(config: Chosen, coding: Coding) -> tuple[Source, Source, tuple[str, ...]]:
-    """What to train on, what to test on and the names of the classes."""
+    """The training data, the held-out data, and the names of the classes."""
     if config.data == "digits":
         return *digit_scenes(config.seed, config.crop, HELD_OUT), NAMES
     return read_folder(Path(config.data), coding, config.classes, config.seed)
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Train, or predict where that is asked for."""
+    """Train, or predict if that is requested."""
     if config.predict:
         write_predictions(read_trained(config.out), config.predict, config.out / "predictions")
         return {}
@@ -170,7 +170,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def check_continued(config: Chosen, options: dict[str, Any]) -> None:
-    """Say why a run does not go on, where --resume asks for what it cannot."""
+    """Raise an error if --resume cannot continue the run."""
     step = latest_whole(config.out / CHECKPOINTS) if config.resume else None
     if step is None:
         return
@@ -188,7 +188,7 @@ def check_continued(config: Chosen, options: dict[str, Any]) -> None:
 
 
 def start_with(config: Chosen, classes: int, widths: tuple[int, ...]) -> Any:
-    """Parameters drawn by the seed, or those of another run."""
+    """Parameters drawn by the seed, or another run's parameters."""
     fresh = jax.jit(init_network, static_argnums=(1, 2))(jax.random.key(config.seed), classes, widths)
     if config.start is None:
         return fresh

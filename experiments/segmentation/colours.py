@@ -1,4 +1,4 @@
-"""Masks in colours, and the table that says what each of them stands for.
+"""Masks in colours, and the table of the colours' classes.
 
     0 0 0 void
     128 64 128 road

@@ -26,7 +26,7 @@ NETWORK = "network.json"
 
 
 class Trained(NamedTuple):
-    """The parameters of a network, and what its classes are called, stand for and look like."""
+    """The parameters of a network, and its classes' names, mask values and colours."""
 
     params: Any
     recipe: Recipe
@@ -41,7 +41,7 @@ class Trained(NamedTuple):
 
 
 def write_trained(out: Path, trained: Trained, widths: Sequence[int]) -> None:
-    """All but the parameters, which are in the last checkpoint."""
+    """Everything except the parameters, which are in the last checkpoint."""
     arrays = {
         "mean": trained.recipe.mean,
         "deviation": trained.recipe.deviation,
@@ -68,7 +68,7 @@ def read_trained(out: Path) -> Trained:
 
 
 def write_predictions(trained: Trained, photographs: Sequence[Path], folder: Path) -> None:
-    """Of each photograph a mask with the values of those that were learnt from, and an overlay to look at."""
+    """For each photograph a mask with the training masks' values, and an overlay to look at."""
     for name, count in Counter(path.stem for path in photographs).items():
         if count > 1:
             raise InputError(f"--predict: expected photographs of different names, got {count} of the name {name}")

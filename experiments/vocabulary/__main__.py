@@ -32,7 +32,7 @@ class Config(Training):
 
 
 def report(config: Training, text: Text, summary: dict[str, Any]) -> None:
-    """Write and print what came out."""
+    """Write and print the results."""
     table = pd.read_csv(config.out / "metrics.csv")
     summary["tokens"] = int(table["tokens"].to_numpy().sum())
     plot_loss(table, summary, config.out / "loss.png")

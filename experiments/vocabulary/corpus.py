@@ -16,7 +16,7 @@ from experiments._door import InputError
 WORD = re.compile(r"\w+|[^\w\s]")
 """A run of letters, digits and underscores, or one other mark; white space only separates."""
 UNKNOWN = 0
-"""The class of every word that is not in the vocabulary, and of what is before the first word of a document."""
+"""The class of tokens that are not in the vocabulary, and of the positions before a document's first token."""
 LIBRARIES = {"standard-library": ("stdlib",), "installed": ("stdlib", "purelib", "platlib")}
 """The folders of Python sources that come with the interpreter, by their names in `sysconfig`."""
 STRETCHES = 20
@@ -26,13 +26,13 @@ Words = Int[np.ndarray, " words"]
 
 
 class Text(NamedTuple):
-    """The classes of the words, each document after `context` unknown ones."""
+    """The classes of the tokens, each document after `context` unknown ones."""
 
     train: Words
     test: Words
     classes: tuple[str, ...]
     counts: Int[np.ndarray, " classes"]  # in the training documents
-    origin: str  # which words these are, in words
+    origin: str  # a description of the tokens
 
 
 def read_text(corpus: str, vocabulary: int, context: int, seed: int) -> Text:
@@ -79,7 +79,7 @@ def read_text(corpus: str, vocabulary: int, context: int, seed: int) -> Text:
 
 
 def number(files: Sequence[Path]) -> tuple[list[Words], list[str]]:
-    """The documents as numbers of their words, and the words in the order they are first met."""
+    """The documents as numbers of tokens, and the tokens in the order of their first occurrence."""
     numbers: dict[str, int] = {}
     documents = []
     with tqdm(files, unit="file", desc="reading") as bar:
@@ -95,7 +95,7 @@ def join(documents: Sequence[Words], classes: Words, context: int) -> Words:
 
 
 def list_files(corpus: str) -> list[Path]:
-    """The files in the order of their names; those whose name, or folder's name, begins with a dot are left out."""
+    """The files in the order of their names, without files whose name, or folder's name, begins with a dot."""
     if corpus in LIBRARIES:
         folders = dict.fromkeys(Path(sysconfig.get_path(name)) for name in LIBRARIES[corpus])
         return [path for folder in folders for path in sorted(folder.rglob("*.py")) if is_source(path, folder)]
