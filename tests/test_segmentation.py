@@ -482,7 +482,7 @@ def test_an_unfinished_run_is_neither_overwritten_nor_continued_with_other_optio
     with pytest.raises(InputError, match=r"--classes: .*checkpoints was written with 3, got 4"):
         run(dataclasses.replace(options, resume=True, classes=4))
     (tmp_path / "metrics.csv").write_text("step,loss,pixel_accuracy,mean_iou\n")
-    with pytest.raises(InputError, match=r"metrics.csv: expected the rows of steps 1 to 2, which the checkpoint"):
+    with pytest.raises(InputError, match=r"metrics.csv: expected the rows of steps 1 to 2, from which the checkpoint"):
         run(dataclasses.replace(options, resume=True))
 
 
@@ -561,14 +561,14 @@ def test_bad_options_are_one_line(tmp_path, options, message):
 
 
 def test_more_steps_are_refused_and_begun_with_the_parameters_of_the_run(voc, whole, tmp_path):
-    """The last are trained at a learning rate of 0: there is nothing to go on with but the parameters."""
+    """The last steps are trained at a learning rate of 0, so only the parameters can be used for longer training."""
     _, out = whole
     more = config(out, data=str(voc), resume=True, steps=9)
     with pytest.raises(InputError) as caught:
         run(more)
     assert str(caught.value) == (
-        f"--steps: expected 7, over which the learning rate of {out} falls to 0, got 9: for more after it, begin "
-        f"another run with its parameters, --start {out} --out DIR"
+        f"--steps: expected 7, over which the learning rate of {out} falls to 0, got 9: to train longer, start "
+        f"another run from its parameters, --start {out} --out DIR"
     )
     options = config(tmp_path / "more", data=str(voc), start=out)
     run(options)
