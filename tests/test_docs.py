@@ -83,7 +83,6 @@ def is_quick(notebook):
 
 
 @pytest.mark.x32
-@pytest.mark.scripts
 @pytest.mark.parametrize(
     "notebook",
     [

@@ -22,7 +22,7 @@ from experiments.compile.report import cell, markdown
 from experiments.compile.targets import TARGETS, missing, with_peak
 from experiments.compile.work import kernels
 
-pytestmark = [pytest.mark.x32, pytest.mark.optimized]
+pytestmark = [pytest.mark.scripts, pytest.mark.x32, pytest.mark.optimized]
 
 # Programs by hand, as GPUs' and TPUs' compilers write them.
 

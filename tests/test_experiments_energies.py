@@ -12,7 +12,6 @@ from experiments import energies, logistic
 from experiments._door import InputError, ScriptError
 
 # What it runs once, all tests read.
-pytestmark = pytest.mark.scripts
 
 
 @pytest.fixture(scope="module")

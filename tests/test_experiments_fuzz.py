@@ -12,6 +12,8 @@ from experiments._door import InputError, ScriptError
 from experiments.fuzz import __main__ as script
 from experiments.fuzz.measured import Measured, Unit, exp, log1p
 
+pytestmark = pytest.mark.scripts
+
 
 @pytest.mark.parametrize(
     ("options", "numbers"),

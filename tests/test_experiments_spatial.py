@@ -10,7 +10,6 @@ from experiments import flat_buffer, spatial
 from experiments._door import InputError
 
 # What it runs once, all tests read.
-pytestmark = pytest.mark.scripts
 
 
 @pytest.fixture(scope="module")

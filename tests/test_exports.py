@@ -58,14 +58,12 @@ def fresh(program, *args):
     return done.stdout.split()
 
 
-@pytest.mark.scripts
 def test_importing_starts_no_backend():
     assert fresh("import jaxsoft; from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())") == [
         "False"
     ]
 
 
-@pytest.mark.scripts
 def test_a_compiled_program_with_kernels_runs_elsewhere_once_they_are_there(tmp_path):
     if not jaxsoft.native_kernels().loaded:
         pytest.skip("without kernels a compiled program calls none")

@@ -16,7 +16,7 @@ from experiments import iris
 from experiments._door import InputError
 from experiments.iris import FOLDS, Config, read_folds, read_iris, read_split, run
 
-pytestmark = [pytest.mark.scripts, pytest.mark.x32]
+pytestmark = pytest.mark.x32
 ROWS = Config().data.read_text().splitlines()
 
 

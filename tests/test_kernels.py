@@ -41,7 +41,6 @@ print(digest.hexdigest())
 """
 
 
-@pytest.mark.scripts
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads are limited by Linux's affinity")
 def test_the_bits_of_a_result_do_not_depend_on_threads():
     if len(os.sched_getaffinity(0)) < 2:
@@ -244,7 +243,6 @@ print(jaxsoft.softmax(np.zeros((100, 200)))[0, 0], jaxsoft.native_kernels())
 """
 
 
-@pytest.mark.scripts
 def test_the_switch_and_a_library_that_is_refused():
     switches = "0", "1", __file__, "yes"
     run = subprocess.run([sys.executable, "-c", SWITCHED, *switches], capture_output=True, text=True)

@@ -19,8 +19,6 @@ from experiments._door import ScriptError
 from jaxsoft import cross_entropy, init_mlp, softmax, softmax_jacobian, softmax_vjp
 
 # What it runs once, all tests read.
-pytestmark = pytest.mark.scripts
-
 STEPS = [0, 1, 10, 100, 1000, 5000]
 LOSSES = {  # mean cross-entropy at STEPS
     "A": [1.09163, 1.03426, 0.814506, 0.662065, 0.374943, 0.107506],

@@ -18,6 +18,8 @@ from experiments.recipes import losses, naive
 from experiments.recipes.losses import IGNORED
 from experiments.vocabulary.heads import temporary_bytes
 
+pytestmark = pytest.mark.scripts
+
 # What is compiled once, all tests read.
 
 CASES = [

@@ -11,7 +11,7 @@ from experiments._door import ScriptError
 from experiments.frameworks.frameworks import Framework
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxsoft" / "frameworks"
-FINISHED = "installed.txt"  # in an environment whose packages are all installed
+FINISHED = "installed.txt"  # in an environment whose packages are all there
 
 
 class NotInstalled(ScriptError):

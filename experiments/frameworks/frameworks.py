@@ -29,7 +29,7 @@ class Framework(NamedTuple):
     variants: tuple[Variant, ...]
     python: str = ""  # the version that an environment of its own needs
     environment: tuple[tuple[str, str], ...] = ()
-    shares: str = ""  # the framework whose environment has it too
+    shares: str = ""  # the framework whose environment has it, too
 
     @property
     def home(self) -> str:

@@ -106,7 +106,7 @@ def watched(process: subprocess.Popen[str]) -> Iterator[str]:
 
 
 def compared(variant: Variant, cases: dict[int, Case], folder: Path, tolerance: float) -> dict[str, Any]:
-    """The largest difference of a call's results from ours, and the failures."""
+    """How far a call's results are from ours, at most, and what failed."""
     far: dict[str, list[float]] = {"value": [], "gradient": []}
     failed = []
     for n, case in cases.items():
