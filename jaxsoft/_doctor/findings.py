@@ -124,7 +124,7 @@ def _(c: Comparison) -> Values:
 
 @finding("a mistake with a number: {explanation}")
 def _(c: Comparison) -> Values:
-    """Fit a mistake's number; the mistake must explain the error, not only be small beside the right entries."""
+    """Fit a mistake's number; the mistake must explain the error, not only be small compared with the right entries."""
     fits = [(name, fit) for name, (_, formula) in FITS.items() for fit in formula(c.p, c.g)]
     name, fit = min(fits, key=lambda named: norm(c.g - named[1].gradient / named[1].divisor))
     changes = norms(fit.gradient - c.p.truth)
