@@ -74,7 +74,7 @@ class Comparison:
             return self.is_reduced_truth(multiple)
         return any(
             self.is_mistake(candidate, count)
-            # The candidate must explain the difference from the truth, not only be small compared with the right entries.
+            # The candidate must explain the difference from the truth, not only be small relative to the right entries.
             and norm(count * self.g - candidate) < 0.05 * norm(count * self.g - self.p.truth)
             for count in self.p.scales.values()
         )
