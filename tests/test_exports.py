@@ -17,7 +17,7 @@ X, W = rng.normal(size=(6, 3)), rng.normal(size=(3, 5))
 LABELS = rng.integers(0, 5, 6)
 
 
-@pytest.mark.parametrize("outside", ["tail", "renormalise"])
+@pytest.mark.parametrize("outside", ["tail", pytest.param("renormalise", marks=pytest.mark.exhaustive)])
 def test_our_types_as_arguments_and_results_of_a_stored_program(outside):
     def teach(x, w, labels):
         top = linear_top_k(x, w, 2)

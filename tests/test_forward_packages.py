@@ -286,6 +286,7 @@ def test_equinox_filter_jvp():
     compare(example)
 
 
+@pytest.mark.exhaustive
 def test_equinox_hessian_product():
     def example(of):
         network = eqx.nn.MLP(3, 4, 5, 2, key=jax.random.key(0))
@@ -300,6 +301,7 @@ def test_equinox_hessian_product():
     compare(example)
 
 
+@pytest.mark.exhaustive
 def test_flax_lifted_jvp():
     def example(of):
         class Attention(nn.Module):
@@ -324,6 +326,7 @@ def test_flax_lifted_jvp():
     compare(example)
 
 
+@pytest.mark.exhaustive
 def test_empirical_neural_tangent_kernel():
     """J Jᵀ by Jacobians, and without them by pushing forward what was pulled back."""
 
@@ -350,7 +353,7 @@ def test_empirical_neural_tangent_kernel():
     np.testing.assert_allclose(products, jacobians, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("loop", ["while", "scan"])
+@pytest.mark.parametrize("loop", ["while", pytest.param("scan", marks=pytest.mark.exhaustive)])
 def test_meta_learning_through_an_inner_loop(loop):
     """MAML: forward mode through steps of gradient descent, whose number a `while_loop` need not know."""
 

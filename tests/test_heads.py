@@ -446,7 +446,7 @@ def far_apart(margin, outside):
 
 
 @pytest.mark.x32
-@pytest.mark.parametrize("outside", OUTSIDE)
+@pytest.mark.parametrize("outside", [*OUTSIDE[:2], exhaustive(OUTSIDE[2])])
 def test_sparse_targets_far_from_all_other_classes(outside):
     """Either group may have a margin whose exponential float32 cannot hold."""
     margins = np.float32([-200, -100, -88, -30, -17, 0, 17, 30, 88, 100, 200])

@@ -112,7 +112,9 @@ def unfused(features, kernel, bias, labels):
     return cross_entropy(features @ kernel + bias, labels, **OPTIONS)
 
 
-@pytest.mark.parametrize("network", [plain, of_nnx, of_linen, of_equinox])
+@pytest.mark.parametrize(
+    "network", [of_nnx, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (plain, of_linen, of_equinox))]
+)
 def test_a_network_trains_as_with_full_logits_on_four_devices_too(network):
     """Batch over two devices, and with everything that is kept divided over them; the vocabulary over two."""
     params, features_and_head = network()

@@ -152,7 +152,12 @@ def exported(of):
     return export.export(jax.jit(results), platforms=("cpu", "cuda", "tpu"))(arguments), arguments, results
 
 
-SLOW_TO_COMPILE = {"energy", "caffe", "cross_entropy", "linear_cross_entropy"}  # other sizes use the same program
+SLOW_TO_COMPILE = {
+    "energy",
+    "caffe",
+    "cross_entropy",
+    "linear_cross_entropy",
+}  # the other sizes come from the same program
 
 
 @pytest.mark.parametrize(
