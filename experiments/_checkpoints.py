@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: whole or absent, and the one before where the latest is damaged.
+"""Checkpoints of a training run: complete or absent; if the latest is damaged, the one before it is used.
 
 A folder for each, named by its step: state.npz with the arrays by their paths, record.json, and the SHA-256 of both.
 """
@@ -21,7 +21,7 @@ KEPT = 2
 
 
 class Checkpoint(NamedTuple):
-    """A run after `step` steps: its arrays, and whatever else it needs to go on as JSON values."""
+    """A run after `step` steps: its arrays, and as JSON values everything else that it needs to continue."""
 
     step: int
     state: Any
@@ -34,7 +34,7 @@ def steps_of(folder: Path) -> list[int]:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint beside those before, of which the latest alone is kept; it has its name when it is whole."""
+    """Write a checkpoint, which gets its name when it is complete, and keep only one of the checkpoints before it."""
     step, state, record = checkpoint
     unfinished = folder / "unfinished"
     content = io.BytesIO()
@@ -49,19 +49,19 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         for old in steps_of(folder)[KEPT:]:
             delete(folder, old)
     except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)  # room for those who mend it
+        shutil.rmtree(unfinished, ignore_errors=True)  # free the disk space
         raise InputError(f"{folder / str(step)}: cannot write the checkpoint: {error.strerror or error}") from error
 
 
 def latest_whole(folder: Path) -> int | None:
-    """The step of the latest checkpoint that is as it was written; damaged ones after it are deleted."""
+    """The step of the latest undamaged checkpoint; damaged ones after it are deleted."""
     steps = steps_of(folder)
     whole = next((step for step in steps if is_whole(folder / str(step))), None)
     if whole is None:
         if steps:
             raise InputError(
-                f"{folder}: expected a whole checkpoint to go on from, got damaged ones alone "
-                f"({', '.join(map(str, steps))}); begin again with --overwrite, or choose another --out"
+                f"{folder}: expected a complete checkpoint, got only damaged ones "
+                f"({', '.join(map(str, steps))}); start again with --overwrite, or choose another --out"
             )
         return None
     for step in steps[: steps.index(whole)]:
@@ -85,7 +85,7 @@ def delete(folder: Path, step: int) -> None:
 
 
 def by_path(state: Any) -> list[tuple[str, Any]]:
-    """Every array with where it is in the state, as in 0/head/kernel."""
+    """Every array with its path in the state, such as 0/head/kernel."""
     paths = jax.tree_util.tree_leaves_with_path(state)
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in paths]
 
@@ -98,5 +98,5 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def checksums(checkpoint: Path) -> dict[str, str]:
-    """SHA-256 of both files: a flipped bit would otherwise be trained on."""
+    """SHA-256 of both files, so that training does not continue from a flipped bit."""
     return {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in (STATE, RECORD)}

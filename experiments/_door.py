@@ -1,4 +1,4 @@
-"""The door of every script: options from the command line, an end in one line, results in a folder."""
+"""Common to all scripts: options from the command line, errors in one line, results in a folder."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ class ScriptError(Exception):
 
 
 class InputError(ScriptError):
-    """Something the person running the script can mend: the message says what, where and how."""
+    """An error that the user can correct: the message says what, where and how."""
 
 
 class Training(Protocol):
@@ -36,14 +36,14 @@ class Training(Protocol):
 
 
 class End(NamedTuple):
-    """What a script says in the end, and its exit status."""
+    """A script's last message, and its exit status."""
 
     line: str
     status: int
 
 
 def enter(config: type[Config], run: Callable[[Config], object], description: str | None) -> None:
-    """Run a script with options from the command line; exit with one line where its input is bad."""
+    """Run a script with options from the command line; if its input is bad, exit with one line."""
     chosen = tyro.cli(config, prog=command(), description=description)
     try:
         run(chosen)
@@ -56,13 +56,13 @@ def enter(config: type[Config], run: Callable[[Config], object], description: st
 
 
 def command() -> str | None:
-    """How this program was started, where that was `python -m`."""
+    """The command that started this program, if that was `python -m`."""
     spec = sys.modules["__main__"].__spec__
     return spec and f"python -m {spec.name.removesuffix('.__main__')}"
 
 
 def end_of(error: BaseException, config: object) -> End | None:
-    """How an exception ends a script: None where it is a fault of the script, whose traceback is wanted."""
+    """How an exception ends a script; None for a bug of the script, whose traceback is shown."""
     if isinstance(error, KeyboardInterrupt):
         return End(f"interrupted{_what_resumes(config)}", 130)
     if isinstance(error, ScriptError):
@@ -77,13 +77,13 @@ def end_of(error: BaseException, config: object) -> End | None:
 
 
 def _what_resumes(config: object) -> str:
-    """What --resume would do after an interruption, of a script that has it."""
+    """A hint about --resume after an interruption, if the script has that option."""
     if not hasattr(config, "resume") or getattr(config, "predict", ()):
         return ""
     first, out = getattr(config, "checkpoint_every", None), getattr(config, "out", Path())
-    # Of a cluster only process 0 has the folder of results.
+    # On a cluster only process 0 has the folder of results.
     if first is None or getattr(config, "process_id", None) or any(out.glob("**/checkpoints/*")):
-        return "; --resume goes on"
+        return "; --resume continues"
     return f" before the first checkpoint, of step {first}; --resume begins again"
 
 
@@ -116,7 +116,7 @@ def keep_finished(config: Training) -> None:
 
 
 def say_growth(config: Training, first: float, last: float) -> None:
-    """A loss that is higher in the end is no error, but not what anybody trains for."""
+    """Warn if the loss is higher at the end: this is not an error, but not the purpose of training."""
     if last > first:
         print(
             f"warning: --learning-rate {config.learning_rate:g}: expected the loss to fall, "
@@ -126,7 +126,7 @@ def say_growth(config: Training, first: float, last: float) -> None:
 
 
 def make_folder(out: Path) -> Path:
-    """The folder for results, created where missing and shown to be writable before any long work."""
+    """The folder for results, created if missing, and checked to be writable before any long work."""
     if out.is_file():
         raise InputError(f"--out: expected a folder, got the file {out}")
     out.mkdir(parents=True, exist_ok=True)

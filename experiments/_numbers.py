@@ -1,4 +1,4 @@
-"""Numbers that a script states: computed again, tabulated, and the end of the script where one does not come out."""
+"""Numbers that a script states: recomputed and tabulated; the script fails if one does not match."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class Number(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether it comes out: within half a unit of the last digit (and 2 % of that for rounding)."""
+        """Whether both match, within half a unit of the last digit (and 2 % of that for rounding)."""
         value = float(self.computed)
         if self.stated[0] in "<>":
             bound = float(self.stated[1:])
@@ -38,7 +38,7 @@ def each(quantity: str, stated: Sequence[float], computed: ArrayLike, digits: in
 
 
 def report(numbers: Sequence[Number], out: Path) -> dict[str, float]:
-    """Print and save the table; end the script where a stated number did not come out."""
+    """Print and save the table; fail if a stated number does not match."""
     width = max(len(number.quantity) for number in numbers)
     print(f"{'':{width}} {'stated':>13} {'computed':>16}")
     for number in numbers:

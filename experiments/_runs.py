@@ -1,4 +1,4 @@
-"""A training run in a folder: a row a step, checkpoints, and going on exactly where it was killed.
+"""A training run in a folder: one row per step, checkpoints, and continuing exactly where it was killed.
 
 Where several processes train together, the first alone reads and writes the folder.
 """
@@ -22,7 +22,7 @@ Row = tuple[float, ...]
 
 
 class Options(Training, Protocol):
-    """The options of every training that goes on from checkpoints."""
+    """The options of every training that can continue from checkpoints."""
 
     @property
     def batch_size(self) -> int: ...
@@ -33,7 +33,7 @@ class Options(Training, Protocol):
 
 
 class Loader(Protocol):
-    """Batches in an order that can be entered anywhere."""
+    """Batches in an order that can start at any step."""
 
     def get_state(self) -> Any: ...
     def set_state(self, state: Any) -> None: ...
@@ -42,7 +42,7 @@ class Loader(Protocol):
 def check_options(config: Options, *counts: str) -> None:
     """Refuse options out of range: those of every run, and the further ones that count something."""
     if config.resume and config.overwrite:
-        raise InputError("--overwrite: expected without --resume, which goes on with what is there")
+        raise InputError("--overwrite: expected without --resume, which continues the existing run")
     check_training(config, "batch_size", "checkpoint_every", *counts)
 
 
@@ -55,7 +55,7 @@ def train(
     unit: str,
     loader: Loader | None = None,
 ) -> tuple[Any, float]:
-    """Take the steps that are not yet taken.
+    """Take the remaining steps.
 
     Args:
         config: the options of the script.
@@ -104,10 +104,10 @@ def train(
 
 
 def begin(config: Options, columns: tuple[str, ...], fresh: Checkpoint) -> Checkpoint:
-    """Where every process begins: where the folder of the first one says."""
+    """Where every process starts, from the first process's folder."""
     begun = start_or_resume(config, columns, fresh) if jax.process_index() == 0 else fresh
     if jax.process_count() > 1:
-        assert fresh.record["position"] is None  # it is not passed on
+        assert fresh.record["position"] is None  # because it is not sent to the other processes
         begun = begun._replace(step=int(multihost_utils.broadcast_one_to_all(np.int32(begun.step))))
         if begun.step:
             begun = begun._replace(state=jax.tree.map(from_first, begun.state))
@@ -115,7 +115,7 @@ def begin(config: Options, columns: tuple[str, ...], fresh: Checkpoint) -> Check
 
 
 def start_or_resume(config: Options, columns: tuple[str, ...], fresh: Checkpoint) -> Checkpoint:
-    """Where to begin, with metrics.csv holding the rows up to there and no more."""
+    """Where to start; rows after that are removed from metrics.csv."""
     checkpoints = config.out / "checkpoints"
     metrics, summary = config.out / "metrics.csv", config.out / "summary.json"
     header = ",".join(columns) + "\n"
@@ -124,7 +124,7 @@ def start_or_resume(config: Options, columns: tuple[str, ...], fresh: Checkpoint
         keep_finished(config)
         if steps_of(checkpoints) and not config.overwrite:
             raise InputError(
-                f"{config.out}: holds an unfinished run: go on with --resume, replace it with --overwrite, "
+                f"{config.out}: holds an unfinished run: continue it with --resume, replace it with --overwrite, "
                 "or choose another --out"
             )
         summary.unlink(missing_ok=True)
@@ -137,12 +137,12 @@ def start_or_resume(config: Options, columns: tuple[str, ...], fresh: Checkpoint
         if record["options"][name] != value:
             raise InputError(
                 f"--{name.replace('_', '-')}: {checkpoints} was written with "
-                f"{record['options'][name]}, got {value}: resume takes the same options"
+                f"{record['options'][name]}, got {value}: --resume needs the same options"
             )
-    # The rows after the checkpoint are taken again. Cutting them off, unlike writing anew, survives the next kill.
+    # Steps after the checkpoint are repeated. Truncating the file, unlike rewriting it, survives another kill.
     rows = metrics.read_bytes().splitlines(keepends=True)[: step + 1]
     if len(rows) <= step or not rows[-1].startswith(b"%d," % step):
-        raise InputError(f"{metrics}: expected the rows of steps 1 to {step}, which the checkpoint goes on from")
+        raise InputError(f"{metrics}: expected the rows of steps 1 to {step}, from which the checkpoint continues")
     os.truncate(metrics, sum(map(len, rows)))
     return Checkpoint(step, read_state(checkpoints, step, fresh.state), record)
 
@@ -158,7 +158,7 @@ def append(path: Path, row: Row) -> None:
 def from_first(array: np.ndarray | jax.Array) -> np.ndarray:
     """The first process's array, in every process."""
     values = array if isinstance(array, np.ndarray) else np.zeros(array.shape, array.dtype)
-    # It is added to the others' zeros, which as a number would turn -0 into 0.
+    # It is added to the others' zeros as bits: adding numbers would turn -0 into 0.
     sent = multihost_utils.broadcast_one_to_all(np.frombuffer(values.tobytes(), np.uint8))
     return np.frombuffer(sent.tobytes(), values.dtype).reshape(values.shape)
 

@@ -48,13 +48,13 @@ plt.rcParams.update(
 
 
 def mix(color: str, ground: str, share: float) -> str:
-    """So much of a colour on the ground of another."""
+    """A mixture of a colour with a share of another."""
     red, green, blue = share * np.array(to_rgb(color)) + (1 - share) * np.array(to_rgb(ground))
     return to_hex((red, green, blue))
 
 
 def tint(color: str, share: float = 0.3) -> str:
-    """For areas behind black letters or marks."""
+    """A lighter colour, for areas behind black letters or marks."""
     return mix(color, "white", share)
 
 

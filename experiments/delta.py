@@ -2,10 +2,10 @@
 
 python -m experiments.delta
 
-Every column n has a Jacobian J_n of its own: a stack of shape 3 × 3 × 100, one matrix-vector product
-J_n (∂L/∂o)_n a column, no product element by element and no average. Nobody forms the stack, because
-J v = o∘(v − ⟨o, v⟩). For cross-entropy, where (∂L/∂o)_n = −y_n/o_n, the product is o_n − y_n: what one
-has before multiplying by any derivative is already the gradient.
+Every column n has its own Jacobian J_n: a stack of shape 3 × 3 × 100, and one matrix-vector product
+J_n (∂L/∂o)_n per column, without elementwise products or averages. The stack need not be computed, because
+J v = o∘(v − ⟨o, v⟩). For cross-entropy, where (∂L/∂o)_n = −y_n/o_n, the product is o_n − y_n: the error
+before multiplying by any derivative is already the gradient.
 """
 
 import functools

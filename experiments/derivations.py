@@ -2,8 +2,8 @@
 
 python -m experiments.derivations
 
-Each formula is evaluated beside automatic differentiation and central differences in float64; each
-misprint beside the truth.
+Each formula is compared with automatic differentiation and central differences in float64, and each
+misprint with the right formula.
 """
 
 from collections.abc import Callable
@@ -59,7 +59,7 @@ def worst(a: object, b: object) -> float:
 
 
 def agrees(quantity: str, formula: object, fn: Callable, at: np.ndarray) -> list[Number]:
-    """A formula for the gradient of `fn`, beside both other ways to it."""
+    """A formula for the gradient of `fn`, with automatic differentiation and differences."""
     return [
         Number(f"{quantity}: against autodiff", "<1e-13", worst(formula, jax.grad(fn)(at))),
         Number(f"{quantity}: against differences", "<1e-8", worst(formula, difference(fn, at))),
@@ -112,7 +112,7 @@ def three_classes() -> list[Number]:
 
 
 def toy_paths(target: tuple[float, float]) -> tuple[float, float, float]:
-    """The loss, and what each of the two paths from it to w21 contributes: by output 1 and by output 2."""
+    """The loss, and the contributions of both paths from it to w21: through output 1 and through output 2."""
     t = np.array(target)
     o = np.asarray(softmax(HIDDEN @ TO_OUTPUTS))
     by_output = -t / o * np.asarray(softmax_jacobian(o))[:, 0] * HIDDEN[1]
@@ -191,7 +191,7 @@ def through_the_output_in_float32() -> list[Number]:
 
 
 def misprints() -> list[Number]:
-    """Formulas as found in print, each beside the truth it misses."""
+    """Formulas as printed, each with the right one."""
     z = INPUTS @ WEIGHTS + BIASES
     o = np.asarray(softmax(z))
     t = np.array([0.0, 1.0, 0.0])
@@ -230,7 +230,7 @@ def run(config: Config) -> dict[str, float]:
 
 
 def plot_toy(path: Path) -> None:
-    """The network, with what each path from the loss to w21 contributes for the two one-hot targets."""
+    """The network, with the contribution of each path from the loss to w21 for the two one-hot targets."""
     z = HIDDEN @ TO_OUTPUTS
     o = np.asarray(softmax(z))
     figure, panels = plt.subplots(1, 2, figsize=(WIDE, 3.7))

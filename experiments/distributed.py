@@ -2,13 +2,13 @@
 
 python -m experiments.distributed --processes 2
 
-The training of `experiments.vocabulary`, compiled by plain `jax.jit`, on a grid of devices: the batch is divided along
-its first axis, the head's classes along its second, which `jaxsoft.linear_cross_entropy` is told by
-batch_axes="data", axis_name="vocabulary". Every array of the state is divided along the first axis too (fully sharded
-data parallelism), and gathered where it is used. --processes starts as many on this machine, with one CPU device each.
-On a cluster run the same command once for each process, with --coordinator, --processes and --process-id; under SLURM
-or Open MPI with none of the three. When a process dies the others end too, within a minute and with an error, and the
-same command with --resume goes on, on as many processes as you like. Only process 0 uses the folder of results.
+This is the training of `experiments.vocabulary`, compiled by plain `jax.jit`, on a grid of devices: the batch is
+sharded over its first axis and the head's classes over its second, which `jaxsoft.linear_cross_entropy` learns from
+batch_axes="data", axis_name="vocabulary". Every array of the state is sharded over the first axis too (fully sharded
+data parallelism), and gathered for use. --processes starts so many processes on this machine, with one CPU device each.
+On a cluster run the same command once per process, with --coordinator, --processes and --process-id; under SLURM or
+Open MPI without these. If a process dies the others end too, within a minute and with an error; the same command with
+--resume continues, on any number of processes. Only process 0 uses the folder of results.
 """
 
 import contextlib
@@ -50,9 +50,9 @@ class Config(Training):
     """Options of the experiment."""
 
     mesh: tuple[int, int] | None = None
-    """Devices along the batch and along the vocabulary; 1 and all of them where not given."""
+    """Devices along the batch and along the vocabulary; by default 1 and all of them."""
     processes: int | None = None
-    """Processes to start on this machine; with --coordinator, all that take part."""
+    """Processes to start on this machine; with --coordinator, the number of all processes."""
     coordinator: str | None = None
     """ADDRESS:PORT at which process 0 of a cluster can be reached, the same for every process."""
     process_id: int | None = None
@@ -157,7 +157,7 @@ def start(config: Config) -> None:
 
 
 def meet(config: Config, bind_address: str | None = None) -> bool:
-    """Wait until all processes are there; False where this one is not of a cluster."""
+    """Wait until all processes have started; False if this one does not belong to a cluster."""
     if config.coordinator is not None and config.process_id == 0:
         check_free(int(config.coordinator.rpartition(":")[2]))
     keep_stdout()
@@ -179,7 +179,7 @@ def meet(config: Config, bind_address: str | None = None) -> bool:
 
 
 def check_free(port: int) -> None:
-    """Refuse a port that something listens at, where JAX would end without a word."""
+    """Refuse a port on which something listens; JAX would end without a message."""
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
     try:
@@ -190,7 +190,7 @@ def check_free(port: int) -> None:
 
 
 def keep_stdout() -> None:
-    """Leave stdout to Python: what its libraries in C++ print, as Gloo does, goes to stderr."""
+    """Leave stdout to Python: send the output of C++ libraries such as Gloo to stderr."""
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -198,7 +198,7 @@ def keep_stdout() -> None:
 
 @contextlib.contextmanager
 def end_at_once(config: Config, tell: Callable[[str], None]) -> Iterator[None]:
-    """End this process where the body fails: an ordinary exit waits for the others, which may wait for this one."""
+    """End this process if the body fails: an ordinary exit waits for the others, which may wait for this one."""
     try:
         yield
     except BaseException as error:
@@ -216,7 +216,7 @@ def end_at_once(config: Config, tell: Callable[[str], None]) -> Iterator[None]:
 
 
 def watch(config: Config, count: int) -> None:
-    """Start processes on this machine, and end them all where one fails."""
+    """Start processes on this machine, and end them all if one fails."""
     grid(config, count)
     make_folder(config.out)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -262,7 +262,7 @@ def last_words(n: int, count: int, exitcode: int, told: connection.Connection) -
         return told.recv().removeprefix("error: ")
     except EOFError:
         how = f"was ended by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"ended with status {exitcode}"
-        return f"process {n} of {count} {how}, and the others with it; --resume goes on from the last checkpoint"
+        return f"process {n} of {count} {how}, and the others with it; --resume continues from the last checkpoint"
 
 
 def follow(config: Config, sender: connection.Connection) -> None:

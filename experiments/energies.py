@@ -75,7 +75,7 @@ def descend(
 def descend_and_sweep(
     weights: Float[Array, "units units"], begin: Float[Array, "starts units"], order: Int[Array, " visits"]
 ) -> tuple[Float[Array, "starts units"], dict[str, Float[Array, "starts visits"]], Float[Array, "starts units"]]:
-    """All descents, and where one more sweep takes their final states."""
+    """All descents, and the result of one more sweep of their final states."""
     final, trace = jax.vmap(descend, in_axes=(None, 0, None))(weights, begin, order)
     return final, trace, energy.hopfield_asynchronous(final, weights)
 

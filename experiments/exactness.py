@@ -2,11 +2,10 @@
 
 python -m experiments.exactness
 
-The label's logit is the largest of the others plus a margin. Losses, and their derivatives with respect to that
-logit, of this library and of its peers in float32 are held against the same float32 logits in float64, where the loss
-is log1p of the sum over the other classes. The difference of two logits is rounded before it is exponentiated, which
-alone costs up to the margin times half the machine epsilon. A relative error of 1 means that nothing is left: a loss of
-0, no gradient to learn from.
+The label's logit is the largest of the others plus a margin. Losses of jaxsoft and other libraries in float32, and
+their derivatives with respect to that logit, are compared with the same float32 logits in float64, where the loss
+is log1p of the sum over the other classes. The difference of two logits is rounded before the exponential, which alone
+gives an error of up to the margin times half the machine epsilon. At a relative error of 1 loss and gradient are 0.
 """
 
 from collections.abc import Callable
@@ -41,9 +40,9 @@ class Config:
     classes: int = 5
     """Classes, of which the first is the label."""
     draws: int = 64
-    """Draws of the other logits, from a normal distribution; the worst of them counts."""
+    """Draws of the other logits, from a normal distribution; the worst draw counts."""
     seed: int = 0
-    """Draws them."""
+    """Draws the logits."""
     out: Path = Path("out/exactness")
     """Folder for summary.json and the picture."""
 

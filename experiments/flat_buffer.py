@@ -4,9 +4,9 @@ python -m experiments.flat_buffer
 
 Memory holds outer × classes × inner numbers: class c of pixel (i, j) lies at i·dim + c·inner + j, where
 dim = classes·inner, and its label at i·inner + j. For each i the layer takes inner dot products at stride
-inner, subtracts them from all classes by one matrix product (of ones[classes × 1] and dots[1 × inner])
-and multiplies by the probabilities in place. Two slips, a dot at stride 1 and a broadcast laid out as
-[inner, classes], compute something else, except along the last axis, where nothing tells them apart.
+inner, subtracts them from all classes by one matmul (of ones[classes × 1] and dots[1 × inner])
+and multiplies by the probabilities in place. Two mistakes, a dot at stride 1 and a broadcast laid out as
+[inner, classes], compute something else, except along the last axis, where the results are the same.
 """
 
 import itertools

@@ -3,8 +3,8 @@
 python -m experiments.iris --seed 42
 
 Five networks are trained, each on four fifths of the flowers, and scored on the fifth that it has not seen, so that
-every flower is held out once. Weight decay keeps the networks from overfitting: without it the held-out loss rises
-again.
+every flower is held out once. Weight decay keeps the networks from overfitting: without it the held-out loss falls,
+then rises again.
 """
 
 import functools
@@ -87,9 +87,9 @@ def read_iris(path: Path) -> tuple[Float[np.ndarray, "flowers 4"], Int[np.ndarra
     if missing:
         raise InputError(f"{path}: expected column {missing[0]!r}, got columns {', '.join(map(repr, table.columns))}")
     if not isinstance(table.index, pd.RangeIndex):
-        raise InputError(f"{path}: expected rows of {len(table.columns)} values, as the header has, got more in some")
+        raise InputError(f"{path}: expected rows of {len(table.columns)} values, as in the header, got more in some")
     if table.empty:
-        raise InputError(f"{path}: expected at least one flower, got a header alone")
+        raise InputError(f"{path}: expected at least one flower, got only a header")
     columns = [np.asarray(pd.to_numeric(table[name], errors="coerce"), float) for name in FEATURES]
     species = np.array([SPECIES.index(name) if name in SPECIES else -1 for name in table["Species"]])
     expected = {

@@ -2,17 +2,17 @@
 
 python -m experiments.numpy_classifier
 
-The loop of a programmer who asked how to multiply by the derivative of softmax, with the same
-data preparation, its mistakes one at a time, and their repairs:
+This is the training loop of a programmer who asked how to multiply by the derivative of softmax, with the
+same data preparation, its mistakes one at a time, and their repairs:
 
-- A: as written. The table of classes spells "veriscolor", so merging it drops 50 of the 150
-  flowers without a word; every flower has biases of its own, to which nothing is summed.
-- B, C: the error term multiplied by the Jacobian, and by the Jacobian's diagonal alone.
-- D: one bias a unit. E: the spelling mended. H: both; the tanh units are saturated and nothing is learned.
+- A: as written. The table of classes spells "veriscolor", so merging it silently drops 50 of the 150
+  flowers; every flower has its own biases, whose gradients are not summed.
+- B, C: the error term multiplied by the Jacobian, and by only the Jacobian's diagonal.
+- D: one bias per unit. E: the spelling corrected. H: both; the tanh units are saturated and nothing is learned.
 - The repairs of H: standardised measurements, normal weights of variance 1/fan_in with zero biases, both.
 
-With normal weights on raw measurements these steps are too long: the loss is erratic from about step 80
-on, then alternates between two values, and rounding decides which of them falls on even steps.
+With normal weights on raw measurements these steps are too long: from about step 80 on the loss is erratic,
+then alternates between two values, and rounding decides which of them is on even steps.
 """
 
 from collections.abc import Callable

@@ -2,11 +2,12 @@
 
 python -m experiments.spatial --scenes 100
 
-Every pixel is a position with a softmax of its own: the losses and a map of them, the 1 × 1 convolution
-that is one inner product a pixel, the Jacobians nobody stores, and two claims put right. 150,000 losses
-are not a batch of 150,000: neighbouring pixels repeat each other, and the mean loss varies from image to
-image as much as that of far fewer independent pixels, N² / Σ corr(loss_a, loss_b) over all pairs of
-pixels. And a sum of losses is no other training than a mean, but the same at another learning rate.
+Every pixel is a position with its own softmax. This computes the losses and a map of them, the 1 × 1
+convolution that is one inner product per pixel, the size of the Jacobians that are not stored, and corrects
+two claims. 150,000 losses are not a batch of 150,000: neighbouring pixels resemble each other, and the mean
+loss varies from image to image as much as the mean of far fewer independent pixels, N² / Σ corr(loss_a,
+loss_b) over all pairs of pixels. And training on a sum of losses is training on their mean at another
+learning rate.
 """
 
 import functools
@@ -68,7 +69,7 @@ def run(config: Config) -> dict[str, float]:
 
 
 def counted() -> list[Number]:
-    """The losses of an undecided network, and what one Jacobian a pixel would take."""
+    """The losses of an undecided network, and the memory of one Jacobian per pixel."""
     losses = jax.jit(lambda z, labels: cross_entropy(z, labels, 1, reduction="none"))(
         np.zeros((1, CLASSES, HEIGHT, WIDTH)), np.zeros((1, HEIGHT, WIDTH), int)
     )

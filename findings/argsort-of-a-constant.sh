@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# XLA sorts a constant while it compiles, one comparison after another: labels that a jitted function closes over.
+# XLA sorts a constant when it compiles, one comparison at a time; for instance labels that a jitted function closes over.
 #
 # Guess, before it was run: an argsort of 70,000 numbers is compiled in the same time whether they are an argument or a
 # constant, or the constant is folded in the time that NumPy takes, some milliseconds.

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# jax.scipy.special.logsumexp is documented as scipy.special.logsumexp, and loses all digits where scipy keeps them.
+# jax.scipy.special.logsumexp is documented as scipy.special.logsumexp, but loses all accuracy near 0, where scipy does not.
 #
-# Guess, before it was run: both are right to rounding of the value, in float64.
+# Guess, before it was run: both are accurate to the rounding of the value, in float64.
 # Seen (jax 0.10.2, scipy 1.17.1, Python 3.11, CPU), logsumexp([0, -40]) in float64, whose value is 4.248e-18:
 #     scipy.special.logsumexp       4.248354255291589e-18
 #     jax.scipy.special.logsumexp   0.0
 #     jax.nn.logsumexp              0.0
-# The difference is not one of the last digit: a loss of a confident prediction is a logsumexp near 0. Scipy takes the
-# largest term out of the sum and the logarithm by log1p; JAX takes the logarithm of the whole sum.
+# This is not a difference in the last digit: a loss of a confident prediction is a logsumexp near 0. Scipy removes the
+# largest term from the sum and uses log1p; JAX takes the logarithm of the whole sum.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,4 +1,4 @@
-"""Print the versions, devices and kernels of an installation, for a bug report or a first look.
+"""Print the versions, devices and kernels of an installation, for instance for a bug report.
 
 python -m jaxsoft
 """
@@ -16,7 +16,7 @@ from jaxsoft._jax_internals import lacking
 
 
 def installation() -> str:
-    """Versions, the devices that JAX runs on by default, the CPU's kernels, and what JAX lacks: one line each."""
+    """Versions, JAX's default devices, whether the CPU kernels are in use, and what JAX lacks: one line each."""
     versions = {
         "jaxsoft": jaxsoft.__version__,
         "jax": jax.__version__,
@@ -29,19 +29,19 @@ def installation() -> str:
             *(f"{name} {version}" for name, version in versions.items()),
             f"devices: {', '.join(f'{count} × {kind}' for kind, count in devices.items())}",
             str(jaxsoft.native_kernels()),
-            *(f"this JAX lacks {what}: the plain formula runs in its place" for what in lacking()),
+            *(f"this JAX lacks {what}: the plain formula runs instead" for what in lacking()),
         ]
     )
 
 
 def main() -> int:
-    """Print it; 1 where JAX has no devices to run on."""
+    """Print the installation; return 1 if JAX has no devices to run on."""
     try:
         text = installation()
-    except RuntimeError as error:  # JAX's, for a platform that was requested and is missing
+    except RuntimeError as error:  # from JAX, if a requested platform is missing
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without × shows ? for it
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show × shows ? instead
         sys.stdout.reconfigure(errors="replace")
     print(text)
     return 0

@@ -44,11 +44,12 @@ def cross_entropy(
         logits: scores z with the classes along `axis`, in float16, bfloat16, float32 or float64
             (integers are promoted).
         targets: integer labels in [0, classes), of the logits' shape without the class axis; or a
-            floating distribution of the logits' shape, which need not sum to one; or, likewise, a
-            one-hot of integers or booleans over two classes or more. Without x64, JAX truncates integers to
-            32 bits before this function sees them: only labels given as NumPy arrays or lists may be wider.
+            floating distribution of the logits' shape, which need not sum to one; or a one-hot array of integers
+            or booleans of the logits' shape, over two classes or more; or `SparseTargets`. Without x64, JAX
+            truncates integers to 32 bits before this function sees them, so only labels in NumPy arrays or lists
+            may be wider.
         axis: the class axis; or several axes, or None for all, that together enumerate the classes as
-            `reshape` does: labels count the last of the axes fastest, and sparse targets have K at the end.
+            `reshape` does: in labels the last of the axes varies fastest, and sparse targets have K at the end.
         ignore_index: label of the ignored positions: loss 0, gradient 0, not counted in the mean. Any
             integer, even one that is also a class.
         weights: weight per position, or a boolean mask of the positions to keep, broadcasting to the loss; a
@@ -60,7 +61,7 @@ def cross_entropy(
         z_loss: ζ ≥ 0, which pulls lse towards 0. It is not weighted by class. Label smoothing and z-loss may both be
             traced, for schedules, and are constants under differentiation.
         reduction: "none", one loss per position; "sum"; or "mean", the sum divided by the total weight of the
-            positions that are not ignored, where a label's position also counts its class weight.
+            positions that are not ignored; with labels, a position's weight is multiplied by its label's class weight.
         axis_name: inside `jax.shard_map`, the mesh axis over which the classes are sharded in contiguous
             blocks: logits, masks and distributions hold one block, labels and class weights refer to all
             classes. The loss and gradients are the same as unsharded, at the cost of two all-reduces of a few numbers
@@ -79,10 +80,10 @@ def cross_entropy(
     may be anything, even NaN; elsewhere a NaN or +inf logit makes the loss NaN or +inf.
 
     Differentiation: with respect to logits and distributions, in reverse and forward mode to any order. Gradients have
-    the dtype of their input. Labels, weights and masks are constants. Saved for the backward pass: for a mean or sum in
-    float32 or float64, its gradient, computed together with the loss; otherwise the logits (with `where`, a masked
-    copy) and a few numbers per position. For a distribution, all of these and the distribution itself; a compiled
-    program drops the arrays that it does not need.
+    the dtype of their input. Labels, weights and masks are constants. A mean or sum in float32 or float64 computes its
+    gradient together with the loss, and saves it for the backward pass; otherwise the logits (with `where`, a masked
+    copy) and a few numbers per position are saved. For a distribution all of these and the distribution itself are
+    saved; a compiled program drops the arrays that it does not need.
 
     Raises:
         TypeError: logits or targets of a wrong dtype, an option that is not a number.
@@ -132,7 +133,7 @@ def _cross_entropy(
     operands, denominator = target_operands(targets, logits_type, options, averaging, ignore_index)
     logits = remove_classes(logits, options.where)
     check_values("logits", logits, ~jnp.isnan(logits) | (operands.position_weight == 0), "a number")
-    # In half precision a gradient that is formed before its cotangent is known would be rounded twice.
+    # In half precision a gradient that is computed before its cotangent is known would be rounded twice.
     one_pass = logits.dtype == compute_dtype(logits.dtype) and 0 not in logits.shape and axis_name is None
     if one_pass and reduction != "none" and isinstance(operands, Targets):
         return cast(Array, reduced_loss(axis, averaging, logits, operands, denominator))

@@ -30,9 +30,9 @@ from jaxsoft._platform.dispatch import mapped_axis_first
 class custom_vjp(jax.custom_vjp):
     """A `jax.custom_vjp` that can be differentiated in forward mode too.
 
-    `defvjp(fwd, bwd, symbolic_zeros)` as there. If JAX cannot transpose `bwd`, or only to a slow program, `forward`
-    takes the transpose's place: `forward(*nondiff_args, residuals, tangents)` returns the tangents of the results. The
-    tangent of an argument that is not perturbed is None.
+    `defvjp(fwd, bwd, symbolic_zeros)` is as in `jax.custom_vjp`. If JAX cannot transpose `bwd`, or only to a slow
+    program, `forward` replaces the transpose: `forward(*nondiff_args, residuals, tangents)` returns the tangents of the
+    results. The tangent of an argument that is not perturbed is None.
     """
 
     both_modes: jax.custom_jvp | None = None
@@ -135,7 +135,7 @@ class _Derivative(NamedTuple):
             used[:] = [n for n, cotangent in enumerate(pulled) if cotangent is not None]
             return [cotangent for cotangent in pulled if cotangent is not None]
 
-        # Derived at 0, which is as good as any other point of a linear function.
+        # The pullback is linear, so its derivative at 0 is its derivative everywhere.
         _, transpose = jax.vjp(pullback, *map(zeros_of_type, filter(_is_inexact, self.result_types)))
         return transpose([tangents[n] for n in used])
 

@@ -1,4 +1,4 @@
-"""Divergences between two softmaxes, tile by tile or of dense logits: a student's from a teacher's."""
+"""Divergences between a student's and a teacher's softmax, of dense logits or tile by tile."""
 
 import functools
 from typing import Literal, NamedTuple, cast, get_args
@@ -58,13 +58,13 @@ def kl_divergence(
     Returns:
         The divergence in float32, or float64 for float64 logits: a scalar, or with "none" an array without `axis`.
 
-    Edges: 0 for equal logits, whatever constant is added to either, and where either has no class left. Infinite where
-    the first distribution has a class that is masked in the second; there the gradient of "reverse" is NaN.
+    Edges: 0 for logits that differ by a constant, and if every class of either is masked. Infinite if the first
+    distribution has a class that is masked in the second; the gradient of "reverse" is then NaN.
 
     Differentiation: with respect to logits, in reverse and forward mode to any order.
 
     Raises:
-        TypeError, ValueError: as `cross_entropy`; a kind that is none of these, a β that is not between 0 and 1.
+        TypeError, ValueError: as `cross_entropy`; an unknown kind, a β that is not between 0 and 1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -139,10 +139,10 @@ def linear_kl_divergence(
         soft_cap: soft cap of the student's logits.
         teacher_soft_cap: soft cap of the teacher's logits.
         temperature: T > 0, which divides the logits of both after the caps. Gradients shrink as 1/T²: multiply the
-            loss by T² to keep its weight relative to a loss of labels (G. Hinton et al., 2015).
+            loss by T² to keep its weight relative to a loss with labels (G. Hinton et al., 2015).
         reduction: "none", "sum" or "mean", the sum divided by the sum of the weights.
         kernel_axis: the class axis of both kernels.
-        memory_budget: bytes that one tile may take: the logits of both, and what is computed from them.
+        memory_budget: bytes that one tile may take: the logits of both layers, and arrays computed from them.
         axis_name: the mesh axis over which the classes of both are sharded, as in `linear_cross_entropy`.
         batch_axes: the mesh axes over which the positions are sharded, as in `linear_cross_entropy`.
 
@@ -207,7 +207,7 @@ class DivergenceStatistics(NamedTuple):
 
     @property
     def none_left(self) -> Array:
-        """Where student or teacher has no class left."""
+        """Whether every class of student or teacher is masked."""
         return (self.student.exp_sum == 0) | (self.teacher.exp_sum == 0)
 
 

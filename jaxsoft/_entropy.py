@@ -1,4 +1,4 @@
-"""The entropy of softmax, exact where one class is nearly certain."""
+"""The entropy of softmax, accurate for confident predictions."""
 
 import functools
 from typing import cast
@@ -28,7 +28,7 @@ def entropy(
     H = −Σ_j p_j log p_j = log Σ_j e^{z_j − m} + Σ_j p_j (m − z_j),  m = max_j z_j        ∂H/∂z_j = −p_j (log p_j + H)
 
     Both sums omit the most likely class, and none of their terms is negative: even an entropy of 1e-9 is accurate.
-    Computed as the difference lse − Σ_j p_j z_j it would be rounded as the logits are, and could be negative.
+    The difference lse − Σ_j p_j z_j has the rounding error of the logits, and may be negative.
 
     Args:
         logits: scores z of any shape, in float16, bfloat16, float32 or float64 (integers are promoted).
@@ -39,7 +39,7 @@ def entropy(
     Returns:
         Array without `axis`, in float32, or float64 for float64 logits.
 
-    Edges: 0 for one class, and where no class is left; log n for n equal logits. A class of probability 0 adds
+    Edges: 0 for one class, and if every class is masked; log n for n equal logits. A class of probability 0 adds
     nothing, and its gradient is 0.
 
     Differentiation: in reverse and forward mode to any order.

@@ -1,7 +1,7 @@
-"""Every name of JAX that a release may move or change without notice, in this one module, and what is done without it.
+"""Every name of JAX that a release may move or change without notice, and the fallback without it.
 
-A primitive gives a function rules of its own where JAX would only look into it. Where this JAX lacks what primitives
-are made of, or makes something else of it, the functions run as they are: slower, never wrong.
+A primitive gives a function its own rules; otherwise JAX would only trace it. If this JAX lacks a name that primitives
+need, or has changed it, the plain functions run: slower, never wrong.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ Function = Callable[[Any, Any], Results]
 
 
 class _Context(threading.local):
-    """The place of `jax.make_user_context`. JAX's caches do not know of this one, and are emptied when it changes."""
+    """A replacement of `jax.make_user_context`. JAX's caches do not depend on it, so it clears them when it changes."""
 
     value = False
 
@@ -51,14 +51,14 @@ if TYPE_CHECKING:
     from jax.core import Tracer
 else:
     Tracer = getattr(jax.core, "Tracer", None) or _tracer()
-# The larger and the smaller of two sizes, which may be symbols of `jax.export`; without these they may not.
+# The larger and the smaller of two sizes. With JAX's functions sizes may be symbols of `jax.export`.
 max_dim, min_dim = getattr(jax.core, "max_dim", max), getattr(jax.core, "min_dim", min)
 
 
 def jit_outside_traces(static_argnums: tuple[int, ...]) -> Callable[[Callable], Any]:
-    """Compile a function where it is called with arrays; inside a trace it is a part of what is traced.
+    """Compile a function when it is called with arrays; inside a trace it is traced as part of its caller.
 
-    There a `jax.jit` of its own would be traced again by each transformation.
+    Each transformation would trace a separate `jax.jit` again.
     """
 
     def decorate(fn: Callable) -> Callable:
@@ -75,7 +75,7 @@ def jit_outside_traces(static_argnums: tuple[int, ...]) -> Callable[[Callable], 
 
 
 def type_sharding(array: Any) -> Any:
-    """The sharding that an array's type states; None where this JAX's types state none."""
+    """The sharding that an array's type states; None if this JAX's types do not state one."""
     return getattr(jax.typeof(array), "sharding", None)
 
 
@@ -123,14 +123,14 @@ CONTEXTS = ("SPMDAxisContext", "ShardingContext")  # of jax.interpreters.mlir: o
 
 
 def is_symbolic_zero(cotangent: Any) -> bool:
-    """Whether a cotangent is JAX's zero without an array; NumPy's arrays and numbers have no type of JAX's."""
+    """Whether a cotangent is JAX's symbolic zero; NumPy's arrays and numbers have no `aval`."""
     return hasattr(cotangent, "aval") and not isinstance(cotangent, jax.Array)
 
 
 def is_on_one_device(context: Any) -> bool:
-    """Whether what is lowered here runs on one device, as inside a `shard_map`; False if JAX does not tell."""
+    """Whether the program that is being lowered runs on one device, as inside a `shard_map`; False if unknown."""
     try:
-        if context.module_context.lowering_parameters.for_export:  # to be run on devices that are not known
+        if context.module_context.lowering_parameters.for_export:  # the devices are unknown
             return False
         devices = context.module_context.axis_context
         manual, automatic = (getattr(jax.interpreters.mlir, name, ()) for name in CONTEXTS)
@@ -142,9 +142,9 @@ def is_on_one_device(context: Any) -> bool:
 
 
 def device_lowered_for(context: Any) -> Any:
-    """A device, perhaps abstract, that what is lowered here will run on; None if JAX does not tell.
+    """A device, perhaps abstract, for which the program is being lowered; None if JAX does not tell.
 
-    Outside of a `shard_map` it tells the primitives of `as_primitive(..., needs_devices=True)` alone.
+    Outside of a `shard_map` JAX tells only the primitives of `as_primitive(..., needs_devices=True)`.
     """
     try:
         if context.module_context.lowering_parameters.for_export:
@@ -168,14 +168,13 @@ def as_primitive(
 ) -> Callable[[Function], Function]:
     """Give `fn(arrays, static)`, which returns a tuple of arrays, another form under `jax.vmap`, or on a platform.
 
-    `batch(size, axes, arrays, static)`, `axes` of the structure of `arrays` with None where one is not mapped, returns
-    the mapped results and their mapped axes, or None to leave `fn` to `jax.vmap`. `programs` gives for the name of a
-    platform what chooses the function that is compiled there, given where it will run, the arrays' types and `static`.
-    Neither has to be differentiated: derivatives are those of the `formula`, or of `fn` where there is none, in any
-    mode and to any order. A `fn` that is linear in the last of its arrays, a tuple, may have its own
+    `batch(size, axes, arrays, static)` returns the mapped results and their mapped axes, or None to leave `fn` to
+    `jax.vmap`; `axes` has the structure of `arrays`, with None for an array that is not mapped. `programs` maps a
+    platform's name to a function of the lowering's context, the arrays' types and `static`, which returns the function
+    to compile. Neither needs to be differentiable: derivatives are those of `formula`, or else of `fn`, in any mode and
+    to any order. If `fn` is linear in the last of its arrays, a tuple, it may have its own
     `transpose(cotangents, arrays, static)`, which returns their cotangents. `result_types(static)` are the types of its
-    results if they are known, which saves tracing it. Of a primitive a user's own `checkify` sees the results, not what
-    is inside.
+    results, if known, which saves tracing it. A user's own `checkify` sees only the results of a primitive.
     """
 
     def decorate(fn: Function) -> Function:
@@ -186,7 +185,7 @@ def as_primitive(
         @functools.wraps(fn)
         def wrapper(arrays: Any, static: Hashable) -> Results:
             leaves, tree = jax.tree.flatten(arrays)
-            # Nothing concrete is mapped or compiled, and `checkify` looks into no primitive it does not know.
+            # Without tracers nothing is mapped or compiled, and `checkify` cannot look into this primitive.
             if (checking.value and transpose is None) or not any(isinstance(leaf, Tracer) for leaf in leaves):
                 return plain(arrays, static)
             if primitives_fail():
@@ -233,7 +232,7 @@ def _bind(rules: "_Rules", programs: Mapping[str, Callable], needs_devices: bool
 
 
 def _primitives_told_of_devices() -> set | None:
-    """The primitives whose lowering knows the devices; None where this JAX has no such set."""
+    """The primitives whose lowering knows the devices; None if this JAX has no such set."""
     try:
         from jax._src.dispatch import prim_requires_devices_during_lowering
     except ImportError:
@@ -242,15 +241,15 @@ def _primitives_told_of_devices() -> set | None:
 
 
 class _Rules(NamedTuple):
-    """The rules of a primitive, whose parameters are the structure of the arrays and what is static."""
+    """The rules of a primitive, whose parameters are the structure of the arrays and `static`."""
 
     fn: Function
-    plain: Function  # the same for JAX to look into
+    plain: Function  # the same function, for JAX to trace
     batch: Callable
     formula: Function | None = None
     own_transpose: Callable | None = None
     result_types: Callable | None = None
-    value: Callable[..., Results] | None = None  # another program for the value of what is differentiated
+    value: Callable[..., Results] | None = None  # the program that computes the value under differentiation
 
     def call(self, *leaves: Array, tree: Any, static: Hashable) -> Results:
         return self.fn(jax.tree.unflatten(tree, leaves), static)
@@ -315,16 +314,16 @@ def _lower(choose: Callable, context: Any, *values: Any, tree: Any, static: Hash
 
 @functools.cache
 def primitives_fail() -> str:
-    """Why primitives cannot be used with this JAX; empty where they can."""
+    """Why primitives cannot be used with this JAX; empty if they can."""
     failed: list[str] = []
 
     def attempt() -> None:
         try:
             _try_primitive()
-        except Exception as error:  # whatever a changed JAX raises
+        except Exception as error:  # a changed JAX may raise anything
             failed.append(f"{type(error).__name__}: {error}".splitlines()[0])
 
-    # In a thread of its own nothing is traced, no mesh is set, and no mode of JAX is on.
+    # In a new thread nothing is being traced, no mesh is set, and no mode of JAX is on.
     thread = threading.Thread(target=attempt)
     thread.start()
     thread.join()
@@ -332,7 +331,7 @@ def primitives_fail() -> str:
 
 
 def _try_primitive() -> None:
-    """Trace every rule of a primitive; nothing is compiled, which might need a device."""
+    """Trace every rule of a primitive; do not compile, which might need a device."""
 
     def double(arrays: tuple[Array], static: Hashable) -> Results:
         return (arrays[0] + arrays[0],)

@@ -39,7 +39,7 @@ def linear_cross_entropy(
     memory_budget: int | None = None,
     axis_name: AxisName = None,
     batch_axes: BatchAxes = None,
-) -> Float[Array, "..."] | Any:  # with statistics a tuple, which would be for every caller to tell apart
+) -> Float[Array, "..."] | Any:  # with statistics a tuple: a union would make every caller distinguish them
     """Cross-entropy between targets and softmax(features @ kernel + bias), without storing all logits.
 
     z = c·tanh((x·W + b)/c)/T;  loss = τ·lse − Σ_j q_j z_j + ζ·lse², as in `cross_entropy`
@@ -66,11 +66,11 @@ def linear_cross_entropy(
         temperature: T > 0, which divides the logits after the cap. Like smoothing, z-loss and cap it may be
             traced, for schedules, and is a constant: to learn a temperature, divide the features by it.
         reduction: "none", "sum" or "mean", as in `cross_entropy`.
-        with_statistics: whether to return, in addition to the loss and from the same logits, what is usually logged.
+        with_statistics: whether to return `LogProbs` too, computed from the same logits, for logging.
         kernel_axis: the kernel's class axis: -1, or 0 for a kernel of shape (classes, features), such as tied
             embeddings, which is used without a transposed copy.
-        memory_budget: bytes that one tile's logits, their gradient, and what is kept of them may take; None for what
-            suits the device it is compiled for, on an accelerator a third of its memory at most.
+        memory_budget: bytes that one tile's logits, their gradient, and the stored logit gradients of a group of tiles
+            may take; None for a size that suits the device, on an accelerator at most a third of its memory.
         axis_name: inside `jax.shard_map`, or on an automatic mesh set by `jax.set_mesh`, the mesh axis over which the
             classes are sharded in contiguous blocks. Inside `shard_map`, kernel, bias, `where` and distributions hold
             one block; labels and class weights refer to all classes. The loss and gradients are the same as for the
@@ -85,29 +85,29 @@ def linear_cross_entropy(
         features' shape without the last axis, 0 at ignored positions. With statistics, a pair of the loss and
         `LogProbs`, which are constants: per position lse, argmax, entropy and, for labels, their log-probability.
 
-    Edges: as in `cross_entropy`: a label out of range gives NaN, no position to average gives 0, and the
+    Edges: as in `cross_entropy`: a label out of range gives NaN, the mean is 0 if every position is ignored, and the
     features of an ignored position may be NaN. A bias of −inf masks a class as `where` does, with or without a soft
     cap: smoothing then spreads over the remaining classes.
 
     Differentiation: with respect to features, kernel, bias and distributions, in reverse and forward mode to any order;
     forward mode takes three matmuls per tile. In reverse mode a scalar loss computes its gradients together with
-    itself: three matmuls per tile, 6·N·D·V FLOPs. "none" computes them in the backward pass, from recomputed
-    logits: four matmuls, 8·N·D·V FLOPs. Without differentiation there is one matmul; an input that is not
-    differentiated saves its own. The gradient of the kernel is summed in float32, over devices too. Training takes
-    memory for one tile, the gradients, and one or two temporaries of the kernel's size: see
+    the loss: three matmuls per tile, 6·N·D·V FLOPs. "none" computes them in the backward pass, from recomputed
+    logits: four matmuls, 8·N·D·V FLOPs. Without differentiation there is one matmul. An input that is not
+    differentiated saves the matmul of its gradient. The gradient of the kernel is summed in float32, over devices too.
+    Training takes memory for one tile, the gradients, and one or two temporaries of the kernel's size: see
     `plan_linear_cross_entropy`.
 
     Under `jax.vmap` over features (and targets and weights, if these are mapped), as over sequences, all examples
     share one loop over tiles, and their gradients are computed in the backward pass. A mapped layer, or `vmap` of a
     gradient, has one kernel gradient per example, and cannot be mapped over an axis that is sharded over an explicit
     mesh (JAX loses the axis's name inside the loop). In the body of `jax.lax.scan` or `jax.lax.map` every step
-    would keep its gradients: wrap the body in `jax.checkpoint`.
+    would store its gradients: wrap the body in `jax.checkpoint`.
 
     Matmuls run in the wider dtype of features and kernel: to compute in bfloat16, cast both. Their
     sums and everything else are in float32.
 
-    Sharded arrays under plain `jax.jit`: each device loops over its own positions, as explicit axes are sharded, or as
-    `batch_axes` and `axis_name` say for automatic ones. In the loop only two numbers per position are summed
+    Sharded arrays under plain `jax.jit`: each device loops over its own positions. Explicit axes state the sharding in
+    the types; for automatic axes `batch_axes` and `axis_name` do. In the loop only two numbers per position are summed
     over the blocks of a vocabulary. A kernel that is sharded over the positions' axes (fully sharded data parallelism)
     is gathered once and its gradient, in float32, reduced once; "mean" is over the positions of all devices. Without
     `batch_axes` on automatic axes the result is the same, but every device may compute all positions. JAX cannot
@@ -135,7 +135,7 @@ def linear_cross_entropy(
     args = check_head(features, kernel, bias, where, Scaling(soft_cap, temperature), execution)
     x = args.layer.features
     options = as_options(weights, class_weights, args.mask, label_smoothing, z_loss, compute_dtype(x.dtype))
-    if options.weights is not None:  # an array, of all positions, for `vmap`
+    if options.weights is not None:  # `vmap` needs weights of all positions
         options = options._replace(weights=broadcast("weights", options.weights, x.shape[:-1]))
     checked, ignore_index = check_targets(targets, args.classes, options, ignore_index)
     has_labels = not isinstance(checked, SparseTargets) and checked.ndim < x.ndim

@@ -1,4 +1,4 @@
-"""Log-probabilities of a linear layer whose logits are never all stored, and what trainers log with a loss."""
+"""Log-probabilities of a linear layer whose logits are never all stored, and the statistics that trainers log."""
 
 import functools
 from typing import Any, NamedTuple
@@ -28,13 +28,13 @@ class LogProbs(NamedTuple):
     A position is ignored by `ignore_index` or a weight of 0; with a loss, also if its label's class weight is 0.
     """
 
-    # Any in place of None: by the call one knows which, and need not tell a type checker.
+    # Any instead of None: the call decides, so a type checker need not be told again.
     label_log_prob: Float[Array, "*positions"] | Any
-    """log p of the label; None where there are no labels."""
+    """log p of the label; None without labels."""
     logsumexp: Float[Array, "*positions"]
     """log Σ_j exp(z_j)."""
     argmax: Int[Array, "*positions"]
-    """The class with the largest logit, the first if several tie; −1 where no class is left or a logit is NaN."""
+    """The class with the largest logit, the first of equal ones; −1 if every class is masked or a logit is NaN."""
     entropy: Float[Array, "*positions"] | Any
     """−Σ_j p_j log p_j; None unless requested."""
 
@@ -59,12 +59,12 @@ def linear_log_probs(
 
     z = c·tanh((x·W + b)/c)/T;  label = z_y − lse,  lse = log Σ_j exp(z_j),  entropy = −Σ_j p_j log p_j
 
-    The building block of sequence losses (policy gradients, preferences, distillation): numbers per position, each
-    with its own cotangent. A label's log-probability is never above 0, and it and the entropy stay accurate for
-    confident predictions, such as a margin of 40.
+    This is the building block of sequence losses (policy gradients, preferences, distillation): numbers per position,
+    each with its own cotangent. A label's log-probability is never above 0. It and the entropy stay accurate for
+    confident predictions, for instance at a margin of 40.
 
     Args:
-        features: inputs of the layer, and its other arguments, as in `linear_cross_entropy`.
+        features: inputs of the layer; its other arguments are as in `linear_cross_entropy`.
         kernel: weights of the layer.
         labels: integers in [0, classes), of the features' shape without their last axis.
         bias: of shape (classes,).
@@ -81,8 +81,8 @@ def linear_log_probs(
     Returns:
         `LogProbs` in float32, or float64 for float64 inputs, of the labels' shape.
 
-    Edges: a label out of range has a log-probability and gradients of NaN (`checked` raises instead); a masked label
-    has −inf. Ignored positions have 0, a gradient of 0, and an argmax of −1.
+    Edges: a label out of range gives a log-probability and gradients of NaN (`checked` raises instead), a masked label
+    −inf. At ignored positions numbers and gradients are 0, and the argmax is −1.
 
     Differentiation: of label_log_prob, logsumexp and entropy, with respect to features, kernel and bias, in reverse and
     forward mode to any order. The logits are recomputed in the backward pass: four matmuls in all.
@@ -121,10 +121,10 @@ def linear_log_probs(
 
 
 def _around_label(logits: Array, axis: int, targets: Targets, axis_name: AxisName) -> tuple[Moments, Statistics]:
-    """Moments, and from these the statistics of the label."""
+    """Moments, and the label's statistics computed from them."""
     assert targets.label is not None
     moments = block_moments(logits, axis, axis_name)
-    # Compared on the shard that has the label: elsewhere the result would differ between devices.
+    # Compare on the shard that has the label, and sum: a result that differs between devices would be typed as varying.
     in_block = targets.label == moments.leader - first_class(logits.shape[axis], axis_name)
     leads = sum_shards(in_block.astype(jnp.int32), axis_name) > 0
     label_logit, _ = take(logits, targets.label, axis, axis_name)
@@ -196,7 +196,7 @@ def with_log_probs(loss: Head, has_labels: bool) -> Head:
             moments, label_statistics = _around_label(logits, axis, targets, axis_name)
         else:
             moments, label_statistics = block_moments(logits, axis, axis_name), None
-        again = not has_labels or targets.target_weights is not None  # otherwise no sum is taken again
+        again = not has_labels or targets.target_weights is not None  # otherwise the moments have all sums
         loss_statistics = loss.statistics(logits, axis, targets, axis_name) if again else label_statistics
         return loss_statistics, moments, label_statistics
 
@@ -205,7 +205,7 @@ def with_log_probs(loss: Head, has_labels: bool) -> Head:
         variable, _ = loss.values(targets, loss_statistics, axis)
         constants = (moments.statistics.logsumexp, moments.entropy)
         if has_labels:
-            # NaN where the label is no class.
+            # NaN if the label is out of range.
             constants = (0 * targets.position_weight - label_statistics.nll, *constants)
         constants = tuple(jnp.where(targets.ignored, 0, number) for number in constants)
         return variable, lax.stop_gradient((*constants, jnp.where(targets.ignored, -1, moments.leader)))

@@ -1,4 +1,4 @@
-"""The most probable classes of a linear layer whose logits are never all stored."""
+"""The most likely classes of a linear layer whose logits are never all stored."""
 
 import functools
 from typing import Any, NamedTuple
@@ -24,17 +24,17 @@ from jaxsoft._linear.run import run_head
 
 @exportable
 class TopK(NamedTuple):
-    """The k most probable classes of each position, the most probable first."""
+    """The k most likely classes of each position, the most likely first."""
 
     log_probs: Float[Array, "*positions k"]
-    """log p of each, −inf where fewer than k classes are left."""
+    """log p of each; −inf if fewer than k classes are not masked."""
     indices: Int[Array, "*positions k"]
     """The classes; for equal logits the lower index comes first."""
     logsumexp: Float[Array, "*positions"]
     """log Σ_j exp(z_j) over all classes."""
 
     def as_targets(self, outside: Outside = "tail") -> SparseTargets:
-        """The same as targets for a student, for `cross_entropy` and `linear_cross_entropy`."""
+        """These classes as targets of `cross_entropy` and `linear_cross_entropy`, for a student."""
         return SparseTargets.from_log_probs(self.indices, self.log_probs, outside)
 
 
@@ -52,14 +52,14 @@ def linear_top_k(
     axis_name: AxisName = None,
     batch_axes: BatchAxes = None,
 ) -> TopK:
-    """The k most probable classes under softmax(features @ kernel + bias), without storing all logits.
+    """The k most likely classes under softmax(features @ kernel + bias), without storing all logits.
 
     log p_j = z_j − log Σ_i exp(z_i) for the k largest z_j        vjp: Σ_k g_k (δ_jk − p_j)
 
-    For distillation: store these of a teacher, and train a student on `top.as_targets()`.
+    For distillation, store a teacher's top k, and train a student on `top.as_targets()`.
 
     Args:
-        features: inputs of the layer, and all other arguments but k, as in `linear_cross_entropy`.
+        features: inputs of the layer; all other arguments except k are as in `linear_cross_entropy`.
         kernel: weights of the layer.
         k: how many classes, from 1 to all of them.
         bias: of shape (classes,).
@@ -68,7 +68,7 @@ def linear_top_k(
         temperature: T > 0, which divides the logits after the cap.
         kernel_axis: the kernel's class axis.
         memory_budget: bytes that one tile's logits and their gradient may take.
-        axis_name: the mesh axis over which the classes are sharded. Each device sends its own k candidates, no logits.
+        axis_name: the mesh axis over which the classes are sharded. Each device sends its k candidates, not its logits.
         batch_axes: the mesh axes over which the positions are sharded.
 
     Returns:
@@ -118,10 +118,10 @@ def _candidates(logits: Array, k: int, axis_name: AxisName) -> tuple[Array, Arra
     classes = classes.astype(jnp.int32) + first_class(logits.shape[1], axis_name)
     if axis_name is None:
         return top, classes
-    shards = lax.axis_size(axis_name)  # their candidates side by side, in the order of the classes
+    shards = lax.axis_size(axis_name)  # whose candidates are concatenated in the order of the classes
     mine = lax.broadcasted_iota(jnp.int32, (1, shards * count), 1) // count == lax.axis_index(axis_name)
 
-    def gather(array: Array) -> Array:  # as a sum, which is the same on every device
+    def gather(array: Array) -> Array:  # a sum, whose type says that it is the same on every device
         return sum_shards(jnp.where(mine, jnp.tile(array, (1, shards)), 0), axis_name)
 
     top, chosen = lax.top_k(gather(top), k)
@@ -130,7 +130,7 @@ def _candidates(logits: Array, k: int, axis_name: AxisName) -> tuple[Array, Arra
 
 @functools.cache
 def _top_k(k: int) -> Head:
-    # XLA adds a bias to the products once for the search, and once more where the gradient is put.
+    # `copies`: XLA adds a bias to the matmul's result once for the search, and again for the gradient.
     statistics, init_output = functools.partial(_statistics, k=k), functools.partial(_init_output, k=k)
     return Head(statistics, _values, _gradients, init_output, copies=True)
 

@@ -31,8 +31,8 @@ def init_mlp(
         dtype: dtype of the parameters.
 
     Returns:
-        One {"kernel": (inputs, outputs), "bias": (outputs,)} per layer. A bias belongs to a unit,
-        not to a sample: any number of samples can be scored.
+        One {"kernel": (inputs, outputs), "bias": (outputs,)} per layer. Each unit has one bias, so any
+        number of samples can be scored.
 
     Raises:
         ValueError: fewer than two sizes, or a size below one.
@@ -70,7 +70,7 @@ def apply_mlp(
 ) -> Float[Array, " classes"]:
     """Logits of one example; `jax.vmap(apply_mlp, in_axes=(None, 0))` scores a batch.
 
-    x ← activation(x K + b) for every layer but the last, which is linear.
+    x ← activation(x K + b) for every layer except the last, which is linear.
 
     Args:
         params: layers as `init_mlp` returns them.

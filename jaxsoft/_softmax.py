@@ -30,9 +30,9 @@ def softmax(
 
     s_i = exp(z_i) / Σ_j exp(z_j)
 
-    The derivative is a `jax.custom_vjp` whose rule is s * (g − s·g) and which keeps s alone: the
-    classes × classes Jacobian diag(s) − s sᵀ is never formed. The rule of one vector serves any array:
-    mapping `softmax` with `jax.vmap` over batch and spatial axes equals passing `axis`.
+    The derivative is a `jax.custom_vjp` with the rule s * (g − s·g), which saves only s: the
+    classes × classes Jacobian diag(s) − s sᵀ is never computed. Mapping `softmax` with `jax.vmap` over
+    batch and spatial axes equals passing `axis`.
 
     Args:
         logits: scores z of any shape, in float16, bfloat16, float32 or float64 (integers are promoted).
@@ -46,16 +46,16 @@ def softmax(
         Array of the logits' shape and dtype that sums to one over `axis`. Half precision is
         reduced in float32.
 
-    Edges: a masked class has probability 0 and gradient 0 whatever its logit, NaN included. Where no
-    class is left (all masked, or every logit −inf) all probabilities and gradients are 0. A NaN or
-    +inf logit that is not masked makes its own vector NaN.
+    Edges: a masked class has probability 0 and gradient 0 whatever its logit is, even NaN. If every class
+    is masked, or every logit is −inf, all probabilities and gradients are 0. A NaN or +inf logit that is
+    not masked makes its own vector NaN.
 
     Exactness: s and its derivative are accurate to the rounding of s. In float32, at a margin of about 17 over the
     log-sum-exp of the other classes, s rounds to 1 and its own derivative, s (1 − s), to 0; the other classes stay
     accurate. For the loss of a label take `cross_entropy`, which stays accurate at every margin.
 
-    Differentiation: reverse and forward mode to any order. The Jacobian is symmetric: the one rule
-    s * (g − s·g) maps cotangents of s to the logits, and tangents of the logits to s.
+    Differentiation: reverse and forward mode to any order. The Jacobian is symmetric, so the same rule
+    s * (g − s·g) maps cotangents of s to the logits and tangents of the logits to s.
 
     Raises:
         TypeError: logits that are not real numbers, a mask that is not boolean, an axis that is not an integer.
@@ -127,9 +127,8 @@ def softmax_vjp(
         axis_name: the mesh axis over which the classes are sharded, as given to `softmax`.
 
     Returns:
-        The gradient with respect to the logits, of the shape and dtype of `probs`; reduced in float32 for half
-        precision.
-        The Jacobian is symmetric, so the same call maps a tangent of the logits to a tangent of s.
+        The gradient with respect to the logits, of the shape and dtype of `probs`. Half precision is reduced
+        in float32. The Jacobian is symmetric, so the same call maps a tangent of the logits to a tangent of s.
 
     Edges: a class of probability 0 has gradient 0. A cotangent that is constant over the classes
     gives 0: adding a constant to all logits changes no probability.
@@ -175,7 +174,7 @@ def _pulled_back(arrays: tuple[Array, Array], axes: Axes) -> tuple[Array]:
 
 
 def softmax_jacobian(probs: Float[ArrayLike, "*batch classes"]) -> Float[Array, "*batch classes classes"]:
-    """The matrix of all derivatives ∂s_i/∂z_j, to look at: to compute with it, take `softmax_vjp`.
+    """The matrix of all derivatives ∂s_i/∂z_j, for inspection. For computations use `softmax_vjp`.
 
     J = diag(s) − s sᵀ, that is J_ij = s_i (δ_ij − s_j)
 
@@ -184,7 +183,7 @@ def softmax_jacobian(probs: Float[ArrayLike, "*batch classes"]) -> Float[Array, 
 
     Returns:
         Array of shape (..., classes, classes) and the dtype of `probs`: one symmetric matrix per
-        vector. N vectors of C classes take N·C² numbers, which is why no other function here stores it.
+        vector. N vectors of C classes take N·C² numbers, so no other function of jaxsoft stores it.
 
     Edges: rows sum to zero; a probability of 1 makes the matrix zero.
 
@@ -230,8 +229,8 @@ def log_softmax(
     Returns:
         Array of the logits' shape and dtype. Half precision is reduced in float32.
 
-    Edges: a masked class has −inf and gradient 0, and its cotangent is dropped. Where no
-    class is left everything is −inf.
+    Edges: a masked class has −inf and gradient 0, and its cotangent is dropped. If every class is
+    masked all are −inf.
 
     Exactness: accurate to rounding, except near 0: in float32, at a margin of about 17 over the log-sum-exp of the
     other classes, a class's log-probability, and its derivative with respect to its own logit, round to 0. For the
@@ -297,7 +296,7 @@ def _log_softmax_bwd(
 @with_platform_impl(cpu=cpu.log_softmax_vjp)
 def _log_pulled_back(arrays: tuple[Array, ...], axes: Axes) -> tuple[Array]:
     logits, max_logit, total, g = map(widen, arrays)
-    # From the logits, not from the result: rounded to half precision its exponentials would not sum to one.
+    # From the logits, not from the result, whose exponentials would not sum to one in half precision.
     probs = jnp.exp(logits - max_logit) / total
     return ((g - probs * jnp.sum(g, axes, keepdims=True)).astype(arrays[0].dtype),)
 
@@ -327,10 +326,10 @@ def logsumexp(
     Returns:
         Array of the logits' dtype without `axis`. Half precision is reduced in float32.
 
-    Edges: −inf where no class is left, with gradient 0. A +inf logit gives +inf.
+    Edges: −inf with gradient 0 if every class is masked. A +inf logit gives +inf.
 
-    Exactness: m + log1p(Σ exp(z_j − m) over all classes but one with the largest logit m). Near 0, where both terms are
-    small, it stays accurate where log(1 + …) rounds to 0: logsumexp([0, −20]) is 2.06e-9.
+    Exactness: computed as m + log1p(Σ exp(z_j − m)), where the sum omits one class with the largest logit m. It stays
+    accurate near 0, where log(1 + …) would round to 0: logsumexp([0, −20]) is 2.06e-9.
 
     Differentiation: as `softmax`; the logits and two numbers per vector are saved for the backward pass.
 
@@ -368,7 +367,7 @@ def _logsumexp_bwd(
     axes: Axes, axis_name: AxisName, residuals: tuple[Array, Statistics], cotangent: Array
 ) -> tuple[Array]:
     logits, statistics = residuals
-    # Where no class is left nothing moves, whatever the cotangent.
+    # If every class is masked the gradient is 0, whatever the cotangent is.
     g = jnp.where(statistics.exp_sum == 0, 0, widen(cotangent))
     return (scaled_exponentials(logits, statistics.max_logit, g / statistics.positive_sum, axes),)
 

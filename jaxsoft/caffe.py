@@ -2,10 +2,10 @@
 
 A network ported from Caffe gives the same numbers only if its conventions are ported too: the class axis is 1,
 losses are clamped but their gradients are not, and a batch is averaged in one of four ways. This module implements
-these conventions only: the mathematics is `jaxsoft.softmax` and `jaxsoft.cross_entropy`.
+only these conventions, with `jaxsoft.softmax` and `jaxsoft.cross_entropy`.
 
-Caffe sees an array as (outer, classes, inner), the dimensions before and after the class axis
-multiplied, and calls each of the outer·inner vectors of classes a position.
+Caffe treats an array as (outer, classes, inner), where outer and inner are the products of the dimensions before and
+after the class axis. Each of the outer·inner vectors of classes is a position.
 """
 
 import functools
@@ -28,9 +28,9 @@ __all__ = ["infogain_loss", "multinomial_logistic_loss", "softmax", "softmax_wit
 Normalization = Literal["FULL", "VALID", "BATCH_SIZE", "NONE"]
 Labels = Int[ArrayLike, "..."] | Float[ArrayLike, "..."]
 
-FLT_MIN = 2.0**-126  # the smallest normal float32, also where Caffe runs in double precision
+FLT_MIN = 2.0**-126  # the smallest normal float32, which Caffe uses in double precision too
 LOG_THRESHOLD = 1e-20
-IGNORED, NO_CLASS = -1, -2  # what is read for a label that is no class
+IGNORED, NO_CLASS = -1, -2  # in place of an ignored label, and of a label out of range
 
 
 def softmax(x: Float[ArrayLike, "..."], axis: int = 1) -> Float[Array, "..."]:
@@ -80,13 +80,14 @@ def softmax_with_loss(
     Args:
         logits: scores z of any rank, classes along `axis`, in float16, bfloat16, float32 or
             float64.
-        labels: one per position, in any shape of that many elements whose first dimension is the
-            logits'. Floats, as Caffe stores labels, are truncated to integers.
+        labels: one per position, in any shape with that many elements and the logits' first dimension.
+            Floats, as Caffe stores labels, are truncated to integers.
         axis: the class axis; a negative one counts from the end.
         ignore_label: any integer; positions of this label have loss 0 and gradient 0, whatever their logits,
             and are not counted.
-        normalization: what the sum is divided by: "FULL", all positions; "VALID", those not ignored
-            (the default); "BATCH_SIZE", the product of the dimensions before `axis`; "NONE", 1. At least 1.
+        normalization: the divisor of the sum: "FULL", the number of positions; "VALID", the number of
+            positions that are not ignored (the default); "BATCH_SIZE", the product of the dimensions before
+            `axis`; "NONE", 1. It is at least 1.
         normalize: the older flag, used only without `normalization`: True is "VALID", False "BATCH_SIZE".
         loss_weight: a scalar that multiplies loss and gradient.
 
@@ -94,11 +95,11 @@ def softmax_with_loss(
         The loss, a scalar in float32, or float64 for float64 logits; and the probabilities, of the
         logits' shape and dtype, through which gradients flow by softmax's rule.
 
-    Edges: a position costs at most 126 log 2 = 87.3365448, even where its label's logit is −inf, and still
-    has a gradient there. No valid position gives loss 0 and gradient 0. A label that is neither a class nor
-    ignored, NaN included, gives a NaN loss and gradient (`checked` raises instead); so does one beyond 32
-    bits in a NumPy array, unless `jax.jit` around this function has truncated it first. NaN logits, even where
-    ignored, make the probabilities NaN.
+    Edges: a position costs at most 126 log 2 = 87.3365448, even if its label's logit is −inf, and still has a
+    gradient. If every position is ignored, loss and gradient are 0. A label that is neither a class nor
+    ignored, or NaN, gives a NaN loss and gradient (`checked` raises instead). So does a label wider than 32
+    bits in a NumPy array, unless `jax.jit` around this function has truncated it before. NaN logits make
+    probabilities NaN, even at ignored positions.
 
     Raises:
         TypeError: logits, labels or options of a wrong type.
@@ -148,12 +149,12 @@ def infogain_loss(
     That is cross-entropy against the targets t = H[label], which need not sum to one.
 
     Args:
-        logits: scores z, classes along `axis`; like all but `infogain` as in `softmax_with_loss`.
+        logits: scores z, classes along `axis`; all arguments except `infogain` are as in `softmax_with_loss`.
         labels: one per position.
         infogain: the matrix H, one row per label, in any shape of classes² elements. A constant: no gradient.
         axis: the class axis.
         ignore_label: label of the ignored positions.
-        normalization: what the sum is divided by.
+        normalization: the divisor of the sum.
         normalize: the older flag.
         loss_weight: a scalar that multiplies loss and gradient.
 
@@ -186,7 +187,7 @@ def infogain_loss(
     ignored = jnp.expand_dims(label == IGNORED, axis)
     at_label = h.reshape(classes, classes)[jnp.maximum(label, 0)]
     gains = jnp.moveaxis(nan_unless(label != NO_CLASS, dtype)[..., None] * at_label, -1, axis)
-    # Masked before the logarithm, for its gradient, and after, for its value.
+    # Mask before the logarithm, for the gradient, and after it, for the value.
     log_probs = _softmax.log_softmax(jnp.where(ignored, 0, z.astype(dtype)), axis)
     log_probs = _at_least(log_probs, math.log(LOG_THRESHOLD))
     scale = _scale(label, z.shape[:axis], normalization, normalize, loss_weight, dtype)
@@ -198,8 +199,8 @@ def multinomial_logistic_loss(probs: Float[ArrayLike, "..."], labels: Labels) ->
 
     loss = 1/N Σ_n −log max(p_n,label, 1e-20)        ∂loss/∂p_n,label = −1/(N max(p_n,label, 1e-20))
 
-    After a softmax layer this divides by a probability that may have underflowed, only to multiply by it
-    again; `softmax_with_loss` does neither.
+    After a softmax layer its gradient is divided by a probability that may have underflowed, and then
+    multiplied by it again; `softmax_with_loss` does neither.
 
     Args:
         probs: probabilities p of any rank, N = the first dimension; the rest, flattened, are the classes.
@@ -237,8 +238,8 @@ def multinomial_logistic_loss(probs: Float[ArrayLike, "..."], labels: Labels) ->
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _at_least(x: Array, floor: float) -> Array:
-    """The larger of the two, differentiated as if there were no floor: Caffe does not clamp gradients."""
-    # The added term is 0: its derivative is used where JAX drops the rule, inside a scan.
+    """max(x, floor), differentiated as if there were no floor, because Caffe does not clamp gradients."""
+    # The added term is 0; its derivative is used inside a scan, where JAX drops the rule below.
     finite = jnp.where(x < jnp.finfo(x.dtype).min, 0, x)
     return jnp.where(x < floor, floor + (finite - jax.lax.stop_gradient(finite)), x)
 
@@ -250,7 +251,7 @@ def _at_least_jvp(floor: float, primals: tuple[Array], tangents: tuple[Array]) -
 
 def _read_labels(labels: Labels, shape: tuple[int, ...], axis: int, ignore_label: int | None) -> Int[Array, "..."]:
     """The class of each position, IGNORED or NO_CLASS."""
-    # Read NumPy's labels in NumPy, since JAX would truncate them: 2³² + 1 is not class 1.
+    # Read NumPy arrays with NumPy, because JAX would truncate them: 2³² + 1 is not class 1.
     refuse_mask("labels", labels, "ignore_label")
     xp = jnp if isinstance(labels, jax.Array) else np
     given: Any = xp.asarray(labels)

@@ -18,8 +18,8 @@ from jaxsoft._doctor.diagnosis import Diagnosis, diagnose_gradient
 from jaxsoft._doctor.loss import diagnose_loss
 
 NAMES = ("logits", "targets", "gradient")
-OF_A_LOSS = ("logits", "targets", "loss")  # beside these, or in place of the gradient
-WEIGHTS = ("weights", "class_weights")  # a loss may have them
+OF_A_LOSS = ("logits", "targets", "loss")  # a loss may come with the gradient or in its place
+WEIGHTS = ("weights", "class_weights")  # optional, for a loss
 
 
 class InputError(Exception):
@@ -27,11 +27,11 @@ class InputError(Exception):
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an NPZ file: three, or with a loss perhaps its weights."""
+    """The arrays of an NPZ file: logits, targets, a gradient or a loss or both, and weights of a loss."""
     try:
         if not zipfile.is_zipfile(path):
-            path.open("rb").close()  # is_zipfile is False for a file that cannot be opened, too
-            raise InputError(f"{path}: expected an NPZ file, as numpy.savez writes it, got another kind of file")
+            path.open("rb").close()  # raises OSError if the file cannot be opened: is_zipfile is False then too
+            raise InputError(f"{path}: expected an NPZ file, as numpy.savez writes, got another kind of file")
         with np.load(path, allow_pickle=False) as archive:
             names = OF_A_LOSS if "loss" in archive and "gradient" not in archive else NAMES
             for name in names:
@@ -48,7 +48,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 
 def judge(arrays: dict[str, np.ndarray], options: argparse.Namespace) -> list[Diagnosis]:
-    """What the doctor says of the gradient, and of the loss."""
+    """Diagnose the gradient and the loss, whichever the file has."""
     judged: list[Diagnosis] = []
     shared: dict[str, Any] = {"axis": options.axis, "ignore_index": options.ignore_index}
     logits, targets = arrays["logits"], arrays["targets"]
@@ -64,12 +64,12 @@ def judge(arrays: dict[str, np.ndarray], options: argparse.Namespace) -> list[Di
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the verdict and its explanation; return 0 if it is right, 1 if wrong, 2 if it cannot be judged."""
+    """Print the verdict and its explanation; return 0 if all is right, 1 if not, 2 if it cannot be judged."""
     parser = argparse.ArgumentParser(
         prog="jaxsoft-diagnose",
-        description="Is my gradient of softmax and cross-entropy right, and if not, what is wrong with it? Or which "
-        "convention gives my loss, and if none, what is wrong with it? The exit status is 0 when it is right, 1 when "
-        "it is wrong, and 2 when the file cannot be judged.",
+        description="Is my gradient of softmax and cross-entropy right, and if not, what is wrong with it? Which "
+        "convention gives my loss, and if none does, what is wrong with it? The exit status is 0 if it is right, 1 if "
+        "it is wrong, and 2 if the file cannot be judged.",
     )
     parser.add_argument("file", type=Path, help="NPZ file with logits, targets, and gradient or loss")
     parser.add_argument("--axis", type=int, default=-1, help="the class axis (default: the last)")
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=int,
         help="label of the ignored positions (default: -1, -100, 255, 65535 and -2**31, unless they are classes)",
     )
-    parser.add_argument("--label-smoothing", type=float, default=0.0, help="that the loss was to have (default: 0)")
+    parser.add_argument("--label-smoothing", type=float, default=0.0, help="that the loss should have (default: 0)")
     options = parser.parse_args(arguments)
     try:
         arrays = read(options.file)
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without −, τ or ∂ shows ? for them
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show −, τ or ∂ shows ? instead
         sys.stdout.reconfigure(errors="replace")
     print("\n\n".join(f"{diagnosis.verdict}\n\n{diagnosis}" for diagnosis in diagnoses))
     return 0 if all(diagnosis.correct for diagnosis in diagnoses) else 1

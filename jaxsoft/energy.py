@@ -1,7 +1,7 @@
 """Energies and the probabilities they give: Gibbs, Hopfield, Boltzmann, restricted Boltzmann.
 
-A Gibbs distribution is the softmax of negated energies, −βE. Hopfield and Boltzmann networks are two ways of moving
-through states by such energies; in restricted Boltzmann machines the sums over states factorise. States have the units
+A Gibbs distribution is the softmax of negated energies, −βE. Hopfield networks descend such energies, Boltzmann
+machines sample from them, and in restricted Boltzmann machines the sums over states factorise. States have the units
 along the last axis; axes before it are a batch.
 """
 
@@ -57,7 +57,7 @@ def gibbs_distribution(
         Array of the energies' shape and dtype that sums to one over `axis`.
 
     Edges: β = 0 gives the uniform distribution, β → ∞ spreads all probability over the lowest energies. A
-    state of energy +inf is forbidden: probability 0 and gradient 0 at every β, 0 included.
+    state of energy +inf is forbidden: probability and gradient are 0 at every β, even 0.
 
     Raises:
         TypeError: energies or beta that are not real numbers, an axis that is not an integer.
@@ -96,7 +96,7 @@ def log_partition(
         Array of the energies' dtype without `axis`. The negative log-likelihood of state i is
         βE_i + log Z, and the free energy −log Z/β.
 
-    Edges: as `gibbs_distribution`; where every state is forbidden, −inf.
+    Edges: as `gibbs_distribution`; −inf if every state is forbidden.
 
     Raises:
         TypeError, ValueError: as `gibbs_distribution`.
@@ -129,7 +129,7 @@ def hopfield_energy(
     Returns:
         The energy of each state, in the dtype the arguments promote to.
 
-    Edges: only the symmetric part of W enters, and its diagonal adds a constant. Where W is not
+    Edges: only the symmetric part of W matters, and its diagonal adds a constant. If W is not
     symmetric the value is still defined, but updates need not lower it.
 
     Raises:
@@ -161,13 +161,13 @@ def hopfield_field(
 
     Args:
         state: units s, each −1 or 1.
-        weights: couplings W; the second equation asks for a symmetric one with a zero diagonal.
+        weights: couplings W; the second equation holds for a symmetric W with a zero diagonal.
         bias: b, zero by default.
 
     Returns:
         The field at each unit, in the dtype the arguments promote to.
 
-    Edges: defined for any square W; with an asymmetric one it is not the gradient of an energy.
+    Edges: defined for any square W; for an asymmetric W it is not the gradient of an energy.
 
     Raises:
         TypeError, ValueError: as `hopfield_energy`.
@@ -192,9 +192,9 @@ def hopfield_asynchronous(
     *,
     order: Int[ArrayLike, " visits"] | None = None,
 ) -> Float[Array, "*batch units"]:
-    """One unit after another moves to the sign of its field, each seeing the moves before it.
+    """Units move to the sign of their field one after another, each seeing the moves before it.
 
-    s_i ← sign(h_i), and s_i stays where h_i = 0
+    s_i ← sign(h_i), and s_i stays if h_i = 0
 
     With symmetric weights and a zero diagonal no move raises the energy, so repeated sweeps end in a
     local minimum. Neither holds for asymmetric weights.
@@ -203,7 +203,7 @@ def hopfield_asynchronous(
         state: units s, each −1 or 1.
         weights: couplings W.
         bias: b, zero by default.
-        order: the units to visit, in turn, as many as wished; every unit once by default.
+        order: the units to visit, in turn, any number of them; every unit once by default.
             `jax.random.permutation(key, units)` gives a random sweep.
 
     Returns:
@@ -257,10 +257,10 @@ def hopfield_synchronous(
 ) -> Float[Array, "*batch units"]:
     """All units move at once to the signs of their fields.
 
-    s ← sign(Ws + b), and s_i stays where h_i = 0
+    s ← sign(Ws + b), and s_i stays if h_i = 0
 
-    The energy may rise: with symmetric weights the states settle or alternate between two, with
-    asymmetric ones longer cycles occur. `hopfield_asynchronous` is the update that descends.
+    The energy may rise. With symmetric weights the states settle, or alternate between two; with
+    asymmetric weights longer cycles occur. `hopfield_asynchronous` is the update that descends.
 
     Args:
         state: units s, each −1 or 1.
@@ -293,7 +293,7 @@ def hopfield_synchronous(
 def perceptron_criterion(
     fields: Float[ArrayLike, "..."], labels: Float[ArrayLike, "..."] | Int[ArrayLike, "..."]
 ) -> Float[Array, "..."]:
-    """How far a field lies on the wrong side of zero: the loss whose descent is the perceptron rule.
+    """How far a field is on the wrong side of zero: the loss whose gradient descent is the perceptron rule.
 
     loss = max(0, −y h) = ½ h (sign(h) − y)        ∂loss/∂h = −y where y h ≤ 0, else 0
 
@@ -336,8 +336,8 @@ def boltzmann_probability(
 
     P(1) = σ((1 − low)·h/T): σ(h/T) for units of 0 and 1, σ(2h/T) for units of −1 and 1
 
-    It is the Gibbs distribution at β = 1/T over the two energies −h·low and −h of the unit; the
-    factor 2 is the distance between −1 and 1.
+    This is the Gibbs distribution at β = 1/T over the unit's two energies, −h·low and −h; the factor 2
+    is the distance between −1 and 1.
 
     Args:
         fields: fields h of any shape, in float16, bfloat16, float32 or float64 (integers are promoted).
@@ -347,7 +347,7 @@ def boltzmann_probability(
     Returns:
         Probabilities of the fields' shape and dtype.
 
-    Edges: T → 0 is the step function of a Hopfield unit, T → ∞ a fair coin.
+    Edges: T → 0 gives the step function of a Hopfield unit, T → ∞ a probability of ½.
 
     Raises:
         TypeError: fields or a temperature that are not real numbers, `low` that is not an integer.
@@ -405,7 +405,7 @@ def rbm_energy(
         ValueError: parameters whose shapes disagree, states of another number of units, batch axes
             that do not broadcast.
 
-    Edges: defined for real units too, as used with grey values for the visible ones.
+    Edges: defined for real units too, such as grey values of visible units.
 
     Example:
         >>> import jax.numpy as jnp
@@ -471,8 +471,8 @@ def rbm_log_partition(params: RestrictedBoltzmann) -> Float[Array, ""]:
     Returns:
         log Z, a scalar in the parameters' dtype. log P(v) = −F(v) − log Z.
 
-    Edges: the 2ⁿ states of the smaller layer are held at once, times the units of the larger one.
-    The gradient is minus the mean of ∂E under the model, exactly.
+    Edges: memory holds the 2ⁿ states of the smaller layer times the units of the larger layer.
+    The gradient is exactly minus the mean of ∂E under the model.
 
     Raises:
         TypeError: parameters that are not real numbers.
@@ -488,7 +488,7 @@ def rbm_log_partition(params: RestrictedBoltzmann) -> Float[Array, ""]:
     Source: P. Smolensky (1986).
     """
     w, b, c = _read_rbm(params)
-    # The energy is symmetric in the two layers: exchange them where the hidden one is smaller.
+    # The energy is symmetric in the two layers: exchange them if the hidden layer is smaller.
     smaller = RestrictedBoltzmann(w, b, c) if w.shape[0] <= w.shape[1] else RestrictedBoltzmann(w.T, c, b)
     units = min(w.shape)
     if units > MAX_UNITS:
@@ -510,14 +510,14 @@ def rbm_gibbs(
     Args:
         key: a JAX random key; every chain of the batch draws its own numbers from it.
         params: weights W, visible bias b and hidden bias c.
-        visible: where the chains start, each unit 0 or 1.
+        visible: the visible states from which the chains start, each unit 0 or 1.
         steps: how often both layers are drawn.
 
     Returns:
         The last visible and hidden states, of 0 and 1 in the dtype the arguments promote to. For
         many steps the pairs are draws from P(v, h).
 
-    Edges: chains mix slowly where the weights are large; nothing here detects that.
+    Edges: chains mix slowly if the weights are large; this is not detected.
 
     Raises:
         TypeError: arguments that are not real numbers, steps that are not an integer.
@@ -580,9 +580,9 @@ def binary_states(units: int, *, dtype: jax.typing.DTypeLike = jnp.float32) -> F
 
 
 def _exponents(energies: ArrayLike, beta: ArrayLike) -> tuple[Array, Bool[Array, "..."]]:
-    """−βE, and where it counts. Forbidden states are kept apart: 0·inf would be NaN here or in the gradient.
+    """−βE, and which states are allowed. Forbidden states are separate: 0·inf would be NaN here or in the gradient.
 
-    No infinity is written out: `jax_debug_infs` finds it even where it is not selected.
+    There is no literal infinity, because `jax_debug_infs` stops at one even if it is not selected.
     """
     e = as_floating("energies", energies)
     allowed = jnp.isfinite(e) | ~(e > 0)
@@ -621,7 +621,7 @@ def _read_rbm(params: RestrictedBoltzmann, **states: ArrayLike) -> list[Array]:
 
 
 def _promote(arrays: dict[str, ArrayLike]) -> list[Array]:
-    """The arrays in the dtype to which those in floating point promote: integers follow."""
+    """The arrays in the dtype to which the floating ones promote; integers do not affect it."""
     given = {name: as_array(name, array) for name, array in arrays.items()}
     floating = [a.dtype for a in given.values() if jnp.issubdtype(a.dtype, jnp.floating)]
     dtype = jnp.result_type(*floating, float)
@@ -639,7 +639,7 @@ def _check_vector(name: str, array: Array, count: int) -> None:
 
 
 def _affine(x: Array, weights: Array, bias: Array) -> Array:
-    """x·W + b, with the bias broadcast explicitly, as strict rank promotion asks for."""
+    """x·W + b, with the bias broadcast explicitly, as strict rank promotion requires."""
     product = x @ weights
     return product + jnp.broadcast_to(bias, product.shape)
 

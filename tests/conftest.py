@@ -8,21 +8,21 @@ from pathlib import Path
 import jax
 import pytest
 
-# In a suite started in the background Ctrl-C is ignored, and in every process that it starts.
+# A suite that is started in the background ignores Ctrl-C, and so do all processes that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Tracing makes millions of objects and few cycles: these are collected after each file.
+# Tracing makes millions of objects but few cycles, so garbage is collected only after each file.
 gc.disable()
 
-# Compiling is most of the time: workers and runs share what they have compiled.
+# Compiling takes most of the time, so workers and runs share compiled programs.
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-# Most of XLA's optimizations take time and change no result: only what is marked `optimized` has them. Set here for the
-# doctests, for which the hook below is not called.
+# Most of XLA's optimizations take time and change no result, so only tests marked `optimized` have them. Set here for
+# the doctests, for which the hook below is not called.
 jax.config.update("jax_disable_most_optimizations", True)
 
 
@@ -59,7 +59,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="module", autouse=True)
 def bounded_memory():
-    """Each compiled program stays in memory until then: gigabytes after some thousand tests."""
+    """Free compiled programs, which would take gigabytes after some thousand tests."""
     yield
     jax.clear_caches()
     gc.collect()

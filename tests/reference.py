@@ -1,4 +1,4 @@
-"""Textbook definitions, deliberately naive: the only second copy of the mathematics.
+"""Textbook definitions, deliberately naive: the only other copy of the formulas.
 
 Plain `jnp` without shifts, rules or tricks, to be differentiated by JAX, and NumPy transcriptions of
 documented formulas. Use them in float64 with moderate logits.
@@ -56,7 +56,7 @@ def pytorch_cross_entropy(
 
 
 def covering(strength, *factors):
-    """Few choices of one option a factor in which every `strength` options of different factors meet: greedily found."""
+    """A small set of choices, found greedily, in which every `strength` options of different factors occur together."""
     factors = [list(options) for options in factors]
     choices = list(itertools.product(*(range(len(options)) for options in factors)))
     meetings = {choice: set(itertools.combinations(enumerate(choice), strength)) for choice in choices}

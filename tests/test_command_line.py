@@ -71,7 +71,7 @@ def test_ctrl_c_is_one_line_that_names_resume_where_there_is_one(ended, tmp_path
     status, _, said = ended(script, f"--out={tmp_path}/out")
     assert status == 130
     before = "before the first checkpoint, of step [0-9]+; --resume begins again"
-    resumes = "; --resume goes on" if script == "benchmark" else f" {before}" if script in RESUMED else ""
+    resumes = "; --resume continues" if script == "benchmark" else f" {before}" if script in RESUMED else ""
     assert re.fullmatch(f"interrupted{resumes}", said.splitlines()[-1])
     assert "Traceback" not in said
 
@@ -80,7 +80,7 @@ def test_an_error_after_a_progress_bar_has_a_line_of_its_own(ended, tmp_path):
     status, _, said = ended("vocabulary", "--vocabulary=9", f"--out={tmp_path}/out")
     assert status == 1
     assert "reading: 100%" in said
-    assert said.split("\n")[-2].startswith("error: --vocabulary: expected at most 4, the distinct words of")
+    assert said.split("\n")[-2].startswith("error: --vocabulary: expected at most 4, the distinct tokens of")
 
 
 @pytest.mark.parametrize("script", TRAININGS[1:])
@@ -111,7 +111,7 @@ def test_to_replace_a_run_and_to_go_on_with_it_is_a_contradiction(ended, tmp_pat
     status, _, said = ended(script, f"--out={tmp_path}", "--overwrite", "--resume")
     assert (status, said) == (
         1,
-        "error: --overwrite: expected without --resume, which goes on with what is there\n",
+        "error: --overwrite: expected without --resume, which continues the existing run\n",
     )
 
 

@@ -155,7 +155,7 @@ def test_float32_is_exact_at_every_margin():
     for spread in spreads:
         losses, gradient = losses_and_gradient(spread, np.zeros(margins.size, int))
         assert losses.dtype == gradient.dtype == jnp.float32
-        # In float64 the sum over the other classes, to which nothing is added and from which nothing is taken.
+        # In float64, the sum over the other classes, without any further addition or subtraction.
         others = np.exp(spread[:, 1:].astype(np.float64) - spread[:, :1].astype(np.float64)).sum(1)
         np.testing.assert_allclose(losses, np.log1p(others), rtol=1e-5)
         np.testing.assert_allclose(gradient[:, 0], -others / (1 + others), rtol=1e-5)
@@ -373,7 +373,7 @@ def test_where_removes_classes():
 
 @pytest.mark.parametrize("kind", ["labels", "distribution"])
 def test_a_mask_is_that_of_the_classes_left(kind):
-    """One mask for all positions equals leaving its classes out: loss, gradient and the gradient to a distribution."""
+    """One mask for all positions equals removing its classes: loss, gradient and the gradient to a distribution."""
     kept, mask = np.array([0, 2, 3]), np.array([True, False, True, True, False])
     targets = kept[LABELS % 3] if kind == "labels" else DISTRIBUTION
     of_kept = LABELS % 3 if kind == "labels" else DISTRIBUTION[:, kept]
@@ -406,7 +406,7 @@ def test_a_removed_label_costs_infinity_with_finite_gradients():
         value, gradient = run(logits, targets, where=mask)
         assert value == np.inf
         assert np.isfinite(gradient).all()
-    value, gradient = run(logits, label, where=np.zeros((1, 3), bool))  # every class removed
+    value, gradient = run(logits, label, where=np.zeros((1, 3), bool))  # every class masked
     assert value == np.inf
     np.testing.assert_array_equal(gradient, 0)
 

@@ -182,7 +182,7 @@ def check_named(verdict, make, n, classes, dtype, mean, seed=0, scale=2.0, layou
         diagnosis = diagnose_gradient(*map(LAYOUTS[layout], (z, t, wrong)))
     assert not diagnosis.correct
     if diagnosis.verdict != verdict:  # several fit
-        assert f"the same as of: {verdict}" in str(diagnosis) or f", {verdict}" in str(diagnosis), diagnosis.verdict
+        assert f"the same result: {verdict}" in str(diagnosis) or f", {verdict}" in str(diagnosis), diagnosis.verdict
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def check_named(verdict, make, n, classes, dtype, mean, seed=0, scale=2.0, layou
     ],
 )
 def test_law_each_mistake_is_named_in_every_layout(layout, seeds):
-    """With one-hot targets and no word of the axis."""
+    """With one-hot targets and without the axis."""
     for verdict, make in (MISTAKES | OF_A_BATCH).items():
         if verdict in ("softmax over the wrong axis", "labels of the next position") and layout == "NCHW":
             continue  # the two are of an array of two axes
@@ -203,7 +203,7 @@ def test_law_each_mistake_is_named_in_every_layout(layout, seeds):
 
 
 def test_one_sample_has_names_too():
-    """Where more than one explanation fits all are given."""
+    """If more than one explanation fits, all are given."""
     of_several = {"softmax over the wrong axis", "temperature"}
     for verdict, make in MISTAKES.items():
         z, _, o, t = problem(1, 5, seed=3)
@@ -387,7 +387,7 @@ def test_columns_of_which_each_class_is_the_label_once_at_most():
 
 
 def test_half_precision_is_not_called_all_zero():
-    """What a label's p − 1 loses in bfloat16 is far above nothing."""
+    """The loss of accuracy of a label's p − 1 in bfloat16 is far above 0."""
     z = np.zeros((8, 64))
     z[:, 0] = 9
     o = softmax(z)
@@ -649,7 +649,7 @@ def test_labels_that_fit_another_axis_are_judged_along_it():
         diagnosis = diagnose_gradient(z.T, labels, gradient.T)
         assert (diagnosis.correct, diagnosis.verdict) == (verdict.startswith("correct"), verdict)
         assert str(diagnosis).startswith(
-            "The targets fit classes along axis 0, not 1, and were judged so: pass axis=0. "
+            "The targets fit classes along axis 0, not 1, and were judged along it: pass axis=0. "
         )
     z, labels, o, t = problem(12, 3)
     images, gradient = (np.moveaxis(a.reshape(*IMAGES, 3), -1, 2) for a in (z, o - t))
@@ -778,7 +778,7 @@ def test_a_mean_in_float16_over_very_many_positions_that_is_wrong():
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
 def test_a_distribution_already_learned_leaves_the_rounding_of_the_difference(dtype):
-    """Every method subtracts t from τo: what is left is noise, and no fault."""
+    """Every method subtracts t from τo, so the remaining noise is no mistake."""
     z = problem(7, 3)[0].astype(dtype)
     targets = softmax(z.astype(np.float32)).astype(dtype)
     gradient = np.array(our_gradient(z, targets))
@@ -836,7 +836,7 @@ def test_parts_of_a_distribution_that_a_device_flushes_to_zero():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
 def test_the_exponent_is_rounded_in_half_precision(dtype):
-    """z less the maximum, of the size of 10, before it is exponentiated: the tail is off by up to half of 10 eps."""
+    """z minus the maximum, of size 10, is rounded before exp: the tail is off by up to half of 10 eps."""
     rng = np.random.default_rng(3)
     z = np.asarray(rng.uniform(0, 1, (7, 3)) + np.array([10, 0, 0]), dtype)
     rounded = (z - z.max(1, keepdims=True)).astype(float)  # subtracted in the dtype
@@ -1152,7 +1152,7 @@ def test_files_that_cannot_be_judged(tmp_path, capsys):
     assert "expected an NPZ file of plain numbers" in error_of(path)
     for other in (b"no archive", b"", whole[:-100]):
         path.write_bytes(other)
-        assert "expected an NPZ file, as numpy.savez writes it, got another kind of file" in error_of(path)
+        assert "expected an NPZ file, as numpy.savez writes, got another kind of file" in error_of(path)
     with open(path, "wb") as file:
         np.save(file, z)
     assert "got another kind of file" in error_of(path)

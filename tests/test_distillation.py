@@ -348,7 +348,7 @@ def test_a_replaced_run_ends_with_students_of_its_own(corpus, whole, students, t
         ),
         (
             {"resume": True, "overwrite": True},
-            "--overwrite: expected without --resume, which goes on with what is there",
+            "--overwrite: expected without --resume, which continues the existing run",
         ),
     ],
 )
@@ -367,5 +367,5 @@ def test_a_finished_or_unfinished_run_is_kept(corpus, whole, tmp_path):
     with pytest.raises(InputError, match="holds a finished run: replace it with --overwrite"):
         run(config(corpus, whole[1]))
     shutil.copytree(whole[1] / TEACHER, tmp_path / TEACHER)
-    with pytest.raises(InputError, match="teacher: holds an unfinished run: go on with --resume"):
+    with pytest.raises(InputError, match="teacher: holds an unfinished run: continue it with --resume"):
         run(config(corpus, tmp_path))

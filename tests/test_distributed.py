@@ -398,13 +398,13 @@ def end(options, step, method, ending):
         assert process.returncode == 130
         first = f" before the first checkpoint, of step {options.checkpoint_every}; --resume begins again"
         goes_on = (options.out / "checkpoints").exists()
-        assert told.endswith(f"\ninterrupted{'; --resume goes on' if goes_on else first}\n")
+        assert told.endswith(f"\ninterrupted{'; --resume continues' if goes_on else first}\n")
         assert "Traceback" not in told
     else:
         assert process.returncode == 1
         assert told.endswith(
             f"\nerror: process {ENDINGS.index(ending)} of 2 was ended by SIGKILL, and the others with it; "
-            "--resume goes on from the last checkpoint\n"
+            "--resume continues from the last checkpoint\n"
         )
     assert not (options.out / "summary.json").exists()
 
@@ -436,7 +436,7 @@ def test_ctrl_c_ends_a_process_that_waits_for_others(corpus, tmp_path, method):
         with silent.accept()[0]:
             os.killpg(process.pid, signal.SIGINT)
             output = process.output()
-    assert output == ("", f"process 1: meeting all 2 at {options.coordinator}\ninterrupted; --resume goes on\n")
+    assert output == ("", f"process 1: meeting all 2 at {options.coordinator}\ninterrupted; --resume continues\n")
     assert process.returncode == 130
 
 
@@ -467,7 +467,7 @@ def test_the_error_of_started_processes_is_that_of_the_command(tmp_path, method)
 @pytest.mark.exhaustive
 def test_the_error_of_a_started_process_is_that_of_the_command(corpus, pair, method):
     """For which the other waits."""
-    expected = f"error: --seed: {pair[0]}/checkpoints was written with 0, got 1: resume takes the same options"
+    expected = f"error: --seed: {pair[0]}/checkpoints was written with 0, got 1: --resume needs the same options"
     assert error_of(config(corpus, pair[0], processes=2, resume=True, seed=1), method) == expected
 
 

@@ -44,13 +44,13 @@ def altered(function, change):
 
 
 def underflowing(*, logits, axis, **options):
-    """Sums relative to the largest logit of all, beside which float32 loses whatever is e^87 smaller."""
+    """Sums relative to the overall largest logit, with which float32 loses terms that are e^87 times smaller."""
     lost = logits < jnp.max(logits, axis, keepdims=True) - 87
     return jaxsoft._cross_entropy.cross_entropy(jnp.where(lost, -jnp.inf, logits), axis=axis, **options)
 
 
 def of_the_rest(*, targets, **options):
-    """Mass that is left, though the targets are said to speak of the chosen classes alone, or of their shares."""
+    """A remainder counts, although `outside` says that only the chosen classes or their shares do."""
     targets = jaxsoft.SparseTargets(targets.indices, targets.probs, "tail")
     return jaxsoft._cross_entropy.cross_entropy(targets=targets, **options)
 

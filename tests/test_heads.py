@@ -1,4 +1,4 @@
-"""Heads beside the loss: log-probabilities, statistics, top-k, sparse targets, divergences, each against full logits."""
+"""Heads other than the loss, against full logits: log-probabilities, statistics, top-k, sparse targets, divergences."""
 
 import functools
 import re
@@ -164,7 +164,7 @@ HEADS = {
     **{outside: functools.partial(sparse_head, outside) for outside in OUTSIDE},
     **{kind: functools.partial(divergence_head, kind) for kind in KINDS},
 }
-# One of each public function. What the others have of their own is the formula, and nothing of a layer.
+# One head of each public function. The other heads differ only in the formula, not in the layer.
 FUNCTIONS = ["log-probabilities", "top-k", "tail", "jensen-shannon"]
 exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
 ONE_OF_EACH = [name if name in FUNCTIONS else exhaustive(name) for name in HEADS]
@@ -209,7 +209,7 @@ def from_logits(naive, options):
 
 
 def of_all_heads(p, fn, options):
-    """What `fn` makes of the naive formula of each head, in one program."""
+    """The results of `fn` for the naive formula of each head, from one program."""
     naive = {name: from_logits(head(p, **options)[1], options) for name, head in HEADS.items()}
     found = jax.jit(lambda *v: {name: fn(formula, v) for name, formula in naive.items()})(*on_variables(p, np.float64))
     return jax.tree.map(np.asarray, found)
@@ -281,7 +281,7 @@ def expected_twice():
     ],
 )
 def test_derivatives_of_second_order(name, modes):
-    """In float64. The second derivative is symmetric: both modes are to give the same."""
+    """In float64. The second derivative is symmetric, so both modes must give the same."""
     moved = 4 if name in OUTSIDE else 3
     (expected,) = expected_twice()[name]
     for found in jax.jit(functools.partial(twice, moved, modes, HEADS[name](SMALL, **IN_TILES)[0]))(
@@ -316,7 +316,7 @@ def test_mapped_over_sequences_and_with_kernels_of_tied_embeddings(name):
 def test_half_precision(name):
     """The values and gradients of the naive formula at the same rounded inputs."""
     ours, _ = HEADS[name](ROUNDED)
-    q = ROUNDED.probs.astype(np.float32)  # half precision would leave another mass to the other classes
+    q = ROUNDED.probs.astype(np.float32)  # half precision would change the total of the other classes
     actual = jax.jit(functools.partial(value_and_vjp, lambda *layer: ours(*layer, q)))
     values, gradients = actual(on_variables(ROUNDED, jnp.bfloat16)[:3])
     assert all(v.dtype == jnp.float32 for v in values)
@@ -325,7 +325,7 @@ def test_half_precision(name):
     close((values, gradients), (wanted[0], wanted[1][:3]), values=2e-5, gradients=8e-3)
 
 
-# ---- Digits that a subtraction would lose, in float32 against float64.
+# ---- Accuracy that a subtraction would lose, in float32 against float64.
 
 
 def test_log_probabilities_and_entropies_of_nearly_certain_rows():
@@ -397,7 +397,7 @@ def test_divergences_keep_their_digits():
         assert 0 <= of_a_shift < 1e-10
 
 
-# ---- Sparse targets beside the other two forms.
+# ---- Sparse targets compared with labels and distributions.
 
 
 @pytest.mark.x32
@@ -423,7 +423,7 @@ def test_one_certain_class_is_the_label(outside):
 
 
 def far_apart(margin, outside):
-    """Loss and gradient in extended precision where classes 0 and 1 of five lead the others by a margin."""
+    """Loss and gradient in extended precision if classes 0 and 1 of five have a margin over the others."""
     z = np.array([margin, margin - 1.5, 0.25, -1, 0.5], np.float32)
     q, wide = np.array([0.5, 0.2], np.float32), z.astype(np.longdouble)
 
@@ -448,7 +448,7 @@ def far_apart(margin, outside):
 @pytest.mark.x32
 @pytest.mark.parametrize("outside", [*OUTSIDE[:2], exhaustive(OUTSIDE[2])])
 def test_sparse_targets_far_from_all_other_classes(outside):
-    """Either group may lead by more than float32 holds an exponential of."""
+    """Either group may have a margin whose exponential float32 cannot hold."""
     margins = np.float32([-200, -100, -88, -30, -17, 0, 17, 30, 88, 100, 200])
     z, losses, slopes = map(np.stack, zip(*(far_apart(margin, outside) for margin in margins), strict=True))
     probs = np.tile(np.float32([0.2, 0.5]), (len(z), 1))
@@ -500,7 +500,7 @@ def test_sparse_targets_far_from_all_other_classes_in_other_dtypes(dtype):
 
 
 def test_as_many_indices_as_classes_may_leave_others():
-    """Where some are padding, or come twice."""
+    """If some are padding, or occur twice."""
     z, given = np.array([0.0, 1, 2]), {"plain": ([0, 1], [0.5, 0.2]), "padded": ([0, 1, -1], [0.5, 0.2, 0.0])}
     given["twice"] = [0, 1, 1], [0.5, 0.1, 0.1]
     run = jax.jit(
@@ -574,7 +574,7 @@ def test_sparse_targets_along_any_axis():
 
 
 def test_only_the_tail_has_its_least_where_the_student_is_the_teacher():
-    """What the other kinds of outside teach is not the teacher's distribution."""
+    """With the other values of `outside`, the optimal student is not the teacher."""
 
     @jax.jit
     def slopes(z):
@@ -588,10 +588,10 @@ def test_only_the_tail_has_its_least_where_the_student_is_the_teacher():
     )
     assert np.abs(of_teacher["tail"]).max() < 1e-12
     assert np.abs(of_teacher["renormalise"]).max() < 1e-12
-    # It is as content with a student that has next to nothing outside of the two.
+    # A student with almost no probability outside of the two classes has the same loss.
     assert np.abs(drawn["renormalise"]).max() < 1e-12
     assert np.abs(drawn["tail"]).max() > 0.1
-    # To the two it gives what it can get.
+    # The two classes get nearly all probability.
     assert (of_teacher["nothing"][0, :2] < -0.05).all()
     assert (of_teacher["nothing"][0, 2:] > 0.05).all()
 
@@ -680,7 +680,7 @@ def test_a_label_out_of_range_is_nan_and_nothing_else():
 
 
 def test_removed_classes():
-    """No class left, a removed label, fewer classes than k."""
+    """Every class masked, a masked label, fewer classes than k."""
     x, w, labels = np.ones((2, 1)), np.array([[1.0, 2.0, 3.0]]), np.array([0, 2])
 
     @jax.jit
@@ -703,7 +703,7 @@ def test_removed_classes():
     np.testing.assert_array_equal(none.argmax, -1)
     np.testing.assert_array_equal(top.log_probs[:, 2], -np.inf)
     np.testing.assert_array_equal(top.indices[:, :2], [[2, 0]] * 2)
-    np.testing.assert_array_equal(*slopes)  # what is given to a removed class is dropped
+    np.testing.assert_array_equal(*slopes)  # the cotangent of a masked class is dropped
     assert np.isfinite(slopes[0]).all()
     assert slopes[0][0, 1] == 0
 
@@ -732,7 +732,7 @@ def test_removed_classes_of_a_divergence():
     for kind, (value, slope) in found.items():
         np.testing.assert_allclose(value, left[kind], rtol=1e-12)
         assert slope[0, 2] == 0
-    # One of both has a class which the other has not: infinite from the one that has it, and what a finite logit gives.
+    # A class masked in only one of both: infinite from the other one, or as with a very small finite logit.
     lacking, whole = np.array([[1, 2, -np.inf]]), np.array([[0.5, 0, 1.0]])
     of_lacking, _, naive_lacking = run(lacking, whole)
     of_whole, _, naive_whole = run(whole, lacking)
@@ -934,7 +934,7 @@ def test_statistics_beside_the_loss(several):
 
 
 def products(fn, *variables):
-    """The matrix products in the program, those of a loop's body counted once."""
+    """The matmuls in the program, with those of a loop's body counted once."""
     return len(re.findall(r"stablehlo\.dot_general", jax.jit(fn).lower(*variables).as_text()))
 
 

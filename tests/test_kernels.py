@@ -1,4 +1,4 @@
-"""The CPU's kernels where a user meets them: when they run, in place of what, and how to do without."""
+"""The CPU kernels as a user sees them: when they run, what they replace, and how to turn them off."""
 
 import functools
 import os
@@ -72,7 +72,7 @@ def test_arrays_of_any_size_take_one_kernel():
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.1}, {"ignore_index": 0}], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 def test_a_loss_with_its_gradient_is_one_kernel(dtype, options):
-    """In half precision a gradient that is formed before its cotangent is known would be rounded twice: there are two."""
+    """Half precision has two kernels, because a gradient computed before its cotangent would be rounded twice."""
     z, y = jnp.zeros((150, 300), dtype), np.zeros(150, int)
 
     def kernels(reduction):
@@ -208,12 +208,12 @@ def test_inside_shard_map(names, rng):
     z = rng.normal(size=(8, 4100))
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     fn = jax.shard_map(jaxsoft.softmax, mesh=mesh, in_specs=P("data"), out_specs=P("data"), axis_names=names)
-    assert calls(fn, z) == (1 if len(names) == 2 else 0)  # XLA has yet to lay what a map does not
+    assert calls(fn, z) == (1 if len(names) == 2 else 0)  # XLA must still shard the axes that are not manual
     exponentials = np.exp(z)
     np.testing.assert_allclose(jax.jit(fn)(z), exponentials / exponentials.sum(1, keepdims=True), rtol=1e-13)
 
 
-# Whether they are there. What the switch says is read when the library is imported: here again and again.
+# Whether kernels are loaded. The switch is read when jaxsoft is imported, so each test imports it again.
 
 SWITCHED = """
 import os, sys

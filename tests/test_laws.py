@@ -1,4 +1,4 @@
-"""Laws that every loss and normaliser holds: of its pullback, of masked positions, of what is removed."""
+"""Laws of every loss and normaliser, about its VJP, ignored positions and masked classes."""
 
 import functools
 import itertools
@@ -87,7 +87,7 @@ def test_weights_that_are_0_can_be_learnt():
 
 @pytest.mark.parametrize("kind", ["label", "distribution", "linear", "linear distribution"])
 def test_a_masked_position_has_no_gradient_whatever_reaches_it(kind):
-    """Its own cotangent may be infinite, as that of √loss at 0, and its logits anything."""
+    """Its own cotangent may be infinite, as for √loss at 0, and its logits may be anything."""
     weights, of_distribution = np.array([1.0, 0, 1, 1, 1, 1]), "distribution" in kind
     clean, *others = (X, W) if kind.startswith("linear") else (Z,)
 
@@ -113,7 +113,7 @@ def test_a_masked_position_has_no_gradient_whatever_reaches_it(kind):
 
 
 def test_a_label_where_no_class_is_left_costs_infinity_on_every_platform():
-    """Without compiling there is the formula alone, whose log1p meets a −1 that the CPU's program of it would forgive."""
+    """Without compiling only the plain formula runs, whose log1p, unlike the CPU's program, must not meet −1."""
     nothing_left = np.array([[0.0] * 3, [-np.inf] * 3])
     with jax.disable_jit():
         losses = jaxsoft.cross_entropy(nothing_left, np.array([0, 1]), reduction="none")
@@ -143,7 +143,7 @@ def test_a_zero_cotangent_pulls_back_to_zero(linear):
     targets = at(DISTRIBUTION, np.s_[:, 2], 0)
     np.testing.assert_array_equal(pulled(targets, 0.0), np.zeros((3, 6, 5)))
     of_class = np.array(pulled(targets, 1.0))[..., 2]
-    assert np.all(of_class == 0 if linear else np.isposinf(of_class))  # the bias of a layer removes the class
+    assert np.all(of_class == 0 if linear else np.isposinf(of_class))  # the bias of a layer masks the class
 
 
 def test_smoothing_of_1_leaves_the_targets_no_gradient():
@@ -185,7 +185,7 @@ def test_a_masked_position_stays_out_of_the_transposed_pullback(reduction):
 
 
 def test_a_saturated_soft_cap_has_a_gradient():
-    """1 − tanh² is formed without the subtraction, which is 0 in float32 from 9 on."""
+    """1 − tanh² is computed without the subtraction, which is 0 in float32 from 9 on."""
     x, kernel, caps = np.array([[8.0, 1.0]], np.float32), np.eye(2, dtype=np.float32), (1.0, 0.5)
 
     def gradient(x, cap):
@@ -202,7 +202,7 @@ def test_a_saturated_soft_cap_has_a_gradient():
 @pytest.mark.parametrize("budget", [None, 40])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_the_tangent_of_a_loss_under_a_saturated_soft_cap_is_its_gradient(reduction, budget):
-    """Differentiated after its gradient, too, where JAX forgets rules inside scans: 1 − tanh² has no digits left."""
+    """Also after its gradient, where JAX forgets rules inside scans and 1 − tanh² would lose all accuracy."""
     x, v = (np.tile(np.array(row, np.float32), (4, 1)) for row in ([6.0, 8.0], [0.3, -1.0]))
     kernel, labels, options = np.eye(2, dtype=np.float32), np.zeros(4, int), {"soft_cap": 1.0, "memory_budget": budget}
 
@@ -237,7 +237,7 @@ def test_a_removed_class_of_a_capped_layer_has_no_second_derivative():
 
 
 def test_a_target_without_class_weight_is_no_variable():
-    """Its class may be removed: the transpose of a pullback meets no infinity."""
+    """Its class may be masked: the transpose of a VJP meets no infinity."""
     t, class_weights = at(DISTRIBUTION, np.s_[:, 2], 0), np.array([1.0, 2, 0, 1, 3])
 
     def gradient(z, cotangent):
@@ -259,7 +259,7 @@ def test_a_target_without_class_weight_is_no_variable():
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize(("targets", "atol"), [(np.array([0]), 1e-38), (np.eye(3, dtype=np.float32)[:1], 3e-7)])
 def test_the_tangent_of_a_loss_stays_accurate_where_the_label_leads(targets, atol, linear):
-    """Σ p_j (v_j − v_label) over the other classes, of a label never the difference of two ones."""
+    """Σ p_j (v_j − v_label) over the other classes; for a label never the difference of two numbers near 1."""
     eye, v = np.eye(3, dtype=np.float32), np.array([[0.7, -0.4, 1.1]], np.float32)
 
     def loss(z, reduction):
@@ -282,7 +282,7 @@ def test_the_tangent_of_a_loss_stays_accurate_where_the_label_leads(targets, ato
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("kind", ["label", "distribution"])
 def test_the_tangent_of_an_infinite_loss_is_finite(kind, linear):
-    """As its gradient: a class at −inf that has target mass."""
+    """Like its gradient: a class at −inf with a target."""
     bias, v = at(B, 2, -np.inf), np.cos(X)
     targets = np.array([2, 0, 1, 2, 3, 4]) if kind == "label" else DISTRIBUTION
 
@@ -311,7 +311,7 @@ PAIRWISE = reference.covering(2, [0, 0.1], [False, True], ["sum", "none"])
     [pytest.param(*c, marks=[pytest.mark.exhaustive] * (c not in PAIRWISE)) for c in EVERY_LOSS],
 )
 def test_the_tangent_of_a_loss_is_its_gradient_times_the_tangent(smoothing, linear, reduction):
-    """Forward over reverse, of the value: to targets that are 0 and to classes that are removed too."""
+    """Forward over reverse, of the value: also with respect to targets that are 0 and to masked classes."""
     bias = at(B, 2, -np.inf)
     options = {"label_smoothing": smoothing, "z_loss": 0.1, "reduction": reduction}
 
@@ -332,7 +332,7 @@ def test_the_tangent_of_a_loss_is_its_gradient_times_the_tangent(smoothing, line
 
 
 def test_features_of_a_label_without_class_weight_may_be_anything():
-    """Its position has no weight, and no part in the kernel's gradient and its derivative."""
+    """Its position has weight 0, and does not affect the kernel's gradient or its derivative."""
     class_weights, labels = np.array([1.0, 1, 0, 2, 1]), np.array([2, 0, 1, 2, 3, 4])
 
     @jax.jit
@@ -346,7 +346,7 @@ def test_features_of_a_label_without_class_weight_may_be_anything():
 
 
 def test_the_kernels_gradient_stays_accurate_over_a_million_positions():
-    """A product over one feature sums in sequence; every term here is −2/3 or 1/3."""
+    """A matmul with one feature sums in sequence; every term here is −2/3 or 1/3."""
     x, y = np.ones((1_000_000, 1), np.float32), np.zeros(1_000_000, np.int32)
     slope = jax.jit(jax.grad(lambda w, x, y: linear_cross_entropy(x, w, y, reduction="sum")))
     gradient = slope(np.zeros((1, 3), np.float32), x, y)
@@ -355,7 +355,7 @@ def test_the_kernels_gradient_stays_accurate_over_a_million_positions():
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_second_derivatives_where_any_label_may_be_ignored(reduction):
-    """−2³¹, the lowest label there is, is no class either."""
+    """−2³¹, the lowest label, is no class either."""
 
     @functools.partial(jax.jit, static_argnums=1)
     def derivatives(w, ignored):
@@ -371,7 +371,7 @@ def test_second_derivatives_where_any_label_may_be_ignored(reduction):
 
 
 def assert_padding_keeps_still(moved):
-    """A masked position of anything reaches neither the transpose of a pullback nor the gradient of a gradient."""
+    """An ignored position of any value reaches neither the transpose of a VJP nor the gradient of a gradient."""
     moved = jax.jit(moved)
     expected = moved(Z)
     for bad in (np.inf, np.nan):
@@ -401,7 +401,7 @@ def test_the_targets_of_padding_are_still_in_second_derivatives():
 
 @pytest.mark.parametrize("targets", [LABELS, DISTRIBUTION], ids=["labels", "distributions"])
 def test_padding_is_still_in_second_derivatives_inside_a_scan(targets):
-    """There JAX drops a `custom_jvp` after reverse mode: what holds padding still is no such rule."""
+    """Inside a scan JAX drops a `custom_jvp` after reverse mode, so padding is not frozen by such a rule."""
     weights = np.array([1.0, 0, 1, 1, 1, 1])
 
     def moved(z):
@@ -417,7 +417,7 @@ def test_padding_is_still_in_second_derivatives_inside_a_scan(targets):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_gradients_inside_a_scan_have_derivatives_where_positions_may_be_left_out(reduction):
-    """Of loops over as many tiles as there are positions, which nobody knows when they are traced."""
+    """Loops over as many tiles as positions are not ignored, whose number is unknown when they are traced."""
     x, labels = X.reshape(2, 3, 3), LABELS.reshape(2, 3)
     weights = np.array([[1.0, 0, 2], [0.5, 0, 0]])
 
@@ -449,7 +449,7 @@ def test_shards_that_are_all_nan_have_no_normaliser():
 
 
 def tails(margin, classes, second):
-    """Logits of which the first leads the others by a margin, a distribution that has nearly all there, and the truth."""
+    """Logits with a margin of the first class, a distribution with nearly all weight on it, and the truth."""
     generator = np.random.default_rng(classes)
     z = generator.normal(size=classes).astype(np.float32)
     z[0] = z[1:].max() + np.float32(margin)
@@ -477,7 +477,7 @@ def tails(margin, classes, second):
     ],
 )
 def test_a_distribution_keeps_its_tail_as_a_label_does(classes, second):
-    """Loss and gradient at the leading class, where 1 − p and the weight of the others have rounded away beside 1."""
+    """Loss and gradient at the most likely class, where 1 − p and the others' weight would be lost in rounding 1."""
     margins = np.linspace(-60, 80, 15)
     z, q, losses, gradients = map(np.stack, zip(*(tails(m, classes, second) for m in margins), strict=True))
     mesh = jax.make_mesh((2,), ("classes",), axis_types=(AxisType.Auto,))

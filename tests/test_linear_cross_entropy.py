@@ -57,7 +57,7 @@ def value_and_pullback(fn, variables, cotangent):
 
 
 def naive(x, w, b, q, weights, denominators, cap=None, z_loss=0.0):
-    """What each position adds, from all logits at once, in float64."""
+    """Each position's contribution, from all logits at once, in float64."""
     z = x @ w + b
     z = z if cap is None else cap * jnp.tanh(z / cap)
     squares = reference.logsumexp(z) ** 2
@@ -253,7 +253,7 @@ def test_mapped_over_sequences(options):
     ids=str,
 )
 def test_mapped_over_whatever(in_axes):
-    """Where the examples do not share their layer, or share their features, `vmap` is JAX's own."""
+    """If the examples do not share their layer, or share their features, JAX's own `vmap` is used."""
     x, w, _, labels, _ = float64_problem()
     stacks = np.stack([x, -x, 2 * x]), np.stack([w, 2 * w, -w]), np.stack([labels, labels[::-1], labels])
     *variables, y = (stack[0] if axis is None else stack for stack, axis in zip(stacks, in_axes, strict=True))
@@ -275,7 +275,7 @@ def test_mapped_over_whatever(in_axes):
 
 
 def test_a_gradient_mapped_over_layers_can_be_differentiated_in_reverse():
-    """A loop whose turns are counted at run time, as with ignored positions, has no reverse mode of its own."""
+    """A loop whose length is known only at run time, as with ignored positions, has no reverse mode."""
     x, w, _, labels, _ = float64_problem()
     stacks, v = (np.stack([x, -x]), np.stack([w, 2 * w])), (np.stack([x[::-1], x]), np.stack([w[::-1], w]))
     removed = np.where(np.isin(np.arange(w.shape[1]), [*labels, 0]), 0, -np.inf)
@@ -375,7 +375,7 @@ def test_nothing_to_average():
 
 
 def gemms(fn, *variables):
-    """The matrix products in the program, those of a loop's body counted once."""
+    """The matmuls in the program, with those of a loop's body counted once."""
     text = jax.jit(fn).lower(*variables).as_text()
     return len(re.findall(r"stablehlo\.dot_general", text))
 
@@ -401,7 +401,7 @@ def test_products_that_nobody_asked_for_are_not_taken():
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_pullback_survives_derivatives_to_other_variables(reduction):
-    """JAX caches what a rule keeps with the function it traced."""
+    """JAX caches a rule's residuals with the traced function."""
     x, w, _, labels, _ = float64_problem()
     labels = np.maximum(labels, 0)
 
@@ -512,7 +512,7 @@ def test_products_are_taken_in_the_dtype_of_the_inputs():
 
 
 def test_no_class_left():
-    """Targets without weight cost nothing, and there is no lse to draw towards 0."""
+    """Targets of weight 0 cost nothing, and the z-loss has no lse to reduce."""
     x, w, b, *_ = float64_problem()
     loss = lambda x, w, t, b: linear_cross_entropy(x, w, t, b, z_loss=0.1)  # noqa: E731
     fn = compiled(jax.value_and_grad(loss, (0, 1)))
@@ -600,7 +600,7 @@ def test_the_plan_follows_the_kind_of_device_and_says_so():
 
 
 def test_to_plan_for_a_platform_no_device_is_needed():
-    """A process of a cluster has none before it has met the others."""
+    """A process of a cluster has no devices before it has met the others."""
     program = (
         "from jaxsoft import plan_linear_cross_entropy as plan; from jax._src import xla_bridge; "
         "plan(8, 4, 9, platform='cpu'); assert not xla_bridge.backends_are_initialized()"

@@ -61,7 +61,7 @@ class Case(NamedTuple):
 
 
 def case(rng, soft=None, **needs):
-    """A random problem; what it needs is there, and other options often are."""
+    """A random problem, with the options that it needs, and often with others."""
     layouts = [layout for layout in LAYOUTS if not needs.get("images") or len(layout[0]) > 1]
     shape, axis = layouts[rng.integers(len(layouts))]
     classes = int(rng.choice([3, 5, 10, 21]))
@@ -95,7 +95,7 @@ def mean(s, losses):
     return losses.sum() / (s.w * s.cy).sum()
 
 
-# What each convention needs to be another than the rest, and its value.
+# The options that each convention needs to differ from the others, and its value.
 CONVENTIONS = {
     "sum": ({}, lambda s: s.losses().sum()),
     "mean over valid positions": ({"ignored": True, "soft": False}, lambda s: s.losses().sum() / s.live.sum()),
@@ -141,7 +141,7 @@ CONVENTIONS = {
         {"smoothing": True, "ignored": True, "soft": False, "weights": False, "class_weights": False},
         lambda s: s.losses(q=(1 - s.eps) * s.t + s.eps / s.z.shape[-1]).sum() / s.live.size,
     ),
-    "one class weight a position": (
+    "one class weight per position": (
         {"soft": True, "class_weights": True},
         lambda s: -((s.q * np.log(softmax(s.z))).sum(-1) * s.w * (s.c * s.t).sum(-1)).sum(),
     ),
@@ -153,7 +153,7 @@ CONVENTIONS = {
         {"soft": True, "class_weights": False},
         lambda s: mean(s, (s.w[..., None] * s.q * (np.log(s.q) - np.log(softmax(s.z)))).sum(-1)),
     ),
-    "one a position": ({"several": True}, lambda s: s.losses()),
+    "one per position": ({"several": True}, lambda s: s.losses()),
 }
 
 
@@ -257,7 +257,7 @@ MISTAKES = {
     "logits rounded": ({}, lambda s: mean(s, s._replace(z=s.z.astype(np.float16).astype(float)).losses())),
 }
 
-# Each in a place of its own, so that two of them can be made in one loss.
+# Each mistake is in a different place, so that one loss can have two of them.
 OF_LOGITS = {
     "softmax applied twice": softmax,
     "temperature": lambda z: z / 2,
@@ -312,7 +312,7 @@ def trial(rng, name):
 
 
 def shares(seed, count):
-    """Of so many trials, how many named what was done, and which called a right loss wrong."""
+    """How many of the trials named the mistake, and which called a right loss wrong."""
     rng = np.random.default_rng(seed)
     names = [*CONVENTIONS, *MISTAKES]
     missed, wronged = [], []
@@ -422,7 +422,7 @@ def test_one_number_a_position_tells_any_multiple_and_a_constant():
     y = np.arange(9) % 4
     losses = cross_entropy(z, y, reduction="none")
     assert "ζ = 0.00123," in str(diagnose_loss(z, y, losses + 0.00123 * lse(z) ** 2))
-    assert "It has 0.3456 more" in str(diagnose_loss(z, y, losses + 0.3456))
+    assert "larger by 0.3456 at every position" in str(diagnose_loss(z, y, losses + 0.3456))
     images = z[:8].reshape(2, 4, 4), y[:8].reshape(2, 4)
     of_examples = cross_entropy(*images, reduction="none").mean(1)
     assert diagnose_loss(*images, of_examples).verdict == "correct: mean over all positions"
@@ -431,7 +431,7 @@ def test_one_number_a_position_tells_any_multiple_and_a_constant():
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((Z, Y, [1.0, 2.0]), {}, r"value: expected one number, one a position, shape \(3,\), got shape \(2,\)"),
+        ((Z, Y, [1.0, 2.0]), {}, r"value: expected one number, or one per position, shape \(3,\), got shape \(2,\)"),
         ((Z, Y, 1.0), {"weights": [1, 2]}, r"weights: expected shape \(3,\), got \(2,\)"),
         ((Z, Y, 1.0), {"label_smoothing": 2}, r"label_smoothing: expected a number in \[0, 1\], got 2"),
         ((Z, np.array([0, 1, 7]), 1.0), {}, r"targets\[2\] is 7: expected a label in \[0, 3\)"),

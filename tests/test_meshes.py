@@ -173,7 +173,7 @@ OTHERS = [name for name in dense(DENSE, None) if ", none" not in name and ", mea
 
 @pytest.mark.parametrize(("kind", "layout", "replicated", "names"), setups(OTHERS, KINDS, DENSE_LAYOUTS, [False, True]))
 def test_dense_functions(dense_of_one_device, kind, layout, replicated, names):
-    """Targets that are sharded as the logits are, or that every device has as a whole."""
+    """Targets that are sharded like the logits, or replicated."""
     shape, spec = DENSE_LAYOUTS[layout]
     mesh = make_mesh(KINDS[kind], shape)
     rows = P() if replicated else P(*spec[:2])
@@ -234,7 +234,7 @@ def place_head(mesh, rows, of_kernel, of_bias):
 
 
 def automatic(kind, rows, of_kernel):
-    """What a user says of axes that types do not tell."""
+    """The arguments by which a user names axes that types do not state."""
     if kind == AxisType.Explicit:
         return {}
     by_class = "model" if of_kernel[1:] == ("model",) else None
@@ -243,7 +243,7 @@ def automatic(kind, rows, of_kernel):
 
 @pytest.mark.parametrize(("kind", "layout", "names"), setups([], KINDS, LAYOUTS))
 def test_the_fused_head(head_of_one_device, kind, layout, names):
-    """Also the mean over positions of which one device ignores all, another none."""
+    """Also the mean if one device ignores all of its positions and another none."""
     shape, rows, of_kernel, of_bias = LAYOUTS[layout]
     mesh = make_mesh(KINDS[kind], shape)
     with jax.set_mesh(mesh):

@@ -214,7 +214,7 @@ OTHERS = {  # no derivative, or none that is a test
     "energy.binary_states": (lambda: energy.binary_states(3),),
 }
 
-REMOVED = {  # what takes classes away has infinities of its own
+REMOVED = {  # masked classes, whose infinities are intended
     "entropy, masked, of half precision": (lambda z: jaxsoft.entropy(z.astype(jnp.bfloat16), where=MASK), Z),
     "kl_divergence, reverse": (lambda z: jaxsoft.kl_divergence(z, Z[::-1], kind="reverse", where=MASK), Z),
     "cross_entropy, sparse targets": (
@@ -321,7 +321,7 @@ def expected(name):
 
 @pytest.fixture(autouse=True)
 def _few_objects_to_collect():
-    """What looks for leaks collects garbage at each trace: not among all that stands from earlier tests."""
+    """The mode that looks for leaks collects garbage at each trace, so free the objects of earlier tests first."""
     gc.freeze()
     yield
     gc.unfreeze()

@@ -150,7 +150,7 @@ def test_dpo_at_its_reference_is_undecided():
     np.testing.assert_allclose(values["loss"], np.log(2), rtol=1e-12)
 
 
-def test_the_stored_classes_are_the_likeliest():
+def test_the_stored_classes_are_the_most_likely():
     rng = np.random.default_rng(6)
     x, w = rng.normal(size=(3, 7, 5)), rng.normal(size=(5, 19))
 

@@ -341,7 +341,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(voc, whole, tmp_path, monkeypatc
     assert ended.value.code == 130
     output = "".join(capfd.readouterr())
     assert "Traceback" not in output
-    assert output.endswith("\ninterrupted; --resume goes on\n")
+    assert output.endswith("\ninterrupted; --resume continues\n")
     assert (tmp_path / "metrics.csv").read_bytes().count(b"\n") == 1 + 5
     assert_same((run(config(tmp_path, data=str(voc), resume=True)), tmp_path), whole)
 
@@ -356,7 +356,7 @@ def test_the_network_for_photographs_learns_and_resumes_bit_for_bit(voc, tmp_pat
     output, status = end_held("experiments.segmentation", options[1], options[1].out / "metrics.csv", 5, signal.SIGINT)
     assert status == 130
     assert "Traceback" not in output
-    assert output.endswith("\ninterrupted; --resume goes on\n")
+    assert output.endswith("\ninterrupted; --resume continues\n")
     assert_same((run(dataclasses.replace(options[1], resume=True)), options[1].out), whole)
 
 
@@ -432,7 +432,7 @@ def test_nothing_is_lost_where_every_checkpoint_is_damaged(voc, tmp_path, monkey
     for step in (2, 4):
         damage(tmp_path / "checkpoints" / str(step))
     with pytest.raises(
-        InputError, match=r"checkpoints: expected a whole checkpoint .*, got damaged ones alone \(4, 2\)"
+        InputError, match=r"checkpoints: expected a complete checkpoint, got only damaged ones \(4, 2\)"
     ):
         run(dataclasses.replace(options, resume=True))
     assert (tmp_path / "metrics.csv").read_bytes() == rows
@@ -475,14 +475,14 @@ def test_resume_starts_where_there_is_no_checkpoint_and_rests_where_all_is_done(
 def test_an_unfinished_run_is_neither_overwritten_nor_continued_with_other_options(voc, tmp_path, monkeypatch):
     options = config(tmp_path, data=str(voc))
     stopped_at(monkeypatch, options, 3)
-    with pytest.raises(InputError, match="holds an unfinished run: go on with --resume, replace it with --over"):
+    with pytest.raises(InputError, match="holds an unfinished run: continue it with --resume, replace it with --over"):
         run(options)
     with pytest.raises(InputError, match=r"--learning-rate: .*checkpoints was written with 0.003, got 0.1"):
         run(dataclasses.replace(options, resume=True, learning_rate=0.1))
     with pytest.raises(InputError, match=r"--classes: .*checkpoints was written with 3, got 4"):
         run(dataclasses.replace(options, resume=True, classes=4))
     (tmp_path / "metrics.csv").write_text("step,loss,pixel_accuracy,mean_iou\n")
-    with pytest.raises(InputError, match=r"metrics.csv: expected the rows of steps 1 to 2, which the checkpoint"):
+    with pytest.raises(InputError, match=r"metrics.csv: expected the rows of steps 1 to 2, from which the checkpoint"):
         run(dataclasses.replace(options, resume=True))
 
 
@@ -561,20 +561,20 @@ def test_bad_options_are_one_line(tmp_path, options, message):
 
 
 def test_more_steps_are_refused_and_begun_with_the_parameters_of_the_run(voc, whole, tmp_path):
-    """The last are trained at a learning rate of 0: there is nothing to go on with but the parameters."""
+    """The last steps are trained at a learning rate of 0, so only the parameters can be used for longer training."""
     _, out = whole
     more = config(out, data=str(voc), resume=True, steps=9)
     with pytest.raises(InputError) as caught:
         run(more)
     assert str(caught.value) == (
-        f"--steps: expected 7, over which the learning rate of {out} falls to 0, got 9: for more after it, begin "
-        f"another run with its parameters, --start {out} --out DIR"
+        f"--steps: expected 7, over which the learning rate of {out} falls to 0, got 9: to train longer, start "
+        f"another run from its parameters, --start {out} --out DIR"
     )
     options = config(tmp_path / "more", data=str(voc), start=out)
     run(options)
     first, last = (pd.read_csv(path / "metrics.csv")["loss"] for path in (options.out, out))
     assert first.iloc[0] < last.iloc[0]
-    with pytest.raises(InputError, match=r"--start: .*more/checkpoints was written with .*, got None: resume takes"):
+    with pytest.raises(InputError, match=r"--start: .*more/checkpoints was written with .*, got None: --resume needs"):
         run(config(options.out, data=str(voc), resume=True))
     with pytest.raises(InputError, match=r"--start: expected a run on photographs with 4 classes, got .*, of 3"):
         run(config(tmp_path / "other", data=str(voc), start=out, classes=4))
@@ -588,7 +588,7 @@ def test_a_run_of_an_earlier_version_does_not_go_on(voc, tmp_path, monkeypatch):
     record = read_record(tmp_path / "checkpoints", 2)
     del record["options"]["void"]
     save(tmp_path / "checkpoints", Checkpoint(3, {}, record))
-    with pytest.raises(InputError, match=r": expected a run of this version, got one of an earlier, which does not go"):
+    with pytest.raises(InputError, match=r": expected a run of this version, got one of an earlier version, which"):
         run(dataclasses.replace(options, resume=True))
 
 
@@ -805,7 +805,7 @@ def test_names_are_those_of_the_folder_or_of_voc(broken):
     assert class_names(broken, 21)[15] == "person"
     (broken / "classes.txt").write_text("sky\nroad\ntree\n")
     assert class_names(broken, 3) == ("sky", "road", "tree")
-    with pytest.raises(InputError, match=r"classes.txt: expected the names of 4 classes, a line each, got 3"):
+    with pytest.raises(InputError, match=r"classes.txt: expected the names of 4 classes, one per line, got 3"):
         class_names(broken, 4)
     (broken / "classes.txt").write_bytes(b"\xff")
     with pytest.raises(InputError, match=r"classes.txt: expected text, a name a line"):
@@ -969,12 +969,12 @@ def test_coloured_masks_are_read_by_their_table(tmp_path, mode):
 @pytest.mark.parametrize(
     ("colours", "table", "message"),
     [
-        ((BLACK, BLUE), "0 0 0 a\n0 128 0 b\n", "0.png: expected the colours of --colours alone, got 0 0 128 in row 0, column 8, and 320 such pixels"),
+        ((BLACK, BLUE), "0 0 0 a\n0 128 0 b\n", "0.png: expected only the colours of --colours, got 0 0 128 in row 0, column 8, and 320 such pixels"),
         ((BLACK, BLUE), "0 0 0 void\n0 0 128 b\n1 1 1 c\n", "train.txt: its masks hold the colours 0 0 0 (void) and 0 0 128 (class 0), fewer than two classes: all that is not the class has to be labelled too"),
         ((BLACK,), "0 0 0\n0 0 300 b\n", "colours.txt, line 2: expected 'R G B name', three integers from 0 to 255, got '0 0 300 b'"),
         ((BLACK,), "0 0\n", "colours.txt, line 1: expected 'R G B name', three integers from 0 to 255, got '0 0'"),
         ((BLACK,), "0 0 0\n0 0 0 b\n", "colours.txt, line 2: expected each colour once, got 0 0 0 again"),
-        ((BLACK,), "0 0 0\n", "colours.txt: expected the colours of 2 to 255 classes, a line each, got 1"),
+        ((BLACK,), "0 0 0\n", "colours.txt: expected the colours of 2 to 255 classes, one per line, got 1"),
     ],
 )  # fmt: skip
 def test_bad_colours_are_one_line(tmp_path, colours, table, message):

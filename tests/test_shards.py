@@ -1,4 +1,4 @@
-"""A class axis sharded over eight devices: everything equals the whole."""
+"""A class axis sharded over eight devices: all results equal the unsharded ones."""
 
 import functools
 import itertools
@@ -261,7 +261,7 @@ def whole_bend():
     indirect=["mesh"],
 )
 def test_second_order_far_below_the_leading_class(whole_bend, mesh, name):
-    """Right to roundings of s, however small, also where the terms of a class cancel: along what is the same for all.
+    """Accurate to the rounding of s, however small, also if the terms of a class cancel: along a constant direction.
 
     They would not if one of them had exp(z_j − m) by way of the largest logit of its shard.
     """
@@ -279,7 +279,7 @@ def test_second_order_far_below_the_leading_class(whole_bend, mesh, name):
 
 @pytest.mark.parametrize("linear", [False, True])
 def test_sparse_targets_of_every_class_leave_nothing_to_the_others(mesh, linear):
-    """Whatever they sum to: of all classes they are a distribution, and the devices have to see that together."""
+    """Whatever they sum to: targets of all classes are a distribution, which no single device can see."""
     order = np.argsort(rng.random((12, 40)), 1)
     probs = np.take_along_axis(0.9 * DISTRIBUTION, order, 1)
     own, every, of_rows = PartitionSpec(None, "classes"), PartitionSpec(), PartitionSpec(rows(mesh))
@@ -381,7 +381,7 @@ def test_errors_say_where_the_name_must_come_from():
 
 @pytest.mark.parametrize("linear", [False, True])
 def test_the_tangent_of_the_value_where_a_whole_block_has_targets_of_0(linear):
-    """One-hot rows: of eight blocks seven weigh nothing, and their targets move all the same."""
+    """One-hot rows: seven of eight blocks have weight 0, but their targets have tangents."""
     mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
     targets = np.eye(40, dtype=np.float32)[np.arange(12) * 3]
     x = FEATURES if linear else LOGITS
@@ -403,7 +403,7 @@ def test_the_tangent_of_the_value_where_a_whole_block_has_targets_of_0(linear):
 
 
 def test_a_block_of_removed_classes_far_below_the_others_costs_nothing():
-    """The lowest number, relative to which a block without classes is summed, less 1e32 is −∞ in float32."""
+    """The lowest number, relative to which a block without classes is summed, minus 1e32 is −∞ in float32."""
     mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
     logits, targets = np.full((1, 16), -np.inf, np.float32), np.zeros((1, 16), np.float32)
     logits[0, :2], targets[0, 0] = (1e32, 0), 1
@@ -417,7 +417,7 @@ def test_a_block_of_removed_classes_far_below_the_others_costs_nothing():
 
 @pytest.mark.parametrize("other", [np.inf, 0.0])
 def test_a_logit_that_is_nan_in_one_block_is_not_passed_over_in_another(other):
-    """XLA's CPU takes the larger for the maximum of a number and NaN, in some order of the devices."""
+    """For some orders of the devices, XLA's CPU takes the number as the maximum of a number and NaN."""
     mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
     spec = PartitionSpec(None, "classes")
     lse = over_shards(mesh, lambda z: jaxsoft.logsumexp(z, axis_name="classes"), spec, PartitionSpec())

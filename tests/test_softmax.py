@@ -61,7 +61,7 @@ def test_equals_jax_nn(where):
     shape, axis = where
     logits = normal(0, shape)
     mask = np.random.default_rng(1).random(shape) < 0.7
-    mask.reshape(-1)[:: mask.shape[-1]] = True  # jax.nn gives NaN where no class is left
+    mask.reshape(-1)[:: mask.shape[-1]] = True  # jax.nn gives NaN if every class is masked
     mask |= mask.sum(axis, keepdims=True) == 0
 
     def both(name, masked, logits, mask):
@@ -129,7 +129,7 @@ def test_half_precision_is_summed_in_float32():
 
 @pytest.mark.x32
 def test_logsumexp_near_zero_keeps_its_digits():
-    """They are those of the largest logit and of the logarithm of what the others add, whichever has fewer."""
+    """Its accuracy is that of the largest logit or of the logarithm of the sum, whichever is lower."""
     z = np.full((8, 2, 3), -np.inf, np.float32)
     z[:, 1, 2] = [0, -1e-7, 0, 0, -1e-3, -0.5, 3, 0]
     z[:, 0, 1] = [-20, -16, 0, -60, -7, -0.9, -20, -np.inf]
@@ -182,7 +182,7 @@ def test_removed_classes_poison_nothing():
 
 
 def test_a_mask_is_that_of_the_classes_left():
-    """Its input half keeps removed logits out of the value, its output half removed cotangents out of the gradient."""
+    """Masking the input protects the value from masked logits; masking the output protects the gradient."""
     poison = np.array([0.0, 700.0, np.nan, np.inf, -np.inf])[:, None, None]
     kept, mask = np.array([0, 2, 3]), np.array([True, False, True, True, False])
     logits, of_class, of_row = normal(19, (4, 5)), normal(20, (4, 5)), normal(20, (4,))

@@ -219,7 +219,7 @@ def test_the_standard_library_is_without_the_packages_and_installed_with_them(mo
 def test_a_vocabulary_of_more_words_than_there_are_is_refused_with_both_numbers(tmp_path):
     folder = write(tmp_path, a="one two", b="one two", c="one two")
     assert read_text(folder, 3, 1, 0).classes == ("unknown", "one", "two")
-    with pytest.raises(InputError, match=r"--vocabulary: expected at most 3, the distinct words .* of .*, got 4$"):
+    with pytest.raises(InputError, match=r"--vocabulary: expected at most 3, the distinct tokens .* of .*, got 4$"):
         read_text(folder, 4, 1, 0)
 
 
@@ -234,9 +234,9 @@ def test_the_standard_library_refers_to_what_is_installed(tmp_path, monkeypatch)
     ("files", "message"),
     [
         ({"a": b"one two", "b": b"gr\xfc\xdfe"}, "{folder}/b: expected text in UTF-8, got byte 0xfc at 2"),
-        ({"a": b"one two", "b": b" \n"}, "{folder}: expected two documents with words in them, to hold one out, got 1"),
-        ({}, "{folder}: expected two documents with words in them, to hold one out, got 0"),
-        ({"a": b"one two one", "b": b"three four three"}, "--vocabulary 2: expected some of it in the held-out documents of {folder}, got none"),
+        ({"a": b"one two", "b": b" \n"}, "{folder}: expected at least two documents with tokens, to hold one out, got 1"),
+        ({}, "{folder}: expected at least two documents with tokens, to hold one out, got 0"),
+        ({"a": b"one two one", "b": b"three four three"}, "--vocabulary 2: expected some of its tokens in the held-out documents of {folder}, got none"),
     ],
 )  # fmt: skip
 def test_bad_texts_are_one_line(tmp_path, files, message):

@@ -2,9 +2,9 @@
 
 python -m experiments.benchmark
 
-Every implementation of a case is timed in a new random order every round, after its result was compared
-with ours; on a CPU, where they are there, all once more with huge pages, and ours without its kernels, in
-processes of their own. The time is that of a call whose result is ready; ratios above one mean that ours is
+The result of every implementation of a case is compared with jaxsoft's, then all are timed in a new random
+order in each round. On a CPU, if available, separate processes repeat this with huge pages, and time jaxsoft
+without its kernels. A time is a call's until its result is ready; ratios above one mean that jaxsoft is
 faster. How to read the table, and how to run on a GPU: experiments/benchmark/README.md.
 """
 
@@ -51,7 +51,7 @@ class Config:
     suite: Literal["quick", "full"] = "quick"
     """The cases: quick takes some minutes on two cores."""
     sweep: int = 0
-    """Instead of the suite, so many cases drawn at random, after those that were worst; beside jax.nn and optax."""
+    """Instead of the suite, time so many random cases, after the worst known ones, against jax.nn and optax."""
     only: str = ""
     """Run the cases whose name, shape and dtype, as the table writes them, contain this: "softmax (150, 3) float32"."""
     seconds: float = 1.0
@@ -61,7 +61,7 @@ class Config:
     compare: Path | None = None
     """A results.csv of an earlier run: rows whose ratio has fallen by more than a tenth are flagged."""
     resume: bool = False
-    """Go on after the cases that results.csv in the folder of results has."""
+    """Skip the cases that results.csv in the folder of results already has."""
     out: Path = Path("out/benchmark")
     """Folder for results.csv, results.md, about.json and the pictures."""
 

@@ -1,4 +1,4 @@
-"""What is timed: the cases as data, their inputs, and how their work is counted."""
+"""The cases of the benchmark as data, their inputs, and how their work is counted."""
 
 import itertools
 import math
@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-IGNORE = -100  # PyTorch's default, and that of everything written for it
+IGNORE = -100  # the default of PyTorch and of code written for it
 IGNORED, SMOOTHING, Z_LOSS = 0.05, 0.1, 1e-4
 
 
-# Operations for each logit, and in a linear head for each feature of it; an exponential is one.
+# FLOPs per logit, and in a linear head per feature of a logit; an exponential is one.
 OPERATIONS = {
     "softmax": 5, "softmax + VJP": 9, "log_softmax": 5, "log_softmax + VJP": 9, "logsumexp": 4, "logsumexp + VJP": 6,
     "cross-entropy": 4, "cross-entropy + gradient": 6,
@@ -31,7 +31,7 @@ class Case:
     axis: int = -1
     ignored: bool = False
     smooth: bool = False  # with label smoothing and z-loss
-    swept: bool = False  # one of many: beside jax.nn and optax alone, as it stands
+    swept: bool = False  # a case of a sweep, compared only with jax.nn and optax on the data as they are
 
     @property
     def name(self) -> str:
@@ -73,7 +73,7 @@ class Case:
 
     @property
     def memory(self) -> int:
-        """Bytes to hold the inputs and, to compare them, two results of their size, with four float32 temporaries."""
+        """Bytes for the inputs, two results of their size to compare, and four float32 temporaries."""
         return 3 * self.size + 4 * 4 * math.prod(self.shape) // (self.shape[1] if self.is_linear else 1)
 
     def draw(self, key: jax.Array) -> tuple[jax.Array, ...]:
@@ -115,7 +115,7 @@ SHAPES = [(150, 3), (4096, 1000), (512, 32768), (512, 50257)]
 LARGE = [(65536, 128), (2048, 131072), (8192, 131072)]
 IMAGES = [(1, 21, 300, 500), (8, 150, 64, 64)]
 HEADS = [(1024, 256, 32768), (2048, 512, 32768), (8192, 4096, 131072)]
-RAGGED = [(2048, 512, 32003)]  # a multiple of no block; in bfloat16 rounding would hide who gets it wrong
+RAGGED = [(2048, 512, 32003)]  # not a multiple of any block; in bfloat16 rounding would hide wrong results
 BOTH = "float32", "bfloat16"
 IRIS = Case("Iris, 1000 steps", (105, 4))
 SUITES = {

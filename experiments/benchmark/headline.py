@@ -22,7 +22,7 @@ MEANS = "peers over ours", "peers with huge pages over ours", "peers over ours w
 
 
 def headline() -> str:
-    """A row for each case: the fastest of the peers over ours, for each version of JAX; last the mean of all cases."""
+    """A row per case: the fastest peer's time over ours, for each version of JAX; last the mean of all cases."""
     tables = [read_table(RESULTS / f"cpu-jax{version}.csv") for version in VERSIONS]
     lines = [f"| {DTYPE} | shape | {' | '.join(PEERS)} | the faster, with huge pages |", "|---|---|---|---|---|"]
     for case, shape in ROWS.items():
@@ -31,7 +31,7 @@ def headline() -> str:
         lines.append(f"| {case} | {shape} | {' | '.join(cells)} |")
     kinds = [ratios_by_kind(table) for table in tables]
     plain, huge, pure = (" / ".join(f"{geometric_mean(of_table[kind]):.2f}" for of_table in kinds) for kind in MEANS)
-    lines.append(f"| **geometric mean of all cases**, bfloat16 too, the fastest peer | | {plain} | | {huge} |")
+    lines.append(f"| **geometric mean of all cases**, bfloat16 too, the fastest other library | | {plain} | | {huge} |")
     lines.append(f"| the same where our kernels were not built | | {pure} | | |")
     return "\n".join(lines)
 

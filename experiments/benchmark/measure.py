@@ -1,4 +1,4 @@
-"""How it is timed: checked against ours, interleaved, beside the ceilings of this machine."""
+"""Time implementations: checked against ours, interleaved, and compared with the ceilings of this machine."""
 
 import functools
 import itertools
@@ -31,21 +31,21 @@ COLUMNS = [
     "MB", "GFLOP", "GB/s", "TFLOP/s", "of ceiling", "temporaries MB", "compile ms", "compile ratio", "not timed",
 ]  # fmt: skip
 _timers: dict[str, tuple[Function, Function]] = {}
-"""What this process has made ready to be timed: the call of each implementation, and what waits for its result."""
+"""The calls that this process can time: each implementation's call, and the function that awaits its result."""
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine does at best: bytes a second, and operations a second for each dtype."""
+    """The machine's best rates: bytes per second, and FLOPs per second for each dtype."""
 
     copy: float
     gemm: dict[str, float]
 
 
 def measure_ceilings(dtypes: Iterable[str]) -> Ceilings:
-    """A copy, counting what is read and written, and a square matrix product."""
-    # Negation in place is a copy into memory that is already there: in a new array, a CPU would be
-    # timed at touching its pages for the first time.
+    """Measure a copy, counting bytes read and written, and a square matmul."""
+    # Negation in place copies into existing memory: with a new array, a CPU's first access to its pages would
+    # be timed.
     arrays, negate = [jnp.ones(2**28 if on_gpu() else 2**26, jnp.float32)], jax.jit(jnp.negative, donate_argnums=0)
 
     def copy() -> jax.Array:
@@ -65,7 +65,7 @@ def fastest(call: Function) -> float:
 
 
 def obstacle(case: Case, ceilings: Ceilings, places: int = 1) -> str:
-    """Why a case is left out on this machine; empty where it is not."""
+    """Why a case is left out on this machine; empty if it is not."""
     stats = jax.devices()[0].memory_stats()
     total = stats["bytes_limit"] if stats else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     memory = case.memory + (places - 1) * case.size  # each place holds the inputs
@@ -87,7 +87,7 @@ def prepare(peer: Peer, sets: list[Arrays]) -> tuple[Arrays, Function, dict[str,
 
 def compile_ahead(fn: Function, inputs: Arrays) -> tuple[Function, dict[str, float]]:
     """The function to run, the time that tracing and compiling it takes, and its temporaries."""
-    # Of one function the second program would be the first one, found again.
+    # JAX would find the first program of the same function again.
     runs, least = [jax.jit(lambda *arrays: fn(*arrays)) for _ in range(COMPILATIONS)], math.inf
     for run in runs:
         start = time.perf_counter()
@@ -99,7 +99,7 @@ def compile_ahead(fn: Function, inputs: Arrays) -> tuple[Function, dict[str, flo
 
 
 def timed(call: Function, wait: Function, calls: int = 1) -> float:
-    """Seconds a call until its result is ready; on a GPU, until all have been queued and the last one's is."""
+    """Seconds per call until its result is ready; on a GPU calls are queued, and the last result is awaited."""
     queued, start, result = on_gpu(), time.perf_counter(), None
     for _ in range(calls):
         result = call() if queued else wait(call())
@@ -114,11 +114,11 @@ def relative_error(theirs: jax.Array, ours: jax.Array) -> jax.Array:
 
 
 def tolerance(case: Case) -> float:
-    """The largest error beside the largest entry: rounding passes, in a mean of many losses too."""
+    """The allowed error relative to the largest entry; rounding passes, also in a mean of many losses."""
     if case.dtype == "bfloat16":
         return 5e-2
     if case.is_linear and on_gpu():
-        return 1e-3  # products of float32 are taken in tf32
+        return 1e-3  # matmuls of float32 are computed in tf32
     return 1e-3 if case.is_training else 1e-4
 
 
@@ -128,7 +128,7 @@ def measure(
     """A row for each implementation in each place, ours first. What agrees with ours is timed, in a new order every
     round: one implementation at a time, in its own place, while the others sleep.
     """
-    # On a GPU successive calls have inputs of their own, more than the cache holds.
+    # On a GPU successive calls have different inputs, more than the cache holds.
     count = min(64, math.ceil(2**28 / case.size)) if on_gpu() and case.size else 1
     seeds = [int(rng.integers(2**32)) for _ in range(count)]
     rows: list[dict[str, Any]] = []
@@ -141,8 +141,8 @@ def measure(
             rows.append(dict(zip(KEY, key, strict=True)) | said)
             if "not timed" not in said:
                 turns[name + suffix] = functools.partial(ask, turn, name)
-    # So many calls at a time that what the implementation before left in the caches, the allocator and the threads
-    # is soon forgotten, and that on a GPU starting one is hidden behind those before it.
+    # So many calls per turn that the previous implementation's state of caches, allocator and threads hardly matters,
+    # and that on a GPU starting a call is hidden behind the calls before it.
     once = {name: min(turns[name](1) for _ in range(2)) for name in turns}
     calls = {name: min(CALLS, math.ceil(TURN / once[name])) for name in turns}
     rounds = int(seconds / sum(once[name] * calls[name] for name in turns))

@@ -1,4 +1,4 @@
-"""Who is timed: this library, and each of its peers that is installed."""
+"""The implementations: jaxsoft, and every other library that is installed."""
 
 import functools
 import importlib.util
@@ -19,7 +19,7 @@ Arrays = tuple[Any, ...]
 Function = Callable[..., Any]
 
 CLASS_LAST = ", data class-last"
-"""Ends the name of a peer that is given other data than the case has."""
+"""The end of the name of a peer that is given other data than the case has."""
 PACKAGES = {"PyTorch": "torch", "jax-cce": "jax_cce", "tokamax": "tokamax", "Liger": "liger_kernel", "QuACK": "quack"}
 # Kernels for NVIDIA GPUs, called from PyTorch on arrays of two axes: module and function.
 LIGER = "liger_kernel.transformers.functional"
@@ -38,7 +38,7 @@ def same(arrays: Any) -> Any:
 
 
 def lazily(module: str, name: str, **options: Any) -> Function:
-    """Imported when first called: a package that cannot be is a peer that fails, not the end of the run."""
+    """Import on the first call: a package that cannot be imported is a peer that fails, not the end of the run."""
     return lambda *args: getattr(import_module(module), name)(*args, **options)
 
 
@@ -59,7 +59,7 @@ def on_gpu() -> bool:
 
 
 def missing() -> dict[str, str]:
-    """The peers that take no part, and why."""
+    """The peers that are not available, and why."""
     reasons = {name: "not installed" for name, package in PACKAGES.items() if not importlib.util.find_spec(package)}
     return reasons | ({} if on_gpu() else dict.fromkeys(("Liger", "QuACK"), "needs an NVIDIA GPU"))
 
@@ -172,7 +172,7 @@ def jax_linear(case: Case, absent: dict[str, str]) -> Iterator[Peer]:
 
 
 def kernel_rows(inputs: Arrays) -> Arrays:
-    """A row of the kernel for each class, as jax-cce and PyTorch have it."""
+    """The kernel with one row per class, as in jax-cce and PyTorch."""
     features, kernel, labels = inputs
     return features, kernel.T, labels
 

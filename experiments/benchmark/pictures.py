@@ -1,4 +1,4 @@
-"""Two pictures: how much faster or slower the peers are, and how close everyone comes to the machine's ceilings."""
+"""Two pictures: how much faster or slower other libraries are, and how close all come to the machine's ceilings."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -102,7 +102,7 @@ def plot_roofline(table: pd.DataFrame, ceilings: Ceilings, path: Path) -> None:
     figure, axis, rows = rows_of(timed, ["dtype"], height=0.35)
     for row, group in rows:
         for share, name in zip(group["of ceiling"], group["implementation"], strict=True):
-            # Each implementation at a height of its own, so that none hides another.
+            # Each implementation has its own height, so that none hides another.
             place = next(n for n, handle in enumerate(shown) if name.startswith(str(handle.get_label())))
             aside = 0.75 * (place / max(1, len(shown) - 1) - 0.5)
             axis.scatter(share, row + aside, 22, color=mark(name).color, marker=mark(name).shape, linewidths=0)

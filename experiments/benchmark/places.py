@@ -1,4 +1,4 @@
-"""Where it is timed: one process, or several, which differ in their environment and take turns."""
+"""The processes in which cases are timed: one, or several with different environments that take turns."""
 
 import contextlib
 import multiprocessing
@@ -18,7 +18,7 @@ from jaxsoft import native_kernels
 
 PURE, HUGE = " (pure)", ", huge pages"
 ENVIRONMENTS = {"": {}, PURE: {"JAXSOFT_NATIVE": "0"}, HUGE: {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}
-"""What the environment of a place has besides, by what the names of its implementations end in."""
+"""Additional environment variables of a place, by the end of the names of its implementations."""
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 Ask = Callable[..., Any]
@@ -34,7 +34,7 @@ ALONE: Places = {"": here}
 
 
 def unused() -> dict[str, str]:
-    """The places that say nothing on this machine, and why."""
+    """The places that mean nothing on this machine, and why."""
     if jax.default_backend() != "cpu":
         return dict.fromkeys((PURE, HUGE), "for a CPU")
     library, release = platform.libc_ver()
@@ -48,7 +48,7 @@ def unused() -> dict[str, str]:
 
 @contextlib.contextmanager
 def open_places(suffixes: Iterable[str]) -> Iterator[Places]:
-    """A process for each place, that of the implementations as they come too; one alone is this one."""
+    """One process per place, also for default settings; a single place is this process."""
     suffixes = [*suffixes]
     if len(suffixes) == 1:
         yield ALONE
@@ -59,15 +59,15 @@ def open_places(suffixes: Iterable[str]) -> Iterator[Places]:
 
 @contextlib.contextmanager
 def process(environment: dict[str, str]) -> Iterator[Ask]:
-    """A process of its own that sleeps until it is asked."""
+    """A separate process that sleeps until it is asked."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), attend) as pool:
         with mock.patch.dict("os.environ", environment):
-            pool.submit(int).result()  # it starts with the first question
+            pool.submit(int).result()  # the process starts with the first request
         yield lambda fn, *arguments: pool.submit(fn, *arguments).result()
 
 
 def attend() -> None:
-    """Leave Ctrl-C to the process that asks, and end with it, however it ends."""
+    """Ignore Ctrl-C, which the asking process handles, and end when that process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

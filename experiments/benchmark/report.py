@@ -1,4 +1,4 @@
-"""What comes out: the table, and its comparison with an older one."""
+"""The table of results, and its comparison with an older table."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -72,7 +72,7 @@ def summary(table: pd.DataFrame) -> list[str]:
 
 
 def ratios_by_kind(table: pd.DataFrame) -> dict[str, pd.Series]:
-    """Times over times, by what is over what, for each case that has both."""
+    """Ratios of times for each case that has both, by their names."""
     plain, huge = fastest_peers(table)["ratio"], fastest_peers(table, HUGE)["ratio"]
     kinds = {
         "peers over ours": plain,
@@ -90,7 +90,7 @@ def geometric_mean(ratios: pd.Series) -> float:
 
 
 def fastest_peers(table: pd.DataFrame, place: str = "") -> pd.DataFrame:
-    """The fastest of a place in each case, and its time over that of ours as it comes."""
+    """The fastest peer of a place in each case, and its time divided by ours with default settings."""
     peers = timed_peers(table, place)
     peers = peers.assign(implementation=peers["implementation"].str.removesuffix(HUGE))
     peers = peers.loc[peers["implementation"] != "NumPy"]
@@ -121,6 +121,6 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def fallen_ratios(table: pd.DataFrame, old: pd.DataFrame) -> pd.DataFrame:
-    """The rows whose ratio, theirs over ours, has fallen by more than a tenth: ours has become slower."""
+    """The rows whose ratio, the peer's time over ours, has fallen by more than a tenth: ours has become slower."""
     both = table.merge(old, on=KEY, suffixes=("", " before"))
     return both.loc[both["ratio"] < (1 - FALL) * both["ratio before"]]

@@ -1,4 +1,4 @@
-"""Cases that nobody chose: shapes, axes, dtypes and tasks drawn at random, after the worst that were found so."""
+"""Random cases: shapes, axes, dtypes and tasks, after the worst cases that were found in this way."""
 
 import math
 
@@ -13,7 +13,7 @@ TASKS = [
 CLASSES, ROWS, ELEMENTS = 300_000, 1_000_000, 20_000_000
 """The most of them."""
 ONE = 0.2
-"""The share of the places between two axes that have an axis of length one."""
+"""The probability of an axis of length one between two axes."""
 CLIFFS = [
     Case("logsumexp + VJP", (448, 377, 1), "bfloat16", 1, swept=True),
     Case("log_softmax + VJP", (144911, 1), "bfloat16", 0, swept=True),
@@ -31,12 +31,12 @@ CLIFFS = [
 
 
 def sweep(count: int, seed: int) -> list[Case]:
-    """The cliffs, and so many cases drawn; those of a shorter sweep are the first ones of a longer."""
+    """The cliffs, and `count` random cases; a longer sweep begins with the cases of a shorter one."""
     return CLIFFS + [draw_case(np.random.default_rng([seed, n])) for n in range(count)]
 
 
 def draw_case(rng: np.random.Generator) -> Case:
-    """Classes and rows uniform in their logarithms, the rows as up to three axes around that of the classes."""
+    """Classes and rows uniform in their logarithms, the rows as up to three axes around the class axis."""
     classes = log_uniform(rng, 2, CLASSES)
     rows = log_uniform(rng, 1, min(ROWS, ELEMENTS // classes))
     lengths = []

@@ -1,1 +1,1 @@
-"""What compilers make of this library and its peers for devices that are not there."""
+"""What compilers make of jaxsoft and other libraries for devices that are not there."""

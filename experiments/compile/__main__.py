@@ -2,10 +2,10 @@
 
 python -m experiments.compile --for h100
 
-Every implementation of a case is compiled for one device, or laid over four, and what came out is added
-up: kernels, passes over the logits, bytes, operations, temporaries, collectives, and the time that all
-this takes at the least by the device's data sheet. Nothing runs and nothing is timed. What to install, and
-what the columns are: experiments/compile/README.md.
+Every implementation of a case is compiled for one device, or sharded over four, and the compiled program is
+added up: kernels, passes over the logits, bytes, FLOPs, temporary memory, collectives, and the least time
+for these by the device's data sheet. Nothing runs and nothing is timed. What to install, and what the
+columns mean: experiments/compile/README.md.
 """
 
 import shlex
@@ -39,9 +39,9 @@ class Config:
     only: str = ""
     """Compile the cases whose name, shape, dtype and mesh contain this: "softmax (8192, 1000) float32"."""
     peak: float | None = None
-    """TFLOP/s of products of bfloat16 to reckon with instead of the data sheet's; of float32 in proportion."""
+    """TFLOP/s of matmuls in bfloat16 to assume instead of the data sheet's; those in float32 change in proportion."""
     out: Path | None = None
-    """Folder for results.csv, results.md and the pictures; out/compile/DEVICE where not given."""
+    """Folder for results.csv, results.md and the pictures; out/compile/DEVICE by default."""
 
 
 def run(config: Config) -> pd.DataFrame:

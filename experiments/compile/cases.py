@@ -1,4 +1,4 @@
-"""What is compiled: the benchmark's cases at an accelerator's sizes, on one device or laid over four."""
+"""The cases to compile: the benchmark's, at an accelerator's sizes, on one device or sharded over four."""
 
 import functools
 from collections.abc import Iterator
@@ -16,12 +16,12 @@ from experiments.benchmark.cases import BOTH, Case, cases
 from experiments.benchmark.peers import Peer, jax_dense, jax_linear, jax_mode, missing
 
 PEERS = "jaxsoft", "jax.nn", "optax", "optax in float32", "optax, full logits", "jax-cce", "tokamax, chunked"
-"""Those of the benchmark's implementations that are compiled."""
+"""The benchmark's implementations that are compiled."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A case, and the mesh over which its arrays are laid: positions along "data", classes along "model"."""
+    """A case, and the mesh over which its arrays are sharded: positions over "data", classes over "model"."""
 
     case: Case
     mesh: tuple[tuple[str, int], ...] = ()
@@ -36,7 +36,7 @@ class Placed:
 
     @property
     def specs(self) -> tuple[P, P, P]:
-        """Of features, kernel and labels."""
+        """The shapes of features, kernel and labels."""
         return P("data"), P(None, "model") if "model" in dict(self.mesh) else P(), P("data")
 
     @property
@@ -45,14 +45,14 @@ class Placed:
 
     @property
     def least_bytes(self) -> float:
-        """What one device has to move: each input read once, each result written once."""
+        """The bytes that one device must move: each input read once, each result written once."""
         inputs = [array.size * array.dtype.itemsize / self.parts(n) for n, array in enumerate(self.types)]
         results = 0 if self.case.is_loss else inputs[0]
         gradients = inputs[: 2 if self.case.is_linear else 1] if self.case.gradient else []
         return sum(inputs) + results + sum(gradients)
 
     def parts(self, argument: int) -> int:
-        """Of how many an argument consists, one a device."""
+        """Into how many parts an argument is sharded."""
         sizes = dict(self.mesh)
         parts = 1
         for name in filter(None, self.specs[argument] if self.mesh else ()):
@@ -61,7 +61,7 @@ class Placed:
 
     @property
     def least_operations(self) -> float:
-        """What one device has to compute."""
+        """The FLOPs that one device must compute."""
         return self.case.flops / (self.parts(0) * self.parts(1) if self.mesh else 1)
 
 
@@ -79,13 +79,13 @@ def implementations(placed: Placed, mesh: Mesh | None) -> Iterator[Peer]:
 
 
 def full_logits(dtype, features: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
-    """The head that stores all logits, summed in float32 and kept in `dtype`, by default that of the features."""
+    """The head that stores all logits, summed in float32 and stored in `dtype`, by default the features' dtype."""
     logits = jnp.dot(features, kernel, preferred_element_type=dtype)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def over_mesh(mesh: Mesh):
-    """Every device takes its positions, and its block of classes where these are laid over the mesh."""
+    """Every device takes its positions, and its block of classes if these are sharded."""
     by_class = "model" if "model" in mesh.shape else None
 
     def loss(features: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
@@ -96,7 +96,7 @@ def over_mesh(mesh: Mesh):
 
 
 def arguments(placed: Placed, peer: Peer, devices: list[Any], mesh: Mesh | None) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """What the implementation takes, as arrays that lie on the devices."""
+    """The arguments of the implementation, as types of arrays on the devices."""
     types = jax.eval_shape(peer.before, placed.types)
     alone = SingleDeviceSharding(devices[0])
     places = [NamedSharding(mesh, spec) for spec in placed.specs] if mesh else [alone] * len(types)

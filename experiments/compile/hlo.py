@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 MOST_TRIPS = 10_000
-"""A loop is not followed further than this."""
+"""A loop is followed for at most so many iterations."""
 
 ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
-# What integers of a loop are computed by.
+# The operations on a loop's integers.
 INTEGERS: dict[str, Callable[..., Any]] = {
     "add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "negate": operator.neg,
     "maximum": max, "minimum": min, "remainder": math.fmod, "and": operator.and_, "or": operator.or_,
@@ -29,7 +29,7 @@ class Array(NamedTuple):
 
     dtype: str
     dims: tuple[int, ...]
-    space: int  # the memory it lies in, 0 for that of the device
+    space: int  # its memory space, 0 for the device's memory
 
     @property
     def elements(self) -> int:
@@ -52,10 +52,10 @@ class Instruction:
 
     name: str
     opcode: str
-    types: tuple[Array, ...]  # of the result, one array or those of a tuple
+    types: tuple[Array, ...]  # of the result, one array or a tuple's arrays
     operands: tuple[str, ...]
-    argument: str  # what stands between the parentheses
-    attributes: str  # what follows them
+    argument: str  # the text between the parentheses
+    attributes: str  # the text after them
 
     @property
     def is_scalar(self) -> bool:
@@ -123,7 +123,7 @@ def read_types(text: str) -> tuple[Array, ...]:
 
 
 def trip_count(module: Module, within: str, loop: Instruction) -> int | None:
-    """How often a loop runs: what the compiler says, or else what comes of following its integers; None if unknown."""
+    """How often a loop runs: as the compiler states, or else as its integers show; None if unknown."""
     if stated := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
         return int(stated[1])
     (condition,), (body,) = loop.called("condition"), loop.called("body")
@@ -138,7 +138,7 @@ def trip_count(module: Module, within: str, loop: Instruction) -> int | None:
 
 
 def evaluate(module: Module, name: str, arguments: Sequence[Any], of: str | None = None) -> Any:
-    """The root of a computation, or one of its instructions: an integer, a tuple of such, or None where not known."""
+    """The value of a computation's root, or of an instruction: an integer, a tuple of these, or None if unknown."""
     instructions, root = module.computations[name]
     known: dict[str, Any] = {}
 

@@ -66,8 +66,8 @@ def reason(error: Exception) -> str:
 
 
 def summary(ran: list[Kernel], target: Target) -> dict[str, Any]:
-    """What all kernels are together; NaN where a loop runs nobody knows how often."""
-    launched = [kernel for kernel in ran if kernel.opcode != "copy-start"]  # which a TPU does beside its kernels
+    """The sums over all kernels; NaN if it is unknown how often a loop runs."""
+    launched = [kernel for kernel in ran if kernel.opcode != "copy-start"]  # a TPU copies while kernels run
     cycles = [kernel.cycles * kernel.times for kernel in ran if kernel.cycles is not None]
     return {
         "kernels": len(launched),
@@ -82,7 +82,7 @@ def summary(ran: list[Kernel], target: Target) -> dict[str, Any]:
 
 
 def seconds(kernel: Kernel, target: Target) -> float:
-    """At the roofline: the slower of moving its bytes and computing its products."""
+    """The time at the roofline: the slower of moving its bytes and computing its matmuls."""
     rates = {"bf16": target.half, "f16": target.half, "f32": target.single}
     computing = sum(count / rates[dtype] for dtype, count in kernel.products.items())
     return max(kernel.nbytes / target.bandwidth, computing)
@@ -93,7 +93,7 @@ def collectives(ran: Iterable[Kernel]) -> str:
     found = Counter()
     for kernel in ran:
         if kernel.collective:
-            times = None if math.isnan(kernel.times) else kernel.times  # one key, which NaN is not
+            times = None if math.isnan(kernel.times) else kernel.times  # NaN does not equal itself as a key
             found[times, kernel.collective, kernel.carried] += 1
     return ", ".join(
         f"{'unknown' if times is None else f'{n * times:g}'} × {name} of {written(size)}"

@@ -11,11 +11,11 @@ from experiments.benchmark.pictures import handles, mark, rows_of
 from experiments.compile.targets import Target
 
 IN_FLOAT32 = "in float32", "full logits"
-"""Peers that convert half-precision logits first end so."""
+"""The end of the names of peers that convert half-precision logits first."""
 
 
 def plot_excess(table: pd.DataFrame, target: Target, path: Path) -> None:
-    """For each case the roofline time of each implementation, over the least time that the case can take."""
+    """For each case the roofline time of each implementation, divided by the least time of the case."""
     known = table.loc[table["over least"].notna()]
     figure, axis, rows = rows_of(known, ["shape", "dtype", "mesh"])
     for row, group in rows:

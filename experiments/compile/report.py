@@ -1,4 +1,4 @@
-"""What comes out: the table in Markdown, with what it is and what it is not above it."""
+"""The table in Markdown, with an explanation above it."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +11,7 @@ from experiments.compile.targets import Target
 NAMED = "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "optax", "jax-cce", "tokamax"
 """Distributions whose versions the table states."""
 COUNTED = "launches", "MB", "GFLOP", "roofline ms", "over least"
-"""What is known of every program whose loops are."""
+"""Columns that are known for every program whose loops are known."""
 
 
 def markdown(table: pd.DataFrame, target: Target, command: str, left_out: dict[str, str]) -> str:
@@ -35,13 +35,13 @@ def markdown(table: pd.DataFrame, target: Target, command: str, left_out: dict[s
 
 
 def said(table: pd.DataFrame) -> pd.DataFrame:
-    """The table, with "unknown" where a program has a loop that runs nobody knows how often."""
+    """The table, with "unknown" if a program has a loop whose number of iterations is unknown."""
     unknown = table["kernels"].notna() & table["launches"].isna()
     return table.assign(**{name: table[name].astype(object).mask(unknown, "unknown") for name in COUNTED})
 
 
 def cell(value: float | str) -> str:
-    """Three digits, or all of a whole number; nothing where there is nothing to say."""
+    """Three digits, or all of an integer; empty if there is no value."""
     if isinstance(value, str):
         return value
     if pd.isna(value):

@@ -1,4 +1,4 @@
-"""The devices that programs are compiled for without having one, how fast they are, and how JAX is told of them."""
+"""The devices for which programs are compiled without having one, their speed, and how JAX is told of them."""
 
 import importlib.util
 import os
@@ -11,9 +11,9 @@ from jax.experimental import topologies
 from experiments._door import InputError
 
 CHIPS = 4
-"""Chips that a program may be laid over."""
+"""Chips over which a program may be sharded."""
 ON_CHIP = frozenset({1, 2, 6})
-"""Memory spaces of a TPU that are no trip to its memory: vector memory, semaphores, scalar memory."""
+"""Memory spaces on a TPU's chip: vector memory, semaphores, scalar memory."""
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""A small language model that learns from labels, from what was stored of a larger one, and from its head."""
+"""A small language model that learns from labels, from a larger model's stored top-k, and from its head."""

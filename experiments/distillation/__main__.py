@@ -3,13 +3,12 @@ the rest is treated?
 
 python -m experiments.distillation --seed 0
 
-A teacher is trained on the words of `experiments.vocabulary`, and what it knows of the students' batches is stored: its
-top-k, and the features before its head. Students of the same size and first weights then learn from labels; from the
-top-k, with what lies outside of it as one class of its own ("tail"), left out of both ("renormalise") or meant to have
-no probability ("nothing"); from the first of these and labels by halves; and from the teacher's head. A network knows
-how well it does where its entropy is its loss. What no top-k can tell is which of the words outside of it are likely:
-as long as much of the probability lies there, labels have to.
-After a kill, the same command with --resume ends in the same table, bit for bit on a CPU, as the run left alone.
+A teacher is trained on the tokens of `experiments.vocabulary`, and its top-k and the features before its head are
+stored for the students' batches. Students of the same size and initial weights then learn from labels; from the top-k,
+with the rest of the vocabulary as one class ("tail"), ignored ("renormalise") or with target 0 ("nothing"); from "tail"
+and labels, half and half; and from the teacher's head. A network is calibrated if its entropy equals its loss. A top-k
+does not tell which of the other tokens are likely: while these have much of the probability, labels must.
+After a kill, the same command with --resume gives the same table, bit for bit on a CPU, as an uninterrupted run.
 """
 
 from collections.abc import Sequence

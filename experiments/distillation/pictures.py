@@ -8,7 +8,7 @@ from experiments._style import BLUE, ORANGE, PALE, WIDE, plt, save
 
 
 def plot_students(table: pd.DataFrame, path: Path) -> None:
-    """The perplexity of each network, and beside it its loss and what it expects that to be."""
+    """The perplexity of each network, and next to it its loss and its entropy."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 3.6), sharey=True)
     rows = range(len(table))
     left.scatter(table["perplexity"], rows, color=BLUE)

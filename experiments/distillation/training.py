@@ -1,4 +1,4 @@
-"""A teacher, what is stored of it, and students that learn from targets of several kinds."""
+"""A teacher, its stored data, and students that learn from several kinds of targets."""
 
 import functools
 import shutil
@@ -39,20 +39,20 @@ STORED = "teacher/stored"
 
 @dataclass(frozen=True)
 class Config(vocabulary.Training):
-    """Options of the trainings: those of the teacher's, and what is different of a student's."""
+    """Options of the teacher's training, and the differences of a student's."""
 
     steps: int = 800
     """Gradient steps of the teacher, each on one batch."""
     student_steps: int = 400
-    """Gradient steps of each student, on the batches of the teacher's first ones or, after these, on further ones."""
+    """Gradient steps of each student, on the same batches as the teacher's first steps, and then on further batches."""
     student_features: int = 32
-    """Features of a student: of a word, and of a context at the head."""
+    """Features of a student: per token, and per context at the head."""
     k: int = 16
-    """Classes whose probabilities are stored of the teacher, for every word that the students are trained on."""
+    """Classes whose teacher probabilities are stored, for every token that the students are trained on."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     out: Path = Path("out/distillation")
-    """Folder for students.csv, summary.json, the picture, what is stored of the teacher, and for each network a folder
+    """Folder for students.csv, summary.json, the picture, the teacher's stored data, and for each network a folder
     with its metrics.csv (each training batch, before its step) and checkpoints."""
 
     def of(self, network: str) -> "Config":
@@ -72,7 +72,7 @@ class Stored(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """A batch, and the arrays that are known of it beside its labels."""
+    """A batch, and its arrays in addition to labels."""
 
     batch: Batch
     taught: Any = ()
@@ -84,7 +84,7 @@ def check(config: Config) -> None:
     check_counts(config, "student_steps", "student_features")
     if not 1 <= config.k <= config.vocabulary:
         raise InputError(f"--k: expected from 1 to the {config.vocabulary} classes, got {config.k}")
-    try:  # a tile with the teacher's logits beside the student's is one with distributions
+    try:  # a tile with the teacher's logits needs as much memory as one with distributions
         sizes = config.batch_size, config.student_features, config.vocabulary
         budget = config.memory_budget * 2**20
         plan_linear_cross_entropy(*sizes, distributions=True, memory_budget=budget, platform="cpu")
@@ -93,7 +93,7 @@ def check(config: Config) -> None:
 
 
 def loss_of(kind: Kind, memory_budget: int) -> Loss:
-    """The losses' sum over the known words, and how many these are, of a network that learns from targets of a kind."""
+    """The sum of losses over the known tokens, and their number, for a network that learns from one kind of targets."""
 
     def loss(params, lesson: Lesson):
         head, labels = params["head"], jnp.asarray(lesson.batch.targets)
@@ -152,7 +152,7 @@ def learn(config: Config, options: dict[str, Any], kind: Kind, lesson_of: Callab
 
 
 def fit(config: Config, text: Text) -> tuple[dict[str, Any], dict[str, float], Stored]:
-    """Train the teacher, store what it knows, and train the students from this.
+    """Train the teacher, store its top-k and features, and train the students on these.
 
     Returns:
         The parameters and the seconds of every network by its name, and what was stored.
@@ -200,7 +200,7 @@ def store(config: Config, text: Text, teacher: Any) -> Stored:
         try:
             write(config, text, functools.partial(read, teacher), [unfinished / path for path in paths])
         except OSError as error:
-            shutil.rmtree(unfinished, ignore_errors=True)  # room for those who mend it
+            shutil.rmtree(unfinished, ignore_errors=True)  # free the disk space
             raise InputError(f"{folder}: cannot store the teacher: {error.strerror or error}") from error
         unfinished.rename(folder)
     return Stored(*(np.load(folder / path, mmap_mode="r") for path in paths))
@@ -232,7 +232,7 @@ def write(config: Config, text: Text, read: Callable[..., tuple[Array, ...]], pa
 
 
 def bytes_a_word(name: str, stored: Stored, head: Any) -> float | None:
-    """What was stored for a student, divided by the words that it was trained on; None of the teacher."""
+    """The bytes stored for a student per token that it was trained on; None for the teacher."""
     steps, words, _ = stored.indices.shape
     of_label = np.dtype(np.int32).itemsize
     of_top_k = (stored.indices.nbytes + stored.log_probs.nbytes) / (steps * words)
@@ -243,7 +243,7 @@ def bytes_a_word(name: str, stored: Stored, head: Any) -> float | None:
 
 @functools.partial(jax.jit, static_argnums=2)
 def sums(params: Any, batch: Batch, memory_budget: int) -> tuple[Array, ...]:
-    """The loss of a batch, its entropy, the most likely words and the known words."""
+    """The loss of a batch, its entropy, the most likely tokens and the known tokens."""
     labels = jnp.asarray(batch.targets)
     loss, found = linear_cross_entropy(
         features_of(params, jnp.asarray(batch.contexts)),
@@ -260,7 +260,7 @@ def sums(params: Any, batch: Batch, memory_budget: int) -> tuple[Array, ...]:
 
 
 def score(params: Any, held_out: Sequence[Batch], memory_budget: int) -> dict[str, float]:
-    """Means over the known held-out words: the loss, the entropy that the network expects it to be, the accuracy."""
+    """Means over the known held-out tokens: the loss, the entropy (the loss that the network expects), the accuracy."""
     batches = (jax.device_get(sums(params, batch, memory_budget)) for batch in held_out)
     found = np.sum([[float(value) for value in batch] for batch in batches], 0)
     loss, entropy, accuracy = (found[:3] / found[3]).tolist()

@@ -2,9 +2,9 @@
 
 python -m experiments.frameworks
 
-Every framework that is installed computes random cases of each call's options in a process of its own; our call
-computes them in float64. --install NAME puts a framework into an environment of its own under the cache
-folder first. What the columns are, and what was found: experiments/frameworks/README.md.
+Every installed framework computes random cases of each call's options in a separate process; jaxsoft's call
+computes them in float64. --install NAME first installs a framework into a separate environment in the cache
+folder. What the columns mean, and the results: experiments/frameworks/README.md.
 """
 
 import sys
@@ -27,17 +27,17 @@ class Config:
     """Options of the experiment."""
 
     only: tuple[str, ...] = ()
-    """Names of the frameworks to run; all where none is given."""
+    """Names of the frameworks to run; all by default."""
     install: tuple[str, ...] = ()
-    """Names of the frameworks to install first, each in an environment of its own: "all" for every one."""
+    """Names of the frameworks to install first, each in a separate environment: "all" for every one."""
     cases: int = 200
-    """Cases a framework, shared by its calls."""
+    """Cases per framework, shared by its calls."""
     seed: int = 0
     """Seed of the cases."""
     cache: Path = CACHE
     """Folder of the environments."""
     out: Path = Path("out/frameworks")
-    """Folder for results.csv, results.md and the picture; rows of other frameworks in it stay."""
+    """Folder for results.csv, results.md and the picture; the rows of other frameworks in it are kept."""
 
 
 def run(config: Config) -> pd.DataFrame:

@@ -19,7 +19,7 @@ class NotInstalled(ScriptError):
 
 
 def python_of(framework: Framework, cache: Path) -> Path:
-    """The Python that has the framework: that of its environment, or this one."""
+    """The Python that has the framework: its environment's, or this one."""
     own = cache / framework.home
     if (own / FINISHED).exists():
         return own / "bin" / "python"

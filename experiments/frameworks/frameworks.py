@@ -15,14 +15,14 @@ class Variant(NamedTuple):
     takes: tuple[str, ...]
     ours: Ours
     differs: str = ""  # why value or gradient cannot be equal
-    precision: str = ""  # where it is not that of the logits
+    precision: str = ""  # if it is not the logits' precision
 
 
 class Framework(NamedTuple):
     """A framework that a worker runs."""
 
     name: str
-    module: str  # what is imported to see whether it is there
+    module: str  # imported to see whether the framework is installed
     packages: tuple[str, ...]
     worker: str
     dtype: str

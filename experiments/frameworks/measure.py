@@ -21,7 +21,7 @@ from jaxsoft import softmax
 COLUMNS = (
     "framework", "version", "call", "cases", "value", "gradient", "precision", "equal", "failed", "differs",
 )  # fmt: skip
-# Of the larger of 1 and what is compared: sums of logits up to 30, in the framework's precision.
+# Relative to the larger of 1 and the compared numbers: sums of logits up to 30, in the framework's precision.
 TOLERANCES = {"float64": 1e-10, "float32": 2e-5}
 STALLED = 120  # seconds without a case, the first with its imports and compilations
 WORKERS = Path(__file__).parent / "workers"
@@ -93,7 +93,7 @@ def _run_once(framework: Framework, python: Path, folder: Path, progress: Callab
 
 
 def watched(process: subprocess.Popen[str]) -> Iterator[str]:
-    """The lines of a process, which is killed where it writes none for long."""
+    """The lines of a process, which is killed if it does not write for long."""
     assert process.stdout is not None
     while True:
         timer = threading.Timer(STALLED, process.kill)
@@ -132,7 +132,7 @@ def compared(variant: Variant, cases: dict[int, Case], folder: Path, tolerance: 
 
 
 def difference(theirs: np.ndarray, right: np.ndarray) -> float:
-    """The largest difference, of the larger of 1 and the largest number; inf where only one is a number."""
+    """The largest difference, relative to the larger of 1 and the largest number; inf if only one is a number."""
     if theirs.shape != right.shape:
         theirs = theirs.reshape(right.shape) if theirs.size == right.size else np.full(right.shape, np.inf)
     theirs = theirs.astype(np.float64)

@@ -13,7 +13,7 @@ Ours = Callable[[Case, jax.Array], jax.Array]  # of a case and its logits
 
 
 def value_and_gradient(ours: Ours, case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """The value, and the gradient of it or of its product with the case's cotangent."""
+    """The value, and its gradient, or its VJP with the case's cotangent."""
     z = jnp.asarray(case.z, jnp.float64)
 
     def scalar(z: jax.Array) -> tuple[jax.Array, jax.Array]:

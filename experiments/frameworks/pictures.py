@@ -8,7 +8,7 @@ import pandas as pd
 
 from experiments._style import BLUE, GREY, ORANGE, PALE, WIDE, save
 
-LEAST = 1e-17  # what is equal to the last bit is drawn here
+LEAST = 1e-17  # results that are equal to the last bit are drawn here
 
 
 def plot_differences(table: pd.DataFrame, path: Path) -> None:

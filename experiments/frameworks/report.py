@@ -26,7 +26,7 @@ def merged(path: Path, rows: list[dict[str, object]]) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame, command: str, missing: Mapping[str, str]) -> str:
-    """The table, what could not be run, and the command."""
+    """The table, the frameworks that could not be run, and the command."""
     count = table["framework"].nunique()
     lines = [
         f"# {count} frameworks, {sum(map(int, table['cases']))} cases",

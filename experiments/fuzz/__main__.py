@@ -3,8 +3,8 @@
 python -m experiments.fuzz --minutes 60
 
 Draws programs from a seed, compiles each, calls it on many sets of values, and compares values and derivatives with
-float64 formulas written from the docstrings, whose tolerance is a running analysis of their own rounding. A
-configuration is one program with one set of values. Each failure is printed with the line that repeats it.
+float64 formulas written from the docstrings. The formulas compute their tolerance by a running error analysis. A
+configuration is one program with one set of values. Each failure is printed with the command that repeats it.
 """
 
 import itertools
@@ -31,19 +31,19 @@ class Config:
     seed: int = 0
     """Draws the programs and their values."""
     configurations: int = 200_000
-    """How many to try."""
+    """How many configurations to try."""
     minutes: float = 60.0
-    """When to stop at the latest."""
+    """Stop after so many minutes at the latest."""
     sets: int = 256
-    """Sets of values a program, fewer where they are large or the transformation is slow."""
+    """Sets of values per program; fewer if they are large or the transformation is slow."""
     only: str = ""
-    """Try this function alone."""
+    """Try only this function."""
     program: int | None = None
-    """Repeat this program alone."""
+    """Repeat only this program."""
     case: int | None = None
-    """Print this set of values of the program, and what became of it."""
+    """Print this set of values of the program, and its results."""
     shown: int = 40
-    """Print no more than so many failed programs; the file has all."""
+    """Print at most so many failed programs; the file has all."""
     out: Path = Path("out/fuzz")
     """Folder for coverage.csv, failures.txt and summary.json."""
 

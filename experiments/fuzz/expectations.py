@@ -1,4 +1,4 @@
-"""From a program and its values to what the contract says of every result."""
+"""What the contract says about every result of a program, given its values."""
 
 from functools import cached_property
 from typing import Any
@@ -192,7 +192,7 @@ class LossCase(Case):
 
     def loss_of(self, z: Measured, removed: np.ndarray, dtype: Any) -> PositionLoss:
         part = (self.weights != 0)[..., None]
-        z = Measured(np.where(part, z.value, 0), z.error, self.unit)  # what takes no part may be anything
+        z = Measured(np.where(part, z.value, 0), z.error, self.unit)  # ignored values may be anything
         if self.program.is_sparse:
             return self.sparse_loss_of(z, removed, dtype)
         label = None if self.label is None else self.label.astype(np.int64)
@@ -278,7 +278,7 @@ class LayerCase(LossCase):
             self.loss.unsaid |= self.layer.spoiled & ~np.isnan(self.features(self.inputs["features"])).any(-1)
 
     def features(self, array: np.ndarray) -> np.ndarray:
-        """(sets, positions, D), 0 where a position takes no part."""
+        """(sets, positions, D), 0 at ignored positions."""
         rows = array.reshape(self.frame.sets, self.frame.count, self.program.sizes["d"])
         return np.where((self.weights != 0)[..., None], rows, 0)
 

@@ -15,7 +15,7 @@ def at_most(number: Measured, bound: float) -> Measured:
 
 
 class CaffeLoss:
-    """Losses of labels or of rows of a matrix, clamped, and the probabilities beside them."""
+    """Clamped losses of labels or of rows of a matrix, and the probabilities."""
 
     def __init__(
         self, z: Measured, label: np.ndarray, ignored: np.ndarray, gains: np.ndarray | None, scale: Any, dtype

@@ -72,7 +72,7 @@ class PositionLoss:
         return self.measured(np.where(count == 0, 1, count))
 
     def left(self, v: np.ndarray | Measured) -> Measured:
-        """A change of the logits without that of removed classes."""
+        """A change of the logits, with 0 at masked classes."""
         return where(self.rows.removed, 0.0, self.counted.exact(v))
 
     def reduced(self, each: Measured, judged: np.ndarray, needed: np.ndarray) -> Expected:
@@ -94,7 +94,7 @@ class PositionLoss:
         return self.reduced(each, np.where(unsaid, FREE, judged), needed)
 
     def shares(self, g: np.ndarray) -> tuple[Measured, Measured]:
-        """A cotangent times what a position's loss and squared lse count in the result; 0 where it takes no part."""
+        """A cotangent times the weight of a position's loss and squared lse in the result; 0 at ignored positions."""
         each = np.where(self.part, g if self.reduction == "none" else g[:, None], 0)
         return (self.loss_share * each)[..., None], (self.square_share * each)[..., None]
 

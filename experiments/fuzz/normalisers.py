@@ -29,7 +29,7 @@ class Normaliser:
         raise NotImplementedError
 
     def clean(self, g: np.ndarray) -> np.ndarray:
-        """A cotangent or tangent without what is given to removed classes."""
+        """A cotangent or tangent with 0 at masked classes."""
         return np.where(self.rows.removed, 0, g)
 
     def of_logits(self, gradient: Measured) -> Expected:

@@ -1,4 +1,4 @@
-"""One program tried: run, judged, and described where it is wrong."""
+"""A trial of one program: run it, judge its results, and describe wrong ones."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -72,6 +72,6 @@ def attempt(program: Program) -> Trial:
 
 
 def dtype_of(program: Program, name: str) -> str:
-    """The dtype that a result has to have: a gradient that of its input."""
+    """The dtype that a result must have; for a gradient, its input's."""
     kind, _, variable = name.partition(" to ")
     return program.dtypes[variable] if variable else program.outputs[int(kind.partition(" ")[2] or 0)][1]

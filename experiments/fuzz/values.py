@@ -86,7 +86,7 @@ class Draw:
     def __init__(self, rng: np.random.Generator, program: Program, frame: Frame):
         self.rng, self.program, self.frame = rng, program, frame
         self.values = Values({}, tempers=np.full(program.sets, "tame", object))
-        self.idle = np.zeros((frame.sets, frame.count), bool)  # positions that take no part
+        self.idle = np.zeros((frame.sets, frame.count), bool)  # ignored positions
         self.removed = np.zeros((frame.sets, frame.count, frame.classes), bool)
 
     def some(self, probability: float, *shape: int) -> np.ndarray:
@@ -155,7 +155,7 @@ class Draw:
         z = np.where((temper == "empty") & (row > 0.6), -np.inf, z)
         wild = (temper == "nan and inf") & (row < 0.4) & (rng.random(base.shape) < 0.3)
         z = np.where(wild, rng.choice([np.nan, np.inf, -np.inf, np.nan], size=base.shape), z)
-        # What takes no part may be anything.
+        # Ignored values may be anything.
         junk = rng.choice([np.nan, np.inf, -np.inf, 0.0], size=base.shape)
         spoil = self.some(0.6, 1, 1)
         return np.where((self.removed | self.idle[..., None]) & spoil, junk, z)
@@ -390,7 +390,7 @@ class Draw:
             self.labels("labels", None)
 
     def directions(self) -> None:
-        """Cotangents and tangents: some zeros, and what must not matter where nothing takes part."""
+        """Cotangents and tangents: some zeros, and at ignored positions values that must not matter."""
         rng, program = self.rng, self.program
         for layout, dtype in program.outputs:
             shape = (program.sets, *program.shape(layout))
@@ -408,7 +408,7 @@ class Draw:
                 self.values.tangents[name] = cast(rng.normal(size=self.shape(name)), program.dtypes[name])
 
     def harmless(self, g: np.ndarray, layout: Layout) -> np.ndarray:
-        """NaN and infinite cotangents where a class is removed or, of a loss, a position takes no part."""
+        """NaN and infinite cotangents at masked classes and, for a loss, at ignored positions."""
         junk = self.rng.choice([np.nan, np.inf, -np.inf], size=g.shape)
         spoil = self.some(0.3, *g.shape[1:])
         if self.program.function in ("softmax", "log_softmax"):

@@ -3,8 +3,8 @@
 python -m experiments.recipes
 
 Supervised fine-tuning on packed sequences, logged metrics, GRPO, DPO, distillation from a stored top-k and from a
-teacher's head, CLIP, and a router of experts: each value of a small example is stated as it is on all logits and
-computed by the recipe, in float64, with the largest difference of a gradient. The recipes, to be copied from, are
+teacher's head, CLIP, and a router of experts: for a small example each value is computed from all logits and by the
+recipe, in float64, and printed with the largest difference of a gradient. The recipes, for you to copy, are in
 experiments/recipes/losses.py.
 """
 

@@ -15,11 +15,11 @@ D, V = 6, 23
 WIDER = 9
 
 Outcome = tuple[dict[str, jax.Array], tuple[jax.Array, ...]]
-"""The loss, with its metrics where it has any; and the loss's gradients."""
+"""The loss, with its metrics if it has any, and the loss's gradients."""
 
 
 class Example(NamedTuple):
-    """A recipe with what it is given, of which the first few arguments are differentiated."""
+    """A recipe with its arguments, of which the first few are differentiated."""
 
     recipe: Callable[..., Any]
     arguments: tuple[jax.Array, ...]
@@ -35,7 +35,7 @@ class Example(NamedTuple):
         return " ".join([self.recipe.__name__, *(f"{name}={value}" for name, value in self.options.items())])
 
     def program(self) -> Callable[..., tuple[Outcome, Outcome]]:
-        """What the recipe gives for any arguments, and what its naive form does, compiled together."""
+        """The results of the recipe and of its naive form, compiled together."""
         still = tuple(map(np.asarray, self.arguments[self.moving :]))  # the naive losses look at their values
 
         def outcome(loss: Callable[..., Any], moving: tuple[jax.Array, ...], others: tuple[Any, ...]) -> Outcome:

@@ -1,8 +1,8 @@
-"""Losses over the features of a network and the layer that would turn them into logits, which are never all stored.
+"""Losses of a network's features and its last linear layer, whose logits are never all stored.
 
-Everywhere features are (…, D), the kernel is (D, V), and ℓ is the log-probability of the label among the V classes.
-A position whose label is `IGNORED` is ignored. `head` holds the other arguments of the linear layer: bias, soft_cap,
-kernel_axis, memory_budget, axis_name, batch_axes.
+Features are (…, D), the kernel is (D, V), and ℓ is the log-probability of the label among the V classes. A position
+whose label is `IGNORED` is ignored. `head` are other arguments of the linear layer: bias, soft_cap, kernel_axis,
+memory_budget, axis_name, batch_axes.
 """
 
 from typing import Any, Literal
@@ -30,7 +30,7 @@ Metrics = dict[str, Float[Array, "..."]]
 
 
 def mean_over(values: Float[Array, "..."], mask: Bool[Array, "..."], axis: int | None = None) -> Float[Array, "..."]:
-    """The mean where the mask is true, and 0 where it never is."""
+    """The mean where the mask is true; 0 if it is true nowhere."""
     count = jnp.sum(mask, axis, dtype=values.dtype)
     return jnp.sum(jnp.where(mask, values, 0), axis) / jnp.maximum(count, 1)
 
@@ -38,9 +38,9 @@ def mean_over(values: Float[Array, "..."], mask: Bool[Array, "..."], axis: int |
 def log_probs_of(
     features: Float[Array, "*positions D"], kernel: Float[Array, "D V"], labels: Int[Array, "*positions"], **head: Any
 ) -> Float[Array, "*positions"]:
-    """ℓ of each label, and 0 where it is ignored."""
+    """ℓ of each label; 0 at ignored positions."""
     log_probs = linear_log_probs(features, kernel, labels, ignore_index=IGNORED, **head).label_log_prob
-    assert log_probs is not None  # there are labels
+    assert log_probs is not None  # because there are labels
     return log_probs
 
 
@@ -50,7 +50,7 @@ def log_probs_of(
 def packed_labels(
     tokens: Int[Array, "*rows length"], sequences: Int[Array, "*rows length"], learnt: Bool[Array, "*rows length"]
 ) -> Int[Array, "*rows length"]:
-    """For each token the next one, if it is in the same sequence and to be learnt; otherwise `IGNORED`.
+    """The next token of each token, if it is in the same sequence and in the loss mask; otherwise `IGNORED`.
 
     Args:
         tokens: rows of sequences, one after the other.
@@ -70,12 +70,13 @@ def packed_loss(
     learnt: Bool[Array, "*rows length"],
     **head: Any,
 ) -> Float[Array, ""]:
-    """Supervised fine-tuning on packed sequences: the mean of −ℓ over all tokens that are to be learnt.
+    """Supervised fine-tuning on packed sequences: the mean of −ℓ over all tokens in the loss mask.
 
-    Every one weighs the same, however long its sequence. The first token of a sequence is no target of the one before.
+    Each token has the same weight, however long its sequence is. The first token of a sequence is not a target of the
+    sequence before it.
 
     Args:
-        features: of the tokens, each of which has seen those of its own sequence alone.
+        features: of the tokens; attention must not cross sequences.
         kernel: of the head.
         tokens: as in `packed_labels`.
         sequences: as in `packed_labels`.
@@ -96,11 +97,11 @@ def loss_with_metrics(
     z_loss: float = 1e-4,
     **head: Any,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Cross-entropy with a z-loss, and its two terms apart, from the same logits, beside what else is logged.
+    """Cross-entropy with a z-loss, and from the same logits its two terms and other metrics to log.
 
     loss = mean −ℓ + ζ·mean lse²,  lse = log Σ_j exp(z_j)
 
-    The z-loss keeps lse near 0, where half precision has digits.
+    The z-loss keeps lse near 0, where half precision is accurate.
 
     Args:
         features: inputs of the head.
@@ -145,23 +146,23 @@ def grpo_loss(
     temperature: float = 1.0,
     **head: Any,
 ) -> Float[Array, ""]:
-    """Group relative policy optimisation: a clipped policy gradient whose baseline is the group of answers.
+    """Group relative policy optimisation: a clipped policy gradient whose baseline is the mean of a group of answers.
 
     A = (r − mean r)/(std r + 1e-4) in the group,  ρ = exp(ℓ − ℓ_old),  d = ℓ_ref − ℓ
     loss = mean over answers of the mean over tokens of  β·(e^d − 1 − d) − min(ρA, clip(ρ, 1 − ε, 1 + ε)·A)
 
-    The first term, never negative, has KL(policy‖reference) as its mean over samples of the policy.
+    The first term is never negative, and its mean over samples of the policy is KL(policy‖reference).
 
     Args:
         features: of the policy, at each token before the label: `samples` answers to each of `groups` questions.
         kernel: of the policy's head.
         labels: the tokens of the answers, else `IGNORED`.
         old_log_probs: ℓ of the policy that sampled the answers.
-        reference_log_probs: ℓ of the policy to stay near.
+        reference_log_probs: ℓ of the reference policy.
         rewards: r of each answer.
         clip: ε.
         kl_weight: β.
-        temperature: at which the answers were sampled, and all log-probabilities are taken.
+        temperature: the temperature at which the answers were sampled; all log-probabilities are at this temperature.
         **head: see above.
 
     Source: Z. Shao et al., "DeepSeekMath" (2024); the clip, J. Schulman et al., "Proximal policy optimization
@@ -169,7 +170,7 @@ def grpo_loss(
     """
     log_probs = log_probs_of(features, kernel, labels, temperature=temperature, **head)
     answered = labels != IGNORED
-    deviation = jnp.std(rewards, -1, keepdims=True) + 1e-4  # of equal rewards it is 0, but for rounding
+    deviation = jnp.std(rewards, -1, keepdims=True) + 1e-4  # equal rewards have a deviation of 0, up to rounding
     advantages = ((rewards - jnp.mean(rewards, -1, keepdims=True)) / deviation)[..., None]
     ratio = jnp.exp(jnp.where(answered, log_probs - old_log_probs, 0))
     gain = jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip, 1 + clip) * advantages)
@@ -192,11 +193,11 @@ def dpo_loss(
     loss = mean −log σ(β·(Σ_t ℓ − ℓ_ref of the chosen) − β·(Σ_t ℓ − ℓ_ref of the rejected))
 
     Args:
-        features: at each token before the label, of the chosen answer and then of the rejected one.
+        features: at each token before the label, of the chosen answer first and the rejected answer second.
         kernel: of the head.
         labels: the tokens of the answers, else `IGNORED`.
-        reference_log_probs: ℓ_ref, the sum over each answer's tokens for the model to stay near.
-        beta: β, what a nat is worth.
+        reference_log_probs: ℓ_ref, the reference model's sum over each answer's tokens.
+        beta: β, the reward per nat.
         **head: see above.
 
     Source: R. Rafailov et al., "Direct preference optimization: your language model is secretly a reward model" (2023).
@@ -217,7 +218,7 @@ def store_top_k(
     temperature: float = 1.0,
     **head: Any,
 ) -> tuple[Int[Array, "*positions k"], Float[Array, "*positions k"]]:
-    """What of a teacher is written to disk for `stored_teacher_loss`: its k likeliest classes, and their log p."""
+    """A teacher's k most likely classes and their log p, to store for `stored_teacher_loss`."""
     top = linear_top_k(teacher_features, teacher_kernel, k, temperature=temperature, **head)
     return top.indices, top.log_probs
 
@@ -232,19 +233,19 @@ def stored_teacher_loss(
     temperature: float = 1.0,
     **head: Any,
 ) -> Float[Array, ""]:
-    """Distillation from a teacher's top-k, with which the student's p should agree, and with what is left of both.
+    """Distillation from a teacher's stored top-k.
 
     tail: loss = −T²·mean (Σ_k q_k log p_k + (1 − Σ_k q_k) log(1 − Σ_k p_k)),  q = exp(log_probs);
-    the other two: see `SparseTargets`.
+    for the other two see `SparseTargets`.
 
     Args:
         features: inputs of the student's head.
         kernel: of the student's head.
         indices: from `store_top_k`.
         log_probs: from `store_top_k`, at the same temperature.
-        outside: what is meant about all other classes.
+        outside: how to treat all other classes.
         temperature: T.
-        **head: see above; and weights, or a mask, of the positions.
+        **head: see above; also weights or a mask of the positions.
 
     Source: G. Hinton, O. Vinyals, J. Dean, "Distilling the knowledge in a neural network" (2015).
     """
@@ -263,7 +264,7 @@ def teacher_loss(
     share: float = 0.9,
     **head: Any,
 ) -> Float[Array, ""]:
-    """Distillation from a teacher's head, with neither's logits stored, beside the loss of the labels.
+    """Distillation from a teacher's head together with the loss of the labels; no logits are stored.
 
     loss = α·T²·mean KL(t‖s) + (1 − α)·mean −ℓ,  s and t the student's and the teacher's softmax of logits/T
 
@@ -273,7 +274,7 @@ def teacher_loss(
         labels: classes, or `IGNORED`.
         teacher_features: inputs of the teacher's head, of any width.
         teacher_kernel: of the teacher's head, for the same classes.
-        temperature: T. Gradients of the divergence shrink as 1/T², hence the factor.
+        temperature: T. Gradients of the divergence shrink as 1/T², which the factor T² compensates.
         share: α.
         **head: see above, for options that both losses have.
 
@@ -298,16 +299,16 @@ def teacher_loss(
 def clip_loss(
     images: Float[Array, "N D"], texts: Float[Array, "N D"], log_scale: Float[Array, ""], **head: Any
 ) -> Float[Array, ""]:
-    """Contrastive language-image pre-training: which text is of which image, and the reverse, among the N of a batch.
+    """Contrastive language-image pre-training: which of the N texts of a batch belongs to which image, and the reverse.
 
     z = e^τ·⟨x_i/‖x_i‖, y_j/‖y_j‖⟩;  loss = ½ mean_i (lse_j z_ij − z_ii) + ½ mean_j (lse_i z_ij − z_jj)
 
-    One side is the features, the other the kernel, of a head with N classes: the N × N matrix is never stored.
+    One side is the features and the other the kernel of a head with N classes, so the N × N matrix is never stored.
 
     Args:
-        images: x, one a row.
-        texts: y, of the same order.
-        log_scale: τ, learnt; a `temperature` would be a constant.
+        images: x, one per row.
+        texts: y, in the same order.
+        log_scale: τ, which is learnt; `temperature` would be a constant.
         **head: memory_budget, axis_name, batch_axes.
 
     Source: A. Radford et al., "Learning transferable visual models from natural language supervision" (2021).
@@ -327,15 +328,15 @@ def router_loss(
     balance: float = 1e-2,
     z_loss: float = 1e-3,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """What keeps the router of a mixture of E experts from sending all tokens to a few, and its logits small.
+    """The auxiliary loss of a mixture of E experts: it balances the experts, and keeps the router's logits small.
 
     loss = α·E·Σ_e f_e P_e + ζ·mean lse²;  f_e the share of the choices that are e,  P_e = mean p_e
 
     Args:
         features: of the tokens.
-        kernel: of the router, whose logits are few enough to be stored.
-        k: how many experts a token is sent to.
-        balance: α; its term is α where all experts have as much to do.
+        kernel: of the router, whose logits are few enough to store.
+        k: to how many experts a token is sent.
+        balance: α; its term is α if all experts have the same load.
         z_loss: ζ.
 
     Returns:

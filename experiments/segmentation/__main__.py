@@ -3,22 +3,22 @@
 python -m experiments.segmentation --seed 0
 
 Trains on scenes of overlapping handwritten digits with a void border, or on a folder of photographs and masks
-(--data DIR), through the cross-entropy of every pixel that is not void. After a kill, the same command with
---resume ends in the same metrics and parameters, bit for bit, as the run that was left alone.
+(--data DIR), with the cross-entropy of every pixel that is not void. After a kill, the same command with
+--resume gives the same metrics and parameters, bit for bit, as an uninterrupted run.
 
-The folder has one of three layouts, and in each perhaps classes.txt, the names of the classes, a line each:
+The folder has one of three layouts, and optionally classes.txt with one class name per line:
 
     JPEGImages/NAME.jpg                          PASCAL VOC's: photographs,
     SegmentationClass/NAME.png                   the class of each pixel in a palette or in grey, 255 = void,
-    ImageSets/Segmentation/train.txt, val.txt    and what to train on and to hold out, a NAME a line
+    ImageSets/Segmentation/train.txt, val.txt    and what to train on and to hold out, one NAME per line
 
     train.txt, val.txt                           SegNet's: for each photograph a line "photograph.png mask.png"
 
     images/NAME.jpg                              without lists: a fifth of the photographs, drawn by --seed,
     masks/NAME.png or labels/NAME.png            is held out
 
-Photographs are mirrored, scaled and lit at random, their colours normalised, rare classes counted for more, and the
-network for them is deeper. `python -m experiments.segmentation.streets` draws a folder to try that on.
+Photographs are mirrored, scaled and brightened at random, their colours are normalised, rare classes get a higher
+weight, and the network is deeper. `python -m experiments.segmentation.streets` draws a folder of synthetic scenes.
 """
 
 import math
@@ -77,45 +77,45 @@ class Config:
     data: str = "digits"
     """"digits", or a folder of photographs and masks in one of the layouts above."""
     classes: int | None = None
-    """Classes of the folder's masks; up to the last that occurs where not given."""
+    """Number of classes in the folder's masks; by default up to the last that occurs."""
     void: tuple[int, ...] = ()
-    """Values in the masks that are no class: not trained on and not scored; 255 where not given. The others are the
+    """Values in the masks that are no class: not trained on and not scored; 255 by default. The other values are the
     classes 0, 1, ... in their order: with --void 0, as for ADE20K, 1 is class 0."""
     values: tuple[int, ...] = ()
-    """Values in the masks that are the classes 0, 1, ..., where they are not consecutive: 0 255 for masks of black and
-    white. Others than these and --void are refused."""
+    """Values in the masks that are the classes 0, 1, ..., if they are not consecutive: 0 255 for masks of black and
+    white. Values other than these and --void are refused."""
     colours: Path | None = None
-    """Text file with a line "R G B name" for each class, in their order, where masks are drawn in colours; a line named
-    void is no class."""
+    """Text file with a line "R G B name" per class, in their order, for masks drawn in colours; a line named void is
+    no class."""
     steps: int | None = None
-    """Gradient steps, each on one batch; 4000 of digits and 3000 of photographs where not given."""
+    """Gradient steps, each on one batch; by default 4000 for digits and 3000 for photographs."""
     batch_size: int | None = None
-    """Images in a batch; 16 of digits and 4 photographs where not given."""
+    """Images in a batch; by default 16 for digits and 4 for photographs."""
     learning_rate: float = 0.003
     """Largest step size of AdamW, reached after a tenth of the steps and then falling to 0 as a cosine."""
     crop: int | None = None
-    """Pixels along each side of a scene, or of the window of a photograph, that is trained on; 64 of digits and 192
-    of photographs where not given."""
+    """Pixels along each side of a scene, or of the window of a photograph, that is trained on; by default 64 for digits
+    and 192 for photographs."""
     seed: int = 0
-    """Draws what is held out where no list says it, the scenes, their order and the initial weights."""
+    """Draws the held-out images if no list names them, the scenes, their order and the initial weights."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     resume: bool = False
-    """Go on from the latest whole checkpoint in the folder of results."""
+    """Continue from the latest complete checkpoint in the folder of results."""
     overwrite: bool = False
     """Replace the run in the folder of results."""
     start: Path | None = None
-    """Folder of a finished run with as many classes, whose parameters are begun with."""
+    """Folder of a finished run with as many classes, from whose parameters to start."""
     predict: tuple[Path, ...] = ()
-    """Photographs whose pixels the finished run in --out names, in its folder predictions; nothing is trained."""
+    """Photographs whose pixels the finished run in --out labels, in its folder predictions; nothing is trained."""
     out: Path = Path("out/segmentation")
-    """Folder for metrics.csv (each training batch, before its step, and now and then held-out images after it),
-    summary.json, the pictures, the checkpoints and network.json, what else a prediction needs."""
+    """Folder for metrics.csv (each training batch, before its step, and sometimes held-out images after it),
+    summary.json, the pictures, the checkpoints, and network.json, which predictions need too."""
 
 
 @dataclass(frozen=True)
 class Chosen(Config):
-    """With what the data decide."""
+    """The options with the values that depend on the data."""
 
     steps: int = 4000
     batch_size: int = 16
@@ -123,7 +123,7 @@ class Chosen(Config):
 
 
 def choose(config: Config) -> Chosen:
-    # Of a photograph as much as will be seen at the end: what is learnt near borders alone fails far from them.
+    # As large a window as predictions will see: a network trained only near borders fails far from them.
     chosen: dict[str, Any] = (
         {"steps": 4000, "batch_size": 16, "crop": 64}
         if config.data == "digits"
@@ -155,14 +155,14 @@ def read_coding(config: Chosen) -> Coding:
 
 
 def read_data(config: Chosen, coding: Coding) -> tuple[Source, Source, tuple[str, ...]]:
-    """What to train on, what to test on and the names of the classes."""
+    """The training data, the held-out data, and the names of the classes."""
     if config.data == "digits":
         return *digit_scenes(config.seed, config.crop, HELD_OUT), NAMES
     return read_folder(Path(config.data), coding, config.classes, config.seed)
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Train, or predict where that is asked for."""
+    """Train, or predict if that is requested."""
     if config.predict:
         write_predictions(read_trained(config.out), config.predict, config.out / "predictions")
         return {}
@@ -170,25 +170,25 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def check_continued(config: Chosen, options: dict[str, Any]) -> None:
-    """Say why a run does not go on, where --resume asks for what it cannot."""
+    """Raise an error if --resume cannot continue the run."""
     step = latest_whole(config.out / CHECKPOINTS) if config.resume else None
     if step is None:
         return
     known = read_record(config.out / CHECKPOINTS, step)["options"]
     if not options.keys() <= known.keys():
         raise InputError(
-            f"{config.out}: expected a run of this version, got one of an earlier, which does not go on: begin again "
-            "with --overwrite, or choose another --out"
+            f"{config.out}: expected a run of this version, got one of an earlier version, which cannot continue: "
+            "start again with --overwrite, or choose another --out"
         )
     if known["steps"] != config.steps:
         raise InputError(
             f"--steps: expected {known['steps']}, over which the learning rate of {config.out} falls to 0, got "
-            f"{config.steps}: for more after it, begin another run with its parameters, --start {config.out} --out DIR"
+            f"{config.steps}: to train longer, start another run from its parameters, --start {config.out} --out DIR"
         )
 
 
 def start_with(config: Chosen, classes: int, widths: tuple[int, ...]) -> Any:
-    """Parameters drawn by the seed, or those of another run."""
+    """Parameters drawn by the seed, or another run's parameters."""
     fresh = jax.jit(init_network, static_argnums=(1, 2))(jax.random.key(config.seed), classes, widths)
     if config.start is None:
         return fresh

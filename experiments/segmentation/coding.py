@@ -18,7 +18,7 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Coding:
-    """The values of class 0, 1, ..., and those that are void; without the former, all others in their order."""
+    """The values of class 0, 1, ..., and the void values; without the former, all other values in their order."""
 
     values: tuple[int, ...] = ()
     void: tuple[int, ...] = (VOID,)
@@ -89,7 +89,7 @@ def check_values(path: Path, values: Iterable[int], coding: Coding, classes: int
 
 
 def check_two_classes(source: Path, counts: Int[np.ndarray, " 256"], coding: Coding) -> None:
-    """Refuse to train on masks in which there is nothing to tell apart, where every score would be perfect."""
+    """Refuse to train on masks with a single class, for which every score would be perfect."""
     values = [int(value) for value in np.flatnonzero(counts)]
     if len(coding.occurring(counts)) >= 2:
         return

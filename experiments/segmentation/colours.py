@@ -1,4 +1,4 @@
-"""Masks in colours, and the table that says what each of them stands for.
+"""Masks in colours, and the table of the colours' classes.
 
     0 0 0 void
     128 64 128 road
@@ -35,7 +35,7 @@ def read_colours(path: Path) -> Coding:
     void = [n for n, name in enumerate(table.values()) if name.casefold() == "void"]
     values = [n for n in range(len(table)) if n not in void]
     if not 2 <= len(values) <= 255 or len(table) > 256:
-        raise InputError(f"{path}: expected the colours of 2 to 255 classes, a line each, got {len(values)}")
+        raise InputError(f"{path}: expected the colours of 2 to 255 classes, one per line, got {len(values)}")
     return Coding(tuple(values), tuple(void), tuple(table), tuple(table.values()))
 
 
@@ -49,7 +49,7 @@ def index_colours(
     if (wrong := table[found] != codes).any():
         row, column = np.argwhere(wrong)[0]
         got = f"{in_words(pixels[row, column])} in row {row}, column {column}"
-        raise InputError(f"{path}: expected the colours of --colours alone, got {got}, and {wrong.sum()} such pixels")
+        raise InputError(f"{path}: expected only the colours of --colours, got {got}, and {wrong.sum()} such pixels")
     return found.astype(np.uint8)
 
 

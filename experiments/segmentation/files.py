@@ -29,7 +29,7 @@ def read_photograph(path: Path) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def read_mask(path: Path, colours: tuple[Colour, ...] = ()) -> UInt8[np.ndarray, "h w"]:
-    """The values as they are stored: of a palette the indices, of grey in 1, 2 or 4 bits what these bits say.
+    """The values as stored: a palette's indices, or grey values of 1, 2 or 4 bits without scaling.
 
     Where there are colours, the place of each pixel's among them.
     """
@@ -66,7 +66,7 @@ def stored_bits(image: Image.Image) -> int:
 
 
 def is_turned(path: Path) -> bool:
-    """Whether a photograph is shown otherwise than it is stored."""
+    """Whether a photograph is displayed in another orientation than it is stored."""
     with opened(path) as image:
         return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
 

@@ -44,14 +44,14 @@ class Files(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Of a folder, and what says which files it consists of."""
+    """A folder's layout, and the lists or patterns that select its files."""
 
     source: Path
     files: tuple[Files, ...]
 
 
 class Parts(NamedTuple):
-    """What to train on and what to hold out."""
+    """The files to train on and to hold out."""
 
     train: Part
     test: Part
@@ -93,7 +93,7 @@ def pair(folder: Path, image: str, mask: str) -> Files:
 
 
 def inside(folder: Path, path: str) -> Path:
-    """Where a path of a list leads, however much of it is where the folder was on the machine of who wrote the list."""
+    """The file of a list's path, without the leading folders of the machine where the list was written."""
     parts = Path(path.replace("\\", "/")).parts
     tails = (folder.joinpath(*parts[n:]) for n in range(len(parts)))
     return next((tail for tail in tails if tail.is_file()), folder / path)
@@ -112,7 +112,7 @@ def subfolder(folder: Path, names: Sequence[str]) -> Path:
 
 
 def with_ending(folder: Path, name: str, endings: Sequence[str]) -> Path:
-    """The file of a name, whose ending some cameras write in capitals; with the first ending where there is none."""
+    """The file of a name, whose ending some cameras write in capitals; with the first ending if there is no file."""
     paths = [folder / f"{name}{written}" for ending in endings for written in (ending, ending.upper())]
     return next((path for path in paths if path.is_file()), paths[0])
 

@@ -94,7 +94,7 @@ def class_names(folder: Path, classes: int, coding: Coding = DEFAULT) -> tuple[s
         return NAMES if coding == DEFAULT and classes == len(NAMES) else words
     names = tuple(line.strip() for line in read_lines(path, "a name a line") if line.strip())
     if len(names) != classes:
-        raise InputError(f"{path}: expected the names of {classes} classes, a line each, got {len(names)}")
+        raise InputError(f"{path}: expected the names of {classes} classes, one per line, got {len(names)}")
     return names
 
 

@@ -1,4 +1,4 @@
-"""Pictures of what was learnt."""
+"""Pictures of the training and its predictions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ def voc_palette() -> Palette:
 
 
 def palette_of(coding: Coding) -> Palette:
-    """The colours of the masks, and VOC's where they have none."""
+    """The colours of the masks, or VOC's if they have none."""
     colors = voc_palette()
     for colour, label in zip(coding.colours, coding.table, strict=False):
         colors[label] = colour
@@ -73,7 +73,7 @@ def plot_examples(
 
 
 def plot_loss(table: pd.DataFrame, held_out: dict[str, float], path: Path) -> None:
-    """The curves of training, batch by batch and smoothed, beside the held-out scores on the way."""
+    """The curves of training, per batch and smoothed, and the held-out scores."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 4.2))
     smooth = table[["loss", "pixel_accuracy", "mean_iou"]].rolling(max(1, len(table) // 50), min_periods=1).mean()
     left.semilogy(table["step"], table["loss"], color=PALE, lw=1, label="each batch")

@@ -1,4 +1,4 @@
-"""Scenes of handwritten digits on textured backgrounds, each drawn from (seed, index) alone."""
+"""Scenes of handwritten digits on textured backgrounds, each determined by (seed, index)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +72,7 @@ def texture(rng: np.random.Generator, size: int) -> Float[np.ndarray, "size size
 
 
 def place(rng: np.random.Generator, digit: UInt8[np.ndarray, "8 8"], label: int, scene, labels) -> None:
-    """Paint a digit and the void border around it over what is there, or nothing where too little would be left."""
+    """Paint a digit and the void border around it, or nothing if it would hide too much of other digits."""
     size = len(labels)
     height, width = rng.integers(18, 31, 2)
     top, left = rng.integers(0, size - height + 1), rng.integers(0, size - width + 1)

@@ -45,11 +45,11 @@ class Config:
     train: int = 60
     """Images to train on."""
     val: int = 20
-    """Images held out."""
+    """Images to hold out."""
     seed: int = 0
-    """Draws them."""
+    """Draws the images."""
     out: Path = Path("out/streets")
-    """The folder."""
+    """Folder for the images."""
 
 
 class Painter:

@@ -26,7 +26,7 @@ NETWORK = "network.json"
 
 
 class Trained(NamedTuple):
-    """The parameters of a network, and what its classes are called, stand for and look like."""
+    """The parameters of a network, and its classes' names, mask values and colours."""
 
     params: Any
     recipe: Recipe
@@ -41,7 +41,7 @@ class Trained(NamedTuple):
 
 
 def write_trained(out: Path, trained: Trained, widths: Sequence[int]) -> None:
-    """All but the parameters, which are in the last checkpoint."""
+    """Everything except the parameters, which are in the last checkpoint."""
     arrays = {
         "mean": trained.recipe.mean,
         "deviation": trained.recipe.deviation,
@@ -58,7 +58,7 @@ def read_trained(out: Path) -> Trained:
         raise InputError(f"{out}: expected a finished run, which holds summary.json and {NETWORK}")
     step = latest_whole(out / "checkpoints")
     if step is None:
-        raise InputError(f"{out / 'checkpoints'}: expected the checkpoint of the last step, got none")
+        raise InputError(f"{out / 'checkpoints'}: expected a checkpoint of the last step, got none")
     known = json.loads(path.read_text())
     like = jax.eval_shape(lambda key: init_network(key, len(known["names"]), tuple(known["widths"])), jax.random.key(0))
     [params] = read_state(out / "checkpoints", step, (like,))
@@ -68,7 +68,7 @@ def read_trained(out: Path) -> Trained:
 
 
 def write_predictions(trained: Trained, photographs: Sequence[Path], folder: Path) -> None:
-    """Of each photograph a mask with the values of those that were learnt from, and an overlay to look at."""
+    """For each photograph a mask with the training masks' values, and an overlay to look at."""
     for name, count in Counter(path.stem for path in photographs).items():
         if count > 1:
             raise InputError(f"--predict: expected photographs of different names, got {count} of the name {name}")

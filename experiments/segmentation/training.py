@@ -69,7 +69,7 @@ def batches(
 
 
 def random_crop(pair: Pair, rng: np.random.Generator, size: int) -> Pair:
-    """A window of the image, which is padded with void where it is smaller."""
+    """A window of the image, padded with void if the image is smaller."""
     image, labels = pad(pair, size, size)
     top, left = (rng.integers(0, length - size + 1) for length in labels.shape)
     window = np.s_[top : top + size, left : left + size]

@@ -1,1 +1,1 @@
-"""A neural language model whose head over a large vocabulary forms a few of its logits at a time."""
+"""A neural language model whose head over a large vocabulary computes a few logits at a time."""

@@ -2,13 +2,13 @@
 
 python -m experiments.vocabulary --seed 0
 
-The last words go through an embedding and a multilayer perceptron, and the head that scores every word of
-the vocabulary is fused with its loss (`jaxsoft.linear_cross_entropy`), so that no more scores exist at a
-time than --memory-budget allows. Afterwards the head is measured beside one that forms them all. After a
-kill, the same command with --resume ends in the same metrics and parameters, bit for bit on a CPU, as the
-run that was left alone.
+The last tokens go through an embedding and a multilayer perceptron. The head that scores every token of the
+vocabulary is fused with its loss (`jaxsoft.linear_cross_entropy`), so that at any time only as many logits
+exist as --memory-budget allows. Afterwards the head is compared with a head that stores all logits. After a
+kill, the same command with --resume gives the same metrics and parameters, bit for bit on a CPU, as an
+uninterrupted run.
 A vocabulary of 262144 needs --corpus installed, or a larger text of your own. Perplexities of different
-vocabularies do not compare: words outside a vocabulary are no targets of it.
+vocabularies cannot be compared, because tokens outside a vocabulary are not targets.
 """
 
 from dataclasses import dataclass
@@ -28,11 +28,11 @@ class Config(Training):
     """Options of the experiment."""
 
     compare_sizes: tuple[int, ...] = (2048, 8192, 32768, 131072)
-    """Vocabularies over which the fused head is measured beside an unfused one; none to leave this out."""
+    """Vocabularies for which the fused head is compared with an unfused one; none to skip this."""
 
 
 def report(config: Training, text: Text, summary: dict[str, Any]) -> None:
-    """Write and print what came out."""
+    """Write and print the results."""
     table = pd.read_csv(config.out / "metrics.csv")
     summary["tokens"] = int(table["tokens"].to_numpy().sum())
     plot_loss(table, summary, config.out / "loss.png")

@@ -16,7 +16,7 @@ from experiments._door import InputError
 WORD = re.compile(r"\w+|[^\w\s]")
 """A run of letters, digits and underscores, or one other mark; white space only separates."""
 UNKNOWN = 0
-"""The class of every word that is not in the vocabulary, and of what is before the first word of a document."""
+"""The class of tokens that are not in the vocabulary, and of the positions before a document's first token."""
 LIBRARIES = {"standard-library": ("stdlib",), "installed": ("stdlib", "purelib", "platlib")}
 """The folders of Python sources that come with the interpreter, by their names in `sysconfig`."""
 STRETCHES = 20
@@ -26,13 +26,13 @@ Words = Int[np.ndarray, " words"]
 
 
 class Text(NamedTuple):
-    """The classes of the words, each document after `context` unknown ones."""
+    """The classes of the tokens, each document after `context` unknown ones."""
 
     train: Words
     test: Words
     classes: tuple[str, ...]
     counts: Int[np.ndarray, " classes"]  # in the training documents
-    origin: str  # which words these are, in words
+    origin: str  # a description of the tokens
 
 
 def read_text(corpus: str, vocabulary: int, context: int, seed: int) -> Text:
@@ -46,7 +46,9 @@ def read_text(corpus: str, vocabulary: int, context: int, seed: int) -> Text:
         documents = np.array_split(documents[0], STRETCHES)
     documents = [document for document in documents if document.size]
     if len(documents) < 2:
-        raise InputError(f"{corpus}: expected two documents with words in them, to hold one out, got {len(documents)}")
+        raise InputError(
+            f"{corpus}: expected at least two documents with tokens, to hold one out, got {len(documents)}"
+        )
     order = np.random.default_rng(seed).permutation(len(documents))
     held_out = set(order[: max(1, len(documents) // STRETCHES)].tolist())
     train = [document for n, document in enumerate(documents) if n not in held_out]
@@ -56,7 +58,7 @@ def read_text(corpus: str, vocabulary: int, context: int, seed: int) -> Text:
     if vocabulary > found + 1:
         more = "" if corpus not in LIBRARIES or corpus == "installed" else "; --corpus installed has more"
         raise InputError(
-            f"--vocabulary: expected at most {found + 1}, the distinct words of the training documents of {corpus} "
+            f"--vocabulary: expected at most {found + 1}, the distinct tokens of the training documents of {corpus} "
             f"and the unknown class, got {vocabulary}{more}"
         )
     commonest = np.argsort(-counts, kind="stable")[: vocabulary - 1]
@@ -64,7 +66,7 @@ def read_text(corpus: str, vocabulary: int, context: int, seed: int) -> Text:
     classes[commonest] = np.arange(1, vocabulary)
     if not classes[np.concatenate(test)].any():
         raise InputError(
-            f"--vocabulary {vocabulary}: expected some of it in the held-out documents of {corpus}, got none"
+            f"--vocabulary {vocabulary}: expected some of its tokens in the held-out documents of {corpus}, got none"
         )
     everything = zlib.crc32(np.concatenate(documents).tobytes() + "\n".join(words).encode())
     return Text(
@@ -77,7 +79,7 @@ def read_text(corpus: str, vocabulary: int, context: int, seed: int) -> Text:
 
 
 def number(files: Sequence[Path]) -> tuple[list[Words], list[str]]:
-    """The documents as numbers of their words, and the words in the order they are first met."""
+    """The documents as numbers of tokens, and the tokens in the order of their first occurrence."""
     numbers: dict[str, int] = {}
     documents = []
     with tqdm(files, unit="file", desc="reading") as bar:
@@ -93,7 +95,7 @@ def join(documents: Sequence[Words], classes: Words, context: int) -> Words:
 
 
 def list_files(corpus: str) -> list[Path]:
-    """The files in the order of their names; those whose name, or folder's name, begins with a dot are left out."""
+    """The files in the order of their names, without files whose name, or folder's name, begins with a dot."""
     if corpus in LIBRARIES:
         folders = dict.fromkeys(Path(sysconfig.get_path(name)) for name in LIBRARIES[corpus])
         return [path for folder in folders for path in sorted(folder.rglob("*.py")) if is_source(path, folder)]

@@ -16,7 +16,7 @@ ROUNDS = 3
 
 
 def temporary_bytes(compiled: jax.stages.Compiled) -> int | None:
-    """What a compiled function needs at its peak beside arguments and results; None where the compiler does not say."""
+    """A compiled function's peak temporary memory; None if the compiler does not state it."""
     return getattr(compiled.memory_analysis(), "temp_size_in_bytes", None)
 
 

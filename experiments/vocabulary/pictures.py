@@ -1,4 +1,4 @@
-"""Pictures of what was learnt, and of what it takes."""
+"""Pictures of the training, and of the head's memory and time."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ STYLES = {"fused": (BLUE, "o"), "unfused": (ORANGE, "s")}
 
 
 def plot_loss(table: pd.DataFrame, summary: dict[str, Any], path: Path) -> None:
-    """The curve of training, batch by batch and smoothed, beside the held-out losses of network and guess."""
+    """The curve of training, per batch and smoothed, and the held-out losses of the network and of a guess."""
     figure, axes = plt.subplots(figsize=(6.4, 4.2))
     smooth = table["loss"].rolling(max(1, len(table) // 50), min_periods=1).mean()
     axes.plot(table["step"], table["loss"], color=PALE, lw=1, label="training, each batch")

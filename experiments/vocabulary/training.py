@@ -32,20 +32,20 @@ class Training:
     """Options of the training."""
 
     corpus: str = "standard-library"
-    """"standard-library", the sources of this Python; "installed", these and those of the packages installed; or a file
-    or folder of text in UTF-8. A word is a run of letters, digits and underscores, or one other mark."""
+    """"standard-library", the sources of this Python; "installed", these and the sources of installed packages; or a
+    file or folder of text in UTF-8. A token is a run of letters, digits and underscores, or one other character."""
     vocabulary: int = 8192
-    """Classes: the commonest words, and one class for all others, which do not count as targets."""
+    """Classes: the most frequent tokens, and one class for all others, which do not count as targets."""
     context: int = 8
-    """Words from which the next is predicted."""
+    """Tokens from which the next is predicted."""
     features: int = 128
-    """Features of a word, and of a context at the head."""
+    """Features per token, and per context at the head."""
     memory_budget: int = 64
-    """MiB that the logits which exist at a time, and their gradient, may take."""
+    """MiB that one tile's logits and their gradient may take."""
     steps: int = 1000
     """Gradient steps, each on one batch."""
     batch_size: int = 1024
-    """Words in a batch, each after its own context."""
+    """Tokens in a batch, each with its own context."""
     learning_rate: float = 0.002
     """Largest step size of AdamW, reached after a tenth of the steps and then falling to 0 as a cosine."""
     seed: int = 0
@@ -53,7 +53,7 @@ class Training:
     checkpoint_every: int = 250
     """Steps between checkpoints."""
     resume: bool = False
-    """Go on from the latest whole checkpoint in the folder of results."""
+    """Continue from the latest complete checkpoint in the folder of results."""
     overwrite: bool = False
     """Replace the run in the folder of results."""
     out: Path = Path("out/vocabulary")
@@ -61,7 +61,7 @@ class Training:
 
 
 class Batch(NamedTuple):
-    """Words, each with those before it."""
+    """Tokens, each with the tokens before it."""
 
     contexts: Int[np.ndarray, "words context"] | Int[Array, "words context"]
     targets: Int[np.ndarray, " words"] | Int[Array, " words"]
@@ -78,7 +78,7 @@ def check(config: Training) -> None:
 
 
 def plan_of(config: Training, vocabulary: int, platform: Literal["cpu"] | None = None) -> Plan:
-    """What the head does with a batch; refuses a budget that is too small for it."""
+    """The head's plan for a batch; raises an error if the budget is too small."""
 
     def plan(mebibytes: int) -> Plan | None:
         budget = mebibytes * 2**20
@@ -102,14 +102,14 @@ def batch_of(text: Words, positions: Int[np.ndarray, " words"], context: int) ->
 
 
 def training_batch(text: Text, config: Training, step: int) -> Batch:
-    """Words drawn from (seed, step) alone, so that any step can be the first one taken."""
+    """Tokens drawn from (seed, step) alone, so that training can start at any step."""
     rng = np.random.default_rng((config.seed, step))
     positions = rng.integers(config.context, text.train.size, config.batch_size)
     return batch_of(text.train, positions, config.context)
 
 
 def held_out_batches(text: Text, config: Training) -> list[Batch]:
-    """Held-out words at equal distances, all of them where they are few; unknown ones fill up the last batch."""
+    """Held-out tokens at equal distances, or all if they are few; unknown tokens fill the last batch."""
     most = HELD_OUT_BATCHES * config.batch_size
     positions = np.arange(config.context, text.test.size)
     positions = positions[:: -(-positions.size // most)]
@@ -138,7 +138,7 @@ def features_of(params, contexts: Int[Array, "words context"]) -> Float[Array, "
 def loss_of(
     params, batch: Batch, memory_budget: int, batch_axes: str | None = None, axis_name: str | None = None
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """The losses' sum over the known targets, and how many these are.
+    """The sum of the losses over the known targets, and the number of these.
 
     An unknown word is no target: the network would learn that something rare comes, which says nothing
     of what. As part of a context it is a word like any other.
@@ -159,7 +159,7 @@ def loss_of(
 
 
 def train_step(optimizer: optax.GradientTransformation, loss_of: Loss, state, batch: Batch):
-    """One step; reports the mean loss as it was before it, and over how many words."""
+    """One step; reports the mean loss before it, and over how many tokens."""
 
     def mean(params):
         total, count = loss_of(params, batch)
@@ -172,7 +172,7 @@ def train_step(optimizer: optax.GradientTransformation, loss_of: Loss, state, ba
 
 
 class Layout(NamedTuple):
-    """Where the arrays of a run are: all on one device, unless told otherwise."""
+    """Where the arrays of a run are: by default all on one device."""
 
     loss_of: Loss = loss_of
     shardings: Callable[[Any], Any] = lambda state: None
@@ -186,7 +186,7 @@ def all_it_depends_on(config: Training, text: Text) -> dict[str, Any]:
 
 
 def fit(config: Training, text: Text, layout: Layout = Layout()) -> dict[str, Any]:
-    """Train in `config.out` and measure on the held-out words."""
+    """Train in `config.out` and measure on the held-out tokens."""
     schedule = optax.warmup_cosine_decay_schedule(0, config.learning_rate, config.steps // 10, config.steps)
     optimizer = optax.adamw(schedule)
 
@@ -219,7 +219,7 @@ def fit(config: Training, text: Text, layout: Layout = Layout()) -> dict[str, An
 
 
 def evaluate(params, text: Text, held_out: Sequence[Batch], loss_of: Loss, layout: Layout) -> dict[str, Any]:
-    """Scores over the held-out words, beside those of guessing by frequency in the training documents alone."""
+    """Scores on the held-out tokens, and the scores of guessing by frequency in the training documents."""
     sums = [jax.device_get(loss_of(params, layout.put(batch))) for batch in held_out]
     loss = sum(float(total) for total, _ in sums) / sum(int(count) for _, count in sums)
     targets = np.concatenate([batch.targets for batch in held_out])

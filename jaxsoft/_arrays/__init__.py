@@ -1,1 +1,1 @@
-"""What is asked of arrays, whatever they mean: values, dtypes, the axis of the classes, the layout over devices."""
+"""Checks of arrays whatever they mean: values, dtypes, the class axis, sharding, types that exports store."""

@@ -24,10 +24,10 @@ Option = TypeVar("Option")
 def checked(fn: Callable[P, R]) -> Callable[P, R]:
     """Return `fn` with the values of its arguments checked as well as their shapes.
 
-    A compiled function cannot raise, so a label outside its range becomes a NaN loss and a NaN
-    gradient. `checked(fn)` runs the same computation with JAX's `checkify` and raises instead. Wrap
-    it around everything else, `checked(jax.jit(fn))` or `checked(jax.grad(fn))`: it looks at values,
-    so it cannot itself be traced.
+    A compiled function cannot raise, so a label out of range becomes a NaN loss and a NaN gradient.
+    `checked(fn)` runs the same computation with JAX's `checkify` and raises instead. It looks at values,
+    so it cannot be traced itself: wrap it around everything else, as in `checked(jax.jit(fn))` or
+    `checked(jax.grad(fn))`.
 
     Args:
         fn: a function that calls this library, itself possibly transformed by `jax.jit`, `jax.grad`
@@ -102,9 +102,9 @@ def _entry(name: str, index: Iterable[str]) -> str:
 
 
 def as_array(name: str, value: ArrayLike) -> Array:
-    """`value` as an array of JAX's, or an error that names the argument."""
+    """`value` as a JAX array, or an error that names the argument."""
     refuse_mask(name, value)
-    # For a list or an array JAX's own error says best what is wrong.
+    # For a list or an array JAX's own error is the most precise.
     is_array = isinstance(value, jax.Array | np.ndarray | Sequence) and not isinstance(value, str)
     try:
         if isinstance(value, str):
@@ -131,7 +131,7 @@ def as_floating(name: str, value: ArrayLike) -> Array:
         return array.astype(jnp.result_type(float))
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name}: expected real numbers, got dtype {array.dtype}")
-    if array.dtype.itemsize < 2:  # some have no infinity, which masks classes, and none can hold a result
+    if array.dtype.itemsize < 2:  # some of these have no infinity, which masks classes, and all are too coarse
         raise TypeError(f"{name}: expected at least 16 bits, got dtype {array.dtype}: convert to bfloat16 first")
     return array
 
@@ -153,7 +153,7 @@ def broadcast(name: str, array: Array, shape: tuple[int, ...]) -> Array:
 
 
 def as_integer(name: str, value: int) -> int:
-    """`value` as a Python integer: it is static, not traced."""
+    """`value` as a Python integer; it must be static, not traced."""
     if isinstance(value, Tracer):
         raise TypeError(
             f"{name}: expected an integer known when the function is traced, got a traced value: "
@@ -190,7 +190,7 @@ def as_axes(axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
 def as_number(
     name: str, value: Float[ArrayLike, ""], low: float, high: float = math.inf, *, above: bool = False
 ) -> float | Array:
-    """`value` within [low, high], or above low: a Python float, or an array where it is traced, for schedules."""
+    """`value` within [low, high], or above low: a Python float, or an array if it is traced, for schedules."""
     is_array = isinstance(value, np.ndarray | jax.Array)  # traced ones too
     if isinstance(value, bool) or not (isinstance(value, numbers.Real) or is_array):
         raise TypeError(f"{name}: expected a number or a scalar array, got {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""The classes of each position: along one axis; the logits at some classes, and values in their place."""
+"""The class axis: several axes merged into one, logits read at some classes, values written at some classes."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -46,7 +46,7 @@ def remove_classes(logits: Array, mask: Array | None) -> Array:
 def along_one_axis(axis: Axis, axis_name: AxisName, logits: Array, *others: Any) -> tuple[int, Array, Any]:
     """The class axis, and arrays with all classes along it: several axes become one at the end, the last the fastest.
 
-    Other arrays of another rank, such as labels, are returned unchanged.
+    Arrays of another rank than the logits, such as labels, are returned unchanged.
     """
     if not isinstance(axis, Sequence) and axis is not None:
         merged_axis = as_axis(axis, logits.ndim)
@@ -86,7 +86,7 @@ def put(array: Array, classes: Array, values: Array, axis: int) -> Array:
 
 
 def take(logits: Array, classes: Array, axis: int, axis_name: AxisName) -> tuple[Array, Array]:
-    """The logits at some classes of each position, and whether there is such a class, on any shard."""
+    """The logits at some classes of each position, and whether any shard has such a class."""
     size, z = logits.shape[axis], widen(logits)
     inside = (classes >= 0) & (classes < size)
     if any(explicit_names(logits)):
@@ -101,7 +101,7 @@ def take(logits: Array, classes: Array, axis: int, axis_name: AxisName) -> tuple
 
 
 def _is_class(array: Array, classes: Array, axis: int) -> Array:
-    """(…, K, classes, …): a gather or scatter cannot look at several devices, but a comparison is made on each."""
+    """(…, K, classes, …): a gather or scatter cannot read several devices, but each device can compare."""
     index = _class_index(array, classes.dtype, axis)
     return jnp.expand_dims(classes, axis + 1) == jnp.expand_dims(index, axis)
 

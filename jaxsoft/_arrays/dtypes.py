@@ -14,18 +14,18 @@ def widen(array: Array) -> Array:
 
 
 def is_removed(logits: Array) -> Array:
-    """Where they are −inf, without an infinity to compare with, which JAX's `debug_infs` would stop at."""
+    """Where logits are −inf, without comparing with an infinity, at which JAX's `debug_infs` would stop."""
     return logits < jnp.finfo(logits.dtype).min
 
 
 def nan_unless(valid: Bool[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
-    """1, or NaN where not valid: a compiled function has no other way to report an invalid value.
+    """1 where valid, else NaN: a compiled function has no other way to report an invalid value.
 
-    It is a root of −1, since JAX's `debug_nans` stops at a literal NaN even where that is not selected.
+    NaN is computed as a root of −1, because JAX's `debug_nans` stops at a literal NaN even if it is not selected.
     """
     return jnp.sqrt(jnp.where(valid, 1, -1).astype(dtype))
 
 
 def at_least_int32(labels: Array) -> Array:
-    """Labels, of NumPy or JAX, in a dtype that can hold the number of classes to compare them with, as int8 cannot."""
+    """Labels, of NumPy or JAX, in a dtype that can hold the number of classes, unlike int8."""
     return labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels

@@ -1,4 +1,4 @@
-"""Types of arguments and results that a program exported by `jax.export` can be stored with."""
+"""Types of arguments and results with which `jax.export` can store programs."""
 
 import contextlib
 import json
@@ -12,9 +12,9 @@ Kind = TypeVar("Kind", bound=type)
 def exportable(kind: Kind) -> Kind:
     """Let `jax.export` store programs that take or return a NamedTuple, or a dataclass that is registered as a tree.
 
-    Under a name that never changes: it is stored with the program.
+    Its name must never change, because it is stored with the program.
     """
-    with contextlib.suppress(ValueError):  # of a package that is imported once more; JAX keeps the first
+    with contextlib.suppress(ValueError):  # if the package is imported again; JAX keeps the first registration
         _register(kind, f"jaxsoft.{kind.__name__}")
     return kind
 
@@ -22,7 +22,7 @@ def exportable(kind: Kind) -> Kind:
 def _register(kind: type, name: str) -> None:
     if hasattr(kind, "_fields"):
         export.register_namedtuple_serialization(kind, serialized_name=name)
-    else:  # in addition to the arrays JAX stores the static fields, which are strings
+    else:  # JAX stores the static fields, which are strings, in addition to the arrays
         export.register_pytree_node_serialization(
             kind,
             serialized_name=name,

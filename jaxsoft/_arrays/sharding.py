@@ -26,7 +26,7 @@ Replicated = Annotated[Array, "replicated"]
 
 
 def field_specs(arrays: Any, specs: dict[str, PartitionSpec]) -> Any:
-    """For a NamedTuple of arrays the spec of each, by what its field declares; None where there is no array."""
+    """The spec of each array of a NamedTuple, as its field declares; None if there is no array."""
     layouts = _layouts(type(arrays))
     return type(arrays)(*(a if a is None else specs[layouts[name]] for name, a in arrays._asdict().items()))
 
@@ -42,11 +42,11 @@ def _layouts(kind: type) -> dict[str, str]:
     return layouts
 
 
-# ---- Explicit axes, whose layout types state.
+# ---- Explicit axes, whose sharding the types state.
 
 
 def explicit_sharding(array: Typed) -> NamedSharding | None:
-    """What an array's type says of its sharding; None where no axis of its mesh is explicit."""
+    """The sharding that an array's type states; None if no axis of its mesh is explicit."""
     sharding = None if isinstance(array, jax.ShapeDtypeStruct) else type_sharding(array)
     return sharding if sharding is not None and AxisType.Explicit in sharding.mesh.axis_types else None
 
@@ -65,7 +65,7 @@ def as_names(entry: Any) -> Names:
 
 
 def shard_like(array: Array, like: Typed, *absent: int) -> Array:
-    """`array` sharded as `like` is, whose axes it has except the `absent`; axes of length one are on every device."""
+    """`array` sharded as `like`, whose axes it has except the `absent`; axes of length one are replicated."""
     if explicit_sharding(like) is None:
         return array
     names = [names for axis, names in enumerate(explicit_names(like)) if axis not in absent]
@@ -75,7 +75,7 @@ def shard_like(array: Array, like: Typed, *absent: int) -> Array:
 
 
 def shard_like_except(array: Array, like: Typed, axis: int) -> Array:
-    """`array` sharded as `like` is, but not along one axis, in which it may have another length."""
+    """`array` sharded as `like`, except along one axis, which may have another length."""
     return _reshard(array, like, [() if n == axis else names for n, names in enumerate(explicit_names(like))])
 
 
@@ -92,7 +92,7 @@ def _reshard(array: Array, like: Typed, names: Sequence[Names]) -> Array:
 
 
 def broadcast_like(array: Array, like: Array) -> Array:
-    """`array` broadcast to the shape of `like` and sharded as it is: of the cases of a choice JAX asks for both."""
+    """`array` broadcast to the shape of `like` and sharded as it: JAX requires both of the cases of a select."""
     return jnp.broadcast_to(array, like.shape, out_sharding=explicit_sharding(like))
 
 
@@ -106,7 +106,7 @@ def look_up(table: Array, indices: Array) -> Array:
 
 
 def as_axis_name(axis_name: AxisName, name: str, array: Array) -> AxisName:
-    """`axis_name`, or a ValueError where no `shard_map` has sharded the classes of `array` over it."""
+    """`axis_name`, or a ValueError if no `shard_map` has sharded the classes of `array` over it."""
     if axis_name is None:
         return None
     names = tuple(axis_name) if isinstance(axis_name, list | tuple) else (axis_name,)
@@ -114,7 +114,7 @@ def as_axis_name(axis_name: AxisName, name: str, array: Array) -> AxisName:
         tracked = manual_axes(lax.axis_index(names))
     except NameError:
         tracked = frozenset()
-    # Untracked, JAX would divide the cotangent of a loss that is equal on all shards by their number.
+    # Without tracking, JAX would divide the cotangent of a loss that is equal on all shards by their number.
     if not tracked:
         raise ValueError(
             "axis_name: expected a mesh axis of an enclosing jax.shard_map with check_vma=True, its default "
@@ -142,7 +142,7 @@ def sum_shards(array: Array, axis_name: AxisName) -> Array:
 
 
 def max_shards(array: Array, axis_name: AxisName) -> Array:
-    """The largest on any shard, or NaN where one is NaN: XLA's CPU would ignore the NaN."""
+    """The largest on any shard, or NaN if one is NaN: XLA's CPU all-reduce would ignore the NaN."""
     if axis_name is None:
         return array
     largest, is_nan = lax.pmax(jnp.stack([array, jnp.isnan(array).astype(array.dtype)]), axis_name)

@@ -1,4 +1,4 @@
-"""What two gradients have in common, as far as the rounding of a dtype can tell."""
+"""Compare gradients, within the rounding of a dtype."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,14 +6,14 @@ from jaxtyping import Bool, Float
 
 from jaxsoft._doctor.problem import Problem, Vectors
 
-# A right gradient may be off by this much of the length of each of its vectors; the keys are bits of the mantissa.
+# The allowed error of a right gradient, relative to the length of each vector; the keys are bits of the mantissa.
 TOLERANCE = {52: 1e-4, 23: 1e-4, 10: 2e-3, 7: 2e-2}
-# p − 1 may lose this much of a vector's length before it is said.
+# If p − 1 loses more than this much of a vector's length, the verdict is "lost to rounding".
 LOSS = 1e-2
 
 
 class Comparison:
-    """A gradient, classes last, with the problem that it is to be the gradient of and what its dtype can tell."""
+    """A gradient, classes last, with its problem and the limits of its dtype."""
 
     def __init__(self, g: Vectors, p: Problem, dtype: np.dtype, logits_dtype: np.dtype | None = None):
         self.g, self.p, self.dtype = g, p, dtype
@@ -22,14 +22,14 @@ class Comparison:
         self.tolerance = TOLERANCE[limits.nmant]  # it is relative to the length of a vector
         self.eps = float(limits.eps)  # numbers at one have this spacing
         self.least = float(limits.smallest_subnormal)  # this is the smallest number, and the spacing there
-        # A device may put zero below a few of the smallest normal numbers, since what is multiplied was flushed before.
+        # A device may give zero below a few of the smallest normal numbers, because it flushed a factor to zero before.
         self.flushed = 0.0 if dtype == np.float16 else 4 * float(limits.tiny)
 
     def at(self, positions: np.ndarray) -> "Comparison":
         return Comparison(self.g[positions], self.p.at(positions), self.dtype)
 
     def is_truth(self, count: float | Vectors = 1.0, *, lost: bool = False) -> bool:
-        """Whether `count` times the gradient is that of the sum, as far as each vector's own rounding can tell.
+        """Whether `count` times the gradient is the gradient of the sum, within each vector's own rounding.
 
         With `lost`, p − 1 may have lost all of a label's entry, and otherwise only a little of it.
         """
@@ -37,24 +37,24 @@ class Comparison:
         given = count * self.g
         hot = np.count_nonzero(p.t, -1, keepdims=True) == 1
         length = norms(p.truth)
-        # z minus the maximum is rounded before it is exponentiated; 1/count and the result may be the smallest numbers.
+        # z minus the maximum is rounded before exp; 1/count and the result may be the dtype's smallest numbers.
         exponent = self.eps / 2 * (p.z.max(-1, keepdims=True) - p.z) * np.abs(p.tau) * p.o
         smallest = self.least / 2 * abs(count) * (1 + np.abs(p.truth))
         subtraction = 4 * self.eps * np.abs(p.t)
-        if not lost:  # a label alone need not be subtracted from, a distribution must be
+        if not lost:  # with a label the subtraction can be avoided, with a distribution it cannot
             subtraction = np.where(hot, np.minimum(subtraction, LOSS * length), subtraction)
         limit = self.flushed * np.maximum(abs(count), np.maximum(np.abs(p.tau), 1))
         off = given - _flushed(p, given, hot, limit)
         return bool((norms(_beyond(off, exponent + smallest + subtraction)) <= self.tolerance * length).all())
 
     def is_reduced_truth(self, factor: float = 1.0, *, lost: bool = False) -> bool:
-        """Whether the gradient is the factor times that of the sum or of a mean."""
+        """Whether the gradient is the factor times the gradient of the sum or of a mean."""
         return any(self.is_truth(count / factor, lost=lost) for count in self.p.scales.values())
 
     def is_mistake(self, candidate: Vectors, count: float = 1.0) -> bool:
         """Whether `count` times the gradient is the candidate, each vector to the rounding of its targets.
 
-        A vector that this rounding hides may be anything so small; all of them together may not.
+        A vector that is smaller than this rounding may have any value; all vectors together may not.
         """
         length = norms(candidate)
         hidden = 4 * self.eps * np.abs(self.p.t).sum(-1, keepdims=True)
@@ -65,16 +65,16 @@ class Comparison:
         return bool(total <= self.tolerance * norm(candidate) and (each <= self.tolerance * length).all())
 
     def is_candidate(self, candidate: Vectors) -> bool:
-        """Whether the gradient is the candidate, of the sum or a mean, and not as well explained by the truth."""
+        """Whether the gradient is the candidate, of the sum or a mean, and the truth does not explain it as well."""
         made = Comparison(candidate, self.p, self.dtype)
-        if made.is_truth(lost=True):  # as a relu has it that changes no logit
+        if made.is_truth(lost=True):  # for instance a relu that changes no logit
             return False
         multiple = made.factor_of_truth()
-        if multiple is not None:  # such a candidate is held to what the truth is
+        if multiple is not None:  # such a candidate must be as close as the truth would have to be
             return self.is_reduced_truth(multiple)
         return any(
             self.is_mistake(candidate, count)
-            # What differs from the truth is to be accounted for, not only to be lost in what is right.
+            # The candidate must explain the difference from the truth, not only be small relative to the right entries.
             and norm(count * self.g - candidate) < 0.05 * norm(count * self.g - self.p.truth)
             for count in self.p.scales.values()
         )
@@ -86,7 +86,7 @@ class Comparison:
         return k if np.isfinite(k) else 0.0
 
     def factor_of_truth(self) -> float | None:
-        """The k for which the gradient is k times that of the sum, or None."""
+        """The k for which the gradient is k times the gradient of the sum, or None."""
         factor = self.factor(self.p.truth)
         return factor if factor and self.is_truth(1 / factor, lost=True) else None
 
@@ -96,13 +96,13 @@ class Comparison:
         return min(reduced, key=lambda truth: distance(self.g, truth))
 
     def explains(self, gradient: Vectors) -> bool:
-        """Whether a gradient accounts for what no multiple of the truth does, and is not only lost in what is right."""
+        """Whether a gradient explains the part that no multiple of the truth explains."""
         apart = norm(self.g - self.factor(self.p.truth) * self.p.truth)
         return norm(self.g - gradient) < 0.05 * apart
 
 
 def _flushed(p: Problem, given: Vectors, hot: Bool[np.ndarray, "... 1"], limit: Vectors) -> Vectors:
-    """The truth where a device may put zero for τo, t or their difference, whichever is nearest to what is given."""
+    """The truth, or zero in place of τo, t or their difference where a device may flush it: the nearest to `given`."""
     options = np.stack(
         [
             p.truth,
@@ -123,7 +123,7 @@ def _beyond(off: Vectors, allowed: Vectors) -> Vectors:
 
 
 def norms(a: Vectors) -> Vectors:
-    """Length of each vector, also where its square is no number of float64."""
+    """Length of each vector, also if its square overflows or underflows in float64."""
     largest = np.abs(a).max(-1, keepdims=True)
     unit = np.where((largest > 0) & np.isfinite(largest), largest, 1)
     return unit * np.linalg.norm(a / unit, axis=-1, keepdims=True)
@@ -134,5 +134,5 @@ def norm(a: Float[np.ndarray, "..."]) -> float:
 
 
 def distance(g: Float[np.ndarray, "..."], expected: Float[np.ndarray, "..."]) -> float:
-    """‖g − expected‖ / ‖expected‖, where nothing is expected ‖g‖."""
+    """‖g − expected‖ / ‖expected‖, or ‖g‖ if zero is expected."""
     return norm(g - expected) / (norm(expected) or 1)

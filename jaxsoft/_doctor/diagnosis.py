@@ -18,12 +18,12 @@ COUNTED_FROM_ONE = (
 )
 OTHER_SHAPES = {
     "transposed": MISTAKES["transposed"][0],
-    "Jacobian handed over": "This is softmax's Jacobian itself, one matrix per position, not yet a gradient: that is "
-    "its product with the loss's gradient g to the probabilities, s (g − s·g), which needs no matrix.",
+    "Jacobian handed over": "This is softmax's Jacobian itself, one matrix per position, not a gradient. The gradient "
+    "is the Jacobian times g, the loss's gradient to the probabilities: s (g − s·g), which needs no matrix.",
 }
 
 
-@dataclass(frozen=True, eq=False)  # arrays have no one truth value to be equal by
+@dataclass(frozen=True, eq=False)  # comparing arrays does not give a single truth value
 class Diagnosis:
     """The result of `diagnose_gradient` or `diagnose_loss`; printing it prints the explanation."""
 
@@ -33,8 +33,8 @@ class Diagnosis:
     true_gradient: Float[np.ndarray, "..."]  # of the sum of the losses
     error: float  # distance to the true gradient of the sum or a mean, whichever is nearer, divided by its norm
     row_sums: Float[np.ndarray, "..."]  # sums over the classes; zero in every right gradient
-    true_loss: Float[np.ndarray, "..."] | None = None  # of each position, where a loss was judged
-    found: tuple[str, ...] = ()  # where a loss was judged, at most three explanations, the most likely first
+    true_loss: Float[np.ndarray, "..."] | None = None  # of each position, if a loss was judged
+    found: tuple[str, ...] = ()  # if a loss was judged, at most three explanations, the most likely first
 
     def __str__(self) -> str:
         return self.explanation
@@ -57,8 +57,8 @@ def diagnose_gradient(
         targets: integer labels of the logits' shape without the class axis; or a distribution of the
             logits' shape, or a one-hot of integers or booleans.
         gradient: the gradient to judge, of the logits' shape (a matrix may be transposed).
-        axis: the class axis. Labels that fit only another axis are judged along that one, which the
-            explanation then names.
+        axis: the class axis. Labels that fit only another axis are judged along that axis, and the
+            explanation names it.
         ignore_index: label of the ignored positions. With None, the labels -1, -100, 255, 65535 and
             -2**31 are ignored unless they are classes.
 
@@ -66,14 +66,14 @@ def diagnose_gradient(
         A `Diagnosis`: whether the gradient is right for the sum or a mean, a verdict, an explanation,
         the true gradient, how far the given one is from it, and its sums over the classes.
 
-    Edges: the comparison is made in float64, for each position by itself, relative to the norm of its own
-    gradient. A vector may be off by 1e-4 of its norm in float32 and float64, 2e-3 in float16 and 2e-2 in
-    bfloat16, by the spacing of the dtype's smallest numbers, and by the rounding of subtracting a target;
-    where a label's p − 1 loses more than 1 % of the vector, the verdict is "lost to rounding". Logits of a
-    finer dtype than the gradient may have been rounded to the gradient's. Mistakes are recognised whether
-    summed or averaged. With two classes and one position some mistakes equal the true gradient up to a
-    factor; they are named where that factor is exact. Labels from 1 to the number of classes are judged
-    minus 1, and never called right. This is a tool for concrete arrays, not for `jit`.
+    Edges: each position is compared separately, in float64, relative to the norm of its own gradient. A
+    vector may be off by 1e-4 of its norm in float32 and float64, 2e-3 in float16 and 2e-2 in bfloat16, by
+    the spacing of the dtype's smallest numbers, and by the rounding of subtracting a target. If a label's
+    p − 1 loses more than 1 % of the vector, the verdict is "lost to rounding". Logits of a finer dtype than
+    the gradient may have been rounded to the gradient's dtype. Mistakes are recognised in sums and in means.
+    With two classes and one position some mistakes equal the true gradient up to a factor; they are named
+    if that factor is exact. Labels from 1 to the number of classes are judged minus 1, and never called
+    right. This is a tool for concrete arrays, not for `jit`.
 
     Raises:
         TypeError: traced arrays, or arrays that are not real numbers.
@@ -103,7 +103,7 @@ def diagnose_gradient(
         best = min(others, key=lambda n: (not diagnoses[n].correct, diagnoses[n].verdict == "wrong"))
         return _remarked(
             diagnoses[best],
-            f"The targets fit classes along axis {best}, not {axis}, and were judged so: pass axis={best}.",
+            f"The targets fit classes along axis {best}, not {axis}, and were judged along it: pass axis={best}.",
         )
     diagnosis = _diagnose(z, t, g, axis, index)
     if diagnosis.verdict not in ("wrong", "softmax over the wrong axis"):
@@ -113,12 +113,12 @@ def diagnose_gradient(
         explanation = (
             f"With the classes along axis {axis} this is not the gradient, along axis {other} it is: pass axis={other}."
         )
-        if turned.correct and diagnosis.verdict != "wrong":  # targets that are one-hot along both axes do not tell
+        if turned.correct and diagnosis.verdict != "wrong":  # targets that are one-hot along both axes fit both
             return replace(diagnosis, explanation=f"{diagnosis.explanation} Or else: {explanation}")
         if turned.correct:
             return replace(turned, correct=False, verdict="classes along another axis", explanation=explanation)
         if other in fitting and diagnosis.verdict == "wrong" != turned.verdict:
-            return _remarked(turned, f"With the classes along axis {axis} this has no name, along axis {other}:")
+            return _remarked(turned, f"With classes along axis {axis} this is no known mistake; along axis {other}:")
     return diagnosis
 
 

@@ -58,11 +58,11 @@ def _softmax(z: Vectors, shift: Any, tiny: float) -> Vectors:
 def _quotient(z: Vectors, t: Vectors, tiny: float) -> Vectors:
     o = _softmax(z, z.max(-1, keepdims=True), tiny)
     quotient = t / np.where(o < tiny, 0, o)
-    return quotient if tiny else np.where(t == 0, 0, quotient)  # whoever divides the zeros too gets 0/0
+    return quotient if tiny else np.where(t == 0, 0, quotient)  # dividing targets of 0 too would give 0/0
 
 
-# Each formula takes z, t and the number below which a device puts zero. The sum in one of them stands for the
-# Jacobian, which spreads a quotient over the classes.
+# Each formula takes z, t and the number below which a device rounds to zero. One formula sums over the classes in
+# place of the Jacobian, which spreads a quotient over them.
 CAUSES: dict[str, Callable[[Vectors, Vectors, float], Vectors]] = {
     "softmax was shifted by the maximum of the whole array instead of each vector's own; where a vector lies far "
     "below, all its exponentials are 0, and 0/0 is NaN": lambda z, t, tiny: _softmax(z, z.max(), tiny),
@@ -81,32 +81,32 @@ losses.""")(lambda c: next(({"reduction": name} for name, count in c.p.scales.it
 @finding("""all zero: Every entry is zero, and the true gradient is not. The gradient of sum(softmax(z)) is zero
 everywhere, since the probabilities always sum to one: was that differentiated instead of the loss?""")
 def _(c: Comparison) -> Values:
-    # Softmax's outputs sum to one but for rounding, and so does what is differentiated of that sum.
+    # Softmax's outputs sum to one up to rounding, so the gradient of their sum is only that small.
     rounding = 16 * min(c.eps, 2.0**-23) / max(c.p.scales.values())
     return np.abs(c.g).max() <= (rounding if np.abs(c.p.truth).max() > 1e-3 else 0)
 
 
-finding("""ignored positions not zeroed: The gradient is right but where
-positions are ignored: there it must be zero for all classes, not only for the
+finding("""ignored positions not zeroed: The gradient is right except at ignored
+positions: there it must be zero for all classes, not only for the
 label's.""")(lambda c: not c.p.live.all() and c.p.live.any() and c.at(c.p.live[..., 0]).is_reduced_truth())
 
 
 @finding("a known mistake: {explanation}{others}")
 def _(c: Comparison) -> Values:
-    """A mistake in a sum or a mean is more likely than the truth times an odd number, and that than both at once."""
+    """Tried before factors and pairs: a mistake alone is likelier than a factor alone, and a factor than both."""
     names = list(dict.fromkeys(name for name, candidate in candidates(c.p) if c.is_candidate(candidate)))
-    others = f" Here the result is the same as of: {', '.join(names[1:])}." if names[1:] else ""
+    others = f" Here other mistakes give the same result: {', '.join(names[1:])}." if names[1:] else ""
     return {"name": names[0], "explanation": MISTAKES[names[0]][0], "others": others} if names else None
 
 
-finding("""lost to rounding: This is right to the rounding of one, but smaller than that: p − 1 was computed
-where p rounds to 1. The gradient of a label is minus the sum of the other probabilities, as in
-`cross_entropy`.""")(lambda c: c.is_reduced_truth(lost=True))
-finding("""opposite sign: This is the true gradient with the opposite sign: descending along it climbs. The factor is
-{factor:.6g}.""")(lambda c: (c.factor_of_truth() or 0) < 0 and {"factor": c.factor_of_truth()})
+finding("""lost to rounding: This is right only to the rounding of numbers near 1, and the gradient is smaller: p − 1
+was computed where p rounds to 1. Compute the gradient of a label as minus the sum of the other probabilities, as
+`cross_entropy` does.""")(lambda c: c.is_reduced_truth(lost=True))
+finding("""opposite sign: This is the true gradient with the opposite sign: descending along it increases the loss. The
+factor is {factor:.6g}.""")(lambda c: (c.factor_of_truth() or 0) < 0 and {"factor": c.factor_of_truth()})
 
 
-@finding("""right up to a factor of {factor:.6g}: The direction is right and the length is not: this is {factor:.6g}
+@finding("""right up to a factor of {factor:.6g}: The direction is right, but the length is not: this is {factor:.6g}
 times the gradient of the sum, {note}.""")
 def _(c: Comparison) -> Values:
     positions, classes = c.p.live.size, c.p.classes
@@ -117,14 +117,14 @@ def _(c: Comparison) -> Values:
         "as for mean squared error's 2/(positions · classes)": 2 / (positions * classes),
         "as for a mean over the classes": 1 / classes,
         "as for a mean over positions that was taken twice": 1 / positions**2,
-        "and no mean over positions gives that factor": factor,
+        "a factor that no mean over positions gives": factor,
     }
     return {"factor": factor, "note": next(n for n, k in habits.items() if abs(factor / k - 1) < 1e-3)}
 
 
 @finding("a mistake with a number: {explanation}")
 def _(c: Comparison) -> Values:
-    """A mistake with a number to fit, which must account for what is wrong, not only be lost in what is right."""
+    """Fit a mistake's number; the mistake must explain the error, not only be small compared with the right entries."""
     fits = [(name, fit) for name, (_, formula) in FITS.items() for fit in formula(c.p, c.g)]
     name, fit = min(fits, key=lambda named: norm(c.g - named[1].gradient / named[1].divisor))
     changes = norms(fit.gradient - c.p.truth)
@@ -137,7 +137,7 @@ def _(c: Comparison) -> Values:
 
 
 @weights("""right up to a mask: This is the gradient of {count} of {positions} positions, times {factor:.6g}, and zero
-at the others: right if a mask was meant to ignore these.""")
+at the others: right if a mask was meant to ignore the others.""")
 def _(c: Comparison, factors: Factors, hot: Vectors) -> Values:
     taken = factors[factors != 0]
     is_mask = len(taken) < len(factors) and np.ptp(taken) <= 4 * c.tolerance * np.abs(factors).max()
@@ -153,31 +153,32 @@ def _(c: Comparison, factors: Factors, hot: Vectors) -> Values:
     if not is_shared or any(np.ptp(group) > close for group in groups.values()):
         return None
     least = min(float(group.mean()) for group in groups.values() if group.any())
-    # Of classes that occur once each a weight would be a number of the position's own.
+    # If every class occurs once, class weights cannot be told from weights of positions.
     certainty = "correct for" if min(map(len, groups.values())) > 1 else "right up to"
     return {"certainty": certainty, "weights": _listed((n, group.mean() / least) for n, group in groups.items())}
 
 
 @weights("""a function of the label's probability: Each vector is a multiple of its true gradient, and the multiple
-follows the probability of the label: this is the gradient of another function of it than −log p, such as the focal
+depends on the label's probability p: this is the gradient of another function of p than −log p, such as the focal
 loss. The multiples go from {low:.4g} to {high:.4g}.""")
 def _(c: Comparison, factors: Factors, hot: Vectors) -> Values:
     taken, probs = factors != 0, (c.p.o * hot).sum(-1)
     rises = np.diff(factors[taken][np.argsort(probs[taken])]) > 0
-    # Numbers in any order pass 1 time in 150, or less often.
+    # Numbers in random order pass this test at most once in 150 times.
     follows = _are_labels(hot) and rises.size > 6 and np.count_nonzero(rises[1:] != rises[:-1]) < 2
     return follows and {"low": factors.min(), "high": factors.max()}
 
 
 weights("""right up to weights: Each vector is its true gradient times a number of its own, from
 {low:.6g} to {high:.6g}: right if the positions have such weights. With two classes a mistake may look
-so, too.""")(lambda c, factors, hot: c.p.classes == 2 and {"low": factors.min(), "high": factors.max()})
+the same.""")(lambda c, factors, hot: c.p.classes == 2 and {"low": factors.min(), "high": factors.max()})
 
 
 @weights("""right up to weights of positions: This is the gradient with a weight for each position, from {low:.6g} to
-{high:.6g}: right if these were to have such weights. Of another loss than −log p it may look so, too.{climbs}""")
+{high:.6g}: right if the positions have such weights. The gradient of another loss than −log p may look the
+same.{climbs}""")
 def _(c: Comparison, factors: Factors, hot: Vectors) -> Values:
-    climbs = " One below 0 climbs: right for an advantage, as in REINFORCE, not for a weight."
+    climbs = " A factor below 0 increases the loss: right for an advantage, as in REINFORCE, not for a weight."
     return {"low": factors.min(), "high": factors.max(), "climbs": climbs if factors.min() < 0 else ""}
 
 
@@ -190,7 +191,7 @@ def _listed(numbers: Iterable[tuple[int, float]]) -> str:
 
 
 def _weighted(c: Comparison, hot: Vectors) -> dict[str, str]:
-    """The finding where each vector is a number of its own times its true gradient; `hot` is at the labels."""
+    """The finding if each vector is its true gradient times a number of its own; `hot` marks the labels."""
     classes, live = c.p.classes, c.p.live[..., 0] & c.p.truth.any(-1)
     if c.g[~c.p.live[..., 0]].any() or np.count_nonzero(live) < 2:
         return {}
@@ -254,8 +255,8 @@ def _(c: Comparison) -> Values:
     return None
 
 
-@finding("""class weights by column: Each class's entries are the true ones times a number of its own: {weights}. The
-weight of a label is for its whole vector, w_y (o − t); by column it is the gradient of no function.""")
+@finding("""class weights by column: Each class's entries are the true entries times a number of its own: {weights}. The
+weight of a label multiplies its whole vector, w_y (o − t); multiplied by column it is the gradient of no function.""")
 def _(c: Comparison) -> Values:
     p, positions = c.p, tuple(range(c.g.ndim - 1))
     squares = np.sum(p.truth**2, positions)
@@ -264,7 +265,7 @@ def _(c: Comparison) -> Values:
     return are_weights and {"weights": _listed(enumerate(weights))}
 
 
-@finding("a known mistake times a number: {explanation} Besides, it is multiplied by {factor:.6g}.")
+@finding("a known mistake times a number: {explanation} In addition, it is multiplied by {factor:.6g}.")
 def _(c: Comparison) -> Values:
     for name, candidate in candidates(c.p):
         factor = c.factor(candidate) if np.count_nonzero(candidate) > 1 else 0
@@ -273,12 +274,12 @@ def _(c: Comparison) -> Values:
     return None
 
 
-finding("""one number everywhere: Every entry is {value:.6g}: this may be a loss or its mean, and is no
-gradient.""")(lambda c: np.ptp(c.g) <= c.tolerance * np.abs(c.g).max() and {"value": c.g.flat[0]})
+finding("""one number everywhere: Every entry is {value:.6g}: this is no gradient, but may be a loss or its
+mean.""")(lambda c: np.ptp(c.g) <= c.tolerance * np.abs(c.g).max() and {"value": c.g.flat[0]})
 
 
 @finding("""right numbers in another order: These are the numbers of the true gradient at other places: was it reshaped
-where axes had to be exchanged, or flattened in another order?""")
+instead of transposed, or flattened in another order?""")
 def _(c: Comparison) -> Values:
     truth = c.nearest()
     numbers = np.sort(c.g, None), np.sort(truth, None)
@@ -286,8 +287,8 @@ def _(c: Comparison) -> Values:
     return far and np.allclose(*numbers, rtol=10 * c.tolerance, atol=c.least)
 
 
-@finding("""finite differences: These are multiples of {unit:.3g}, as differences of a loss in float32 are: right to
-what they can tell, a relative error of {error:.2g}. Take them in float64, or compare with `jax.grad`.""")
+@finding("""finite differences: These are multiples of {unit:.3g}, as differences of a loss in float32 are: right within
+their accuracy, a relative error of {error:.2g}. Take them in float64, or compare with `jax.grad`.""")
 def _(c: Comparison) -> Values:
     """Look for a number such that all entries are small multiples of it."""
     sizes, error = np.unique(np.abs(c.g[c.g != 0])), distance(c.g, c.nearest())
@@ -301,11 +302,11 @@ def _(c: Comparison) -> Values:
     return close and {"unit": unit, "error": error}
 
 
-@finding("""wrong: This is no gradient of the cross-entropy that is known here: relative error {error:.3g}. The largest
-difference, for the length of the vector, is at {where}class {worst}: {given:.6g} where {right:.6g} is right. Its sums
-over the classes {sums}.""")
+@finding("""wrong: This is neither the gradient of the cross-entropy nor a known mistake: relative error {error:.3g}.
+The largest difference, relative to the length of the vector, is at {where}class {worst}: {given:.6g} instead of
+{right:.6g}. Its sums over the classes {sums}.""")
 def _(c: Comparison) -> Values:
-    """How far an unknown mistake is from the truth, where most, and whether it moves all logits together."""
+    """How far an unknown mistake is from the truth, where it is farthest, and whether it moves all logits together."""
     g, expected = c.g, c.nearest()
     off, own = np.abs(g - expected), norms(expected)
     parts = (norms(off) / np.where(own > 0, own, 1))[..., 0]
@@ -313,7 +314,7 @@ def _(c: Comparison) -> Values:
     worst = int(off[position].argmax())
     largest, sums = np.abs(g.sum(-1)).max(), "are zero, as they must be"
     if largest > c.tolerance * np.abs(g).max():
-        sums = f"reach {largest:.3g}, where they must be zero: moving all logits together changes no probability"
+        sums = f"reach {largest:.3g} but must be zero, since moving all logits together changes no probability"
     return {
         "error": distance(g, expected),
         "where": f"position {position}, " if position else "",

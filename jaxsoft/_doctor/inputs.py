@@ -1,4 +1,4 @@
-"""What the person hands over, checked and read in float64."""
+"""Check the user's arrays and read them in float64."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +9,8 @@ from jaxsoft._doctor.comparison import TOLERANCE
 from jaxsoft._doctor.problem import Vectors
 from jaxsoft._jax_internals import Tracer
 
-# These labels by custom mark what is ignored: in Keras and scikit-learn, in PyTorch, in images of 8 and 16 bits, and
-# as the least int32.
+# Labels that by custom mark ignored positions: in Keras and scikit-learn, in PyTorch, in images of 8 and 16 bits, and
+# the least int32.
 IGNORED = (-1, -100, 255, 65535, -(2**31))
 
 
@@ -22,7 +22,7 @@ def concrete(name: str, value: ArrayLike) -> np.ndarray:
 
 
 def as_labels(t: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:
-    """Labels as integers without the class axis: Keras keeps it with length one, Caffe and MXNet have floats."""
+    """Labels as integers without the class axis: Keras keeps the axis with length one, Caffe and MXNet use floats."""
     if t.shape != shape and t.shape == (*shape[:axis], 1, *shape[axis + 1 :]):
         t = t.squeeze(axis)
     is_label = t.shape == shape[:axis] + shape[axis + 1 :] and np.issubdtype(t.dtype, np.floating)
@@ -30,22 +30,22 @@ def as_labels(t: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:
 
 
 def fitting_axes(z: np.ndarray, t: np.ndarray) -> list[int]:
-    """The axes along which the targets may have the classes: labels without that axis, or along it a sum of one or 0.
+    """The axes that may be the targets' class axis: labels lack it, distributions sum to one or 0 along it.
 
-    Along an axis of length one anything sums to what it is: it is taken where no other fits.
+    Along an axis of length one every target sums to itself, so such an axis is taken only if no other fits.
     """
     axes = range(z.ndim)
     if t.shape != z.shape:
         return [n for n in axes if t.shape == z.shape[:n] + z.shape[n + 1 :]]
     sums = [t.astype(np.float64).sum(n) for n in axes]
     fitting = [n for n in axes if sums[n].any() and (np.isclose(sums[n], 1, atol=1e-2) | (sums[n] == 0)).all()]
-    # A sum of 0 is that of an ignored position, and along another axis that of a class that does not occur.
+    # A sum of 0 may be an ignored position, or, along another axis, a class that does not occur.
     full = [n for n in fitting if (sums[n] != 0).all()] or fitting
     return [n for n in full if z.shape[n] > 1] or [n for n in fitting if z.shape[n] > 1] or full
 
 
 def floating_dtype(name: str, array: np.ndarray) -> np.dtype:
-    """The dtype whose rounding to expect: no finer than float64, which is also what integers are read as."""
+    """The dtype whose rounding to expect: at most float64, as which integers are read too."""
     if not jnp.issubdtype(array.dtype, jnp.floating) or jnp.finfo(array.dtype).nmant > 52:
         return np.dtype(np.float64)
     if jnp.finfo(array.dtype).nmant not in TOLERANCE:

@@ -16,9 +16,9 @@ from jaxsoft._doctor.loss_search import Precision, Way, distinct, search
 
 COUNTED_FROM_ONE = (
     "Label {label} is outside [0, {label}), and no label is 0: these labels count the classes from 1, and here the "
-    "first class is 0. Subtract 1 from all of them. Of the loss, for the labels less one: "
+    "first class is 0. Subtract 1 from all of them. The loss, for the labels minus 1: "
 )
-NOTHING = "Nothing is left to average: a sum of 0 over a count of 0"
+NOTHING = "Every position is ignored or has weight 0: a sum of 0 divided by a count of 0"
 
 
 def diagnose_loss(
@@ -34,41 +34,41 @@ def diagnose_loss(
 ) -> Diagnosis:
     """Say which convention gives a cross-entropy's value, or what is wrong with it.
 
-    The value is compared with Σ_i k_i w_i Σ_j c_j t_ij (−log p_ij), for every way in which frameworks choose the
-    factors k of a mean, the weights and the smoothed targets t; and with what the usual mistakes make of it.
+    The value is compared with Σ_i k_i w_i Σ_j c_j t_ij (−log p_ij), for all frameworks' choices of the factors k of
+    a mean, the weights and the smoothed targets t; and with the results of the usual mistakes.
 
     Args:
         logits: the scores z that the loss was computed from, NumPy or JAX, classes along `axis`.
         targets: integer labels of the logits' shape without the class axis; or a distribution of the
             logits' shape.
-        value: what is to be judged: a number, or one for each position, or one for each example, which
-            is each index of the first axis.
+        value: the loss to judge: one number, or one per position, or one per example (index of the first
+            axis).
         axis: the class axis.
-        ignore_index: label of the ignored positions. With None these are the labels -1,
-            -100, 255, 65535 and -2**31 where they are no classes.
-        weights: of the positions, as the loss was to have them.
-        class_weights: one for each class, as the loss was to have them.
-        label_smoothing: ε in [0, 1], as the loss was to have it.
+        ignore_index: label of the ignored positions. With None, the labels -1, -100, 255, 65535 and
+            -2**31 are ignored unless they are classes.
+        weights: weights of the positions that the loss should have.
+        class_weights: weights of the classes that the loss should have.
+        label_smoothing: ε in [0, 1] that the loss should have.
 
     Returns:
         A `Diagnosis`: whether some convention gives the value, a verdict, an explanation that names
-        frameworks, in `found` the names of at most three ways that give it, the likeliest first, in
-        `true_loss` the loss of each position with the options asked for, how far the value is from the
-        nearest of their sum and means, and the gradient of that sum.
+        frameworks, in `found` the names of at most three explanations, the most likely first, in
+        `true_loss` the loss of each position with these options, how far the value is from the nearest
+        of its sum and means, and the gradient of the sum.
 
-    Edges: everything is computed in float64. A value in float32, or one that a float32 holds, may be
-    off by 1e-5 of the losses plus one, in half precision by the dtype's own rounding, one of three to
-    six digits by half a unit of the last. One mistake is preferred to two; two are looked for in at
-    most 100,000 logits and where the value has more than six digits. Numbers such as ζ or ε are found
-    of one value where they are usual ones (1 to 5 times a power of ten, for instance), of three or
-    more values whatever they are. Where an axis has length one, or nothing has a weight, conventions
-    coincide: the explanation says so, and what would tell them apart. A NaN is right where nothing is
-    left to average. This is a tool for concrete arrays, not for `jit`.
+    Edges: everything is computed in float64. A value that float32 represents may be off by 1e-5 of the
+    losses plus one; in half precision by the dtype's own rounding; with three to six digits by half a
+    unit of the last digit. One mistake is preferred to two. Pairs are tried for at most 100,000 logits,
+    and if the value has more than six digits. Numbers such as ζ or ε are found from one value if they
+    are usual (1 to 5 times a power of ten, for instance), and from three or more values in any case. If
+    an axis has length one, or there are no weights, conventions coincide: the explanation says so, and
+    which input would distinguish them. NaN is right if every position is ignored. This is a tool for
+    concrete arrays, not for `jit`.
 
     Raises:
         TypeError: traced arrays, or arrays that are not real numbers.
-        ValueError: shapes that do not fit, logits or targets that are not finite, no positions, other
-            labels outside [0, classes) than those above.
+        ValueError: shapes that do not fit, logits or targets that are not finite, zero positions, labels
+            outside [0, classes) that are not ignored.
 
     Example:
         >>> import numpy as np
@@ -79,7 +79,7 @@ def diagnose_loss(
         >>> print(diagnose_loss(z, y, 4.0615, ignore_index=-100).verdict)
         log2 in place of ln
 
-    Source: the conventions of seventeen frameworks as they were run, `experiments/frameworks`.
+    Source: the conventions of seventeen frameworks, observed by running them in `experiments/frameworks`.
     """
     given, shape = concrete("value", value), np.shape(logits)
     axis = as_axis(axis, len(shape))
@@ -108,8 +108,8 @@ def diagnose_loss(
 
 def _read_value(given: np.ndarray, positions: tuple[int, ...]) -> Float[np.ndarray, " groups"]:
     if given.shape not in ((), positions, positions[:1]):
-        each = f", one an example, shape {positions[:1]}" if len(positions) > 1 else ""
-        expected = f"one number, one a position, shape {positions}{each}"
+        each = f", or one per example, shape {positions[:1]}" if len(positions) > 1 else ""
+        expected = f"one number, or one per position, shape {positions}{each}"
         raise ValueError(f"value: expected {expected}, got shape {given.shape}")
     return read("value", given).reshape(-1)
 
@@ -134,7 +134,7 @@ def _precision(given: np.ndarray, numbers: np.ndarray) -> Precision:
 
 
 def _half_unit(number: str) -> float:
-    """Half a unit of the last digit of a number that was typed: a computed one has more than six digits."""
+    """Half a unit of the last digit of a typed number; a computed number has more than six digits."""
     mantissa, _, exponent = number.partition("e")
     digits = len(mantissa.replace(".", "").replace("-", "").rstrip("0"))
     return 0.51 * 10.0 ** (int(exponent) - digits + 1) if 3 <= digits <= 6 else 0.0
@@ -145,28 +145,26 @@ def _judged(s: Sample, numbers: np.ndarray, found: list[Way]) -> tuple[str, str,
     if not np.isfinite(numbers).all():
         return _judged_not_finite(s, numbers)
     if not (s.live.any() and s.w[s.live].any()) and not numbers.any():
-        return "correct: 0 of nothing", f"{NOTHING}, taken as 0, as here and in Chainer and Keras.", True
+        return "correct: 0 of nothing", f"{NOTHING} is taken as 0, as in jaxsoft, Chainer and Keras.", True
     if not found:
         verdict = "wrong"
-        text = (
-            "No convention that is known here gives this, nor one mistake, nor two. {} Compare the losses a position."
-        )
+        text = "No known convention gives this, nor do one or two known mistakes. {} Compare the losses per position."
         return verdict, text.format(_nearest(s, numbers)), False
     best = found[0]
     sentences = [_explained(s, best)]
     if others := found[1:]:
-        sentences.append(f"The same number comes of: {'; '.join(map(_name, others))}.")
+        sentences.append(f"These give the same number: {'; '.join(map(_name, others))}.")
         if not best.mistakes:
             tells = dict.fromkeys(TELLS[way.conventions[-1]] for way in found if way.conventions[-1] in TELLS)
             sentences.append(f"What would tell them apart: {'; '.join(tells)}.")
         else:
-            sentences.append("One loss a position, or other logits, would tell them apart.")
+            sentences.append("One loss per position, or other logits, would tell them apart.")
     verdict = _name(best) if best.mistakes else f"correct: {_name(best)}"
     return verdict, " ".join(sentences), not best.mistakes
 
 
 def _name(way: Way) -> str:
-    """Mistakes by their names, a convention by what in it is not usual."""
+    """Mistakes by their names, a convention by its unusual parts."""
     if way.mistakes:
         return " and ".join(way.mistakes)
     smoothing, form, weighting, reduction = way.conventions
@@ -175,7 +173,7 @@ def _name(way: Way) -> str:
 
 
 def _explained(s: Sample, way: Way) -> str:
-    """What the person reads of one way."""
+    """The text that the user reads about one way."""
     texts = {
         name: text for table in (INPUTS, LOG_PROBS, LOSSES, OUTERS, ADDITIONS) for name, (text, _) in table.items()
     }
@@ -200,14 +198,15 @@ def _explained(s: Sample, way: Way) -> str:
 def _judged_not_finite(s: Sample, numbers: np.ndarray) -> tuple[str, str, bool]:
     count = int((~np.isfinite(numbers)).sum())
     if np.isnan(numbers).all() and not (s.live.any() and s.w[s.live].any()):
-        return "correct: NaN of nothing", f"{NOTHING} is NaN, as in PyTorch, ONNX and MindSpore; here it is 0.", True
+        verdict = "correct: NaN of nothing"
+        return verdict, f"{NOTHING} is NaN, as in PyTorch, ONNX and MindSpore; in jaxsoft it is 0.", True
     least = float((log_softmax(s.z)[s.t > 0]).min()) if (s.t > 0).any() else 0.0
     causes: Iterable[tuple[bool, str]] = (
         (least < -745, "a probability is 0 in float64 and its logarithm −∞: take log_softmax, not the log of softmax"),
         (least < -103, "a probability is 0 in float32 and its logarithm −∞: take log_softmax, not the log of softmax"),
         (float(s.z.max()) > 88.7, "exp(z) overflows in float32, since no maximum was subtracted"),
         (least < -16, "a probability is 0 in float16 and its logarithm −∞: take log_softmax in float32"),
-        (s.has_ignored, "an ignored position was taken for a class that is not there, or multiplied by 0 only later"),
+        (s.has_ignored, "an ignored label was used as a class that does not exist, or its loss only multiplied by 0"),
     )
     cause = next((text for holds, text in causes if holds), "none of the usual ones: no logit or target is extreme")
     return "not finite", f"{count} of {len(numbers)} numbers are NaN or infinity. The likely cause: {cause}.", False

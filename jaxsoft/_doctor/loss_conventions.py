@@ -1,7 +1,7 @@
 """The conventions that the doctor of losses knows: how smoothing, weights and means are meant, and by whom.
 
-A convention is written once: its name, a colon, what the person reads, and the formula. `TELLS` says which input shows
-the difference between two.
+Each convention is one entry: its name, a colon, the text that the user reads, and the formula. `TELLS` says which input
+would show the difference from other conventions.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import numpy as np
 from jaxsoft._doctor.loss_sample import Numbers, Rows, Sample, log_softmax
 from jaxsoft._doctor.mistakes import Catalogue
 
-# A formula gives None where it is no other than the usual one: the first of its table.
+# A formula gives None if it equals the usual one, the first of its table.
 Smoothing = Callable[[Sample], Rows | None]  # the smoothed targets
 Form = Callable[[Rows, Rows], Rows | None]  # what a class costs, of log-probabilities and smoothed targets
 Weighting = Callable[[Sample, Rows], tuple[Rows, Numbers] | None]  # weighted targets, and each position's weight
@@ -35,9 +35,9 @@ TELLS = {
     "mean of the examples' means": "examples with different numbers of valid positions",
     "mean of the classes' means": "classes that occur unequally often",
     "sum": "several positions",
-    "one an example: sum": "examples of several positions",
-    "one a position": "several positions",
-    "one a position, divided by their number": "another number of positions",
+    "one per example: sum": "examples of several positions",
+    "one per position": "several positions",
+    "one per position, divided by their number": "another number of positions",
 }
 
 
@@ -85,7 +85,7 @@ _clip("clamped at 46.05", "No probability counts as less than 1e-20, as in Caffe
 
 
 @form("""lifted to 64 below the largest: Logits more than 64 below the largest count as 64 below it, as in PaddlePaddle,
-in float64 too; its gradient does not know.""")
+in float64 too, though not in its gradient.""")
 def _(lp: Rows, q: Rows) -> Rows | None:
     below = lp - lp.max(-1, keepdims=True)
     return -log_softmax(np.maximum(below, -64)) if (below < -64).any() else None
@@ -122,8 +122,8 @@ weighting("""weights of classes inside the sum: Σ_j c_j t_j (−log p_j), as Py
 distributions.""")(weighted)
 
 
-@weighting("""one class weight a position: The whole loss of a position is multiplied by Σ_j c_j t_j, the weight of its
-target, as in PaddlePaddle and as Keras's class_weight does.""")
+@weighting("""one class weight per position: The whole loss of a position is multiplied by Σ_j c_j t_j, the weight of
+its target, as in PaddlePaddle and in Keras with class_weight.""")
 def _(s: Sample, q: Rows) -> tuple[Rows, Numbers] | None:
     if not s.has_class_weights or (s.labels is not None and np.count_nonzero(q, -1).max() == 1):
         return None
@@ -131,7 +131,7 @@ def _(s: Sample, q: Rows) -> tuple[Rows, Numbers] | None:
     return q * weights[:, None], weights * s.live
 
 
-@weighting("""class weights without effect on distributions: They are passed over, as in Chainer and
+@weighting("""class weights without effect on distributions: They are ignored, as in Chainer and
 TensorFlow.""")
 def _(s: Sample, q: Rows) -> tuple[Rows, Numbers] | None:
     return (q * s.w[:, None], s.w * s.live) if s.has_class_weights and s.labels is None else None
@@ -173,20 +173,20 @@ def _(s: Sample, r: Numbers) -> Numbers | None:
 
 reduction("""sum: Nothing is divided, as with reduction "sum", Caffe's NONE and MXNet's
 "null".""")(lambda s, r: 1.0 if s.groups == 1 else None)
-reduction("""one a position: These are the losses of each position, as with reduction
+reduction("""one per position: These are the losses of each position, as with reduction
 "none".""")(lambda s, r: 1.0 if s.groups == len(s.w) and s.groups > 1 else None)
-reduction("""one an example: sum: These are the sums over the positions of each
+reduction("""one per example: sum: These are the sums over the positions of each
 example.""")(lambda s, r: 1.0 if 1 < s.groups < len(s.w) else None)
 
 
-@reduction("""sum divided by the batch size: The {batch} examples count and their positions do not, as in Chainer
-with normalize=False, Caffe's BATCH_SIZE, and PyTorch's "batchmean".""")
+@reduction("""sum divided by the batch size: It is divided by the {batch} examples, not by their positions, as in
+Chainer with normalize=False, Caffe's BATCH_SIZE, and PyTorch's "batchmean".""")
 def _(s: Sample, r: Numbers) -> float | None:
     return 1 / s.shape[0] if len(s.shape) > 1 and s.groups == 1 and s.shape[0] < len(s.w) else None
 
 
-@reduction("""sum divided by the positions of an example: The {inner} positions of one example count and the batch does
-not, as in MXNet's SoftmaxOutput with multi_output and "null".""")
+@reduction("""sum divided by the positions of an example: It is divided by the {inner} positions of one example, not by
+the batch size, as in MXNet's SoftmaxOutput with multi_output and "null".""")
 def _(s: Sample, r: Numbers) -> float | None:
     return s.shape[0] / len(s.w) if len(s.shape) > 1 and s.groups == 1 and 1 < s.shape[0] < len(s.w) else None
 
@@ -243,20 +243,20 @@ def _(s: Sample, r: Numbers) -> Numbers | None:
     return _inverse(np.where(live, counts[labels], 0) * np.count_nonzero(counts))
 
 
-@reduction("""sum divided by positions and classes: It is divided by {positions} positions times {classes} classes, as a
-mean over all entries is, and PaddlePaddle's of smoothed labels where the ignored label is a class.""")
+@reduction("""sum divided by positions and classes: It is divided by {positions} positions times {classes} classes, as
+a mean over all entries, and as in PaddlePaddle with smoothed labels if the ignored label is a class.""")
 def _(s: Sample, r: Numbers) -> Numbers | float | None:
     counts = s.total(s.present) * s.classes
     return _inverse(counts) if s.classes > 1 else None
 
 
-@reduction("""one a position, divided by their number: Each is divided by the number of all positions already,
-{positions}: they are to be added up.""")
+@reduction("""one per position, divided by their number: Each is already divided by the number of all positions,
+{positions}: add them up.""")
 def _(s: Sample, r: Numbers) -> float | None:
     return 1 / len(s.w) if s.groups > 1 else None
 
 
-@reduction("""one a position, divided by the valid ones: Each is divided by the number of valid positions already,
-{valid}: they are to be added up.""")
+@reduction("""one per position, divided by the valid ones: Each is already divided by the number of valid positions,
+{valid}: add them up.""")
 def _(s: Sample, r: Numbers) -> float | None:
     return 1 / s.live.sum() if s.groups > 1 and s.has_ignored and s.live.any() else None

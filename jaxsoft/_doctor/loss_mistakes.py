@@ -1,7 +1,7 @@
 """The mistakes that the doctor of losses knows: what to say of each, and what it makes of the arrays.
 
-A mistake is written once: its name, a colon, what the person reads, and the formula. Where it is made is the table that
-it stands in: the targets, the logits, the log-probabilities, the loss of a position, the weights, or the number itself.
+Each mistake is one entry: its name, a colon, the text that the user reads, and the formula. There is a table for each
+place where mistakes happen: inputs (targets, logits, weights), log-probabilities, the loss of a position, the value.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -32,15 +32,15 @@ USUAL = (*(m * 10.0**-k for k in range(1, 7) for m in (1, 2, 3, 4, 5)), 0.15, 0.
 # What is done to the logits.
 
 
-@inputs("""probabilities passed as logits: The logits given are probabilities, at least 0 and of sum 1, and the number
-is right for them, not for their softmax. Pass the logits that they were made of, or their logarithms.""")
+@inputs("""probabilities passed as logits: The given logits are probabilities, at least 0 and with sum 1, and the number
+is right for them, not for their softmax. Pass the logits that they were computed from, or their logarithms.""")
 def _(s: Sample) -> Iterator[Sample]:
     if (s.z >= 0).all() and np.allclose(s.z.sum(-1), 1, atol=1e-2):
         with np.errstate(divide="ignore"):
             yield s._replace(z=np.maximum(np.log(s.z), -1e30))
 
 
-inputs("""softmax applied twice: Softmax was applied to what is passed to a loss that applies it again: probabilities
+inputs("""softmax applied twice: Softmax was applied before the loss, which applies it again: probabilities
 were passed as logits. The loss cannot fall below log(1 + (C − 1)/e). Pass the
 logits.""")(lambda s: [s._replace(z=softmax(s.z))])
 for _name, _activation in (
@@ -48,9 +48,9 @@ for _name, _activation in (
     ("sigmoid", lambda z: 0.5 + 0.5 * np.tanh(0.5 * z)),
     ("tanh", np.tanh),
 ):
-    inputs(f"""{_name} before softmax: The loss is that of {_name}(z). The layer before softmax has no
+    inputs(f"""{_name} before softmax: This is the loss of {_name}(z). The layer before softmax needs no
     activation.""")(lambda s, activation=_activation: [s._replace(z=activation(s.z))])
-inputs("""softmax of the negated logits: The loss is that of −z, as if z were
+inputs("""softmax of the negated logits: This is the loss of −z, as if z were
 energies.""")(lambda s: [s._replace(z=-s.z)])
 
 
@@ -67,14 +67,14 @@ def temperature(value: float) -> Inputs:
 
 
 for _value in TEMPERATURES:
-    inputs(f"""temperature {_value:g}: The loss is that of z/T with T = {_value:g}. Divide the logits by it, or leave it
+    inputs(f"""temperature {_value:g}: This is the loss of z/T with T = {_value:g}. Divide the logits by T, or leave T
     out.""")(temperature(_value))
 
 
 # What is done to the targets.
 
 
-@inputs("""labels shifted by one: The loss is that of labels one higher or lower: are the classes counted from 0? A
+@inputs("""labels shifted by one: This is the loss of labels one higher or lower: are the classes counted from 0? A
 label beyond the last class was taken as the first, or as the last.""")
 def _(s: Sample) -> Iterator[Sample]:
     if s.labels is None:
@@ -86,8 +86,8 @@ def _(s: Sample) -> Iterator[Sample]:
             yield s._replace(t=hot(s, labels))
 
 
-@inputs("""labels of the next position: The loss at a position is that of the label of the next one, or of the one
-before: were the targets shifted once too often, or not at all?""")
+@inputs("""labels of the next position: This is the loss for the label of the next position, or of the one before. Were
+the targets shifted once too often, or not at all?""")
 def _(s: Sample) -> Iterator[Sample]:
     if not s.shape or s.shape[-1] < 2:
         return
@@ -102,8 +102,8 @@ def _(s: Sample) -> Iterator[Sample]:
         yield s._replace(t=cut, live=inside.reshape(-1))
 
 
-@inputs("""ignored positions counted: The ignored positions have a loss: their label was taken for a class, as it
-stands, counted from the end, or moved to the nearest class.""")
+@inputs("""ignored positions counted: The ignored positions have a loss: their label was used as a class, unchanged,
+counted from the end, or moved to the nearest class.""")
 def _(s: Sample) -> Iterator[Sample]:
     if s.labels is None or not s.has_ignored:
         return
@@ -116,7 +116,7 @@ def _(s: Sample) -> Iterator[Sample]:
         yield everywhere._replace(t=hot(everywhere, labels))
 
 
-@inputs("""targets rounded to a label: The loss is that of the likeliest class of each distribution.""")
+@inputs("""targets rounded to a label: This is the loss of the most likely class of each distribution.""")
 def _(s: Sample) -> Iterator[Sample]:
     if s.labels is None:
         yield s._replace(t=hot(s, s.t.argmax(-1)))
@@ -129,7 +129,7 @@ def _(s: Sample) -> Iterator[Sample]:
         yield s._replace(t=s.t / np.where(tau == 0, 1, tau))
 
 
-inputs("label smoothing left out: The loss is that of the targets as they are, not smoothed.")(
+inputs("label smoothing left out: This is the loss of the given targets, without smoothing.")(
     lambda s: [s._replace(epsilon=0.0)] if s.epsilon else []
 )
 
@@ -140,16 +140,16 @@ def hot(s: Sample, labels: np.ndarray) -> Rows:
 
 # What is done to the weights.
 
-inputs("weights left out: The positions' weights are not in it.")(
+inputs("weights left out: The positions' weights were not applied.")(
     lambda s: [s._replace(w=np.ones(len(s.w)))] if s.has_weights else []
 )
-inputs("weights applied twice: Each position's weight is in it squared: applied once more after the loss has.")(
+inputs("weights applied twice: Each position's weight is squared: it was applied again after the loss applied it.")(
     lambda s: [s._replace(w=s.w**2)] if s.has_weights and (s.w != s.w**2).any() else []
 )
-inputs("class weights left out: The weights of the classes are not in it.")(
+inputs("class weights left out: The weights of the classes were not applied.")(
     lambda s: [s._replace(c=np.ones(s.classes))] if s.has_class_weights else []
 )
-inputs("class weights applied twice: The weight of each class is in it squared.")(
+inputs("class weights applied twice: The weight of each class is squared.")(
     lambda s: [s._replace(c=s.c**2)] if s.has_class_weights else []
 )
 inputs("class weights divided by: The loss is divided by the weights of the classes: are they frequencies?")(
@@ -160,27 +160,27 @@ inputs("class weights divided by: The loss is divided by the weights of the clas
 # What is taken for the logarithms of the probabilities.
 
 
-@log_probs("""softmax over the wrong axis: The probabilities were normalised over another axis than that of the
-classes.""")
+@log_probs("""softmax over the wrong axis: The probabilities were normalised over another axis than the class
+axis.""")
 def _(s: Sample) -> Iterator[Rows]:
     z = s.z.reshape(*s.shape, s.classes)
     for axis in [*range(len(s.shape))] + [None] * (len(s.w) > 1):
         yield log_softmax(z, axis).reshape(s.z.shape)
 
 
-log_probs("""softmax not applied: The logits were taken for logarithms of probabilities, as by PyTorch's nll_loss: its
-input is log_softmax(z).""")(lambda s: [s.z])
-log_probs("""logarithm missing: This is −p of the label, as PyTorch's nll_loss gives it of probabilities: its input is
-their logarithm.""")(lambda s: [softmax(s.z)])
-log_probs("""sigmoid in place of softmax: Every logit went through a sigmoid of its own, and the label's
-counts.""")(lambda s: [-np.logaddexp(0, -s.z)])
+log_probs("""softmax not applied: The logits were taken for logarithms of probabilities, as by PyTorch's nll_loss, whose
+input must be log_softmax(z).""")(lambda s: [s.z])
+log_probs("""logarithm missing: This is −p of the label, as PyTorch's nll_loss gives for probabilities. Its input must
+be their logarithm.""")(lambda s: [softmax(s.z)])
+log_probs("""sigmoid in place of softmax: This is −log σ(z) of the label: every logit went through a sigmoid of its
+own.""")(lambda s: [-np.logaddexp(0, -s.z)])
 
 
 # What is taken for the loss of a position.
 
 
-@losses("""binary cross-entropy: Each class is a question of its own here, −Σ t log σ(z) + (1 − t) log σ(−z), added up
-over the classes. Softmax makes them compete.""")
+@losses("""binary cross-entropy: This is −Σ t log σ(z) + (1 − t) log σ(−z), which treats each class as a separate
+yes-or-no question. Cross-entropy is −Σ t log softmax(z).""")
 def _(s: Sample, lp: Rows, q: Rows) -> Iterator[Numbers]:
     yield np.where(s.live, np.sum(q * np.logaddexp(0, -s.z) + (1 - q) * np.logaddexp(0, s.z), -1), 0)
 
@@ -221,24 +221,24 @@ for _tiny in (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10, 1e-12):
 
 # What is done to the number itself: each formula undoes it.
 
-outer("log2 in place of ln: It is in bits, taken with log2; cross-entropy is in nats, with the natural logarithm.")(
+outer("log2 in place of ln: It is in bits, computed with log2; cross-entropy is in nats, with the natural logarithm.")(
     lambda s, v: [v * np.log(2)]
 )
-outer("opposite sign: The sign is missing: this is the mean or the sum of log p, which training would make smaller.")(
+outer("opposite sign: The sign is missing: this is the mean or sum of log p, and minimising it lowers p.")(
     lambda s, v: [-v]
 )
-outer("averaged twice: It was divided by the number of positions, or of examples, once more.")(
+outer("averaged twice: It was divided once more by the number of positions or examples.")(
     lambda s, v: [v * count for count in _counts(s)]
 )
-outer("multiplied by the batch size: A mean was multiplied by the number of positions, or of examples.")(
+outer("multiplied by the batch size: A mean was multiplied by the number of positions or examples.")(
     lambda s, v: [v / count for count in _counts(s)]
 )
 outer("perplexity: This is the exponential of the loss.")(lambda s, v: [np.log(v)] if (v > 0).all() else [])
-outer("log10 in place of ln: It was taken with log10; cross-entropy is in nats, with the natural logarithm.")(
+outer("log10 in place of ln: It was computed with log10; cross-entropy is in nats, with the natural logarithm.")(
     lambda s, v: [v * np.log(10)]
 )
 for _value in (2, 3, 4, 5, 8, 10, 20):
-    outer(f"""multiplied by T² with T = {_value:g}: It was multiplied by {_value**2:g}, as a distilled loss is.""")(
+    outer(f"""multiplied by T² with T = {_value:g}: It was multiplied by {_value**2:g}, as in distillation.""")(
         lambda s, v, value=_value: [v / value**2]
     )
 
@@ -249,26 +249,26 @@ def _counts(s: Sample) -> list[int]:
 
 # What is added, times a number that is found.
 
-addition("""z-loss in it: It has a z-loss ζ·lse² in it, with ζ = {value:.6g}, lse the logarithm of the sum of
+addition("""z-loss in it: It includes a z-loss ζ·lse² with ζ = {value:.6g}, where lse is the logarithm of the sum of
 exp(z).""")(lambda s, lp: logsumexp(s.z)[:, 0] ** 2)
-addition("""weight decay in it: It has a penalty ½λ‖z‖² of the logits in it, with λ =
+addition("""weight decay in it: It includes a penalty ½λ‖z‖² on the logits, with λ =
 {value:.6g}.""")(lambda s, lp: 0.5 * np.sum(s.z**2, -1))
-addition("""confidence penalty in it: It has −β times the entropy of the probabilities in it, with β =
+addition("""confidence penalty in it: It includes −β times the entropy of the probabilities, with β =
 {value:.6g}.""")(lambda s, lp: np.sum(np.exp(np.minimum(lp, 700)) * lp, -1))
 CONSTANT = "a constant in it"
-addition(f"""{CONSTANT}: It has {{value:.6g}} more in it at every position: a penalty of something else, such as
+addition(f"""{CONSTANT}: It is larger by {{value:.6g}} at every position: a penalty on something else, such as
 weight decay.""")(lambda s, lp: np.ones(len(s.w)))
 SMOOTHED = "label smoothing in it"
-addition(f"""{SMOOTHED}: Its targets are smoothed, with ε = {{value:.6g}}, and no smoothing was asked
-for.""")(lambda s, lp: np.zeros(len(s.w)))  # it is found by smoothing with ε = 1, in which the loss is linear
+addition(f"""{SMOOTHED}: Its targets are smoothed, with ε = {{value:.6g}}, but no smoothing was
+expected.""")(lambda s, lp: np.zeros(len(s.w)))  # found from the loss with ε = 1, since the loss is linear in ε
 
 # What half precision makes of it.
 
 HALF = "half precision accumulated"
-HALF_TEXT = "The losses were rounded to {dtype} and added one after another in it. Add them in float32."
+HALF_TEXT = "The losses were rounded to {dtype} and added one after another in {dtype}. Add them in float32."
 
 
-@inputs("logits rounded to half precision: The logits had been rounded to half precision, float16 or bfloat16.")
+@inputs("logits rounded to half precision: The logits were rounded to half precision, float16 or bfloat16.")
 def _(s: Sample) -> Iterator[Sample]:
     for dtype in (jnp.float16, jnp.bfloat16):
         with np.errstate(over="ignore"):

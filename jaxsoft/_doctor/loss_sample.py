@@ -1,4 +1,4 @@
-"""The arrays that a loss is made of, in float64 and with one row a position."""
+"""The arrays that a loss is computed from, in float64 and with one row per position."""
 
 from typing import NamedTuple
 
@@ -13,19 +13,19 @@ Numbers = Float[np.ndarray, " positions"]
 
 
 class Sample(NamedTuple):
-    """What goes into a loss; a mistake makes another one of it."""
+    """The inputs of a loss; a mistake changes them."""
 
     z: Rows
     t: Rows  # targets before smoothing, zero where a position is ignored
     live: Bool[np.ndarray, " positions"]  # not ignored
-    present: Bool[np.ndarray, " positions"]  # not cut off at an edge, and so counted
+    present: Bool[np.ndarray, " positions"]  # counted, because not cut off at an edge
     w: Numbers
     c: Float[np.ndarray, " classes"]
     epsilon: float  # of the smoothing that was asked for
-    labels: Int[np.ndarray, " positions"] | None  # as given, those of ignored positions too
+    labels: Int[np.ndarray, " positions"] | None  # as given, also at ignored positions
     shape: tuple[int, ...]  # of the positions
     axis: int  # of the classes in the logits as given
-    groups: int  # numbers that were given: 1, or one an example, or one a position
+    groups: int  # how many numbers were given: 1, or one per example, or one per position
 
     @property
     def classes(self) -> int:
@@ -44,7 +44,7 @@ class Sample(NamedTuple):
         return not self.live.all()
 
     def label_weights(self) -> Numbers:
-        """The class weight of each position's target: of its label, or of a distribution its mean."""
+        """The class weight of each position's target: its label's, or a distribution's mean."""
         return self.t @ self.c
 
     def total(self, numbers: np.ndarray) -> Numbers:
@@ -57,7 +57,7 @@ class Sample(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The options of the loss as they were asked for."""
+    """The options that the loss should have."""
 
     ignore_index: int | None
     weights: ArrayLike | None
@@ -99,7 +99,7 @@ def read_sample(logits: ArrayLike, targets: ArrayLike, axis: int, groups: int, o
 
 
 def _numbers(name: str, value: ArrayLike | None, shape: tuple[int, ...]) -> np.ndarray:
-    """Weights in float64, ones where there are none."""
+    """Weights in float64, ones by default."""
     if value is None:
         return np.ones(shape)
     numbers = concrete(name, value)

@@ -1,4 +1,4 @@
-"""Find the conventions, and the mistakes, that make a number: none, one, then two at once."""
+"""Find the conventions and mistakes that give a number: without a mistake, then with one, then with two."""
 
 import functools
 import itertools
@@ -23,9 +23,9 @@ from jaxsoft._doctor.loss_mistakes import (
 )
 from jaxsoft._doctor.loss_sample import Numbers, Rows, Sample, log_softmax
 
-# Pairs of mistakes are looked for in so many logits: in more they take minutes.
+# Pairs of mistakes are tried for at most so many logits; for more they would take minutes.
 MOST_LOGITS = 100_000
-# And sums in half precision, which NumPy adds one by one, of so many losses.
+# Sums in half precision are tried for at most so many losses, since NumPy adds them one by one.
 MOST_ADDED = 1_000_000
 ORDER = {name: n for n, name in enumerate(itertools.chain(INPUTS, LOG_PROBS, LOSSES, OUTERS, ADDITIONS, [HALF]))}
 
@@ -34,7 +34,7 @@ Targets = list[tuple[tuple[str, ...], np.ndarray]]
 
 
 class Precision(NamedTuple):
-    """What the number given can tell."""
+    """How accurately the given number is known."""
 
     tight: float  # in units of a position's 1 + loss, averaged as the number is
     loose: float
@@ -42,7 +42,7 @@ class Precision(NamedTuple):
 
 
 class Way(NamedTuple):
-    """One way to compute a loss, with what it has in common with the number given."""
+    """One way to compute a loss, with its distance to the given number."""
 
     mistakes: tuple[str, ...]
     conventions: tuple[str, str, str, str]
@@ -51,7 +51,7 @@ class Way(NamedTuple):
 
     @property
     def cost(self) -> float:
-        """How unlikely it is beside others that give the same number."""
+        """How unlikely it is compared with others that give the same number."""
         tables = SMOOTHINGS, FORMS, WEIGHTINGS, REDUCTIONS
         places = [list(table).index(name) for table, name in zip(tables, self.conventions, strict=True)]
         doubt = max(0.0, np.log10(max(self.off, 1e-30) / 1e-8))
@@ -60,7 +60,7 @@ class Way(NamedTuple):
 
 
 class Node(NamedTuple):
-    """A sample with mistakes made in it, before anything is summed."""
+    """A sample with mistakes applied, before anything is summed."""
 
     mistakes: tuple[str, ...]
     s: Sample
@@ -69,12 +69,12 @@ class Node(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """What every reduction multiplies by: one number for each number given where it can."""
+    """The factors of every reduction: one per given number if possible, else one per position."""
 
-    s: Sample  # held for as long as its arrays' identities are a key
+    s: Sample  # kept alive because the identities of its arrays are a cache key
     reductions: list[str]
     shared: Float[np.ndarray, "ways groups"]
-    each: list[Numbers]  # of the last reductions, a factor a position
+    each: list[Numbers]  # for the last reductions, one factor per position
 
     def reduce(self, numbers: Numbers) -> Float[np.ndarray, "ways groups"]:
         """The numbers of all positions by every reduction."""
@@ -83,7 +83,7 @@ class Factors(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """All numbers that the reductions make of a node by one smoothing, form and weighting."""
+    """All numbers that the reductions give for a node with one smoothing, form and weighting."""
 
     names: tuple[str, str, str]
     factors: Factors
@@ -99,7 +99,7 @@ Cache = dict[object, Factors]
 
 
 def nodes(s: Sample, count: int) -> Iterator[Node]:
-    """The samples with so many mistakes made in targets, logits, weights, probabilities or losses."""
+    """The samples with `count` mistakes in targets, logits, weights, probabilities or losses."""
     if count == 0:
         yield Node((), s, log_softmax(s.z))
         return
@@ -126,14 +126,14 @@ def _inputs(s: Sample, count: int) -> Iterator[tuple[tuple[str, ...], Sample]]:
 
 
 def _follows(first: str, second: str, s: Sample, made: Sample) -> bool:
-    """Whether a second mistake can be made after the first: what commutes is tried in one order."""
+    """Whether to try the second mistake after the first: mistakes that commute are tried in one order only."""
     if first == second or first.split()[0] == second.split()[0] == "temperature":
         return False
     return made.z is not s.z or ORDER[first] < ORDER[second]
 
 
 def read(node: Node, plain: bool, cache: Cache) -> list[Reading]:
-    """The numbers that the conventions make of a node; plain ones have the first smoothing and form alone."""
+    """The numbers that the conventions give for a node; `plain` tries only the first smoothing and form."""
     s, found = node.s, []
     for names, losses, r in _weighted_losses(node, plain):
         key = (names[2], *map(id, (s.t, s.live, s.present, s.w, s.c)))
@@ -182,7 +182,7 @@ def _weighted_losses(node: Node, plain: bool) -> Iterator[tuple[tuple[str, str, 
 
 
 def ways(s: Sample, given: np.ndarray, count: int, precision: Precision) -> Iterator[Way]:
-    """All ways with so many mistakes that come near the number."""
+    """All ways with `count` mistakes that come near the number."""
     cache: Cache = {}
     for before in range(count + 1):
         rest = count - before
@@ -195,7 +195,7 @@ def ways(s: Sample, given: np.ndarray, count: int, precision: Precision) -> Iter
 
 
 def _undone(s: Sample, given: np.ndarray, count: int) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
-    """The numbers that the given one was made of by so many mistakes."""
+    """The numbers from which `count` mistakes give the given number."""
     if count == 0:
         yield (), given
         return
@@ -222,7 +222,7 @@ def _off(differences: np.ndarray, units: np.ndarray, precision: Precision) -> np
 def _added(
     node: Node, reading: Reading, mistakes: tuple[str, ...], target: np.ndarray, search: tuple[Precision, Cache]
 ) -> Iterator[Way]:
-    """Where the rest is one of the additions times a likely number, or what half precision makes of the sum."""
+    """The ways that remain: an addition times a likely number, or a sum accumulated in half precision."""
     s, (precision, cache) = node.s, search
     for name, directions in _directions(node, reading, cache):
         numbers = np.sum(directions * (target - reading.numbers), -1) / np.sum(directions**2, -1)  # they fit best
@@ -241,7 +241,7 @@ def _added(
 
 
 def _directions(node: Node, reading: Reading, cache: Cache) -> Iterator[tuple[str, np.ndarray]]:
-    """What each addition adds to each number; a penalty may have the weights, or not."""
+    """What each addition adds to each number; a penalty may be weighted or not."""
     s = node.s
     for name, (_, formula) in ADDITIONS.items():
         if name == SMOOTHED:
@@ -256,7 +256,7 @@ def _directions(node: Node, reading: Reading, cache: Cache) -> Iterator[tuple[st
 
 
 def _likely(k: float, direction: np.ndarray, unit: np.ndarray, precision: Precision) -> float | None:
-    """The number, where it is one that is usually chosen, or where several numbers agree on it; it must show."""
+    """The number, if it is a usual one or several numbers agree on it, and if its effect exceeds the error."""
     known = float(np.max(precision.tight * unit + precision.half_unit) / np.abs(direction).max())
     if k < 3 * precision.loose * float(unit.max() / np.abs(direction).max()):
         return None
@@ -267,14 +267,14 @@ def _likely(k: float, direction: np.ndarray, unit: np.ndarray, precision: Precis
 
 
 def search(s: Sample, given: np.ndarray, precision: Precision) -> list[Way]:
-    """The likeliest ways to the number, of the fewest mistakes; none where there is none."""
+    """The most likely ways to the number, with the fewest mistakes; an empty list if there is none."""
     none, one, two = (functools.cache(lambda n=n: list(ways(s, given, n, precision))) for n in (0, 1, 2))
     tight, loose = precision.tight, precision.loose
     stages = [(none, tight), (one, tight), (none, loose), (one, loose)]
     with np.errstate(all="ignore"):
         has_digits = s.groups > 2 or float(np.max(precision.half_unit / np.abs(given))) < 1e-6
         if s.z.size <= MOST_LOGITS and has_digits and tight < 1e-5:
-            # Of a number in float64 two mistakes to all its digits are likelier than one to five of them.
+            # For a float64 number, two mistakes that match all digits are likelier than one that matches five.
             stages.insert(3 if tight < 1e-8 else 4, (two, tight))
         for found, limit in stages:
             if near := [way for way in found() if way.off <= limit]:
@@ -283,7 +283,7 @@ def search(s: Sample, given: np.ndarray, precision: Precision) -> list[Way]:
 
 
 def distinct(found: Iterable[Way], most: int = 3) -> list[Way]:
-    """The likeliest ways whose names differ, at most so many."""
+    """The most likely ways whose names differ, at most `most`."""
     by_name: dict[object, Way] = {}
     for way in found:
         by_name.setdefault(frozenset(way.mistakes) if way.mistakes else way.conventions, way)

@@ -1,7 +1,7 @@
 """The mistakes that the gradient doctor knows: what to say of each, and the gradient that it makes.
 
-A mistake is written once: the name, a colon, what the person reads, and the formula. The text is no docstring, since
-`python -OO` has none.
+Each mistake is one entry: its name, a colon, the text that the user reads, and the formula. The text is not a
+docstring, because `python -OO` removes docstrings.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,17 +13,17 @@ from jaxsoft._doctor.problem import Problem, Vectors, sigmoid, softmax
 
 
 class Fit(NamedTuple):
-    """A mistake with a number in it, with the number that fits best."""
+    """A mistake that depends on a number, with the number that fits best."""
 
     gradient: Vectors  # it belongs to the sum of the losses
     divisor: int  # the reduction divides by it
     value: float
     note: str = ""
-    likely: bool = True  # somebody may have such a number
+    likely: bool = True  # whether such a number occurs in practice
 
 
-# A formula gives the gradient of the sum, or of the mean before it is divided. Where it gives a single array, this is
-# tried with zeros at the ignored positions and without them; where it gives several, they are tried as they are.
+# A formula gives the gradient of the sum, or of the mean before its division. A single array is tried with zeros at
+# the ignored positions and without them; several arrays are tried as they are.
 Formula = Callable[[Problem], Vectors | Iterable[Vectors]]
 FitFormula = Callable[[Problem, Vectors], Iterator[Fit]]
 F = TypeVar("F", bound=Callable)
@@ -69,10 +69,10 @@ mistake("""Jacobian once too often: This is the true gradient multiplied by soft
 o − t already contains the derivative of softmax; multiplying again gives the gradient of the Brier score
 ½‖o − t‖².""")(lambda p: p.pulled(p.truth))
 mistake("""elementwise derivative: This is (o − t)·o(1 − o), as if softmax acted on each logit alone, like a sigmoid.
-o − t already contains the derivative of softmax; and with the off-diagonal terms left out this is the gradient of no
+o − t already contains the derivative of softmax, and without the off-diagonal terms this is the gradient of no
 function.""")(lambda p: (p.truth * p.o * p.rest, (p.o - p.t) * p.o * p.rest))
-mistake("""derivative of softmax alone: This is o(1 − o), the derivatives ∂o_j/∂z_j alone: without the targets, it
-cannot learn them. The chain rule multiplies all of softmax's derivatives by the loss's derivatives, which gives
+mistake("""derivative of softmax alone: This is o(1 − o), the derivatives ∂o_j/∂z_j alone: without the targets, a
+network cannot learn them. The chain rule multiplies all of softmax's derivatives by the loss's derivatives, which gives
 τo − t.""")(lambda p: p.o * p.rest)
 mistake("""gradient to the probabilities: This is −t/o, the derivatives of the loss to the probabilities
 o, not to the logits. Multiplied by softmax's Jacobian it becomes τo − t, in which the division has
@@ -82,12 +82,12 @@ probabilities.""")(lambda p: (p.mass, p.o))
 mistake("""targets do not sum to one: This is o − t, but some targets sum to τ ≠ 1: the gradient is
 τo − t.""")(lambda p: p.o - p.t if p.has_scaled_targets else ())
 mistake("""sigmoid in place of softmax: This is σ(z) − t: every logit went through a sigmoid of its own, as for labels
-that do not exclude each other (binary cross-entropy). Where one class is right, softmax makes the classes compete: its
-probabilities sum to one.""")(lambda p: sigmoid(p.z) - p.t)
+that do not exclude each other (binary cross-entropy). If exactly one class is right, use softmax, whose probabilities
+sum to one.""")(lambda p: sigmoid(p.z) - p.t)
 
 
 mistake("""softmax over the wrong axis: The probabilities were normalised over another axis than the
-classes'.""")(lambda p: (p.error(softmax(p.z, n)) for n in [*range(p.z.ndim - 1)] + [None] * (p.z.size > p.classes)))
+class axis.""")(lambda p: (p.error(softmax(p.z, n)) for n in [*range(p.z.ndim - 1)] + [None] * (p.z.size > p.classes)))
 
 
 @mistake("""labels shifted by one: This is the gradient for labels one higher or lower: are the classes counted from
@@ -102,8 +102,8 @@ def _(p: Problem) -> Iterator[Vectors]:
 
 
 @mistake("""error averaged over the batch: Every position was given the same vector, the errors τo − t averaged or added
-over the positions. Each logit moves the loss of its own position alone: its gradient is its own error. Only gradients
-to what the positions share, such as weights, are added up over them.""")
+over the positions. Each logit affects only its own position's loss, so its gradient is its own error. Only gradients
+to parameters that the positions share, such as weights, are added up over them.""")
 def _(p: Problem) -> Iterator[Vectors]:
     axes = tuple(range(p.z.ndim - 1))
     for over in {axes, axes[:1]} if p.live.size > 1 else ():
@@ -119,9 +119,9 @@ log10. The derivative of log10(o) is 1/(o ln 10); cross-entropy is in nats, with
 logarithm.""")(lambda p: p.truth / np.log(10))
 mistake("""probabilities passed as logits: This is z − t. The logits are at least 0 and
 sum to one: they are probabilities already, and this is the gradient to the logits that
-they were made of. Pass those: softmax of probabilities is another distribution, nearly
+they were computed from. Pass those logits: softmax of probabilities is another distribution, nearly
 uniform.""")(lambda p: p.error(p.z) if (p.z >= 0).all() and np.allclose(p.z.sum(-1), 1, atol=1e-2) else ())
-mistake("""softmax applied twice: The probabilities are those of softmax(softmax(z)): softmax was applied first,
+mistake("""softmax applied twice: The probabilities are softmax(softmax(z)): softmax was applied before the loss,
 and again by the loss. The result is nearly uniform, and learning is slow. Pass the
 logits.""")(lambda p: (p.pulled(p.error(softmax(p.o))), p.error(softmax(p.o))))
 
@@ -131,8 +131,8 @@ for name, activation, slope in (
     ("sigmoid", sigmoid, lambda z: sigmoid(z) * sigmoid(-z)),
 ):
 
-    @mistake(f"""{name} before softmax: The probabilities are those of softmax({name}(z)). The layer before softmax has
-    no activation: one would keep logits from being as low or as high as they need to be.""")
+    @mistake(f"""{name} before softmax: The probabilities are softmax({name}(z)). The layer before softmax needs
+    no activation, which would keep logits from being as low or as high as they need to be.""")
     def _(p: Problem, activation=activation, slope=slope) -> Iterator[Vectors]:
         error = p.error(softmax(activation(p.z)))
         yield error * slope(p.z)
@@ -142,11 +142,11 @@ for name, activation, slope in (
 mistake("""softmax not applied: This is z − t: softmax was not applied. The gradient is
 softmax(z) − t.""")(lambda p: p.z - p.t)
 mistake("""only the targets: This is −t, the derivative of the loss to the logarithms of the probabilities. The
-derivative of these to the logits is missing: log-softmax's rule g − s Σg gives τo − t.""")(lambda p: -p.t)
+logarithms' derivative to the logits is missing: log-softmax's rule g − s Σg gives τo − t.""")(lambda p: -p.t)
 mistake("""probabilities not normalised: This is exp(z) − t: the exponentials were not divided by their
 sum.""")(lambda p: np.exp(p.z) - p.t)
-mistake("""argmax in place of the probabilities: This is one_hot(argmax z) − t, as the perceptron
-learns: the probabilities were rounded to 0 and 1, and a position whose label is the most likely class has
+mistake("""argmax in place of the probabilities: This is one_hot(argmax z) − t, the perceptron's
+rule: the probabilities were rounded to 0 and 1, and a position whose label is the most likely class has
 no gradient.""")(lambda p: np.where(p.live, np.eye(p.classes)[p.z.argmax(-1)] - p.t, 0))
 mistake("""logarithm missing: This is o_y (o − t), the gradient of −o_y (for a distribution, of −Σ t o). The loss
 of a label is −log o_y.""")(lambda p: ((p.t * p.o).sum(-1, keepdims=True) * p.truth, p.pulled(-p.t)))
@@ -155,8 +155,8 @@ to the logarithms: the sign of the sum is wrong.""")(lambda p: -p.t - p.tau * p.
 mistake("""log-softmax's rule with a dot product: This is g − Σ g·log p, for the gradient
 g = −t to the logarithms. Log-softmax's rule is g − s Σg: softmax's, s (g − s·g), is
 another.""")(lambda p: np.where(p.live, (p.t * (p.z - p.lse)).sum(-1, keepdims=True) - p.t, 0))
-mistake("""sum in place of the dot product: This is s (g − Σg) for g = −t/o: softmax's rule is s (g − s·g), with the dot
-product of both.""")(lambda p: p.o * (p.quotient.sum(-1, keepdims=True) - p.quotient))
+mistake("""sum in place of the dot product: This is s (g − Σg) for g = −t/o. Softmax's rule is s (g − s·g), with the dot
+product s·g.""")(lambda p: p.o * (p.quotient.sum(-1, keepdims=True) - p.quotient))
 mistake("""binary cross-entropy of softmax's outputs: This is the gradient of −Σ (t log o + (1 − t) log(1 − o)), which
 treats each class as a separate yes-or-no question. Cross-entropy is −Σ t log o.""")(lambda p: p.pulled(_binary(p)))
 mistake("""binary cross-entropy to the probabilities: This is (o − t)/(o(1 − o)), the derivatives of binary
@@ -176,24 +176,25 @@ def _(p: Problem) -> Iterator[Vectors]:
         yield error
 
 
-@mistake("""sums without keepdims: Each row's exponentials were divided by the sum of another row: NumPy lines up a sum
-over the last axis with the columns, and a square batch hides it. Sum with keepdims=True.""")
+@mistake("""sums without keepdims: Each row's exponentials were divided by the sum of another row: NumPy aligns a sum
+over the last axis with the columns, which is no error for a square batch. Sum with keepdims=True.""")
 def _(p: Problem) -> Iterator[Vectors]:
     for top in (p.z.max(-1, keepdims=True), p.z.max(-1)) if p.is_square else ():
         e = np.exp(p.z - top)
         yield p.error(e / e.sum(-1))
 
 
-mistake("""labels of the whole batch: Every position was given the labels of all: in NumPy p[:, y] -= 1 subtracts in
-every row, and p[np.arange(n), y] -= 1 in each its own.""")(lambda p: p.mass - p.t.any(tuple(range(p.z.ndim - 1))))
+mistake("""labels of the whole batch: The labels of all positions were subtracted at every position: in
+NumPy p[:, y] -= 1 subtracts all labels in every row, but p[np.arange(n), y] -= 1 subtracts each row's
+own.""")(lambda p: p.mass - p.t.any(tuple(range(p.z.ndim - 1))))
 
 
-mistake("""divided in part: Of τo − t only one term was divided by the number of positions, n, as where
-parentheses are missing or a mean's −t/n is added to o. n·o − t comes from one Jacobian of the whole batch,
+mistake("""divided in part: Only one term of τo − t was divided by the number of positions, n: parentheses are
+missing, or a mean's −t/n was added to o. n·o − t comes from one Jacobian of the whole batch,
 flattened.""")(lambda p: (e for n in p.scales.values() if n > 1 for e in (n * p.mass - p.t, p.mass - n * p.t)))
 
 
-@mistake("""reshaped in place of transposed: The classes are not along the last axis in memory, and but the logits were
+@mistake("""reshaped in place of transposed: The classes are not along the last axis in memory, but the logits were
 reshaped to (positions, classes): each softmax mixed classes of several positions. Move the axis first.""")
 def _(p: Problem) -> Iterator[Vectors]:
     for axis in range(p.z.ndim - 1):
@@ -206,19 +207,19 @@ def _(p: Problem) -> Iterator[Vectors]:
 mistake("""divergence the wrong way round: This is the gradient of Σ o log(o/t),
 with the distributions exchanged. Cross-entropy is, up to a constant, Σ t
 log(t/o).""")(lambda p: p.pulled(p.z - p.lse - np.log(p.t)) if (p.t > 0).all() else ())
-mistake("""softmax of the negated logits: The probabilities are those of softmax(−z),
-as if z were energies. To these the gradient would be t − τ·softmax(−z); the logits are
+mistake("""softmax of the negated logits: The probabilities are softmax(−z), as if z
+were energies. The gradient to energies would be t − τ·softmax(−z); their logits are
 −z.""")(lambda p: (p.error(softmax(-p.z)), -p.error(softmax(-p.z))))
-mistake("""a class without a gradient: The gradient is right but for one class, where it is zero:
-right if that is a reference class, whose logit is held at 0. Of all the logits it is not the
-gradient.""")(lambda p: (np.where(np.arange(p.classes) == n, 0, p.truth) for n in (0, p.classes - 1) if p.classes > 2))
+mistake("""a class without a gradient: The gradient is right except for one class, where it is zero:
+right if that is a reference class, whose logit is fixed at 0, but not the gradient to all
+logits.""")(lambda p: (np.where(np.arange(p.classes) == n, 0, p.truth) for n in (0, p.classes - 1) if p.classes > 2))
 
 
-@mistake("""hinge loss: This counts the classes within a margin of 1 of the label's score, or above it: the gradient of
-a support vector machine's loss, not of the cross-entropy.""")
+@mistake("""hinge loss: This counts the classes whose score is above the label's, or below it by less than 1: the
+gradient of a support vector machine's loss, not of the cross-entropy.""")
 def _(p: Problem) -> Iterator[Vectors]:
     above = p.live & (p.t == 0) & (p.z - (p.z * p.t).sum(-1, keepdims=True) + 1 > 0)
-    if p.classes > 2:  # two classes have (−1, 1) for many a reason
+    if p.classes > 2:  # with two classes, (−1, 1) has many other causes
         yield above - p.t * above.sum(-1, keepdims=True)
 
 
@@ -226,16 +227,16 @@ mistake("""transposed: This is the true gradient transposed: classes and samples
 exchanged.""")(lambda p: (p.truth.T,) if p.is_square else ())
 
 
-@fit("""temperature: The probabilities are those of softmax(z/T), not of softmax(z). By the chain rule the gradient to z
+@fit("""temperature: The probabilities are softmax(z/T), not softmax(z). By the chain rule the gradient to z
 would then be (τo − t)/T. Here T = {value:.6g}, {note}.""")
 def _(p: Problem, g: Vectors) -> Iterator[Fit]:
-    """Find T by looking ever closer around the best of a grid, at the vectors that tell most."""
+    """Find T by refining a grid around its best value, on the vectors with the largest gradients."""
     telling = np.argsort(-np.abs(g).max(-1), axis=None, kind="stable")[: max(1, 4096 // p.classes)]
     z, t, tau, seen = (a.reshape(-1, a.shape[-1])[telling] for a in (p.z, p.t, p.tau, g))
     forms = {
         0: "without that division",
         -1: "with that division",
-        1: "multiplied by T instead, as where a loss times T² is distilled",
+        1: "multiplied by T instead, as when a distillation loss is multiplied by T²",
     }
     for count in p.scales.values():
         for power, note in forms.items():
@@ -251,7 +252,7 @@ def _(p: Problem, g: Vectors) -> Iterator[Fit]:
 
 
 def _addition(direction: Callable[[Problem], Vectors], value=lambda k, count: k, most=1.0, note="") -> FitFormula:
-    """The truth plus k times the direction, where k > 0 and the number that is said of it at most so large."""
+    """The truth plus k times the direction, with k > 0 and the printed value at most `most`."""
 
     def formula(p: Problem, g: Vectors) -> Iterator[Fit]:
         for added in p.spared_or_not(direction(p)):
@@ -265,27 +266,27 @@ def _addition(direction: Callable[[Problem], Vectors], value=lambda k, count: k,
 
 
 fit("""weight decay left in: This is the true gradient plus λz with λ = {value:.6g}: a penalty
-½λ‖z‖² on the logits, such as weight decay, was differentiated too. It is no part of the
+½λ‖z‖² on the logits, such as weight decay, was differentiated too. It does not belong to the
 cross-entropy.""")(_addition(lambda p: p.z, lambda k, count: k / count, most=2))
 
 
 @fit("""label smoothing left in: This is the gradient for smoothed targets, (1 − ε)t + {note} over the C classes with
 ε = {value:.6g}, not for the targets given.""")
 def _(p: Problem, g: Vectors) -> Iterator[Fit]:
-    """Of the mass τ that a position has, and of a mass of one as in `cross_entropy`."""
+    """Smooth to a sum of τ, a position's own, and to a sum of one as in `cross_entropy`."""
     yield from _addition(lambda p: p.t - p.tau / p.classes, note="ετ/C")(p, g)
     if p.has_scaled_targets:
         yield from _addition(lambda p: p.t - 1 / p.classes + (1 - p.tau) * p.o, note="ε/C")(p, g)
 
 
 fit("""z-loss left in: This is the true gradient plus 2ζ·lse·o with ζ = {value:.6g}, lse the
-logarithm of the sum of exp(z): the derivative of a z-loss ζ·lse², which is no part of the
+logarithm of the sum of exp(z): the derivative of a z-loss ζ·lse², which does not belong to the
 cross-entropy.""")(_addition(lambda p: p.lse * p.o, lambda k, count: k / 2))
 fit("""entropy bonus left in: This is the true gradient plus β o (log o + H) with β = {value:.6g}, H
-the entropy of o: a bonus βH, as for a policy, was differentiated too. It is no part of the
+the entropy of o: a bonus βH, as for a policy, was differentiated too. It does not belong to the
 cross-entropy.""")(_addition(lambda p: p.pulled(p.z - p.lse)))
-fit("""one-sided differences: These are differences to one side of a step h = {value:.3g}:
-they are off by ½h ∂²/∂z² = ½hτ o(1 − o). Take them to both sides,
+fit("""one-sided differences: These are one-sided differences with a step h = {value:.3g}:
+they are off by ½h ∂²/∂z² = ½hτ o(1 − o). Take central differences,
 (L(z + h) − L(z − h))/2h.""")(_addition(lambda p: p.tau * p.o * p.rest, lambda k, count: 2 * k, most=0.25))
 
 

@@ -14,7 +14,7 @@ Vectors = Float[np.ndarray, "... classes"]
 
 
 class Problem:
-    """Everything the mistakes are made of, in float64, classes last."""
+    """Everything from which mistakes are computed, in float64, classes last."""
 
     def __init__(self, z: Vectors, t: Vectors, o: Vectors, truth: Vectors, scales: dict[str, int]):
         self.z, self.t, self.o = z, t, o  # ignored positions have no targets
@@ -28,7 +28,7 @@ class Problem:
         top = z.max(-1, keepdims=True)
         self.lse = top + np.log(np.exp(z - top).sum(-1, keepdims=True))
         self.quotient = np.where(t == 0, 0, t / o)
-        # 1 − o of the largest is summed from the others, since subtracting would lose it.
+        # 1 − o of the largest is the sum of the others, because a subtraction would round it away.
         largest = o == o.max(-1, keepdims=True)
         others = np.where(largest, 0, o).sum(-1, keepdims=True)
         self.rest = np.where(largest & (o > 0.5), others, 1 - o)
@@ -38,7 +38,7 @@ class Problem:
         return Problem(self.z[positions], self.t[positions], self.o[positions], self.truth[positions], self.scales)
 
     def error(self, probs: Vectors) -> Vectors:
-        """What the gradient would be if these were the probabilities."""
+        """The gradient if these were the probabilities."""
         return np.where(self.live, self.tau * probs - self.t, 0)
 
     def pulled(self, g: Vectors) -> Vectors:

@@ -1,4 +1,4 @@
-"""A head: what is computed from the logits of every position, and the one rule by which any of it is differentiated."""
+"""A head computes values from the logits of every position; one rule differentiates all heads."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, cast
@@ -12,11 +12,11 @@ from jaxsoft._arrays.sharding import AxisName, PerPosition, broadcast_like, is_r
 from jaxsoft._custom_vjp import custom_vjp
 from jaxsoft._jax_internals import Results, zeros_of_type
 
-Values = tuple[Results, Results]  # what is differentiated and what is not; the class axis has length 1, or k for top-k
+Values = tuple[Results, Results]  # differentiable results and constants; the class axis has length 1, or k for top-k
 
 
 class Operands(Protocol):
-    """What a head takes in addition to logits: a NamedTuple of arrays of the logits' rank, or of another layer."""
+    """A head's inputs in addition to logits: a NamedTuple of arrays of the logits' rank, or of another layer."""
 
     @property
     def ignored(self) -> Array:
@@ -25,12 +25,12 @@ class Operands(Protocol):
 
     @property
     def position_weight(self) -> Array:
-        """0 where a position is ignored; there may be others."""
+        """0 at ignored positions; an operand may have further weights."""
         ...
 
     @property
     def target_weights(self) -> Array | None:
-        """The one array of these that may be differentiated, if `weights_differentiable`."""
+        """The only array here that may be differentiated, if `weights_differentiable`."""
         ...
 
     @property
@@ -72,32 +72,32 @@ class Positions(NamedTuple):
 
 
 def scalar_output(positions: int, dtype: Any) -> Values:
-    """The values of ignored positions, of a head that has one number for each."""
+    """The values of ignored positions, for a head with one number per position."""
     return (jnp.zeros((positions, 1), dtype),), ()
 
 
 class Head(NamedTuple):
-    """Something that is computed from logits and operands, such as a loss from targets: three short functions.
+    """A computation from logits and operands, such as a loss from targets: three short functions.
 
     `statistics(logits, axis, operands, axis_name)` are sums over the classes of all shards, and `values(operands,
     statistics, axis)` the results. `gradients(logits, operands, statistics, axis, cotangents, *, in_place)` are the
-    gradients of Σ cotangent·value to the logits and to the target weights, or None for the latter; in place the logits
-    are not read again.
+    gradients of Σ cotangent·value to the logits and to the target weights, or None for the latter; with `in_place` they
+    may overwrite the logits.
     """
 
     statistics: Callable[[Array, int, Any, AxisName], Any]
     values: Callable[[Any, Any, int], Values]
     gradients: Callable[..., tuple[Array, Array | None]]
     init_output: Callable[[int, Any], Values] = scalar_output  # (positions, dtype): the values of ignored positions
-    copies: bool = False  # whether it takes a copy of the logits, for which tiles must have room
+    copies: bool = False  # whether it needs a copy of the logits, for which tiles must have memory
 
 
 def evaluate_plainly(head: Head, logits: Array, operands: Any, axis: int, axis_name: AxisName) -> Values:
-    """The values of each position as the formula has them; every reduction is an ordinary function of them."""
+    """The values of each position by the plain formula; every reduction is an ordinary function of them."""
     return head.values(operands, head.statistics(logits, axis, operands, axis_name), axis)
 
 
-_evaluate = custom_vjp(evaluate_plainly, nondiff_argnums=(0, 3, 4))  # the same with the rule below
+_evaluate = custom_vjp(evaluate_plainly, nondiff_argnums=(0, 3, 4))  # differentiated by the rule below
 
 
 def evaluate(head: Head, logits: Array, operands: Any, axis: int, axis_name: AxisName) -> Values:
@@ -121,9 +121,9 @@ def _evaluate_bwd(head: Head, axis: int, axis_name: AxisName, residuals: Any, co
 
 
 def _evaluate_forward(head: Head, axis: int, axis_name: AxisName, residuals: Any, tangents: Any) -> Values:
-    """The logits' part by the transpose of their gradients, the target weights' part by their own gradients.
+    """Transpose the logits' gradients, but multiply the target weights' gradients by their tangents.
 
-    A target weight's gradient may be infinite, which the transpose would lose: it is derived at a cotangent of 0.
+    A target weight's gradient may be infinite, and the transpose, which is derived at a cotangent of 0, would lose it.
     """
     logits, operands, statistics = residuals
     logit_tangents, operand_tangents = tangents
@@ -148,18 +148,18 @@ _evaluate.defvjp(_evaluate_fwd, _evaluate_bwd, forward=_evaluate_forward)
 
 
 def operand_cotangents(kind: Any, grad_weights: Array | None) -> Any:
-    """The cotangents of operands: labels, weights and smoothing are not differentiated, which is JAX's None."""
+    """The cotangents of operands; labels, weights and smoothing are not differentiated, for which JAX expects None."""
     return kind(**dict.fromkeys(kind._fields))._replace(target_weights=grad_weights)
 
 
 def freeze_ignored(logits: Array, operands: Any) -> tuple[Array, Any]:
     """The same logits and operands, constant at ignored positions.
 
-    A derivative would multiply them by a weight of 0, which is NaN where padding is NaN.
+    A derivative would multiply them by a weight of 0, which gives NaN if padding is NaN.
     """
 
-    # Not by a rule of its own: inside a scan JAX forgets a `custom_jvp` once it has differentiated in reverse. XLA
-    # drops this select, both of whose cases are one value, but not one inside `jnp.where`.
+    # Not a `custom_jvp`, because JAX forgets its rule inside a scan after differentiating in reverse. XLA drops this
+    # select, whose two cases have the same value, but would not drop a `jnp.where`.
     def freeze(array: Array) -> Array:
         return lax.select(broadcast_like(operands.ignored, array), lax.stop_gradient(array), array)
 
@@ -170,5 +170,5 @@ def freeze_ignored(logits: Array, operands: Any) -> tuple[Array, Any]:
 
 def scale_gradient(gradient: Array, cotangent: Array, ignored: Array | bool = False) -> Array:
     """cotangent·gradient, but 0 where ignored, and where the cotangent is 0 and the gradient infinite."""
-    infinite = jnp.abs(gradient) > jnp.finfo(gradient.dtype).max  # `isinf` itself makes what `debug_infs` stops at
+    infinite = jnp.abs(gradient) > jnp.finfo(gradient.dtype).max  # `isinf` uses an infinity; `debug_infs` stops at it
     return jnp.where(ignored | ((cotangent == 0) & infinite), 0, cotangent * gradient)

@@ -1,4 +1,4 @@
-"""The loss of each position from finished statistics, and its gradient: of labels and distributions.
+"""The loss of each position, and its gradient, from statistics: for labels and distributions.
 
     loss       = τ·lse − Σ_j q_j z_j + ζ·lse²
     ∂loss/∂z_j = (τ + 2ζ·lse)·p_j − q_j
@@ -38,7 +38,7 @@ def loss_head(targets: Array | SparseTargets) -> Head:
 def check_targets(
     targets: ArrayLike | SparseTargets, classes: int, options: Options, ignore_index: int | None
 ) -> tuple[Array | SparseTargets, int | None]:
-    """The targets of a public function as arrays, and what to ignore among labels."""
+    """The targets of a public function as arrays, and the label to ignore."""
     if isinstance(targets, tuple) and hasattr(targets, "as_targets"):
         raise TypeError("targets: expected an array or SparseTargets, got TopK: pass targets.as_targets()")
     if isinstance(targets, SparseTargets):
@@ -62,7 +62,7 @@ def target_operands(
 
 def position_losses(targets: Targets, statistics: Statistics, axis: int) -> Values:
     """τ·lse − Σ_j q_j z_j + ζ·lse² of every position."""
-    # A term of weight 0 costs nothing, even where it is infinite. Weights are constants: a tangent of 0 times an
+    # A term of weight 0 is 0 even if the loss is infinite. Weights are constants, because a tangent of 0 times an
     # infinite loss would be NaN.
     weights = targets.label_weight, targets.position_weight, targets.z_loss_weight
     label_weight, position_weight, z_loss_weight = cast(tuple[Array, Array, Array], lax.stop_gradient(weights))
@@ -161,7 +161,7 @@ def _reduced_loss_bwd(axis: int, averaging: Averaging, residuals: Any, cotangent
 
 
 def _reduced_loss_forward(axis: int, averaging: Averaging, residuals: Any, tangents: Any) -> Array:
-    """Σ gradient·tangent; at ignored positions, where a tangent may be NaN, 0."""
+    """Σ gradient·tangent, with 0 for ignored positions, where a tangent may be NaN."""
     gradient, logits, targets, scale = residuals
     logit_tangents, target_tangents, _ = tangents
     pushed = jnp.zeros((), scale.dtype)
@@ -175,7 +175,7 @@ def _reduced_loss_forward(axis: int, averaging: Averaging, residuals: Any, tange
 
 
 def _kept_weight_gradients(axis: int, logits: Array, targets: Targets, cotangent: Array) -> Array:
-    """The gradients to the weights of a distribution from the logits that were saved for them."""
+    """The gradients to the weights of a distribution, from the saved logits."""
     logits, targets = freeze_ignored(logits, targets)
     return _weight_gradients(logits, targets, leading_statistics(logits, (axis,)), cotangent)
 

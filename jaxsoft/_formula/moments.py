@@ -1,4 +1,4 @@
-"""Sums over the classes relative to the most likely one, which give the entropy and any class's log-probability."""
+"""Sums over the classes relative to the most likely class, for the entropy and any class's log-probability."""
 
 from typing import NamedTuple
 
@@ -19,11 +19,11 @@ class Moments(NamedTuple):
 
     statistics: Statistics
     gap: Array  # Σ_j exp(z_j − m)(m − z_j)
-    leader: Array  # its index among the classes of all shards; −1 where no class is left, or a logit is NaN
+    leader: Array  # its index among the classes of all shards; −1 if every class is masked, or a logit is NaN
 
     @property
     def mean_gap(self) -> Array:
-        """m − Σ_j p_j z_j; 0 where no class is left."""
+        """m − Σ_j p_j z_j; 0 if every class is masked."""
         return self.gap / self.statistics.positive_sum
 
     @property
@@ -32,10 +32,10 @@ class Moments(NamedTuple):
         return self.statistics.log_sum + self.mean_gap
 
     def around(self, leads: Array, label_logit: Array) -> Statistics:
-        """The statistics with another class as the label, unless that one `leads`: no sum is recomputed."""
+        """The statistics with another class as the label, unless that class `leads`; no sum is recomputed."""
         statistics = self.statistics
         below = label_logit - statistics.max_logit
-        # The leader adds 1 to the sum, and takes it along; under any other label the others sum to at least that 1.
+        # With another label the sum of the others includes the leader's 1, so this subtraction loses no accuracy.
         others = statistics.sum_others + (jnp.exp(statistics.label_logit) - jnp.exp(below))
         sum_others = jnp.where(leads, statistics.sum_others, others)
         return statistics._replace(sum_others=sum_others, label_logit=below)
@@ -58,12 +58,12 @@ def _over_shards(
 ) -> tuple[Statistics, Array, Array]:
     max_logit = max_shards(block.max_logit, axis_name)
     below = block.max_logit - max_logit
-    # The first of the shards that have the largest logit of all.
+    # The first shard that has the largest logit of all.
     none = jnp.iinfo(leader.dtype).max
     first = lax.pmin(jnp.where((below == 0) & jnp.isfinite(block.label_logit), leader, none), axis_name)
     leads, leading = leader == first, jnp.exp(block.label_logit)
     scale = jnp.exp(below)
-    below = jnp.where(scale == 0, 0, below)  # of a block without weight, which may be as low as a number can be
+    below = jnp.where(scale == 0, 0, below)  # avoids 0 · (−huge) for a block whose exponentials underflow
     gap = (gap - below * (block.sum_others + leading)) * scale
     sum_others = (block.sum_others + jnp.where(leads, 0, leading)) * scale
     sums = jnp.concatenate([sum_others, gap, jnp.where(leads, block.label_logit, 0)], axis)
@@ -73,7 +73,7 @@ def _over_shards(
 
 @with_platform_impl(cpu=cpu.moments)
 def _block_moments(arrays: tuple[Array], axes: Axes) -> tuple[Array, ...]:
-    """m, the sum of all exponentials but the leader's, its logit, the gap, and its index."""
+    """m, the sum of all exponentials except the leader's, the leader's logit, the gap, and the leader's index."""
     (logits,), (axis,) = arrays, axes
     max_logit = finite_max(logits, axes)
     z = widen(logits)
@@ -82,7 +82,7 @@ def _block_moments(arrays: tuple[Array], axes: Axes) -> tuple[Array, ...]:
     exponentials = jnp.exp(-below)
     is_leader = is_label(logits, leader, axis)
     sum_others = jnp.sum(jnp.where(is_leader, 0, exponentials), axes, keepdims=True)
-    # A class without probability adds nothing, at −inf too.
+    # A class of probability 0 adds nothing, even if its logit is −inf.
     left = lax.stop_gradient(exponentials) != 0
     gap = jnp.sum(jnp.where(left, exponentials * jnp.where(left, below, 0), 0), axes, keepdims=True)
     leader_logit = jnp.sum(jnp.where(is_leader, z, 0), axes, keepdims=True)
@@ -100,9 +100,9 @@ def moment_gradients(
     label: Array | None = None,
     at_label: Array | None = None,
 ) -> Array:
-    """p_j (b − h (log p_j + H)) for the cotangents b of lse and h of H, but `at_label` at the label.
+    """p_j (b − h (log p_j + H)) for the cotangents b of lse and h of H, except `at_label` at the label.
 
-    log p_j + H is G − (m − z_j), for G = Σ_j p_j (m − z_j): their common logarithm is not subtracted.
+    log p_j + H is computed as G − (m − z_j), G = Σ_j p_j (m − z_j), where the logarithms have already cancelled.
     """
     statistics, total = moments.statistics, moments.statistics.positive_sum
     below = statistics.max_logit - widen(logits)

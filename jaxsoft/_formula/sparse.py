@@ -28,7 +28,7 @@ from jaxsoft._formula.targets import (
 from jaxsoft._jax_internals import Results, Tracer
 
 Outside = Literal["tail", "renormalise", "nothing"]
-NONE = -(2**31)  # the index of what is no class, or again one of before: it is in no block
+NONE = -(2**31)  # an index in no block, for padding and repeated classes
 
 
 @exportable
@@ -42,10 +42,10 @@ class SparseTargets:
     nothing:      loss = −Σ_k q_k log p_k
 
     for p = softmax(z). The three differ in what the student learns about the classes outside the K. "tail": together
-    they have the remaining probability, however it is distributed among them. "renormalise": nothing, not even their
-    total. "nothing": since log p_k counts them, that they have as little as possible. Only "tail" has its minimum
-    where every p_k = q_k. The probability outside is summed over those classes, never computed as 1 − Σ p, which
-    rounds to 0.
+    they have the remaining probability, however it is distributed. "renormalise": nothing, not even their total.
+    "nothing": they should have as little probability as possible, because they lower log p_k. Only "tail" has its
+    minimum where every p_k = q_k. The probability of the other classes is computed as a sum over them, never as
+    1 − Σ p, which would round to 0.
 
     Args:
         indices: the classes, of the logits' shape with K in place of the classes (the last axis for
@@ -54,21 +54,21 @@ class SparseTargets:
         outside: how to treat all other classes; "renormalize" is the same as "renormalise".
 
     Edges: a class that occurs twice counts with both probabilities. Servers that return the sampled token in addition
-    to the K most likely ones return it twice: drop the second. An index out of range gives NaN, unless its probability
-    is 0, when it is ignored: pad with −1. A remainder 1 − Σ q within rounding is treated as 0. With "nothing"
-    probabilities need not sum to one. K = 1 with q = 1 equals a label, to rounding (except with "renormalise", where
-    the loss is then 0); K = classes equals a distribution. A remainder with no class outside the K to receive it costs
-    +inf. `checked` refuses a class that occurs twice and, except with "nothing", a sum above 1. Probabilities that were
-    rounded to bfloat16 or to four digits sometimes sum to 1.003, when K = 64 classes have nearly all of the
-    probability: divide them by their sum first.
+    to the K most likely tokens may return it twice: drop the second. An index out of range gives NaN, unless its
+    probability is 0; then it is ignored, so pad with −1. A remainder 1 − Σ q within rounding is treated as 0. With
+    "nothing" probabilities need not sum to one. K = 1 with q = 1 equals a label up to rounding (except with
+    "renormalise", where the loss is then 0); K = classes equals a distribution. A remainder costs +inf if every class
+    outside the K is masked. `checked` refuses a class that occurs twice and, except with "nothing", a sum above 1.
+    Probabilities rounded to bfloat16 or to four digits sometimes sum to 1.003, if K = 64 classes have nearly all of
+    the probability: divide them by their sum first.
 
     Differentiation: with respect to logits and probs.
 
     Raises:
         TypeError: on use, indices that are not integers, probabilities that are not floating.
-        ValueError: an `outside` that is none of these; on use, shapes that do not fit, probabilities below 0 that are
-            not traced, and options that do not apply to sparse targets: `ignore_index` (use weights of 0),
-            `class_weights`, `label_smoothing`.
+        ValueError: an unknown `outside`; on use, shapes that do not fit, probabilities below 0 that are not traced, and
+            options that do not apply to sparse targets: `ignore_index` (use weights of 0), `class_weights`,
+            `label_smoothing`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -123,7 +123,7 @@ class SparseTargets:
 class SparseOperands(NamedTuple):
     """Sparse targets of a block: class k has the weight position_weight·target_weights_k."""
 
-    classes: Array  # (…, K) indices within the block, different ones except those outside of any block
+    classes: Array  # (…, K) indices within the block, distinct except outside of any block
     target_weights: Array  # (…, K)
     position_weight: Array
     z_loss_weight: Array | None = None
@@ -156,7 +156,7 @@ def check_sparse(targets: SparseTargets, classes: int, options: Options, ignore_
     if not isinstance(given, Tracer) and getattr(given, "is_fully_addressable", True):
         least = np.min(np.asarray(given), initial=0)
         if least < 0:
-            hint = "of log-probabilities make SparseTargets.from_log_probs(indices, log_probs)"
+            hint = "for log-probabilities use SparseTargets.from_log_probs(indices, log_probs)"
             raise ValueError(f"targets.probs: expected probabilities of at least 0, got {least:.6g}; {hint}")
     return SparseTargets(indices, probs, targets.outside)
 
@@ -164,7 +164,7 @@ def check_sparse(targets: SparseTargets, classes: int, options: Options, ignore_
 def sparse_operands(
     targets: SparseTargets, logits: LogitsType, options: Options, averaging: Averaging
 ) -> tuple[SparseOperands, Array | None]:
-    """Sparse targets checked against the logits' type, and what the sum of their losses is to be divided by."""
+    """Sparse targets checked against the logits' type, and the denominator of the sum of their losses."""
     axis = logits.axis
     indices, probs = _fitting(targets, logits)
     counted = jnp.expand_dims(position_weights(options.weights, logits), axis)
@@ -211,7 +211,7 @@ def _fitting(targets: SparseTargets, logits: LogitsType) -> tuple[Array, Array]:
 
 def _without_repetitions(indices: Array, q: Array, axis: int) -> tuple[Array, Array]:
     """The weights with repeated classes merged into their first occurrence, and the mask of first occurrences."""
-    # K² comparisons, few compared with the classes.
+    # K² comparisons are few compared with the classes.
     same = jnp.expand_dims(indices, axis) == jnp.expand_dims(indices, axis + 1)  # (…, k, l, …)
     summed = jnp.sum(jnp.where(same, jnp.expand_dims(q, axis), 0), axis + 1)
     k, other = (lax.broadcasted_iota(jnp.int32, same.shape, axis + n) for n in range(2))
@@ -227,9 +227,9 @@ class SparseStatistics(NamedTuple):
 
     chosen: Statistics  # whose label is the most likely of the K
     others: Statistics
-    below: Array  # z_k − the largest of the K; −inf where there is no k
+    below: Array  # z_k minus the largest of the K; −inf if index k is in no block
     leads: Array  # True at the most likely of the K
-    rest: Array | None  # 1 − Σ_k q_k, which the targets leave to all other classes together
+    rest: Array | None  # 1 − Σ_k q_k, the target of all other classes together
 
     @property
     def nll(self) -> Array:
@@ -298,7 +298,7 @@ def _values(operands: SparseOperands, sparse: SparseStatistics, axis: int, *, ou
     q, each = operands.target_weights, sparse.nll
     nll_chosen, nll_others = _nlls(sparse.log_odds)
     each = each if outside == "renormalise" else each + nll_chosen
-    # A class of weight 0 costs nothing, even at −inf. The added term is 0 and carries the derivative to a probability.
+    # A class of weight 0 costs 0, even at −inf. The added term is 0; its derivative is a probability's.
     constant = lax.stop_gradient(q)
     cost = weighted(constant, each) + (q - constant) * jnp.where(jnp.isfinite(each), each, 0)
     losses = jnp.sum(cost, axis, keepdims=True)
@@ -329,7 +329,7 @@ def _gradients(
         scale * jnp.sum(jnp.where(mask, q, 0), axis, keepdims=True) for mask in (sparse.leads, ~sparse.leads)
     )
     p_chosen, p_others = _probs(log_odds)
-    # Times 0, not 0: NaN where a target is no class.
+    # 0 · scale, not 0, because scale is NaN if a target is out of range.
     grad_odds = 0 * scale if renormalised else -(leader_weight + rest_weight) * p_others
     if sparse.rest is not None:
         grad_odds += scale * sparse.rest * p_chosen
@@ -371,7 +371,7 @@ def _statistics_of_chosen(
 
 
 def _rest(logits: Array, operands: SparseOperands, axis: int, axis_name: AxisName, rounding: float) -> Array:
-    """1 − Σ_k q_k, but 0 within rounding, and where the K are all classes, so that q is a distribution."""
+    """1 − Σ_k q_k, or 0 if it is within rounding, or if the K are all classes, so that q is a distribution."""
     rest = 1 - jnp.sum(operands.target_weights, axis, keepdims=True)
     rest = jnp.where(rest > max(rounding, 8 * float(jnp.finfo(rest.dtype).eps)), rest, 0)
     block = logits.shape[axis]

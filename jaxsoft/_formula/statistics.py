@@ -22,14 +22,14 @@ from jaxsoft._platform.dispatch import Axes, from_end, with_platform_impl
 
 
 class Statistics(NamedTuple):
-    """Sums over the classes of a block, relative to its largest logit m; None where no target asks for one."""
+    """Sums over the classes of a block, relative to its largest logit m; None if no target needs a sum."""
 
     max_logit: Array  # m, above −inf
-    sum_others: Array  # Σ_j exp(z_j − m) over all classes but the label; of a distribution, but one class with logit m
-    label_logit: Any = None  # z − m of the class that is omitted from that sum
-    other_weight: Any = None  # Σ_j q_j; of a distribution, over the classes with logits below m
+    sum_others: Array  # Σ_j exp(z_j − m) without the label, or, for a distribution, without one class with logit m
+    label_logit: Any = None  # z − m of the class that this sum omits
+    other_weight: Any = None  # Σ_j q_j; for a distribution, over the classes with logits below m
     weighted_gap: Any = None  # Σ_j q_j (m − z_j)
-    max_weight: Any = None  # of a distribution, Σ_j q_j over the classes with logit m
+    max_weight: Any = None  # for a distribution, Σ_j q_j over the classes with logit m
 
     @property
     def weight_sum(self) -> Array:
@@ -38,18 +38,18 @@ class Statistics(NamedTuple):
 
     @property
     def exp_sum(self) -> Array:
-        """Σ_j exp(z_j − m): at least 1, or 0 where no class is left."""
+        """Σ_j exp(z_j − m): at least 1, or 0 if every class is masked."""
         return self.sum_others if self.label_logit is None else self.sum_others + jnp.exp(self.label_logit)
 
     @property
     def positive_sum(self) -> Array:
-        """The sum, but a little above 0 where no class is left, so that no division meets a zero."""
-        # Rounding absorbs what is added to 1 or more. Unlike a maximum it keeps a NaN on every platform.
+        """The sum, or slightly more than 0 if every class is masked, so that nothing is divided by zero."""
+        # A sum of at least 1 absorbs eps/8 in rounding. Unlike a maximum, an addition keeps NaN on every platform.
         return self.exp_sum + jnp.finfo(self.sum_others.dtype).eps / 8
 
     @property
     def sum_minus_one(self) -> Array:
-        """Σ_j exp(z_j − m) − 1, accurate even when the label is the most likely class; 0 where no class is left.
+        """Σ_j exp(z_j − m) − 1, accurate even if the label is the most likely class; 0 if every class is masked.
 
         This is why `sum_others` omits the label: at a margin of 17 the label's term of 1 would absorb all other terms
         in float32. If the label has the largest logit, exp(0) − 1 = 0 exactly; otherwise the sum over the other classes
@@ -62,7 +62,7 @@ class Statistics(NamedTuple):
 
     @property
     def log_sum(self) -> Array:
-        """log Σ_j exp(z_j − m), as precise; 0 where no class is left."""
+        """log Σ_j exp(z_j − m), equally accurate; 0 if every class is masked."""
         return _log1p((self.sum_minus_one,), ())[0]
 
     @property
@@ -76,12 +76,12 @@ class Statistics(NamedTuple):
 
     @property
     def logsumexp(self) -> Array:
-        """log Σ_j exp(z_j): −inf where no class is left, +inf at a logit of +inf."""
+        """log Σ_j exp(z_j): −inf if every class is masked, +inf if a logit is +inf."""
         return jnp.where(self.exp_sum == 0, jnp.log(lax.stop_gradient(self.exp_sum)), self.finite_logsumexp)
 
     @property
     def finite_logsumexp(self) -> Array:
-        """lse, or 0 where no class is left, so that the z-loss is 0 there."""
+        """lse, or 0 if every class is masked, so that the z-loss is 0."""
         lse = jnp.where(jnp.isfinite(self.max_logit), self.max_logit + self.log_sum, self.max_logit)
         return jnp.where(self.exp_sum == 0, 0, lse)
 
@@ -112,7 +112,7 @@ class MaxGradient(NamedTuple):
 def block_statistics(
     logits: Array, axis: int | Axes, targets: Targets = Targets(), axis_name: AxisName = None
 ) -> Statistics:
-    """What a block of classes contributes to the loss of each position, summed over the shards of `axis_name`."""
+    """The sums that a block of classes contributes to each position's loss, added over the shards of `axis_name`."""
     axes = (axis,) if isinstance(axis, int) else axis
     max_logit, sum_others, *rest = _block_sums((logits, targets.label, targets.target_weights), from_end(axes, logits))
     max_logit = lax.stop_gradient(max_logit)  # no result depends on the shift
@@ -136,15 +136,15 @@ def _over_shards(block: Statistics, logits: Array, axes: Axes, targets: Targets,
             max_weight=jnp.where(leads, block.max_weight, 0),
         )
     sums = [_shifted_sum((logits, targets.label, block.sum_others, below, max_logit), axes)]
-    if targets.label is not None:  # on one shard; a label that is on none has weight 0 or NaN
+    if targets.label is not None:  # one shard has the label; a label on no shard has weight 0 or NaN
         inside = (targets.label >= 0) & (targets.label < logits.shape[axes[0]])
         sums.append(jnp.where(inside, block.label_logit + below, 0))
     if targets.target_weights is not None:
-        below = jnp.where((block.weight_sum == 0) & ~jnp.isfinite(below), 0, below)  # no weight costs nothing
+        below = jnp.where((block.weight_sum == 0) & ~jnp.isfinite(below), 0, below)  # avoids 0 · inf
         sums += [] if count is None else [count]
         sums += [block.other_weight, block.weighted_gap - block.weight_sum * below]
         sums += [] if count is None else [block.max_weight]
-    packed = sum_shards(jnp.concatenate(sums, axes[-1]), axis_name)  # one all-reduce for them all
+    packed = sum_shards(jnp.concatenate(sums, axes[-1]), axis_name)  # one all-reduce for all sums
     sum_others, *rest = jnp.split(packed, len(sums), axes[-1])
     if count is not None:
         sum_others, leader = _without_one(sum_others, rest[0], max_logit)
@@ -162,8 +162,8 @@ def _shifted_sum(arrays: tuple[Any, ...], axes: Axes) -> Array:
 @_shifted_sum.defjvp
 def _shifted_sum_jvp(axes: Axes, primals: tuple[Any], tangents: tuple[Any]) -> tuple[Array, Array]:
     # Compute each exp(z_j − m) as `scaled_exponentials` does, so that rounding errors cancel in second derivatives:
-    # relative to the block's own m it would be rounded otherwise, by z_j − m units. Inside a scan JAX may forget this
-    # rule (see `freeze_ignored`), for which reason the sum of the others has its derivative, too.
+    # relative to the block's own m its rounding would differ by up to z_j − m units. Inside a scan JAX may forget this
+    # rule (see `freeze_ignored`), so the sum of the others has a derivative too.
     ((logits, label, _, _, max_logit),) = primals
     change = jnp.exp(widen(logits) - max_logit) * widen(tangents[0][0])
     if label is not None:
@@ -183,10 +183,10 @@ def _log1p(arrays: tuple[Array], axes: Axes) -> tuple[Array]:
     tpu=accelerator.tpu_statistics,
 )
 def _block_sums(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array, ...]:
-    """m, the sum of the others, and where the targets ask for them z_label, Σ_j q_j and Σ_j q_j (m − z_j).
+    """m, the sum of the others, and if the targets need them z_label, Σ_j q_j and Σ_j q_j (m − z_j).
 
-    Of a distribution one class with logit m takes the label's place, and Σ_j q_j over these classes is separate, the
-    last result.
+    For a distribution one class with logit m takes the label's place, and Σ_j q_j over the classes with logit m is a
+    separate result, the last.
     """
     logits, label, target_weights = arrays
     max_logit = finite_max(logits, axes)
@@ -226,10 +226,10 @@ def weighted(weight: Array, cost: Array) -> Array:
 
 
 def finite_max(logits: Array, axes: Axes) -> Array:
-    """The largest logit or, where no class is left, the lowest finite number, so that exp(−inf − m) is still 0."""
+    """The largest logit or, if every class is masked, the lowest finite number, so that exp(−inf − m) is still 0."""
     lowest = jnp.finfo(logits.dtype).min
     max_logit = jnp.max(lax.stop_gradient(logits), axes, keepdims=True, initial=lowest)
-    if max_logit.shape == logits.shape:  # XLA drops `initial` where it reduces one element to itself
+    if max_logit.shape == logits.shape:  # XLA drops `initial` when it reduces a single element
         max_logit = jnp.maximum(max_logit, float(lowest))
     return widen(max_logit)
 
@@ -248,10 +248,10 @@ def scaled_exponentials(
     at_max: MaxGradient | None = None,
     in_place: bool = False,
 ) -> Array:
-    """exp(z_j − m)·factor − position_weight·q_j, with `at_label` for the first term at the label; 0 where ignored.
+    """exp(z_j − m)·factor − position_weight·q_j, with `at_label` as the first term at the label; 0 where ignored.
 
-    With `at_max`, classes with logit m have the gradient that it gives. The result has the logits' dtype, and their
-    memory if they are not read again. Terms that are None are omitted.
+    With `at_max`, classes with logit m have its gradient instead. The result has the logits' dtype, and with `in_place`
+    may overwrite the logits. Terms that are None are omitted.
     """
     per_position = (factor, ignored, label, at_label, position_weight, *(at_max or (None, None)))
     per_position = jax.tree.map(lambda array: jnp.broadcast_to(array, max_logit.shape), per_position)

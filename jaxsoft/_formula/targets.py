@@ -36,20 +36,20 @@ REDUCTIONS = get_args(Reduction)
 class Targets(NamedTuple):
     """The weights q_j = label_weight·[j = label] + position_weight·target_weights_j of one loss per position.
 
-    Arrays have the logits' rank; all but `target_weights` and `differentiable` have length one along the class axis.
-    What is None is absent. A position is ignored by a term whose weight is 0: weights decide that, never a cotangent.
+    Arrays have the logits' rank; all except `target_weights` and `differentiable` have length one along the class axis.
+    A term that is None is absent. A term ignores a position whose weight is 0: weights decide this, never a cotangent.
     """
 
     label: Array | None = None  # index of the label within the block, possibly outside of it
     label_weight: Any = None  # 0 where ignored, NaN where the label is out of range
     target_weights: Array | None = None  # of all classes, broadcasting against the logits
-    position_weight: Any = None  # what a position's target weights are multiplied by
-    z_loss_weight: Array | None = None  # what lse² is multiplied by
+    position_weight: Any = None  # multiplies a position's target weights
+    z_loss_weight: Array | None = None  # multiplies lse²
     differentiable: Array | None = None  # False at a class of a distribution that is masked or has weight 0
 
     @property
     def ignored(self) -> Array:
-        """Where every term of a position has weight 0."""
+        """Which positions have weight 0 in every term."""
         weights = [
             self.z_loss_weight,
             None if self.label is None else self.label_weight,
@@ -85,7 +85,7 @@ def as_options(
     z_loss: ArrayLike,
     dtype: jnp.dtype,
 ) -> Options:
-    """The options as a user gives them, numbers in the dtype to compute in; zeros known beforehand leave no trace."""
+    """A user's options, with numbers in the dtype to compute in; None in place of a zero that is not traced."""
 
     def number(name: str, value: ArrayLike, *limits: float) -> Array | None:
         checked = as_number(name, value, *limits)
@@ -101,7 +101,7 @@ def as_options(
 
 
 class LogitsType(NamedTuple):
-    """The type of the logits that targets are for: of one block of the classes under `axis_name`."""
+    """The type of the logits to which targets belong; under `axis_name`, of one block of the classes."""
 
     logits: Typed
     axis: int
@@ -122,7 +122,7 @@ class LogitsType(NamedTuple):
 
     @property
     def classes(self) -> int:
-        """How many there are in all blocks."""
+        """The number of classes in all blocks."""
         return all_classes(self.shape[self.axis], self.axis_name)
 
     @property
@@ -150,7 +150,7 @@ class Averaging(NamedTuple):
         return jnp.where(count == 0, 1, count)
 
     def sum(self, array: Array) -> Array:
-        """The sum over all axes but the examples', kept with length one, and over devices."""
+        """The sum over all axes except the examples', kept with length one, and over devices."""
         (on_device,) = _total((array,), tuple(range(self.examples - array.ndim, 0)))
         return lax.psum(pvary(on_device, frozenset(self.batch)), self.batch) if self.batch else on_device
 
@@ -165,7 +165,7 @@ class Averaging(NamedTuple):
 
 @with_platform_impl(cpu=cpu.total)
 def _total(arrays: tuple[Array], axes: Axes) -> tuple[Array]:
-    """The sum over axes, which are kept; XLA's own on a CPU depends on its threads."""
+    """The sum over axes, which are kept. The CPU has a kernel, because XLA's result depends on its threads."""
     return (jnp.sum(arrays[0], axes, keepdims=True),)
 
 
@@ -238,7 +238,7 @@ def _label_operands(
     ignore_index: int | None,
     name: str,
 ) -> tuple[Targets, Array, Array]:
-    """Labels as targets, the weight of each position that is not ignored, and that times its label's class weight."""
+    """Labels as targets, each position's weight (0 if ignored), and this weight times its label's class weight."""
     if labels.shape != logits.positions:
         raise ValueError(
             f"targets: expected integer labels of shape {logits.positions}, the logits' {logits.shape} "
@@ -248,7 +248,7 @@ def _label_operands(
     inside, ignored = (labels >= 0) & (labels < logits.classes), equals(labels, ignore_index)
     counted = jnp.where(ignored, 0, counted)
     check_values(name, labels, inside | (counted == 0), _allowed(logits.classes, ignore_index))
-    # NaN, never a class that was clamped or wrapped.
+    # A label out of range gives NaN; it is never clamped or wrapped.
     position_weight = jnp.where(inside, counted, 0) * nan_unless(inside | (counted == 0), logits.dtype)
     label = jnp.where(inside, labels.astype(jnp.int32), -1)
     at_label = jnp.ones_like(counted) if class_weights is None else look_up(class_weights, jnp.maximum(label, 0))
@@ -309,9 +309,9 @@ def position_weights(weights: ArrayLike | None, logits: LogitsType) -> Array:
 def z_loss_weights(
     z_loss: Array | None, counted: Array, denominator: Array | None, averaging: Averaging
 ) -> Array | None:
-    """What lse² is multiplied by in a sum that is divided by the denominator.
+    """The factor of lse² in a sum that is divided by the denominator.
 
-    Its own average is over the positions that are counted, so that class weights do not affect it.
+    The z-loss's own average is over the positions that are not ignored, so that class weights do not affect it.
     """
     if z_loss is None or denominator is None:
         return z_loss if z_loss is None else z_loss * counted
@@ -321,10 +321,10 @@ def z_loss_weights(
 def labels_as_array(
     labels: ArrayLike, classes: int, ignore_index: int | None, name: str = "targets"
 ) -> tuple[Array, int | None]:
-    """Labels, or other targets, in a dtype of JAX's, and what to ignore among them.
+    """Labels, or other targets, in one of JAX's dtypes, and the label to ignore.
 
-    Without x64 JAX keeps the lower 32 bits of a label, which may be a valid class. Labels given as NumPy arrays or
-    lists are read before that, and one that does not fit becomes a label out of range.
+    Without x64 JAX keeps the lower 32 bits of a label, which may be a valid class. Labels in NumPy arrays or lists are
+    read before that, and a label that does not fit becomes a label out of range.
     """
     if ignore_index is not None:
         ignore_index = as_integer("ignore_index", ignore_index)
@@ -340,14 +340,14 @@ def labels_as_array(
     inside = (given >= 0) & (given < classes)
     ignored = np.zeros(given.shape, bool) if ignore_index is None else given == ignore_index
     check_values(name, given, inside | ignored, _allowed(classes, ignore_index))
-    narrow = np.where(inside, given, 0).astype(np.int32)  # before a number below 0, which unsigned labels cannot hold
+    narrow = np.where(inside, given, 0).astype(np.int32)  # unsigned labels cannot hold a negative number
     narrow[~inside] = -2
     narrow[ignored] = -1
     return jnp.asarray(narrow), None if ignore_index is None else -1
 
 
 def equals(labels: Array, index: int | None) -> Array:
-    """Labels == index, also where the labels' dtype cannot hold the index and comparing would wrap it."""
+    """Labels == index, also if the labels' dtype cannot hold the index and a comparison would wrap it."""
     limits = jnp.iinfo(labels.dtype)
     if index is None or not limits.min <= index <= limits.max:
         return jnp.zeros(labels.shape, bool)
@@ -359,7 +359,7 @@ def _allowed(classes: int, ignore_index: int | None) -> str:
 
 
 def _remedy(labels: tuple[int, ...], logits: tuple[int, ...], positions: tuple[int, ...]) -> str:
-    """What makes labels of another shape fit, if anything simple does."""
+    """A hint that makes labels of another shape fit, if there is a simple one."""
     fitting = [n for n in range(len(logits)) if logits[:n] + logits[n + 1 :] == labels]
     if fitting:
         return f"; these labels fit axis={fitting[0]}"

@@ -28,7 +28,7 @@ from jaxsoft._linear.mesh import BatchAxes, as_batch_axes, as_mesh_axes, check_b
 
 
 class LinearParams(NamedTuple):
-    """The linear layer and what is done to its logits."""
+    """The linear layer and the scaling of its logits."""
 
     features: PerPosition  # (…, D)
     kernel: Kernel  # (D, V) or (V, D)
@@ -43,7 +43,7 @@ class HeadArgs(NamedTuple):
     layer: LinearParams
     targets: Any = None  # labels, a distribution or sparse targets
     options: Options = Options()
-    teacher: LinearParams | None = None  # which is a constant
+    teacher: LinearParams | None = None  # a constant
 
 
 class DiffArgs(NamedTuple):
@@ -66,9 +66,9 @@ class HeadConfig(NamedTuple):
     head: Head = LOSS
     averaging: Averaging = Averaging("none")
     ignore_index: int | None = None
-    targets_name: str = "targets"  # the caller's name for them
+    targets_name: str = "targets"  # the caller's name of the argument
     gathered: tuple[Names, Names] = ((), ())  # mesh axes of each kernel axis, over which it is gathered for use
-    # Known where the arrays are.
+    # Known only on the devices, inside `_on_device`.
     operands: type | None = None
     may_ignore: bool = False
     summed: DiffArgs = DiffArgs()  # mesh axes over which each argument is the same, and its gradient a sum
@@ -84,7 +84,7 @@ class CheckedArgs(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """What is done to the logits, as a user gives it."""
+    """The scaling of the logits, as a user gives it."""
 
     soft_cap: ArrayLike | None
     temperature: ArrayLike
@@ -154,7 +154,7 @@ def _as_bias(name: str, bias: ArrayLike | None, mask: Array | None, classes: int
 
 
 def _as_scaling(scaling: Scaling, prefix: str, dtype: jnp.dtype) -> tuple[Array | None, Array | None]:
-    """Soft cap and temperature in the dtype to compute in; a temperature known to be 1 leaves no trace."""
+    """Soft cap and temperature in the dtype to compute in; None for a temperature that is known to be 1."""
     cap = None
     if scaling.soft_cap is not None:
         cap = jnp.asarray(as_number(f"{prefix}soft_cap", scaling.soft_cap, 0, above=True), dtype)

@@ -23,12 +23,12 @@ BatchAxes = str | Sequence[str] | P | None
 
 
 class Layout(NamedTuple):
-    """How a linear head's arrays are sharded over a mesh: inside a `shard_map` over `axes` nothing is automatic."""
+    """How a linear head's arrays are sharded over a mesh; the head runs in a `shard_map` over all `axes`."""
 
     mesh: Mesh | AbstractMesh
-    positions: tuple[Names, ...]  # of each axis of the features but the last
-    gathered: tuple[Names, Names]  # of each axis of the kernel, which every device uses as a whole
-    classes: Names  # of the class axis, where each uses a block
+    positions: tuple[Names, ...]  # of each axis of the features except the last
+    gathered: tuple[Names, Names]  # of each axis of the kernel, if every device uses the whole kernel
+    classes: Names  # of the class axis, if each device uses a block
 
     @property
     def axes(self) -> frozenset[str]:
@@ -41,7 +41,7 @@ class Layout(NamedTuple):
 
 
 def head_layout(layer: "LinearParams", config: "HeadConfig") -> Layout | None:
-    """The layout of a linear head; None where nothing is sharded."""
+    """The layout of a linear head; None if nothing is sharded."""
     features, kernel, class_axis = layer.features, layer.kernel, config.class_axis
     explicit = explicit_sharding(features) or explicit_sharding(kernel)
     positions = explicit_names(features)[:-1]
@@ -56,7 +56,7 @@ def head_layout(layer: "LinearParams", config: "HeadConfig") -> Layout | None:
     mesh = context if explicit is None or not context.empty else explicit.mesh
     position_names = frozenset(sum(positions, ()))
     classes = () if position_names & frozenset(kernel_names[class_axis]) else kernel_names[class_axis]
-    # Over axes without positions a kernel is gathered beforehand: its devices compute the same.
+    # Over axes without positions, whose devices compute the same, a kernel is gathered beforehand.
     gathered = [tuple(name for name in names if name in position_names) for names in kernel_names]
     if classes:
         gathered[class_axis] = ()
@@ -72,7 +72,7 @@ def head_layout(layer: "LinearParams", config: "HeadConfig") -> Layout | None:
 
 
 def over_mesh(on_device: Callable[..., Results], layout: Layout, args: "HeadArgs", config: "HeadConfig") -> Results:
-    """Each device's positions in a loop of its own."""
+    """Run the head on each device, over the device's own positions."""
     examples = config.averaging.examples
     device_config = config._replace(
         axis_name=layout.classes or config.axis_name,
@@ -96,7 +96,7 @@ def over_mesh(on_device: Callable[..., Results], layout: Layout, args: "HeadArgs
 
 
 def _specs(layout: Layout, args: "HeadArgs", class_axis: int) -> "HeadArgs":
-    """The specs of all arrays, by what their fields declare."""
+    """The specs of all arrays, as their fields declare."""
 
     def kernel(gathered: Sequence[Names]) -> P:
         return P(*(layout.classes if layout.classes and n == class_axis else names for n, names in enumerate(gathered)))
@@ -108,14 +108,14 @@ def _specs(layout: Layout, args: "HeadArgs", class_axis: int) -> "HeadArgs":
         targets = jax.tree.map(lambda _: own, args.targets)
     elif args.targets is not None:
         targets = own if args.targets.ndim < args.layer.features.ndim else P(*own, *classes)
-    # A teacher is a constant, and its kernel gathered beforehand.
+    # A teacher is a constant, so its kernel is gathered beforehand.
     constant = specs | {"kernel": kernel([(), ()])}
     teacher = None if args.teacher is None else field_specs(args.teacher, constant)
     return type(args)(field_specs(args.layer, specs), targets, field_specs(args.options, specs), teacher)
 
 
 def _reshard(array: Array, mesh: Mesh | AbstractMesh, spec: P) -> Array:
-    """`array` sharded as `spec` says, over axes that types state."""
+    """`array` sharded as `spec` says, over explicit axes."""
     explicit = _explicit(mesh)
     if not explicit:
         return array

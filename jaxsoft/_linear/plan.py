@@ -1,4 +1,4 @@
-"""The tiles of a linear layer's positions on each platform, and their cost."""
+"""The tiles into which a linear layer's positions are split on each platform, and their cost."""
 
 from typing import NamedTuple, get_args
 
@@ -13,22 +13,22 @@ from jaxsoft._jax_internals import max_dim, min_dim
 from jaxsoft._platform.devices import Device, Platform, as_device, device_of_kind
 
 CPU_BUDGET = 256 * 2**20
-CPU_ROWS = 2048  # a product of one feature sums its rows in sequence: a longer sum in float32 would lose digits
-# A tile that adds its own product to the float32 gradient of the kernel reads and writes all of it, 8·D·V bytes beside
-# 2·R·D·V operations: from R = 4·peak/bandwidth rows on that hides, 836 on an H100, 663 on a TPU v5p, 962 on a v5e.
+CPU_ROWS = 2048  # a matmul with one feature sums its rows in sequence, and longer sums in float32 are less accurate
+# A tile that adds to the kernel's float32 gradient reads and writes all of it: 8·D·V bytes for a matmul of 2·R·D·V
+# FLOPs. From R = 4·peak/bandwidth rows on the matmul hides this: 836 on an H100, 663 on a TPU v5p, 962 on a v5e.
 ACCELERATOR_ROWS = 1024
-ACCELERATOR_LOSS_ROWS = 512  # the loss alone, which reads the kernel once for each tile
+ACCELERATOR_LOSS_ROWS = 512  # for the loss alone, which reads the kernel once per tile
 LEAST_ROWS = 256  # of a tile in a group
 ALIGNED_ROWS = 128  # a TPU writes into an array at multiples of this without shifting rows
-SHARE = 3  # of an accelerator's memory, what a tile and what is kept may take where no budget is given
+SHARE = 3  # without a budget, a tile and the stored logit gradients may take 1/SHARE of an accelerator's memory
 
 
 class Tile(NamedTuple):
-    """The rows of tiles."""
+    """The number of positions in tiles and groups of tiles."""
 
     rows: int
-    loss_rows: int  # where there are no gradients to add up
-    group_rows: int  # of a group of tiles, whose logit gradients are kept for one product for each input; or of a tile
+    loss_rows: int  # of a tile of the loss alone
+    group_rows: int  # of a group of tiles, whose logit gradients are stored for one matmul per input; or else of a tile
 
 
 class Plan(NamedTuple):
@@ -38,11 +38,11 @@ class Plan(NamedTuple):
     rows: int  # positions in a tile; the loss alone may take fewer
     flops: int  # of the loss alone
     training_flops: int  # of the loss and all gradients
-    tile_bytes: int  # logits and their gradient of one tile
-    kept_bytes: int  # logit gradients of a group of tiles, kept for one product for each input
-    gradient_bytes: int  # gradients to features and kernel, the latter in float32 where tiles add up to it
-    unfused_bytes: int  # logits and their gradient of all positions, which are not stored
-    groups: int  # of tiles, each of which adds once to the kernel's gradient
+    tile_bytes: int  # one tile's logits and their gradient
+    kept_bytes: int  # a group's logit gradients, stored for one matmul per input
+    gradient_bytes: int  # gradients of features and kernel, the latter in float32 unless a single group writes it
+    unfused_bytes: int  # all logits and their gradient, which are not stored
+    groups: int  # of tiles; each group adds once to the kernel's gradient
     reason: str  # for these tiles
 
     def __str__(self) -> str:
@@ -74,36 +74,38 @@ def plan_linear_cross_entropy(
 
     tile bytes = rows · classes · (logit + gradient),  training FLOPs = 6·N·D·V, with "none" 8·N·D·V
 
-    On a CPU a tile has as many rows as 256 MiB hold, 2048 at most; without native kernels half as many, which is not
-    counted here, since to know it a device is needed. On an accelerator in half precision it has as many as hide the
-    reading of the kernel behind their product, 512 or 1024 by the kind of device. Of a group of tiles, as many as fit
-    into a third of the device's memory, logit gradients are kept for one product for each input: each group reads and
-    writes the kernel's gradient in float32, unless it is the only one. A group has 3584 positions at most, on a GPU
-    2048, or 2·D more if these are all: they take no more than such a group and that gradient. Where none are kept, for
-    distributions, a frozen kernel and float32, a tile has 1024 positions.
+    On a CPU a tile has as many positions as fit into 256 MiB, at most 2048. (Without native kernels it has half as
+    many; the plan ignores this, because only a process with a CPU device knows.)
+
+    On an accelerator in half precision a tile has 512 or 1024 positions, depending on the kind of device: enough for
+    the matmul to hide reading the kernel. The logit gradients of a group of tiles, as many as fit into a third of the
+    device's memory, are stored for one matmul per input. Each group reads and writes the kernel's gradient in float32,
+    unless it is the only group. A group has at most 3584 positions, on a GPU 2048. If there are at most 2·D more
+    positions than that, they are one group, which takes no more memory than such a group and that gradient.
+    For distributions, a frozen kernel or float32 no logit gradients are stored, and a tile has 1024 positions.
 
     Args:
-        positions: N; per device where the data are sharded.
+        positions: N; per device if the positions are sharded.
         features: D.
-        classes: V; per device where the classes are sharded.
+        classes: V; per device if the classes are sharded.
         dtype: of features and kernel.
         distributions: whether the targets are distributions, whose rows count towards a tile's memory.
         reduction: as given to `linear_cross_entropy`.
-        memory_budget: as given to `linear_cross_entropy`. On an accelerator what is kept is within it too, in place of
-            the third of the memory, and a larger one makes no larger tiles.
-        platform: "cpu", "gpu" or "tpu"; None for that of the kind, or else of JAX's default devices.
-        device_kind: the `device_kind` of a `jax.Device`, such as "TPU v6 lite" or "TPU7x". None for that of the default
-            devices, or, where a platform is given, for what loses least on all of it.
+        memory_budget: as given to `linear_cross_entropy`. On an accelerator it replaces the third of the memory, and
+            limits the stored logit gradients too; a larger budget makes no larger tiles.
+        platform: "cpu", "gpu" or "tpu"; None for the kind's platform, or else the platform of JAX's default devices.
+        device_kind: the `device_kind` of a `jax.Device`, such as "TPU v6 lite" or "TPU7x". None for the kind of the
+            default devices, or, if a platform is given, for tiles that lose least on all devices of the platform.
 
     Returns:
         A `Plan` of counts, in tiles, positions, FLOPs and bytes, that prints as a sentence.
 
-    Edges: ignored positions count in the plan but cost no work. With a frozen kernel no logit gradients are kept. A
+    Edges: ignored positions count in the plan but cost no work. With a frozen kernel no logit gradients are stored. A
     kernel's gradient that is summed over devices is in float32. `jax.vmap` of a gradient uses a CPU's tiles.
 
     Raises:
-        TypeError, ValueError: an argument that is not a positive integer, a platform that is none of these or not that
-            of the kind, a budget below one position's logits and gradient.
+        TypeError, ValueError: an argument that is not a positive integer, an unknown platform, a device kind of another
+            platform, a budget below one position's logits and gradient.
 
     Example:
         >>> from jaxsoft import plan_linear_cross_entropy
@@ -155,7 +157,7 @@ def _as_device(platform: Platform | None, kind: str | None) -> Device:
 
 
 def _reason(device: Device, keeps: bool, groups: int, memory_budget: int | None) -> str:
-    """Why the tiles are as they are, in words."""
+    """Why these tiles were chosen, in words."""
     if device.platform == "cpu":
         return "on a CPU"
     name = device.kind if device.known else f"any {device.platform.upper()}"
@@ -167,7 +169,7 @@ def _reason(device: Device, keeps: bool, groups: int, memory_budget: int | None)
 
 
 def check_budget(classes: int, dtype: jnp.dtype, distributions: bool, memory_budget: int | None) -> None:
-    if memory_budget is None or not isinstance(classes, int):  # but a symbol of `jax.export`, which serves every size
+    if memory_budget is None or not isinstance(classes, int):  # a symbol of `jax.export` stands for every size
         return
     least = bytes_of_row(classes, dtype, distributions)
     if as_integer("memory_budget", memory_budget) < least:
@@ -185,20 +187,20 @@ def plan_tile(
     *,
     kernel_moves: bool = True,
 ) -> Tile:
-    """As many rows as the budget allows and the device likes, shared evenly among tiles; shape is (N, D, V)."""
+    """As many rows as the budget allows and suit the device, shared evenly among tiles; shape is (N, D, V)."""
     positions, features, classes = shape
     row = bytes_of_row(classes, dtype, distributions)
-    known = isinstance(classes, int)  # of unknown sizes tiles have the most rows that they may have
+    known = isinstance(classes, int)  # for unknown sizes tiles have the largest allowed number of rows
     if device.platform == "cpu":
         budget = CPU_BUDGET if memory_budget is None else memory_budget
         rows = _shared(positions, max(min(budget // row, CPU_ROWS), 1) if known else CPU_ROWS)
-        # With no gradients to add up for each tile small ones, which stay in a cache, are faster.
+        # Without gradients to add to, small tiles are faster, because they stay in a cache.
         return Tile(rows, min_dim(rows, max_dim(rows // 8, 256)), rows)
     limit = device.traits.memory // SHARE if memory_budget is None else memory_budget
     most = max(min(limit // row, ACCELERATOR_ROWS), 1) if known else ACCELERATOR_ROWS
     loss_rows = _shared(positions, min(most, ACCELERATOR_LOSS_ROWS))
     if kernel_moves and jnp.finfo(dtype).bits == 16 and not distributions and known and isinstance(positions, int):
-        # A single group, of 2·N·V bytes, does without the kernel's gradient in float32, which takes 4·D·V.
+        # A single group, of 2·N·V bytes, needs no float32 copy of the kernel's gradient, which takes 4·D·V.
         _, tile_rows, kept = device.traits
         if isinstance(features, int) and positions <= kept + 2 * features:
             kept = positions + tile_rows
@@ -210,10 +212,10 @@ def plan_tile(
 
 
 def _group(positions: int, liked: tuple[int, int], nbytes: tuple[int, int], limit: int) -> tuple[int, int] | None:
-    """The rows of a tile and of a group within the limit; None if none is worth it.
+    """The rows of a tile and of a group within the limit; None if a group would not pay.
 
-    Both are given, as the device likes them, and the bytes that a row of each takes. Of smaller tiles those are taken
-    that let all positions be kept, and else those that leave half of the limit for what is.
+    `liked` are the rows of both that suit the device, `nbytes` the bytes per row of both. Tiles are made smaller if
+    that lets one group have all positions, or else until a tile leaves half of the limit to its group.
     """
     (rows, most), (row, kept_row) = liked, nbytes
     sizes = [size for size in (rows, rows // 2, rows // 4) if size >= LEAST_ROWS]

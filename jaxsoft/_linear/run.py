@@ -1,4 +1,4 @@
-"""A head of a linear layer, over devices and in tiles, with its derivatives: every linear head is one call of this."""
+"""Run a head of a linear layer over devices and in tiles, with its derivatives: every linear head is one such call."""
 
 import functools
 import math
@@ -25,10 +25,10 @@ from jaxsoft._platform.dispatch import mapped_axis_first
 
 
 def _map_examples(size: int, axes: HeadArgs, args: HeadArgs, config: HeadConfig) -> Any:
-    """Examples of one layer are more positions, with a loss for each.
+    """Run mapped examples of one layer as more positions, with one loss per example.
 
-    `jax.vmap` of the loss itself would keep one gradient of the kernel per example. None if anything is mapped besides
-    features, targets, weights and the teacher's features.
+    `jax.vmap` of the loss itself would store one gradient of the kernel per example. Returns None if anything except
+    features, targets, weights and the teacher's features is mapped.
     """
     own, mapped = _per_position_args(args), _per_position_args(axes)
     if axes.layer.features is None or len(jax.tree.leaves(axes)) > len(jax.tree.leaves(mapped)):
@@ -53,10 +53,10 @@ def _per_position_args(args: HeadArgs) -> tuple[Any, ...]:
 @as_primitive(_map_examples)
 @functools.partial(jax.jit, static_argnums=1)
 def run_head(args: HeadArgs, config: HeadConfig) -> Results:
-    """The values of the head at every position, or one loss of them all and the constants of every position."""
+    """The values of the head at every position, or their reduced loss and the constants of every position."""
     layout = head_layout(args.layer, config)
-    # JAX cannot carry the errors of checks out of a shard_map; and where types do not say what varies, sums over
-    # devices would go wrong in it.
+    # JAX cannot carry the errors of checks out of a shard_map, and sums over devices would be wrong in it if types do
+    # not say what varies.
     if layout is None or is_checking() or not knows_manual_axes(args.layer.features):
         return _on_device(jax.tree.map(replicate, args), config)
     return over_mesh(_on_device, layout, args, config)
@@ -82,7 +82,7 @@ def _on_device(args: HeadArgs, config: HeadConfig) -> Results:
         (losses,), constants = cast(Values, _per_position(config, layer, operands))
         reduced = averaging.reduce(unflatten(losses), denominator, len(leading))
     else:
-        # Divided by the count at the end: float16 could not hold a position's share of a gradient.
+        # Divide by the count at the end: float16 might not hold a position's share of a gradient.
         total, constants = cast(tuple[Array, Results], _summed_losses(config, layer, operands))
         reduced = jnp.reshape(averaging.sum(total), ())
         reduced = reduced if denominator is None else reduced / denominator.reshape(())
@@ -128,7 +128,7 @@ def _flattened(layer: LinearParams, operands: Any) -> tuple[LinearParams, Any]:
 
 
 def _completed(config: HeadConfig, options: Options, layer: LinearParams, operands: Any) -> HeadConfig:
-    """The configuration with what is known where the arrays are."""
+    """The configuration with the fields that are known only on the devices."""
     check_budget(
         layer.kernel.shape[config.class_axis] * math.prod(map(lax.axis_size, config.gathered[config.class_axis])),
         layer.features.dtype,
@@ -137,7 +137,7 @@ def _completed(config: HeadConfig, options: Options, layer: LinearParams, operan
     )
     axes = manual_axes((layer, operands))
     summed = DiffArgs(*(axes - manual_axes(argument) for argument in diff_args(layer, operands)))
-    if is_replicated(operands.target_weights, config.axis_name):  # and so is its gradient
+    if is_replicated(operands.target_weights, config.axis_name):  # so its gradient is replicated too
         summed = summed._replace(target_weights=axes_after_psum(summed.target_weights, config.axis_name))
     may_ignore = config.ignore_index is not None or options.weights is not None
     return config._replace(operands=type(operands), may_ignore=may_ignore, summed=summed)
@@ -159,7 +159,7 @@ def _check_numbers(config: HeadConfig, layer: LinearParams, operands: Any) -> No
 
 
 def _gather_kernel(config: HeadConfig, layer: LinearParams, operands: Any) -> LinearParams:
-    """The layer with its whole kernel, typed as what the devices compute with it is."""
+    """The layer with its whole kernel, typed as varying like the devices' results."""
     kernel = layer.kernel
     for axis, names in enumerate(config.gathered):
         if names:
@@ -169,7 +169,7 @@ def _gather_kernel(config: HeadConfig, layer: LinearParams, operands: Any) -> Li
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _summed_losses(config: HeadConfig, layer: LinearParams, operands: Any) -> tuple[Array, Results]:
-    """The sum of all losses, which forms its gradients along with itself, and the constants of every position."""
+    """The sum of all losses, computed together with its gradients, and the constants of every position."""
     (losses,), constants = _values(config, layer, operands)
     return jnp.sum(losses), constants
 
@@ -201,7 +201,7 @@ _summed_losses.defvjp(_summed_losses_fwd, _summed_losses_bwd, symbolic_zeros=Tru
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _per_position(config: HeadConfig, layer: LinearParams, operands: Any) -> Values:
-    """Each position's values, whose gradients wait for the cotangents of each."""
+    """Each position's values, whose gradients are computed when the cotangents are known."""
     return _values(config, layer, operands)
 
 
@@ -244,16 +244,16 @@ def _instantiate(cotangent: Any) -> Array:
 
 
 def _perturbed(*primals) -> tuple[DiffArgs, tuple[LinearParams, Any]]:
-    """Which of the primals of a rule with `symbolic_zeros` are differentiated, and the primals themselves.
+    """Which primals of a rule with `symbolic_zeros` are differentiated, and the primals themselves.
 
-    No matmul is spent on the gradient of any other.
+    No matmul is spent on the gradients of others.
     """
     needs_grad = DiffArgs(*(v is not None and v.perturbed for v in diff_args(*primals)))
     return needs_grad, jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
 
 
 def _as_cotangents(config: HeadConfig, gradients: DiffArgs, layer: LinearParams) -> tuple[LinearParams, Any]:
-    """Summed over the devices, and last of all in the arguments' dtype: a sum may not fit into float16."""
+    """Sum over the devices, then convert to the arguments' dtype: a sum may not fit into float16."""
     summed = (
         lax.psum(gradient, tuple(axes)) if axes and gradient is not None else gradient
         for gradient, axes in zip(gradients, config.summed, strict=True)
@@ -264,6 +264,6 @@ def _as_cotangents(config: HeadConfig, gradients: DiffArgs, layer: LinearParams)
             kernel = lax.psum_scatter(kernel, names, scatter_dimension=axis, tiled=True)
     features = None if features is None else features.astype(layer.features.dtype)
     kernel = None if kernel is None else kernel.astype(layer.kernel.dtype)
-    # None is JAX's word for a zero cotangent.
+    # For JAX None is a zero cotangent.
     grad_layer = LinearParams(features, kernel, bias, None, None)  # pyright: ignore[reportArgumentType]
     return grad_layer, operand_cotangents(config.operands, target_weights)

@@ -1,7 +1,7 @@
-"""The loops over tiles of a linear layer's positions, with one tile's logits alive: a head's values and gradients.
+"""Loops over tiles of a linear layer's positions, which compute a head's values and gradients from one tile's logits.
 
-Each loop is fast and cannot be differentiated: its derivative is taken of the same sum written as a scan. A layer among
-the operands, a teacher, stands for its logits, which each tile computes.
+The loops are fast but cannot be differentiated: their derivatives are those of the same sums written as scans. A layer
+among the operands, a teacher, stands for its logits, which each tile computes.
 """
 
 import functools
@@ -52,7 +52,7 @@ def _gradients_formula(arrays: tuple[LinearParams, Any, Results], static: tuple[
 def tiled_gradients(
     device: Device, arrays: tuple[LinearParams, Any, Results], static: tuple[HeadConfig, DiffArgs]
 ) -> Results:
-    """The values of every position, and the gradients of the sum of cotangents·values that are needed."""
+    """The values of every position, and the needed gradients of the sum of cotangents·values."""
     (layer, operands, _), (config, needs_grad) = arrays, static
     tile = _tile(device, layer, operands, config, kernel_moves=needs_grad.kernel)
     values, gradients = _summed(_Gradients(device, tile, *arrays, *static))
@@ -60,7 +60,7 @@ def tiled_gradients(
 
 
 class _Gradients(NamedTuple):
-    """What the loops over gradients share."""
+    """The data that all loops over gradients need."""
 
     device: Device
     tile: Tile
@@ -76,20 +76,20 @@ class _Gradients(NamedTuple):
 
     @property
     def features_dtype(self) -> jnp.dtype:
-        """Over shards the features' gradient is summed in the dtype to compute in; otherwise it has the features'."""
+        """The dtype of the features' gradient: the dtype to compute in if it is summed over shards."""
         return self.dtype if self.config.axis_name is None else compute_dtype(self.dtype)
 
     def one_tile(self, rows: Array, carry: Any) -> tuple[Array, Any, Array]:
-        """A tile's features, its values and smaller gradients with those carried along, and those to its products."""
+        """A tile's features, the carry with its values and small gradients added, and the gradients to its products."""
         layer, config = self.layer, self.config
         x, t, c = _gather_rows(rows, (layer.features, self.operands, self.cotangents), config)
-        x = jnp.where(t.ignored, 0, x)  # by a class weight of 0 too, and then its features may be NaN
+        x = jnp.where(t.ignored, 0, x)  # a class weight of 0 ignores positions too, and their features may be NaN
         logits, pull = jax.vjp(lambda products: _to_logits(products, layer), _products(x, layer, config))
         statistics = config.head.statistics(logits, 1, t, config.axis_name)
         values = config.head.values(t, statistics, 1)
-        # Not over shards, where both would be typed as varying.
+        # Not over shards, where the barrier would type both as varying.
         if self.device.platform == "cpu" and config.axis_name is None and not native_kernels().loaded:
-            # Without it XLA would keep the exponentials of the statistics for the gradient, as large as the logits.
+            # Without the barrier XLA would store the exponentials, as large as the logits, for the gradient.
             logits, statistics = lax.optimization_barrier((logits, statistics))
         in_place = not self.needs_grad.target_weights
         grad_logits, grad_weights = config.head.gradients(logits, t, statistics, 1, c, in_place=in_place)
@@ -99,10 +99,10 @@ class _Gradients(NamedTuple):
         return x, (_scatter_rows(rows, results, values), gradients), grad_products
 
     def one_group(self, rows: Array, carry: Any) -> tuple[Array, Any, Array]:
-        """A group's features, the same carried along, and the gradients to its products in the features' dtype."""
+        """A group's features, the carry as in `one_tile`, and the gradients to its products in the features' dtype."""
         if self.tile.rows == self.tile.group_rows:
             x, carry, grad_products = self.one_tile(rows, carry)
-            return x, carry, grad_products.astype(x.dtype)  # or products of them would be taken in float32
+            return x, carry, grad_products.astype(x.dtype)  # otherwise their matmuls would run in float32
         length, tiles = self.tile.rows, self.tile.group_rows // self.tile.rows
         used = tiles
         if self.config.may_ignore:
@@ -117,7 +117,7 @@ class _Gradients(NamedTuple):
             _, carry, grad_products = self.one_tile(lax.dynamic_slice_in_dim(rows, tile * length, length), carry)
             return carry, put(kept, tile, grad_products)
 
-        # Zeros everywhere would be another pass over a group's logits, and by a TPU's compiler more than one.
+        # Not zeros, which would be another pass over a group's logits, and with a TPU's compiler more than one.
         kept = pvary(lax.empty((tiles * length, classes), self.dtype), axes)
         carry, kept = lax.fori_loop(0, used, step, (carry, kept))
         if self.config.may_ignore:
@@ -139,7 +139,7 @@ class _Gradients(NamedTuple):
         return lax.dot_general(first, second, contracted, preferred_element_type=compute_dtype(self.dtype))
 
     def init(self) -> tuple[Results, DiffArgs]:
-        """Values and gradients before the first tile, typed as varying like what is added to them."""
+        """Values and gradients before the first tile, typed as varying like the tiles' contributions."""
         wide = compute_dtype(self.dtype)
         dtypes = DiffArgs(self.features_dtype, wide, wide, wide)
 
@@ -165,7 +165,7 @@ class _Gradients(NamedTuple):
 
 
 def _summed(loop: _Gradients) -> tuple[Results, DiffArgs]:
-    """Groups of tiles, each of which adds its products to the gradients of features and kernel."""
+    """Values and gradients; each group of tiles computes its part of the features' and the kernel's gradients."""
 
     def step(rows: Array, carry: Any) -> Any:
         values, gradients = carry
@@ -188,7 +188,7 @@ def diff_args(layer: LinearParams, operands: Any) -> DiffArgs:
 
 
 def as_values(config: HeadConfig, results: Results) -> Values:
-    """Results in a row as what is differentiated and what is not."""
+    """A flat tuple of results as differentiable values and constants."""
     variable, _ = config.head.init_output(1, jnp.float32)
     return results[: len(variable)], results[len(variable) :]
 
@@ -196,8 +196,8 @@ def as_values(config: HeadConfig, results: Results) -> Values:
 def _scanned_gradients(
     layer: LinearParams, operands: Any, cotangents: Results, config: HeadConfig, needs_grad: DiffArgs
 ) -> tuple[Values, DiffArgs]:
-    """Values and gradients by differentiating the values as a scan, which JAX can differentiate again."""
-    # The kernel in the dtype to compute in: the gradients of all tiles are summed in the variable's dtype.
+    """Values and gradients by differentiating a scan, which JAX can differentiate again."""
+    # The kernel in the dtype to compute in, because JAX sums the gradients of all tiles in the variable's dtype.
     wide = compute_dtype(layer.features.dtype)
     given = diff_args(layer._replace(kernel=layer.kernel.astype(wide)), operands)
 
@@ -210,7 +210,7 @@ def _scanned_gradients(
 
     chosen = DiffArgs(*(v if needed else None for v, needed in zip(given, needs_grad, strict=True)))
     gradients, values = jax.grad(total, has_aux=True)(chosen)
-    if gradients.features is not None and config.axis_name is not None:  # in the dtype of the loop's
+    if gradients.features is not None and config.axis_name is not None:  # in the same dtype as the loop's
         gradients = gradients._replace(features=gradients.features.astype(wide))
     return values, gradients
 
@@ -221,7 +221,7 @@ def _scanned_values(fn: Callable[..., Values], layer: LinearParams, operands: An
     @jax.checkpoint
     def tile(rows: Array) -> Values:
         x, t = _gather_rows(rows, (layer.features, operands), config)
-        x = jnp.where(t.ignored, 0, x)  # the loops skip most of these rows
+        x = jnp.where(t.ignored, 0, x)  # ignored rows, most of which the loops skip
         products = _products(x, layer._replace(kernel=layer.kernel.astype(x.dtype)), config)
         return fn(config.head, _to_logits(products, layer, _capped_in_scans), t, 1, config.axis_name)
 
@@ -240,11 +240,11 @@ def _init_output(layer: LinearParams, operands: Any, config: HeadConfig) -> Resu
 
 def _tile(device: Device, layer: LinearParams, operands: Any, config: HeadConfig, *, kernel_moves: bool = True) -> Tile:
     (positions, width), classes = layer.features.shape, layer.kernel.shape[config.class_axis]
-    writes_out = device.platform == "cpu" and not native_kernels().loaded  # what the plain formula sums
+    writes_out = device.platform == "cpu" and not native_kernels().loaded  # the plain formula stores what it sums
     is_wide = operands.is_wide or config.head.copies or writes_out
     budget = config.memory_budget
     if writes_out and budget is not None:
-        budget = budget * 16 // 17  # a byte per class for a mask, in addition to four numbers of four
+        budget = budget * 16 // 17  # a mask takes one byte per class, in addition to four numbers of four bytes
     return plan_tile(
         device,
         (positions, width, classes),
@@ -270,8 +270,9 @@ def _over_tiles(
         return step(padded[:size], carry)
     spans = [(0, count, size)]
     if device.platform == "cpu" and config.may_ignore and config.axis_name is None:
-        # What whole tiles leave is taken in tiles of an eighth, or most of the last one could be ignored. A small tile
-        # costs an accelerator as much as a whole one, and over shards each loop brings two all-reduces of its own.
+        # The rest after the last full tile is processed in tiles of an eighth, to waste little work on the padding of
+        # the last tile. Not on an accelerator, where a small tile costs as much as a full one, and not over shards,
+        # where each loop has its own two all-reduces.
         whole = count - count % size
         spans = [(0, whole, size), (whole, count, -(-size // 8))]
     for first, end, length in spans:
@@ -288,7 +289,7 @@ def _in_turn(operands: Any, config: HeadConfig) -> tuple[Array, Array | int]:
     positions = operands.position_weight.shape[0]
     if not config.may_ignore:
         return jnp.arange(positions), positions
-    # XLA would sort a constant while it compiles, which takes seconds for some ten thousand labels.
+    # Without the barrier XLA would sort constant labels at compile time, which takes seconds for ten thousand labels.
     ignored = lax.optimization_barrier(operands.position_weight[:, 0] == 0)
     count = positions - jnp.sum(ignored)
     return jnp.where(jnp.arange(positions) < count, jnp.argsort(ignored, stable=True), positions), count
@@ -300,7 +301,7 @@ def _gather_rows(rows: Array, arrays: Any, config: HeadConfig) -> Any:
     def gather(array: Any) -> Array:
         if isinstance(array, LinearParams):
             return _to_logits(_products(gather(array.features), array, config), array)
-        shared = array.shape[0] == 1  # by all positions, or there is only one
+        shared = array.shape[0] == 1  # all positions share it, or there is only one position
         return array if shared else jnp.take(array, rows, axis=0, mode="fill", fill_value=0)
 
     return jax.tree.map(gather, arrays, is_leaf=lambda array: isinstance(array, LinearParams))
@@ -320,17 +321,17 @@ def _products(features: Array, layer: LinearParams, config: HeadConfig) -> Array
 
 
 def _capped_in_scans(products: Array, soft_cap: Array) -> Array:
-    """The same for scans that were differentiated in reverse, in which JAX forgets the rule below."""
+    """As `_capped`, for scans: JAX forgets its rule in a scan that was differentiated in reverse."""
     sign = jnp.where(products < 0, -1, 1).astype(products.dtype)
     finite = jnp.where(jnp.isfinite(products), products, 0)  # avoids 0 · inf where a bias is −inf
     e = jnp.exp(-2 * sign * finite / soft_cap)
-    differentiable = -2 * sign * e / (1 + e)  # tanh minus a constant, with the derivative of the rule
+    differentiable = -2 * sign * e / (1 + e)  # tanh minus a constant, with the rule's derivative
     tanh = lax.stop_gradient(jnp.tanh(products / soft_cap))
     return soft_cap * (tanh + (differentiable - lax.stop_gradient(differentiable)))
 
 
 def _to_logits(products: Array, layer: LinearParams, capped: Callable[[Array, Array], Array] | None = None) -> Array:
-    """Capped, then divided by the temperature; a class masked by a bias of −inf stays masked, with a gradient of 0."""
+    """Cap, then divide by the temperature; a class masked by a bias of −inf stays masked, with a gradient of 0."""
     logits = products
     if layer.soft_cap is not None:
         logits = (capped or _capped)(logits, layer.soft_cap)
@@ -349,7 +350,7 @@ def _capped(products: Array, soft_cap: Array) -> Array:
 
 @_capped.defjvp
 def _capped_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    """With 1 − tanh² from one exponential: by subtraction it would be 0 where the cap is nearly reached."""
+    """Compute 1 − tanh² from one exponential, because the subtraction would give 0 near the cap."""
     products, soft_cap = primals
     e = jnp.exp(-2 * jnp.abs(products / lax.stop_gradient(soft_cap)))  # avoids 0 · inf where a bias is −inf
     return _capped(*primals), 4 * e / (1 + e) ** 2 * tangents[0]

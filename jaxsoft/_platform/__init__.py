@@ -1,1 +1,1 @@
-"""What platforms do in place of the plain formula."""
+"""Programs that replace the plain formula on a platform."""

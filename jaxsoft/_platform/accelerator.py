@@ -1,19 +1,19 @@
-"""The program of GPUs and TPUs: one reduction over the logits, where the plain formula takes the largest, then a sum.
+"""The program of GPUs and TPUs: one reduction over the logits; the plain formula reduces to the largest, then sums.
 
-Two sets of classes are merged by scaling down the sum of that with the smaller largest logit (M. Milakov,
-N. Gimelshein, "Online normalizer calculation for softmax", 2018). Relative to the largest logit m, each new largest
-would round the sum anew: emulated 3e-5 where logits rise slowly over the 1563 turns of 128 lanes for 200,000 classes,
-2e-4 where every exponential is too large by 4u. Here a sum is relative to ⌈m⌉: differences of what is rounded up are
-exact, and what was scaled r times has come to weigh e^(1−r) at most.
+To merge two sets of classes, the sum of the set with the smaller largest logit is scaled down (M. Milakov,
+N. Gimelshein, "Online normalizer calculation for softmax", 2018). If sums were relative to the largest logit m, each
+new largest would round the sum again: emulated errors are 3e-5 if logits rise slowly over the 1563 turns of 128 lanes
+for 200,000 classes, and 2e-4 if every exponential is too large by 4u. So a sum is relative to ⌈m⌉: differences of
+integers are exact, and a term that was scaled r times weighs e^(1−r) at most.
 
-In whatever order: a class is scaled at most once for each integer between its logit and the largest in the tail, and
+In any order, a class is scaled at most once per integer between its logit and the largest in the tail, and
 once more when the label becomes the largest. Under softmax the mean of m − z is at most log n for n classes. So with
-u = 2⁻²⁴, exponentials right to ε, and L additions in turn, the tail is right to
+u = 2⁻²⁴, exponentials accurate to ε, and L additions in sequence, the relative error of the tail is at most
 
-    L·u + (log n + 4)·(ε + u)        by the plain formula to L·u + ε + (m − z)·u
+    L·u + (log n + 4)·(ε + u)        with the plain formula L·u + ε + (m − z)·u
 
 Emulated: the largest relative error of the loss, over margins of −60 … 80 and logits that rise, fall, are random or
-equal, with NumPy's exponentials (in parentheses: each too large by 4u besides). The plain formula: 2e-6 … 1e-5.
+equal, with NumPy's exponentials (in parentheses: with each too large by 4u). The plain formula: 2e-6 … 1e-5.
 
     lanes    classes: 1000      4096               32,768             200,000
     32       4e-7 (7e-7)        8e-7 (1e-6)        6e-6 (5e-6)        5e-6 (8e-6)
@@ -34,19 +34,20 @@ from jaxsoft._arrays.sharding import pvary
 from jaxsoft._jax_internals import Function, Results, manual_axes
 from jaxsoft._platform.dispatch import Axes
 
-KERNEL = 1 << 14  # classes up to which XLA makes one kernel of a softmax, which has its row in registers, on an H100
-FEW = 1 << 7  # classes below which a GPU's compiler may store what it is to reduce, as along any axis but the last
+KERNEL = 1 << 14  # up to so many classes XLA compiles softmax to one kernel with a row in registers, on an H100
+FEW = 1 << 7  # below so many classes, or along another axis than the last, a GPU's compiler may store what it reduces
 
 
 def tpu_statistics(single_device: bool, types: Any, axes: Axes) -> Function | None:
-    # XLA's own operations need not be local. A TPU has no float64, and XLA does not end imitating it in a merge.
+    # XLA can shard its own operations, so `single_device` does not matter. A TPU has no float64, and XLA's compilation
+    # does not end when it emulates float64 in a merge.
     return None if types[0].dtype == jnp.float64 else _block_sums
 
 
 def gpu_statistics(single_device: bool, types: Any, axes: Axes) -> Function | None:
     logits, *targets = types
     sizes = [logits.shape[axis] for axis in axes]
-    known = all(isinstance(size, int) for size in sizes)  # a symbol of `jax.export` serves every size
+    known = all(isinstance(size, int) for size in sizes)  # a symbol of `jax.export` stands for every size
     if not known or axes != tuple(range(-len(axes), 0)):
         return None
     least = FEW if any(target is not None for target in targets) else KERNEL + 1
@@ -63,14 +64,14 @@ def _block_sums(arrays: tuple[Array, Array | None, Array | None], axes: Axes) ->
     if label is not None:
         (axis,) = axes
         sums[1] = jnp.where(is_label(logits, label, axis), 0, sum_others)
-        # In the same pass. A TPU gathers half precision from a copy of all logits in float32.
+        # A sum in the same pass, not a gather: in half precision a TPU gathers from a float32 copy of all logits.
         index = jnp.clip(label, 0, logits.shape[axis] - 1)
         sums.append(jnp.where(is_label(logits, index, axis), z, 0))
     merge = _merge
     if target_weights is not None:
         merge = _merge_weighted
         sums += [jnp.broadcast_to(target_weights, z.shape), jnp.where(target_weights == 0, 0, max_logit - z)]
-    if label is None and target_weights is not None:  # each class is the only one with its logit, to begin with
+    if label is None and target_weights is not None:  # at first each class is the only one with its logit
         merge, leads, (*_, weight, gap) = _merge_distribution, z == max_logit, sums
         sums[1:] = [jnp.where(leads, 0, sum_others), leads.astype(z.dtype)]
         sums += [jnp.where(leads, 0, weight), gap, jnp.where(leads, weight, 0)]
@@ -83,7 +84,7 @@ def _block_sums(arrays: tuple[Array, Array | None, Array | None], axes: Axes) ->
     if merge is _merge_distribution:
         count = rest[0]
         sum_others += jnp.maximum(count - 1, 0)
-        rest[0] = max_logit + jnp.log(jnp.minimum(count, 1))  # −inf where no class is left
+        rest[0] = max_logit + jnp.log(jnp.minimum(count, 1))  # −inf if every class is masked
     return max_logit, sum_others, *rest
 
 
@@ -98,7 +99,7 @@ def _merge(one: Results, other: Results) -> Results:
 
 
 def _merge_weighted(one: Results, other: Results) -> Results:
-    """The same and Σ_j q_j (m − z_j), the last, which grows by the weight times what the largest logit grows by."""
+    """As `_merge`, with Σ_j q_j (m − z_j) last, which grows by the weight times the growth of the largest logit."""
     *merged, weighted_gap = _merge(one, other)
 
     def growth(sums: Results) -> Array:
@@ -108,7 +109,7 @@ def _merge_weighted(one: Results, other: Results) -> Results:
 
 
 def _merge_distribution(one: Results, other: Results) -> Results:
-    """The same where the classes with the largest logit are counted, and their weight is apart, at the end."""
+    """As `_merge_weighted`, but the classes with the largest logit are counted, and their weight is separate, last."""
     max_logit = jnp.maximum(one[0], other[0])
 
     def relative(sums: Results) -> Results:

@@ -21,7 +21,7 @@ from jaxsoft._arrays.dtypes import compute_dtype
 from jaxsoft._jax_internals import Function, Results, primitives_fail
 from jaxsoft._platform.dispatch import Axes, Program
 
-SWITCH = "JAXSOFT_NATIVE"  # 0: never, 1: wherever they can run, or the file of a library in their place
+SWITCH = "JAXSOFT_NATIVE"  # 0: no kernels; 1: kernels wherever they can run; or the file of another library
 LIBRARY = "libjaxsoft_native"
 NAMES = (
     "statistics",
@@ -37,7 +37,7 @@ NAMES = (
 
 DTYPES = (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
 
-Type = Array | jax.ShapeDtypeStruct  # what has a shape and a dtype
+Type = Array | jax.ShapeDtypeStruct  # anything with a shape and a dtype
 Types = tuple[Type | None, ...]
 
 
@@ -60,9 +60,8 @@ if _MODE not in ("0", "1") and not Path(_MODE).is_file():
 def native_kernels() -> NativeKernels:
     """Whether this process runs the kernels compiled for the CPU, or the plain formula in their place.
 
-    Both give the same results, to rounding. The environment variable JAXSOFT_NATIVE, read when the library is
-    imported, chooses: 0 turns the kernels off; 1, the default, uses them wherever they can run; the path of a library
-    file uses that library instead.
+    Both give the same results up to rounding. The environment variable JAXSOFT_NATIVE, read when jaxsoft is imported,
+    decides: 0 turns the kernels off; 1, the default, uses them wherever they can run; a path uses that library file.
 
     Returns:
         `loaded`, and `detail`: the file of the kernels, or why they are not loaded.
@@ -72,7 +71,7 @@ def native_kernels() -> NativeKernels:
     `jax.distributed.initialize` first.
 
     Raises:
-        ValueError: on importing the library, for any other value of JAXSOFT_NATIVE.
+        ValueError: when jaxsoft is imported, for any other value of JAXSOFT_NATIVE.
 
     Example:
         >>> from jaxsoft import native_kernels
@@ -89,13 +88,14 @@ def native_kernels() -> NativeKernels:
     files = [file for file in built if file.exists()] if _MODE == "1" else [Path(_MODE)]
     if not files:
         return NativeKernels(False, "not built when the package was installed")
-    jax.local_devices(backend="cpu")  # before, JAX would put a registration off, and its whole CPU fail with it
+    # Initialise the CPU first: JAX would defer a registration, and if that failed, its CPU would not start at all.
+    jax.local_devices(backend="cpu")
     try:
         library = ctypes.CDLL(str(files[0]))
         for name in NAMES:
             symbol = f"jaxsoft_{name}"
             jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
-    except Exception as error:  # of another machine, or built with headers newer than this jaxlib
+    except Exception as error:  # a library of another machine, or built with headers newer than this jaxlib
         return NativeKernels(False, f"{files[0]} was refused: {error}")
     return NativeKernels(True, str(files[0]))
 
@@ -125,10 +125,10 @@ def _of_log_softmax(axes: Axes, logits: Type) -> Types:
 
 
 def _program(name: str, roles: str, results: Callable[..., Types], *, in_place: bool = False) -> Program:
-    """The kernel `name` as the program of a plain function of the same arrays, whose absent results are None.
+    """The kernel `name` as the program of a plain function of the same arrays; absent results are None.
 
-    `roles` are the roles of the arrays after the first, see `_takes`. `in_place` overwrites the first with the result:
-    XLA copies it first if it is read again.
+    `roles` are the roles of the arrays after the first, see `_takes`. `in_place` overwrites the first array with the
+    result; if the array is read again, XLA copies it before.
     """
 
     def choose(single_device: bool, types: Types, axes: Axes) -> Function | None:
@@ -140,7 +140,7 @@ def _program(name: str, roles: str, results: Callable[..., Types], *, in_place: 
         return run if all(_takes(role, array, logits, axes) for role, array in given) else None
 
     def run(arrays: tuple[Array | None, ...], axes: Axes) -> Results:
-        # The handlers recognise an absent array by its having no elements.
+        # For the handlers, an array without elements is absent.
         nothing = jnp.zeros(0, jnp.float32)
         expected = results(axes, *arrays)
         types = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in (nothing if r is None else r for r in expected)]
@@ -172,8 +172,8 @@ def leading_sums(single_device: bool, types: tuple[Type], axes: Axes) -> Functio
 
 
 def _fits(logits: Type, axes: Axes) -> bool:
-    """Whether a kernel takes such logits; of any size, so that a row's bits do not depend on its batch."""
-    known = all(isinstance(size, int) for size in logits.shape)  # a symbol of `jax.export` serves every size
+    """Whether a kernel takes such logits, of any size, so that a row's bits do not depend on its batch."""
+    known = all(isinstance(size, int) for size in logits.shape)  # a symbol of `jax.export` stands for every size
     together = bool(axes) and axes == tuple(range(axes[0], axes[-1] + 1))
     return known and together and logits.dtype in DTYPES and 0 not in logits.shape
 
@@ -188,7 +188,7 @@ def _takes(role: str, array: Type, logits: Type, axes: Axes) -> bool:
     if role != "weights":
         return (array.shape, array.dtype) == (_position(logits, axes).shape, dtype)
     first, ahead = logits.ndim + axes[0], logits.shape[: axes[0]]
-    # One weight per class may be shared by consecutive vectors: by all, or under `vmap` by one example's vectors.
+    # Consecutive vectors may share one weight per class: all vectors, or under `vmap` the vectors of one example.
     class_sizes = tuple(
         size if axis in axes else 1 for axis, size in zip(range(-logits.ndim, 0), logits.shape, strict=True)
     )
@@ -205,10 +205,10 @@ def _position(logits: Type, axes: Axes) -> jax.ShapeDtypeStruct:
 
 
 def log1p(single_device: bool, types: tuple[Type], axes: Axes) -> Function:
-    """log(1 + x) of x ≥ 0 as log u + (x − (u − 1)) / u, u being 1 + x as it is rounded (W. Kahan's correction).
+    """log(1 + x) for x ≥ 0 as log u + (x − (u − 1)) / u, where u is 1 + x after rounding (W. Kahan's correction).
 
-    XLA's own selects between two formulas; if another select follows, XLA's CPU computes both without vectorising,
-    which took 10 times as long as vectorised logarithms.
+    XLA's log1p selects between two formulas. If another select follows, XLA's CPU compiler computes both without
+    vectorising, which took 10 times as long as vectorised logarithms.
     """
 
     def run(arrays: tuple[Array], axes: Axes) -> tuple[Array]:

@@ -1,4 +1,4 @@
-"""The devices that programs are made for, and what is known of their kinds."""
+"""The devices for which programs are compiled, and the properties of their kinds."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -10,14 +10,14 @@ GB = 10**9
 
 
 class Kind(NamedTuple):
-    """What is known of a kind of device."""
+    """The properties of a kind of device."""
 
     memory: int  # bytes, by the data sheet
-    rows: int  # of a tile whose product hides the reading of the kernel, by what compilers estimate
-    group_rows: int  # of tiles together whose products hide most of what adding to the kernel's gradient takes
+    rows: int  # of a tile whose matmul hides reading the kernel, by compilers' estimates
+    group_rows: int  # of a group of tiles whose matmul hides most of adding to the kernel's gradient
 
 
-# By what the name starts with that JAX gives a kind.
+# The keys are beginnings of JAX's names of kinds.
 KINDS = {
     "TPU v5 lite": Kind(16 * GB, 512, 3584),
     "TPU v5": Kind(95 * GB, 512, 3584),
@@ -28,7 +28,7 @@ KINDS = {
     "NVIDIA H200": Kind(141 * GB, 512, 2048),
     "NVIDIA B200": Kind(180 * GB, 512, 2048),
 }
-# Where the kind is not known: what loses least on all of the platform's, whose least memory it has.
+# For unknown kinds: the rows that lose least on all kinds of the platform, and the smallest memory of these.
 UNKNOWN = {"tpu": Kind(16 * GB, 1024, 3584), "gpu": Kind(16 * GB, 512, 2048)}
 
 
@@ -36,7 +36,7 @@ class Device(NamedTuple):
     """Where a program will run."""
 
     platform: Platform
-    kind: str = ""  # as JAX calls it; empty where nobody knows
+    kind: str = ""  # JAX's name of it; empty if unknown
 
     @property
     def known(self) -> Kind | None:
@@ -48,12 +48,12 @@ class Device(NamedTuple):
 
 
 def as_platform(name: str) -> Platform:
-    """The platform of devices that JAX calls so."""
-    return name if name in ("cpu", "tpu") else "gpu"  # JAX's names of the last: gpu, cuda, rocm
+    """The platform with this name in JAX."""
+    return name if name in ("cpu", "tpu") else "gpu"  # JAX's names of GPUs are gpu, cuda and rocm
 
 
 def as_device(platform: str, found: Any) -> Device:
-    """A device of a platform: that which was found, or where none was the default backend's, if it is of it."""
+    """A device of a platform: the found one, or else the default backend's, if it is of that platform."""
     name = as_platform(platform)
     found = jax.devices()[0] if found is None else found
     return Device(name, found.device_kind if as_platform(found.platform) == name else "")

@@ -19,11 +19,11 @@ Program = Callable[[bool, Any, Axes], Function | None]
 
 
 def with_platform_impl(**programs: Program) -> Callable[[Function], Function]:
-    """Give `plain(arrays, axes)`, which returns a tuple of arrays, another program on each platform that is named.
+    """Give `plain(arrays, axes)`, which returns a tuple of arrays, another program on each named platform.
 
-    All arrays have one rank, those without classes a length of one in their place, and so have the results.
-    `program(single_device, types, axes)` is asked when a call is compiled, and returns the function to compile, or None
-    to leave the call to `plain`. `single_device` says whether the arrays are on one device, as inside a `shard_map`;
+    All arrays and results have the same rank; without classes they have length one along the class axes.
+    `program(single_device, types, axes)` is called when a call is compiled, and returns the function to compile, or
+    None to leave the call to `plain`. `single_device` says whether arrays are on one device, as inside a `shard_map`;
     if not, XLA still has to shard the call, and it can only shard its own operations, not a kernel.
     """
 
@@ -42,9 +42,9 @@ def with_platform_impl(**programs: Program) -> Callable[[Function], Function]:
 
 
 def by_platform(formula: Function) -> Callable[[Callable[[Device, Any, Any], Results]], Function]:
-    """Have `plain(device, arrays, static)` know what kind of device it is compiled for.
+    """Tell `plain(device, arrays, static)` the kind of device for which it is compiled.
 
-    The CPU's program is what is mapped, and `formula(arrays, static)`, which returns the same, what is differentiated.
+    `vmap` maps the CPU's program; derivatives are those of `formula(arrays, static)`, which has the same results.
     """
 
     def decorate(plain: Callable[[Device, Any, Any], Results]) -> Function:
@@ -59,8 +59,8 @@ def by_platform(formula: Function) -> Callable[[Callable[[Device, Any, Any], Res
 
 
 def mapped_axis_first(size: int, axes: Any, arrays: Any) -> Any:
-    """Arrays with the axis that is mapped in front, and so broadcast where none is, which None marks."""
-    leaves, tree = jax.tree.flatten(arrays)  # None marks an array that is absent, too
+    """Arrays with the mapped axis first; an array that is not mapped, whose axis is None, is broadcast."""
+    leaves, tree = jax.tree.flatten(arrays)  # None also marks an absent array
 
     def move(array: Array, axis: int | None) -> Array:
         return jnp.broadcast_to(array, (size, *array.shape)) if axis is None else jnp.moveaxis(array, axis, 0)

@@ -1,4 +1,4 @@
-// XLA's foreign-function handlers: what the arrays are, how the work is cut and shared between XLA's threads.
+// XLA's foreign-function handlers: they read the arrays, cut the work into pieces, and share it between XLA's threads.
 #include <algorithm>
 #include <atomic>
 #include <cfenv>
@@ -37,7 +37,7 @@ Kernels choose_kernels() {
   return {baseline::plan, baseline::run};
 }
 
-// A thread keeps its scratch: fresh pages for every call would cost more than the call. Null where there is no memory.
+// Each thread keeps its scratch, because new pages for every call would cost more than the call. Null without memory.
 void* thread_scratch(size_t bytes) {
   struct Free {
     void operator()(void* pointer) const { std::free(pointer); }
@@ -52,9 +52,9 @@ void* thread_scratch(size_t bytes) {
   return scratch.get();
 }
 
-// Runs body(0) … body(pieces − 1) on the caller and on whichever threads of the pool come to help. The caller waits
-// for pieces, never for threads: the pool's may all be callers themselves. A helper that comes late finds no piece
-// left and touches nothing but the state it shares.
+// Runs body(0) … body(pieces − 1) on the caller and on threads of the pool that are free. The caller waits for pieces,
+// never for threads, because all threads of the pool may be callers themselves. A helper that comes late finds no
+// piece left, and touches only the shared state.
 void parallel(ffi::ThreadPool& pool, int64_t pieces, size_t scratch, const std::function<void(int64_t)>& body) {
   struct State {
     const std::function<void(int64_t)>* body;
@@ -82,7 +82,7 @@ void parallel(ffi::ThreadPool& pool, int64_t pieces, size_t scratch, const std::
   for (int64_t i = 0; i < helpers; ++i) {
     pool.Schedule([state, scratch] {
       if (state->next >= state->pieces || (scratch > 0 && !thread_scratch(scratch))) return;
-      std::fenv_t own;  // XLA sets whether denormals are flushed on its own thread alone
+      std::fenv_t own;  // XLA sets the flushing of denormals only on its own thread
       std::fegetenv(&own);
       std::fesetenv(&state->mode);
       state->work();
@@ -94,7 +94,7 @@ void parallel(ffi::ThreadPool& pool, int64_t pieces, size_t scratch, const std::
   state->finished.wait(lock, [&] { return state->done == pieces; });
 }
 
-// Most of the time of a large array is the first touch of its pages.
+// The first touch of a large array's pages takes most of its time.
 void expect_huge_pages(void* data, size_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t kHuge = 2 << 20;
@@ -116,7 +116,7 @@ ffi::Error run(ffi::ThreadPool& pool, const Call& call) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jaxsoft: no memory for a kernel's scratch");
   }
   const auto scratch = [&] { return plan.scratch > 0 ? thread_scratch(plan.scratch) : nullptr; };
-  // Pieces are large enough to be worth a thread, and neighbours, so that threads do not meet in one page.
+  // Pieces are large enough to be worth a thread, and contiguous, so that threads do not share pages.
   const int64_t worth = std::min(plan.units, elements / (1 << 14));
   const int64_t pieces = std::max<int64_t>(1, std::min(worth, 8 * pool.num_threads()));
   const auto body = [&](int64_t piece) {
@@ -138,7 +138,7 @@ T* data(Array array) {
   return array.element_count() == 0 ? nullptr : static_cast<T*>(array.untyped_data());
 }
 
-// The call on `array`, whose axes `first` to `last`, counted from the end, are the classes.
+// The call for `array`, whose class axes are `first` to `last`, counted from the end.
 Call call_on(Op op, Array array, int64_t first, int64_t last) {
   Call call{op, Dtype::kFloat32, {1, 1, 1}};
   switch (array.element_type()) {

@@ -1,5 +1,5 @@
-// The kernels, once for each instruction set, in the compiler's own vectors, which GCC and Clang have on every platform.
-// Nothing here may come from the standard library's templates, whose copy for one instruction set could be linked for
+// The kernels, compiled for each instruction set, with vector types that GCC and Clang have on every platform.
+// Templates of the standard library must not be used here: their copy for one instruction set could be linked for
 // another.
 #include "kernels.h"
 
@@ -22,10 +22,10 @@ constexpr int kBytes = 32;
 #else
 constexpr int kBytes = 16;
 #endif
-constexpr int kVectors = 4;            // of a pack, since one sum alone would wait for itself
-constexpr int64_t kKept = 1 << 15;     // exponentials of half precision that are kept until they are scaled
-constexpr int64_t kGatheredMost = 512;  // classes of positions that are copied side by side
-constexpr int64_t kFetched = 1 << 18;   // bytes that a second-level cache can have ready
+constexpr int kVectors = 4;            // in a pack: a single sum would wait for its own result
+constexpr int64_t kKept = 1 << 15;     // exponentials of half precision that are stored until they are scaled
+constexpr int64_t kGatheredMost = 512;  // most classes of positions that are copied contiguously
+constexpr int64_t kFetched = 1 << 18;   // bytes that fit in a second-level cache
 constexpr int64_t kShort = 48, kLong = 256;  // classes of rows that are computed four at a time
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -71,7 +71,7 @@ struct Compute<double> {
   static constexpr double kEpsilon = DBL_EPSILON, kLowest = -DBL_MAX;
 };
 
-// Half precision in integers: the same for every instruction set, and denormals survive flush-to-zero.
+// Half precision with integers gives the same result for every instruction set, and denormals survive flush-to-zero.
 INLINE VF widened(VH bits, Bfloat16) { return (VF)(__builtin_convertvector(bits, VU) << 16); }
 INLINE VF widened(VH bits, Float16) {
   const VU half = __builtin_convertvector(bits, VU), sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
@@ -119,7 +119,7 @@ INLINE typename Compute<T>::Type number(T x) {
   return load(vector)[0];
 }
 
-// The first `count` lanes, of which the others are anything, or are not written.
+// The first `count` lanes; the others have any value, or are not written.
 template <class T>
 INLINE auto load_some(const T* from, int64_t count) {
   constexpr int lanes = kBytes / sizeof(typename Compute<T>::Type);
@@ -143,7 +143,7 @@ INLINE void store_some(T* to, V v, int64_t count) {
   __builtin_memcpy(to, buffer, count * sizeof(T));
 }
 
-// Every lane with that of the index that differs in one bit.
+// Every lane combined with the lane whose index differs in one bit.
 template <class C>
 INLINE typename Vectors<C>::V exchanged(typename Vectors<C>::V v, int bit) {
   constexpr int n = kBytes / sizeof(C);
@@ -294,15 +294,15 @@ INLINE typename Vectors<C>::V exp_vector(typename Vectors<C>::V x) {
     return 1 + (r + r * r * q);
   };
 #ifdef __AVX512F__
-  if constexpr (sizeof(C) == 4) {  // which rounds and scales in one instruction each, and keeps NaN
+  if constexpr (sizeof(C) == 4) {  // rounds and scales in one instruction each, and keeps NaN
     x = (V)_mm512_max_ps(_mm512_set1_ps(-104.f), (__m512)x);
     const V n = (V)_mm512_roundscale_ps((__m512)(x * E::kLog2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     return (V)_mm512_scalef_ps((__m512)polynomial(x, n), (__m512)n);
   }
 #endif
-  const V rounded = x * E::kLog2e + E::kRound, n = rounded - E::kRound;  // n is in the last bits, too
+  const V rounded = x * E::kLog2e + E::kRound, n = rounded - E::kRound;  // the last bits contain n too
   const V power = (V)(((U)rounded << E::kMantissa) + (static_cast<decltype(U{}[0] + 0)>(E::kBias) << E::kMantissa));
-  return x < E::kLowest ? V{} : polynomial(x, n) * power;  // a product, for NaN to stay
+  return x < E::kLowest ? V{} : polynomial(x, n) * power;  // a multiplication keeps NaN
 }
 template <class C>
 INLINE Pack<C> exponential(const Pack<C>& p) {
@@ -420,7 +420,7 @@ struct Rows : Base<T> {
   }
 };
 
-// Short rows, each in a vector of its own: what of one waits for itself leaves time for the others.
+// Short rows, each in its own vector: while one waits for its result, the others are computed.
 template <class T>
 struct Quads : Base<T> {
   using typename Base<T>::C;
@@ -595,7 +595,7 @@ struct Strips : Across<T> {
     this->lanes = smaller(kLanes, this->inner - i);
     this->first = outer * this->inner + i;
     start = outer * this->classes * this->inner + i;
-    // Classes lie far apart, and no processor foresees where the next one is: several strips are fetched together.
+    // Classes are far apart, and processors do not predict the next address, so several strips are fetched together.
     const int64_t together = smaller(8, 1 + kFetched / (this->classes * kLanes * int64_t(sizeof(T))));
     if (strip % together != 0 && fetched) return;
     fetched = true;
@@ -636,7 +636,7 @@ struct Strips : Across<T> {
   INLINE void finish() const {}
 };
 
-// The copies have a step's lanes side by side: of the logits, of what is read in addition, and of the result.
+// Copies with a step's lanes contiguous: of the logits, of the other arrays that are read, and of the result.
 template <class T>
 struct Gathered : Across<T> {
   using typename Base<T>::C;
@@ -745,14 +745,14 @@ struct Gathered : Across<T> {
   }
 };
 
-// ---- What is computed of the positions of one unit.
+// ---- The computations for the positions of one unit.
 
 template <class T, template <class> class Layout>
 struct Unit : Layout<T> {
   using C = typename Compute<T>::Type;
   using P = Pack<C>;
   static constexpr C kTiny = Compute<T>::kEpsilon / 8;
-  // Exponentials are kept, until their sum is known, where the result will be, or of half precision in scratch.
+  // Until their sum is known, exponentials are stored in the result's memory, or in scratch for half precision.
   static constexpr bool kInResult = __is_same(Layout<T>, Gathered<T>) || (Layout<T>::kFolds && sizeof(T) == sizeof(C));
 
   INLINE P logits(int64_t step) const { return this->read(static_cast<const T*>(this->call.logits), step, C(-INFINITY)); }
@@ -769,9 +769,9 @@ struct Unit : Layout<T> {
     P m = P::all(Compute<T>::kLowest);
     for (int64_t s = 0; s < this->steps(); ++s) m = larger(m, logits(s));
     m = this->fold(m, [](auto x, auto y) FORCE { return ((y > x) | (y != y)) ? y : x; });
-    return m + P::all(0);  // flushed to zero where the processor is told to flush
+    return m + P::all(0);  // flushes denormals to zero if the processor is set to flush
   }
-  // Sums of 64 terms are summed 64 at a time in turn: what rounding a long sum would gather stays small.
+  // Sums of 64 terms are summed 64 at a time in turn, so that the rounding error of long sums stays small.
   template <class F>
   INLINE auto sum(F term) const {
     using Terms = decltype(term(int64_t{}));
@@ -823,7 +823,7 @@ struct Unit : Layout<T> {
     }
   }
 
-  // A function of numbers per position: those of a row, which are the same in all lanes, are computed in one vector.
+  // A function of numbers per position. A row's numbers, the same in all lanes, are computed in one vector.
   template <class F, class... Packs>
   INLINE P once(F f, const Packs&... packs) const {
     if constexpr (!Layout<T>::kSame) return map(f, packs...);
@@ -860,8 +860,8 @@ struct Unit : Layout<T> {
     each([&](int64_t s) FORCE { return cotangent(s) - exponential(logits(s) - m) * factor; });
   }
 
-  // The sum over all classes but the label, the label's logit, and Σ q, Σ q (m − z). Of a distribution one class with
-  // logit m takes the label's place, and Σ q over the classes with logit m is separate.
+  // The sum over all classes except the label, the label's logit, and Σ q, Σ q (m − z). For a distribution one class
+  // with logit m takes the label's place, and Σ q over the classes with logit m is separate.
   struct Sums {
     P m, others, label_logit, weight_sum, gap, max_weight;
     typename Layout<T>::Labels labels;
@@ -881,7 +881,7 @@ struct Unit : Layout<T> {
         return map([](auto w, auto x) FORCE { return weighted_vector(w, x); }, this->weights(s), m - logits_or_0(s));
       });
     }
-    // Last, since of a copy what is kept takes the place of the logits.
+    // Last, because in a copy the stored exponentials overwrite the logits.
     const auto sum_exponentials = [&](auto term) FORCE {
       return sum([&](int64_t s) FORCE {
         const P below = logits(s) - m, e = exponential(below);
@@ -918,7 +918,7 @@ struct Unit : Layout<T> {
     if constexpr (kWeights && !kLabel) report(this->call.max_weight_out, found.max_weight);
   }
 
-  void moments() const {  // the classes of the largest logit are counted, not added up: that sum is exact
+  void moments() const {  // the classes with the largest logit are counted, which is exact, not summed
     const P m = max();
     P count = P::all(0), leader = P::all(C(this->classes));
     const P none = leader;
@@ -958,8 +958,8 @@ struct Unit : Layout<T> {
   struct Gradient {
     P factor, at_label, share, ignored, max_constant, max_slope;
   };
-  // exp(z − m)·factor − share·q, with `at_label` for the first term at the label, and 0 where ignored. Of a distribution
-  // max_constant − max_slope·q where the exponential is 1.
+  // exp(z − m)·factor − share·q, with `at_label` as the first term at the label, and 0 where ignored. For a
+  // distribution, max_constant − max_slope·q where the exponential is 1.
   template <bool kLabel, bool kWeights, class F>
   INLINE void write_gradient(F exponential_at, const Gradient& of) const {
     const auto labels = this->labels_if(kLabel);

@@ -1,4 +1,4 @@
-// What the kernels compute, and in which pieces; free of XLA.
+// What the kernels compute, and in which pieces, without XLA.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +7,7 @@
 namespace jaxsoft {
 
 // A row-major array around its class axes: every pair of an outer and an inner index is a position, a vector of
-// `classes` numbers that lie `inner` apart.
+// `classes` numbers that are `inner` apart.
 struct Shape {
   int64_t outer, classes, inner;
 };
@@ -24,7 +24,7 @@ struct Call {
   Op op;
   Dtype dtype;
   Shape shape;
-  const void* logits = nullptr;     // of softmax_vjp the probabilities
+  const void* logits = nullptr;     // for softmax_vjp, the probabilities
   const void* cotangent = nullptr;  // of the logits' shape and dtype
   const void* weights = nullptr;    // target weights
   int64_t weight_rows = 0;          // rows of `classes` that consecutive outer indices share; 0: one weight per logit
@@ -39,15 +39,15 @@ struct Call {
   int32_t* leader_out = nullptr;
 };
 
-// How a call is cut into units, from classes and inner alone: a row's bits must not depend on what lies beside it.
+// How a call is cut into units; depends only on classes and inner, because a row's bits must not depend on other rows.
 enum class Layout {
-  kRows,     // lanes of a vector are classes of one position, which lie side by side
-  kQuads,    // the same, but each vector of a pack is of a row of its own
-  kStrips,   // lanes are positions that lie side by side, the classes follow one another
-  kGathered  // the same of positions that do not, or are too few: a copy has them side by side
+  kRows,     // lanes of a vector are classes of one position, contiguous in memory
+  kQuads,    // as kRows, but each vector of a pack belongs to another row
+  kStrips,   // lanes are contiguous positions, and the classes follow one another
+  kGathered  // as kStrips, for positions that are not contiguous or too few, in a contiguous copy
 };
 
-// Runs units [begin, end) with scratch of the thread's own.
+// Runs units [begin, end) with the thread's own scratch.
 using Kernel = void (*)(const Call&, int64_t begin, int64_t end, void* scratch);
 
 struct Plan {

@@ -1,4 +1,4 @@
-"""The program of GPUs and TPUs: what a CPU can tell of it. What XLA makes of it there is counted where it is compiled."""
+"""The program of GPUs and TPUs, as far as a CPU can test it. `experiments.compile` counts what XLA makes of it."""
 
 import itertools
 
@@ -26,7 +26,7 @@ PLAIN = statistics._block_sums.__wrapped__
 
 
 def programs(cases):
-    """The sums of the accelerators' program and those of the plain formula for each (arrays, axes), in one program."""
+    """The sums of the accelerators' program and of the plain formula for each (arrays, axes), in one program."""
 
     def both(every):
         by_end = ((arrays, tuple(axis % arrays[0].ndim - arrays[0].ndim for axis in axes)) for arrays, axes in every)
@@ -218,7 +218,7 @@ def test_sizes_that_are_not_known_yet(platform):
     assert ("stablehlo.ceil" in module) == (platform == "tpu")
 
 
-# Of explicitly sharded classes JAX cannot say where the label's logit is to lie, with the plain formula neither.
+# For explicitly sharded classes JAX cannot determine the sharding of the label's logit, nor can the plain formula.
 @pytest.mark.parametrize(
     ("axis_type", "along"), [(AxisType.Auto, "rows"), (AxisType.Auto, "classes"), (AxisType.Explicit, "rows")]
 )
@@ -313,7 +313,7 @@ def test_the_loops_of_an_accelerator_are_those_of_a_cpu(of, wanted, skips, class
         for n, (got, want) in enumerate(zip(results, expected, strict=True)):
             want = np.asarray(want, np.float32)
             assert np.isfinite(want).all()
-            # Each is a sum of products of half precision; rounded to it the features' gradients may differ by an ulp.
+            # Each is a sum of products in half precision; rounded, the features' gradients may differ by an ulp.
             half = 2.0**-7 if got.dtype == jnp.bfloat16 else 2e-6
             np.testing.assert_allclose(
                 np.asarray(got, np.float32), want, half, 4e-6 * np.abs(want).max(), err_msg=f"{platform}, result {n}"

@@ -95,7 +95,7 @@ def plain(name, *arrays):
 
 
 def draw(rng, shape, dtype, edges=True):
-    """Logits in whose vectors one class leads by −60 to 80; in some a NaN, an infinity, a denormal, no class at all."""
+    """Logits with margins of −60 to 80; some vectors have a NaN, an infinity, a denormal, or only masked classes."""
     outer, classes, inner = shape
     z = rng.normal(size=shape) * 3
     z[:, rng.integers(classes)] += rng.uniform(-60, 80, (outer, inner))
@@ -193,7 +193,7 @@ def test_kernels_equal_the_plain_functions(shape, dtype, rng, monkeypatch):
     rest = label, spread, spread[:1, :, :1], factor, at_label, share, rng.uniform(size=one) < 0.2
     found, (logsumexp, entropy, leads) = jax.tree.map(np.asarray, by_kernels(z, g, largest, rest))
 
-    # The truth in float64 is that of the shift as it is rounded, from which on nothing may be lost.
+    # The truth in float64 starts from the rounded shift, after which nothing may be lost.
     finite = np.isfinite(largest)
     shifted = wide(np.where(finite, z.astype(compute) - largest, z))
     probs, total = wide(found["softmax", "result"]), wide(found["log_softmax", "total"])
@@ -231,12 +231,12 @@ def test_kernels_equal_the_plain_functions(shape, dtype, rng, monkeypatch):
             agree(kernel, result, 6, scale)
 
     lead = wide(z).argmax(1, keepdims=True).astype(np.int32)
-    # Without what leads every other exponential may be 0 below the smallest normal number, in the gap times up to 709.
+    # Exponentials below the smallest normal number may be 0; in the gap they are multiplied by up to 709.
     agree("moments", "sum_others", 16, lost=8 + classes, where=left)
     agree("moments", "gap", 16, lost=709 * classes, where=left)
     for result, expected in (("max_logit", largest), ("leader_logit", largest), ("leader", lead)):
         agree("moments", result, 0, lost=1 if result == "leader_logit" else 0, expected=expected, where=left)
-    # Elsewhere what is made of them: NaN, infinities, 0, no class.
+    # At the other vectors, compare the kinds of results: NaN, infinities, 0, no class.
     assert_close(
         "moments", "logsumexp", np.where(left, 0, logsumexp), np.where(left, 0, np.where(finite, -np.inf, largest)), 0
     )
@@ -247,7 +247,7 @@ def test_kernels_equal_the_plain_functions(shape, dtype, rng, monkeypatch):
     agree("total", "result", 16, np.abs(wide(g)).sum(1, keepdims=True))
     agree("softmax", "result", 16)
     agree("log_softmax", "total", 16, expected=np.maximum(right["log_softmax", "total"], jnp.finfo(compute).eps / 8))
-    agree("log_softmax", "result", 4, 16)  # near 0 a logarithm is right to rounding of 1
+    agree("log_softmax", "result", 4, 16)  # near 0 a logarithm is accurate to the rounding of 1
     of_g = np.abs(wide(g))
     agree("softmax_vjp", "result", 16, probs * (of_g + (probs * of_g).sum(1, keepdims=True)))
     agree("log_softmax_vjp", "result", 16, of_g + np.exp(shifted) / total * of_g.sum(1, keepdims=True))
@@ -287,7 +287,7 @@ def test_a_loss_and_its_gradient_equal_the_plain_formula(shape, dtype, rng, monk
     p /= p.sum(1, keepdims=True)
     for name, (y, hot, share, _, weights) in cases.items():
         (loss, gradient), (expected, slope) = (jax.tree.map(np.asarray, results[name]) for results in (found, right))
-        # The logarithm of a sum without a label is right to rounding of 1.
+        # The logarithm of a sum without a label is accurate to the rounding of 1.
         of_one = 0.0 if weights is None else share * np.broadcast_to(weights, shape).sum(1, keepdims=True)
         assert_close(f"loss of {name}", "loss", loss, expected, 32, of_one)
         size = np.abs(slope) + (0 if weights is None else 0.37 * share * weights)

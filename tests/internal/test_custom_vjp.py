@@ -1,4 +1,4 @@
-"""The rule with both modes, by functions whose backward rule is not their derivative: so that none comes from elsewhere."""
+"""The rule with both modes. The functions' backward rules are not their derivatives, so results show which was used."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Tiles in groups, as accelerators take them: their products and values are those of one tile of everything."""
+"""Groups of tiles, as accelerators use them: gradients and values equal those of a single tile."""
 
 import jax
 import jax.numpy as jnp

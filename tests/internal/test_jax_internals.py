@@ -1,4 +1,4 @@
-"""Names of JAX that may go: without any one of them the package imports, says so, and every public function is right."""
+"""Names that JAX may remove: without any one the package imports, says so, and all public functions are right."""
 
 import importlib
 import re
@@ -52,7 +52,7 @@ STATES, COUPLINGS = np.sign(rng.normal(size=(2, 3))).astype(np.float32), np.ones
 
 
 class Without:
-    """An object but for one of its attributes."""
+    """An object without one of its attributes."""
 
     def __init__(self, whole, name):
         self.whole, self.name = whole, name
@@ -163,7 +163,7 @@ def test_without_a_name_the_package_imports_and_says_so(name, without):
     else:
         assert lacking == says
     text = importlib.import_module("jaxsoft.__main__").installation()
-    assert [f"this JAX lacks {line}: the plain formula runs in its place" in text for line in lacking] == [True] * len(
+    assert [f"this JAX lacks {line}: the plain formula runs instead" in text for line in lacking] == [True] * len(
         lacking
     )
     value, pullback = jax.vjp(jax.jit(lambda z: package.softmax(z, -1)), Z)
