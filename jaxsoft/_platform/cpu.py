@@ -5,6 +5,7 @@ XLA's CPU compiler reads the classes once for each maximum, sum and result; the 
 
 import ctypes
 import functools
+import hashlib
 import math
 import os
 import sys
@@ -92,12 +93,23 @@ def native_kernels() -> NativeKernels:
     jax.local_devices(backend="cpu")
     try:
         library = ctypes.CDLL(str(files[0]))
+        _check_sources(library, Path(__file__).parents[1] / "native")
         for name in NAMES:
             symbol = f"jaxsoft_{name}"
             jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     except Exception as error:  # a library of another machine, or built with headers newer than this jaxlib
         return NativeKernels(False, f"{files[0]} was refused: {error}")
     return NativeKernels(True, str(files[0]))
+
+
+def _check_sources(library: ctypes.CDLL, folder: Path) -> None:
+    """Refuse kernels of other sources than the checkout's, whose arguments may mean something else."""
+    sources = [folder / name for name in ("ffi.cc", "kernels.cc", "kernels.h")]
+    if all(file.exists() for file in sources):  # only in a checkout, and not in an installed wheel
+        hashes = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in sources)
+        expected = hashlib.sha256(hashes.encode()).hexdigest()
+        if ctypes.c_char_p.in_dll(library, "jaxsoft_sources").value != expected.encode():
+            raise ImportError(f"{folder} has changed since it was built; install again")
 
 
 def _of_statistics(axes: Axes, logits: Type, label: Type | None, target_weights: Type | None) -> Types:

@@ -272,6 +272,7 @@ auto binding() {
 }  // namespace jaxsoft
 
 #pragma GCC visibility push(default)
+extern "C" const char* const jaxsoft_sources = JAXSOFT_SOURCES;
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_statistics, jaxsoft::statistics, (jaxsoft::binding<3, 6>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_moments, jaxsoft::moments, (jaxsoft::binding<1, 5>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxsoft_gradient, jaxsoft::gradient, (jaxsoft::binding<10, 1>()));

@@ -1,5 +1,9 @@
 """The CPU's kernels: each equals the plain function whose program it is, whatever the shape, dtype and batch."""
 
+import ctypes
+import shutil
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -368,3 +372,15 @@ def test_under_second_derivatives(rng):
     found = jax.jit(jax.hessian(lambda z: jaxsoft.cross_entropy(z, y, reduction="sum")))(z)
     for row, probs in enumerate(np.exp(z) / np.exp(z).sum(1, keepdims=True)):
         np.testing.assert_allclose(found[row, :, row], reference.jacobian(probs), rtol=1e-12, atol=1e-15)
+
+
+def test_a_library_of_other_sources_is_refused(tmp_path):
+    library = ctypes.CDLL(jaxsoft.native_kernels().detail)
+    cpu._check_sources(library, tmp_path)  # as in an installed wheel, which has no sources
+    for file in Path(cpu.__file__).parents[1].joinpath("native").glob("*.*"):
+        shutil.copy(file, tmp_path)
+    cpu._check_sources(library, tmp_path)
+    with (tmp_path / "kernels.h").open("a") as file:
+        file.write("\n")
+    with pytest.raises(ImportError, match="has changed since it was built; install again"):
+        cpu._check_sources(library, tmp_path)
