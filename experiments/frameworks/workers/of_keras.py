@@ -8,26 +8,18 @@ from exchange import work
 from keras import losses, ops
 
 BACKEND = os.environ["KERAS_BACKEND"]
+if BACKEND == "tensorflow":
+    from tape import differentiated
+else:
+    import jax
 
-
-def differentiated(case, loss):
-    if BACKEND == "jax":
-        import jax
-
+    def differentiated(case, loss):
         def scalar(z):
             value = loss(z)
             return (value * case.cotangent).sum() if value.ndim else value
 
         z = jax.numpy.asarray(case.logits)
         return np.asarray(loss(z)), jax.grad(scalar)(z)
-    import tensorflow as tf
-
-    z = tf.constant(case.logits)
-    with tf.GradientTape() as tape:
-        tape.watch(z)
-        value = loss(z)
-        scalar = tf.reduce_sum(value * case.cotangent) if value.shape.rank else value
-    return value.numpy(), tape.gradient(scalar, z).numpy()
 
 
 REDUCTIONS = {"mean": "sum_over_batch_size", "sum": "sum", "none": None}
