@@ -91,9 +91,9 @@ def diagnose_loss(
     sample, from_one = read_sample(logits, targets, axis, len(numbers), options)
     with jax.enable_x64(True):
         true, gradient = map(np.asarray, _truth(sample.z, smoothed(sample) * sample.c, sample.w))
-    right = _reductions(sample, true)
+    error, nearest = _nearest(sample, true, numbers)
     found = distinct(search(sample, numbers, _precision(given, numbers))) if np.isfinite(numbers).all() else []
-    verdict, explanation, correct = _judged(sample, numbers, found, right)
+    verdict, explanation, correct = _judged(sample, numbers, found, nearest)
     if from_one:
         explanation = COUNTED_FROM_ONE.format(label=sample.classes) + explanation
         verdict, correct = "labels counted from 1", False
@@ -103,7 +103,7 @@ def diagnose_loss(
         verdict,
         explanation,
         np.moveaxis(gradient.reshape(whole), -1, axis),
-        _error(right, numbers),
+        error,
         gradient.sum(-1).reshape(positions),
         true_loss=true.reshape(positions),
         found=tuple(_name(way) for way in found),
@@ -144,18 +144,15 @@ def _half_unit(number: str) -> float:
     return 0.51 * 10.0 ** (int(exponent) - digits + 1) if 3 <= digits <= 6 else 0.0
 
 
-def _judged(s: Sample, numbers: np.ndarray, found: list[Way], right: dict[str, np.ndarray]) -> tuple[str, str, bool]:
+def _judged(s: Sample, numbers: np.ndarray, found: list[Way], nearest: str) -> tuple[str, str, bool]:
     """Verdict, explanation, and whether the value is a right one."""
     if not np.isfinite(numbers).all():
         return _judged_not_finite(s, numbers)
     if not (s.live.any() and s.w[s.live].any()) and not numbers.any():
         return "correct: 0 of nothing", f"{NOTHING}, taken as 0, as here and in Chainer and Keras.", True
     if not found:
-        verdict = "wrong"
-        text = (
-            "No convention that is known here gives this, nor one mistake, nor two. {} Compare the losses a position."
-        )
-        return verdict, text.format(_nearest(right, numbers)), False
+        text = "No convention that is known here gives this, nor one mistake, nor two."
+        return "wrong", f"{text} {nearest} Compare the losses a position.", False
     best = found[0]
     sentences = [_explained(s, best)]
     if others := found[1:]:
@@ -217,21 +214,14 @@ def _judged_not_finite(s: Sample, numbers: np.ndarray) -> tuple[str, str, bool]:
     return "not finite", f"{count} of {len(numbers)} numbers are NaN or infinity. The likely cause: {cause}.", False
 
 
-def _nearest(right: dict[str, np.ndarray], numbers: np.ndarray) -> str:
-    name, nearest = min(right.items(), key=lambda item: float(np.abs(item[1] - numbers).max()))
-    n = int(np.abs(nearest - numbers).argmax())
-    return f"The nearest is {name}, {nearest[n]:.6g} where {numbers[n]:.6g} is given."
-
-
 @np.errstate(all="ignore")  # a loss may be infinite
-def _reductions(s: Sample, true: np.ndarray) -> dict[str, np.ndarray]:
+def _nearest(s: Sample, true: np.ndarray, numbers: np.ndarray) -> tuple[float, str]:
+    """The distance to the nearest of the sum and the means, relative to it, and what the person reads of it."""
     _, r = weighted(s, smoothed(s))
     factors = {name: formula(s, r) for name, (_, formula) in REDUCTIONS.items()}
-    return {name: s.reduced(k * true) for name, k in factors.items() if k is not None}
-
-
-def _error(right: dict[str, np.ndarray], numbers: np.ndarray) -> float:
-    """The distance to the nearest of the sum and the means, relative to it."""
-    with np.errstate(all="ignore"):
-        errors = [float(np.abs(v - numbers).max() / (np.abs(v).max() or 1)) for v in right.values()]
-    return min((error for error in errors if np.isfinite(error)), default=float("inf"))
+    right = {name: s.reduced(k * true) for name, k in factors.items() if k is not None}
+    name, nearest = min(right.items(), key=lambda item: np.nan_to_num(np.abs(item[1] - numbers).max(), nan=np.inf))
+    off = np.abs(nearest - numbers)
+    error, n = off.max() / (np.abs(nearest).max() or 1), int(off.argmax())
+    text = f"The nearest is {name}, {nearest[n]:.6g} where {numbers[n]:.6g} is given."
+    return float(error) if np.isfinite(error) else float("inf"), text
