@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -122,6 +123,34 @@ def test_an_installation_that_fails_says_why(tmp_path, monkeypatch):
     bad = FRAMEWORKS["mxnet"]._replace(python="2.0")
     with pytest.raises(environments.NotInstalled, match=r"needs Python 2\.0, which is not here"):
         environments.install(bad, tmp_path)
+
+
+def test_an_environment_that_is_whole_is_kept_and_another_is_made_anew(tmp_path, monkeypatch):
+    commands, answers = [], [""]
+
+    def made(command, **_):
+        commands.append(command[1:3])
+        if "venv" in command:
+            (tmp_path / "caffe" / "bin").mkdir(parents=True)
+            (tmp_path / "caffe" / "bin" / "python").touch()
+        said = "" if "venv" in command else answers[0]
+        return subprocess.CompletedProcess(command, bool(said), "", said)
+
+    monkeypatch.setattr(environments.subprocess, "run", made)
+    caffe = FRAMEWORKS["caffe"]
+    answers[0] = "ERROR: no space\na hint\n"
+    with pytest.raises(environments.NotInstalled, match="^cannot be installed: ERROR: no space$"):
+        environments.install(caffe, tmp_path)
+    with pytest.raises(environments.NotInstalled, match="^not installed: --install caffe$"):
+        environments.python_of(caffe, tmp_path)
+    answers[0] = ""
+    for _ in range(2):
+        environments.install(caffe, tmp_path)
+    build = [str(WORKERS / "build_caffe.py")]
+    assert commands == [["-m", "venv"], ["-m", "pip"], ["-m", "venv"], ["-m", "pip"], build]
+    assert environments.python_of(caffe, tmp_path) == tmp_path / "caffe" / "bin" / "python"
+    environments.install(caffe._replace(packages=("numpy<2",)), tmp_path)
+    assert len(commands) == 8
 
 
 @pytest.mark.parametrize(

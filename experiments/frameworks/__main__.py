@@ -58,7 +58,8 @@ def run(config: Config) -> pd.DataFrame:
                 missing[framework.name] = str(error)
                 tqdm.write(f"{framework.name}: {error}", file=sys.stderr)
             table = merged(out / "results.csv", rows)
-            table.to_csv(out / "results.csv", index=False)
+            table.to_csv(out / "results.part", index=False)
+            (out / "results.part").replace(out / "results.csv")  # a run that is ended leaves a whole table
     command = f"python -m experiments.frameworks --cases {config.cases} --seed {config.seed}"
     there = {name: why for name, why in missing.items() if name not in set(table["framework"])}
     text = markdown(table, command, there)
@@ -72,11 +73,13 @@ def run(config: Config) -> pd.DataFrame:
 def install_all(frameworks: list[Framework], cache: Path) -> None:
     """Install one after another; what cannot be installed is one line."""
     homes = {framework.home: FRAMEWORKS[framework.home] for framework in frameworks}
-    for framework in tqdm(homes.values(), desc="installing", disable=not homes):
-        try:
-            install(framework, cache)
-        except NotInstalled as error:
-            tqdm.write(f"{framework.name}: {error}", file=sys.stderr)
+    with tqdm(homes.values(), disable=not homes) as bar:
+        for framework in bar:
+            bar.set_description(f"installing {framework.name}")
+            try:
+                install(framework, cache)
+            except NotInstalled as error:
+                tqdm.write(f"{framework.name}: {error}", file=sys.stderr)
 
 
 def check_names(option: str, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ class Framework(NamedTuple):
     python: str = ""  # the version that an environment of its own needs
     environment: tuple[tuple[str, str], ...] = ()
     shares: str = ""  # the framework whose environment has it, too
+    build: str = ""  # the worker that builds what is on no index, in an environment of its own
 
     @property
     def home(self) -> str:
@@ -74,7 +75,7 @@ FRAMEWORKS = {
         *(
             Framework(
                 f"keras-{backend}",
-                "keras",
+                module,
                 ("keras==3.15.1", package, "numpy"),
                 "of_keras.py",
                 "float32",
@@ -99,14 +100,15 @@ FRAMEWORKS = {
                 environment=(("KERAS_BACKEND", backend), ("TF_CPP_MIN_LOG_LEVEL", "3")),
                 shares="" if backend == "jax" else "tensorflow",
             )
-            for backend, package, sums, no_class in (
+            for backend, module, package, sums, no_class in (
                 (
                     "jax",
+                    "keras",
                     "jax",
                     "",
                     [Variant("SparseCategoricalCrossentropy, a label that is no class", ("mark!",), ours.no_class)],
                 ),
-                ("tensorflow", "tensorflow==2.21.0", P_MINUS_T, []),
+                ("tensorflow", "tensorflow", "tensorflow==2.21.0", P_MINUS_T, []),  # it brings Keras
             )
         ),
         Framework(
@@ -159,7 +161,7 @@ FRAMEWORKS = {
                 Variant("F.nll_loss of F.log_softmax", ("class_weights", *LABELS), ours.as_pytorch),
                 Variant(
                     "F.cross_entropy, logits 100 apart",
-                    (),
+                    ("far!",),
                     ours.as_pytorch,
                     "logits more than 64 below the largest are lifted; the gradient does not know",
                 ),
@@ -349,6 +351,41 @@ FRAMEWORKS = {
             python="3.12",
         ),
         Framework(
+            "caffe",
+            "caffe",
+            ("numpy",),
+            "of_caffe.py",
+            "float64",
+            (
+                *(
+                    Variant(f"SoftmaxWithLoss, {normalization}", ("minus_1", "images"), ours.caffes(normalization))
+                    for normalization in ("VALID", "FULL", "BATCH_SIZE", "NONE")
+                ),
+                Variant("SoftmaxWithLoss, logits 100 apart", ("far!", "minus_1"), ours.caffes("VALID")),
+                Variant("MultinomialLogisticLoss of Softmax", ("small!",), ours.as_pytorch),
+            ),
+            build="build_caffe.py",
+        ),
+        Framework(
+            "liger",
+            "liger_kernel",
+            ("liger-kernel==0.8.5", "torch==2.13.0", "packaging", "numpy"),
+            "of_liger.py",
+            "float32",
+            (
+                Variant(
+                    "LigerCrossEntropyLoss",
+                    ("minus_100", "class_weights", "smoothing", "z_loss", "soft_cap", *LABELS),
+                    ours.ligers,
+                ),
+                Variant(
+                    "LigerFusedLinearCrossEntropyLoss",
+                    ("linear!", "minus_100", "class_weights", "smoothing", "z_loss", "soft_cap", *LABELS),
+                    ours.ligers,
+                ),
+            ),
+        ),
+        Framework(
             "trl",
             "trl",
             ("trl", "torch==2.13.0", "numpy"),
@@ -366,7 +403,5 @@ FRAMEWORKS = {
 }
 # Those that a search found no way to run here, and why.
 NOT_RUN = {
-    "caffe": "no package of it is on PyPI: our `jaxsoft.caffe` is tested against its documented formulas",
-    "liger-kernel": "its kernels need a GPU",
     "megengine, oneflow, jittor, cntk, theano": "no release of them installs with the Pythons at hand",
 }

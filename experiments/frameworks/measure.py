@@ -15,6 +15,7 @@ import numpy as np
 from experiments._door import ScriptError
 from experiments.frameworks import ours
 from experiments.frameworks.cases import Case, draw
+from experiments.frameworks.environments import WORKERS
 from experiments.frameworks.frameworks import Framework, Variant
 from jaxsoft import softmax
 
@@ -24,7 +25,6 @@ COLUMNS = (
 # Of the larger of 1 and what is compared: sums of logits up to 30, in the framework's precision.
 TOLERANCES = {"float64": 1e-10, "float32": 2e-5}
 STALLED = 120  # seconds without a case, the first with its imports and compilations
-WORKERS = Path(__file__).parent / "workers"
 
 
 def measure(
