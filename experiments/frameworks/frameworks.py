@@ -55,6 +55,16 @@ FRAMEWORKS = {
                 Variant("F.cross_entropy, probabilities", ("soft!", *WEIGHTED), ours.as_pytorch),
                 Variant("F.nll_loss of F.log_softmax", ("mark", "class_weights", "images", *LABELS), ours.as_pytorch),
                 Variant("F.kl_div, batchmean", ("soft!", "images"), ours.batchmean),
+                Variant(
+                    "F.linear_cross_entropy",
+                    ("linear!", "minus_100", "class_weights", "smoothing", *LABELS),
+                    ours.of_a_layer,
+                ),
+                Variant(
+                    "F.linear_cross_entropy in chunks",
+                    ("linear!", "minus_100", "class_weights", *LABELS),
+                    ours.of_a_layer,
+                ),
             ),
         ),
         Framework(
@@ -70,6 +80,8 @@ FRAMEWORKS = {
                 Variant("smooth_labels", ("smoothing!", "images"), ours.each),
                 Variant("a mask, where(mask, loss, 0).sum() / mask.sum()", ("minus_1!", "images"), ours.masked),
                 Variant("kl_divergence of log_softmax", ("soft!",), ours.divergence),
+                Variant("safe_softmax_cross_entropy", ("soft!", "images"), ours.each),
+                Variant("kl_divergence_with_log_targets of log_softmax", ("soft!",), ours.divergence),
             ),
         ),
         *(
@@ -95,6 +107,16 @@ FRAMEWORKS = {
                         ours.over_weights,
                     ),
                     Variant("CategoricalCrossentropy, Σt ≠ 1", ("sums!",), ours.over_all, sums),
+                    Variant(
+                        "SparseCategoricalCrossentropy of probabilities",
+                        ("small!", "class", "weights", "images", *LABELS),
+                        ours.over_all,
+                    ),
+                    Variant(
+                        "CategoricalCrossentropy of probabilities",
+                        ("small!", "soft!", "weights", "smoothing", "images", *LABELS),
+                        ours.over_all,
+                    ),
                     *no_class,
                 ),
                 environment=(("KERAS_BACKEND", backend), ("TF_CPP_MIN_LOG_LEVEL", "3")),
@@ -376,12 +398,12 @@ FRAMEWORKS = {
                 Variant(
                     "LigerCrossEntropyLoss",
                     ("minus_100", "class_weights", "smoothing", "z_loss", "soft_cap", *LABELS),
-                    ours.ligers,
+                    ours.of_a_layer,
                 ),
                 Variant(
                     "LigerFusedLinearCrossEntropyLoss",
                     ("linear!", "minus_100", "class_weights", "smoothing", "z_loss", "soft_cap", *LABELS),
-                    ours.ligers,
+                    ours.of_a_layer,
                 ),
             ),
         ),

@@ -198,8 +198,8 @@ def caffes(normalization: caffe.Normalization) -> Ours:
     return ours
 
 
-def ligers(case: Case, z: jax.Array) -> jax.Array:
-    """PyTorch's, with a z-loss and a soft cap, of logits or of features and a kernel."""
+def of_a_layer(case: Case, z: jax.Array) -> jax.Array:
+    """PyTorch's and Liger's, with a z-loss and a soft cap, of logits or of features and a kernel."""
     cap = case.get("soft_cap")
     options = {
         "ignore_index": -100,

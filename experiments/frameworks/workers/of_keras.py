@@ -25,26 +25,30 @@ else:
 REDUCTIONS = {"mean": "sum_over_batch_size", "sum": "sum", "none": None}
 
 
-def sparse(reduction, ignores=True):
+def sparse(reduction, ignores=True, of=None):
     def call(case):
         name = reduction or REDUCTIONS[case.reduction]
         loss = losses.SparseCategoricalCrossentropy(
-            from_logits=True, ignore_class=case.ignore_index if ignores else None, reduction=name
+            from_logits=of is None, ignore_class=case.ignore_index if ignores else None, reduction=name
         )
-        return differentiated(case, lambda z: loss(ops.convert_to_tensor(case.labels), z, sample_weight=case.weights))
+        labels = ops.convert_to_tensor(case.labels)
+        return differentiated(case, lambda z: loss(labels, of(z) if of else z, sample_weight=case.weights))
 
     return call
 
 
-def dense(reduction):
+def dense(reduction, of=None):
     def call(case):
         t = case.probs
         if t is None:
             t = np.eye(case.logits.shape[-1], dtype=case.logits.dtype)[case.labels]
         loss = losses.CategoricalCrossentropy(
-            from_logits=True, label_smoothing=case.smoothing or 0.0, reduction=reduction or REDUCTIONS[case.reduction]
+            from_logits=of is None,
+            label_smoothing=case.smoothing or 0.0,
+            reduction=reduction or REDUCTIONS[case.reduction],
         )
-        return differentiated(case, lambda z: loss(ops.convert_to_tensor(t), z, sample_weight=case.weights))
+        targets = ops.convert_to_tensor(t)
+        return differentiated(case, lambda z: loss(targets, of(z) if of else z, sample_weight=case.weights))
 
     return call
 
@@ -55,6 +59,8 @@ CALLS = {
     "CategoricalCrossentropy": dense(None),
     "CategoricalCrossentropy, mean_with_sample_weight": dense("mean_with_sample_weight"),
     "CategoricalCrossentropy, Σt ≠ 1": dense(None),
+    "SparseCategoricalCrossentropy of probabilities": sparse(None, of=ops.softmax),
+    "CategoricalCrossentropy of probabilities": dense(None, of=ops.softmax),
     "SparseCategoricalCrossentropy, a label that is no class": sparse(None, ignores=False),
 }
 work(CALLS, "keras " + keras.__version__ + " on " + BACKEND)
