@@ -45,7 +45,7 @@ def build(source, library):
     subprocess.run(["protoc", "-I", proto, "--cpp_out", messages, proto / "caffe.proto"], check=True)
     files = [source / "src" / "caffe" / (name + ".cpp") for name in SOURCES]
     files += [messages / "caffe.pb.cc", Path(__file__).with_name("caffe_layer.cc")]
-    options = ["-O1", "-shared", "-fPIC", "-w", "-DCPU_ONLY", "-DNDEBUG", "-I", source, "-I", source / "include"]
+    options = ["-shared", "-fPIC", "-w", "-DCPU_ONLY", "-DNDEBUG", "-I", source, "-I", source / "include"]
     command = ["g++", *options, *files, "-o", library, *("-l" + name for name in LIBRARIES)]
     if subprocess.run(command).returncode:
         sys.exit("ERROR: does not compile: is all of this there? apt install " + NEEDED)
