@@ -218,7 +218,7 @@ FRAMEWORKS = {
             "of_chainer.py",
             "float64",
             (
-                Variant("labels", ("minus_1", "class_weights", "images", "mean", "none"), ours.chainers),
+                Variant("labels", ("minus_1", "mark", "class_weights", "images", "mean", "none"), ours.chainers),
                 Variant("labels, normalize=False", ("minus_1", "class_weights", "images", "sum"), ours.chainers),
                 Variant("soft targets", ("soft!", "images", "mean", "none"), ours.chainers),
                 Variant("soft targets, class_weight", ("soft!", "class_weights!", "mean", "none"), ours.chainers),
@@ -284,7 +284,8 @@ FRAMEWORKS = {
             "float32",
             tuple(
                 Variant(name, ("mark", "class", "class_weights", "images", *LABELS), ours.as_pytorch, NO_GRADIENT)
-                for name in ("SoftmaxCrossEntropyLoss", "SoftmaxCrossEntropyLoss, onnx's reference")
+                for call in ("SoftmaxCrossEntropyLoss", "NegativeLogLikelihoodLoss of LogSoftmax")
+                for name in (call, f"{call}, onnx's reference")
             ),
         ),
         Framework(
@@ -297,6 +298,7 @@ FRAMEWORKS = {
                 Variant("softmax_cross_entropy", ("images",), ours.each),
                 Variant("softmax_cross_entropy, labels below 0", ("minus_100!",), ours.negatives_ignored),
                 Variant("log_softmax", ("soft!", "images"), ours.each),
+                Variant("categorical_cross_entropy of softmax", ("small!", "images"), ours.each),
             ),
             python="3.10",
         ),
