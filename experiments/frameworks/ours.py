@@ -192,8 +192,8 @@ def caffes(normalization: caffe.Normalization) -> Ours:
     """Our layer of the same name."""
 
     def ours(case: Case, z: jax.Array) -> jax.Array:
-        ignored = case.get("ignore_index")
-        return caffe.softmax_with_loss(z, case.y, axis=-1, ignore_label=ignored, normalization=normalization)[0]
+        z = jnp.moveaxis(z, -1, 1)  # the batch is what stands before the class axis
+        return caffe.softmax_with_loss(z, case.y, ignore_label=case.get("ignore_index"), normalization=normalization)[0]
 
     return ours
 
