@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -82,18 +83,20 @@ def fake(tmp_path, monkeypatch):
     (tmp_path / "of_fake.py").write_text(WORKER)
     monkeypatch.setattr(measure, "WORKERS", tmp_path)
     total, twice = (lambda case, z: z.sum(-1)), (lambda case, z: 2 * z.sum(-1))
-    variants = [Variant(name, (), twice if name == "wrong" else total) for name in ("right", "wrong", "fails", "dies")]
+    variants = [Variant(name, (), twice if name == "wrong" else total) for name in ("dies", "right", "wrong", "fails")]
     return Framework("fake", "numpy", ("numpy",), "of_fake.py", "float64", tuple(variants))
 
 
 def test_a_case_that_fails_loses_no_other(fake):
-    rows = measure.measure(fake, sys.executable, 8, 0, lambda: None)
-    assert [row["call"] for row in rows] == ["right", "wrong", "fails", "dies"]
-    assert [row["equal"] for row in rows] == [True, False, False, False]
-    assert [row["cases"] for row in rows] == [2, 2, 0, 0]
-    assert [row["failed"] for row in rows] == ["", "", "2: ValueError: no such option", "2: the process ended"]
+    told = []
+    rows = measure.measure(fake, sys.executable, 8, 0, told.append)
+    assert [row["call"] for row in rows] == ["dies", "right", "wrong", "fails"]
+    assert [row["equal"] for row in rows] == [False, True, False, False]
+    assert [row["cases"] for row in rows] == [0, 2, 2, 0]
+    assert [row["failed"] for row in rows] == ["2: the process ended", "", "", "2: ValueError: no such option"]
     assert rows[0]["version"] == "fake 1.0"
-    assert np.isnan(rows[0]["gradient"])
+    assert (told.count("run"), told.count("compared")) == (8, 4)
+    assert np.isnan(rows[1]["gradient"])
 
 
 def test_a_framework_that_cannot_be_imported_or_is_missing_is_one_line(fake, tmp_path, monkeypatch, capsys):
@@ -107,6 +110,12 @@ def test_a_framework_that_cannot_be_imported_or_is_missing_is_one_line(fake, tmp
     assert "fake: does not run: ModuleNotFoundError: No module named 'no_such_framework'" in said
     assert "gone: not installed: --install gone" in said
     assert "- gone: not installed" in (out / "results.md").read_text()
+    cannot = fake._replace(name="cannot", module="no_such_framework", python="2.0")
+    monkeypatch.setattr(script, "FRAMEWORKS", {"cannot": cannot})
+    run(Config(out=tmp_path / "again", cache=tmp_path / "cache", install=("cannot",)))
+    reason = "cannot: needs Python 2.0, which is not here\n"
+    assert capsys.readouterr().err.count(reason) == 1
+    assert f"- {reason}" in (tmp_path / "again" / "results.md").read_text()
 
 
 def test_a_later_run_keeps_the_rows_of_other_frameworks(tmp_path):
@@ -122,6 +131,34 @@ def test_an_installation_that_fails_says_why(tmp_path, monkeypatch):
     bad = FRAMEWORKS["mxnet"]._replace(python="2.0")
     with pytest.raises(environments.NotInstalled, match=r"needs Python 2\.0, which is not here"):
         environments.install(bad, tmp_path)
+
+
+def test_an_environment_that_is_whole_is_kept_and_another_is_made_anew(tmp_path, monkeypatch):
+    commands, answers = [], [""]
+
+    def made(command, **_):
+        commands.append(command[1:3])
+        if "venv" in command:
+            (tmp_path / "caffe" / "bin").mkdir(parents=True)
+            (tmp_path / "caffe" / "bin" / "python").touch()
+        said = "" if "venv" in command else answers[0]
+        return subprocess.CompletedProcess(command, bool(said), "", said)
+
+    monkeypatch.setattr(environments.subprocess, "run", made)
+    caffe = FRAMEWORKS["caffe"]
+    answers[0] = "ERROR: no space\na hint\n"
+    with pytest.raises(environments.NotInstalled, match=r"^cannot be installed: ERROR: no space$"):
+        environments.install(caffe, tmp_path)
+    with pytest.raises(environments.NotInstalled, match=r"^not installed: --install caffe$"):
+        environments.python_of(caffe, tmp_path)
+    answers[0] = ""
+    for _ in range(2):
+        environments.install(caffe, tmp_path)
+    build = [str(WORKERS / "build_caffe.py")]
+    assert commands == [["-m", "venv"], ["-m", "pip"], ["-m", "venv"], ["-m", "pip"], build]
+    assert environments.python_of(caffe, tmp_path) == tmp_path / "caffe" / "bin" / "python"
+    environments.install(caffe._replace(packages=("numpy<2",)), tmp_path)
+    assert len(commands) == 8
 
 
 @pytest.mark.parametrize(

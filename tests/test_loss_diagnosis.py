@@ -374,6 +374,14 @@ def test_our_own_losses_are_right(dtype, reduction):
         assert diagnosis.correct, (diagnosis.verdict, options)
 
 
+def test_the_nearest_of_the_sum_and_the_means_is_named_with_its_distance():
+    value, right = 1.3123456789, float(cross_entropy(Z, Y))
+    diagnosis = diagnose_loss(Z, Y, value)
+    assert diagnosis.error == pytest.approx((value - right) / right, rel=1e-9)
+    assert "The nearest is mean over all positions, 1.30461 where 1.31235 is given." in str(diagnosis)
+    assert diagnose_loss(Z, Y, np.inf).error == np.inf
+
+
 def test_what_it_returns_beside_the_verdict():
     diagnosis = diagnose_loss(Z, Y, 2.8, class_weights=[1, 2, 3])
     losses = cross_entropy(Z, Y, class_weights=np.array([1.0, 2, 3]), reduction="none")

@@ -8,6 +8,7 @@ folder. What the columns mean, and the results: experiments/frameworks/README.md
 """
 
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,18 +48,20 @@ def run(config: Config) -> pd.DataFrame:
     chosen = [FRAMEWORKS[name] for name in check_names("only", config.only) or FRAMEWORKS]
     wanted = FRAMEWORKS if "all" in config.install else check_names("install", config.install)
     out = make_folder(config.out)
-    install_all([FRAMEWORKS[name] for name in wanted], config.cache)
+    refused = install_all([FRAMEWORKS[name] for name in wanted], config.cache)
     rows, missing, table = [], {}, merged(out / "results.csv", [])
-    with tqdm(chosen, unit="framework", bar_format="{l_bar}{bar}| {elapsed}{postfix}") as bar:
+    with tqdm(chosen, bar_format="{l_bar}{bar}| {elapsed}{postfix}", mininterval=1, miniters=0) as bar:
         for framework in bar:
             bar.set_description(framework.name)
             try:
                 rows += run_one(framework, config, bar)
             except ScriptError as error:
-                missing[framework.name] = str(error)
-                tqdm.write(f"{framework.name}: {error}", file=sys.stderr)
+                missing[framework.name] = refused.get(framework.home, str(error))
+                if framework.home not in refused:
+                    tqdm.write(f"{framework.name}: {error}", file=sys.stderr)
             table = merged(out / "results.csv", rows)
-            table.to_csv(out / "results.csv", index=False)
+            table.to_csv(out / "results.part", index=False)
+            (out / "results.part").replace(out / "results.csv")  # a run that is ended leaves a whole table
     command = f"python -m experiments.frameworks --cases {config.cases} --seed {config.seed}"
     there = {name: why for name, why in missing.items() if name not in set(table["framework"])}
     text = markdown(table, command, there)
@@ -69,14 +72,19 @@ def run(config: Config) -> pd.DataFrame:
     return table
 
 
-def install_all(frameworks: list[Framework], cache: Path) -> None:
-    """Install one after another; what cannot be installed is one line."""
+def install_all(frameworks: list[Framework], cache: Path) -> dict[str, str]:
+    """Install one after another; returns why some cannot be, which is one line each."""
+    refused: dict[str, str] = {}
     homes = {framework.home: FRAMEWORKS[framework.home] for framework in frameworks}
-    for framework in tqdm(homes.values(), desc="installing", disable=not homes):
-        try:
-            install(framework, cache)
-        except NotInstalled as error:
-            tqdm.write(f"{framework.name}: {error}", file=sys.stderr)
+    with tqdm(homes.values(), disable=not homes) as bar:
+        for framework in bar:
+            bar.set_description(f"installing {framework.name}")
+            try:
+                install(framework, cache)
+            except NotInstalled as error:
+                refused[framework.name] = str(error)
+                tqdm.write(f"{framework.name}: {error}", file=sys.stderr)
+    return refused
 
 
 def check_names(option: str, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -87,12 +95,13 @@ def check_names(option: str, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def run_one(framework: Framework, config: Config, bar: tqdm) -> list[dict[str, object]]:
-    """The rows of one framework; the progress bar counts its cases."""
-    python, done = python_of(framework, config.cache), [0]
+    """The rows of one framework; the progress bar counts its cases, and then ours."""
+    python, done = python_of(framework, config.cache), Counter[str]()
 
-    def progress() -> None:
-        done[0] += 1
-        bar.set_postfix_str(f"case {done[0]}")
+    def progress(what: str) -> None:
+        done[what] += 1
+        bar.set_postfix_str(f"{done[what]} cases {what}", refresh=False)
+        bar.update(0)  # which writes once a second
 
     return measure(framework, python, config.cases, config.seed, progress)
 

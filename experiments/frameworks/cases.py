@@ -42,6 +42,8 @@ def draw(rng: np.random.Generator, variant: str, takes: Sequence[str], dtype: st
     chosen = {name.rstrip("!") for name in takes if name.endswith("!") or rng.random() < 0.5}
     shape = IMAGES if "images" in chosen else POSITIONS
     z = (rng.normal(size=(*shape, CLASSES)) * rng.choice([1, 3] if "small" in chosen else [1, 3, 8])).astype(dtype)
+    if "far" in chosen:
+        z[..., 0] = 100
     arrays, options = {"logits": z}, {}
     if "soft" in chosen or "sums" in chosen:
         t = rng.dirichlet(np.ones(CLASSES), shape)
@@ -66,6 +68,13 @@ def draw(rng: np.random.Generator, variant: str, takes: Sequence[str], dtype: st
         arrays["weights"].flat[0] = 1
     if "smoothing" in chosen:
         options["smoothing"] = float(rng.choice([0.05, 0.1, 0.3]))
+    if "z_loss" in chosen:
+        options["z_loss"] = 0.01
+    if "soft_cap" in chosen:
+        options["soft_cap"] = 5.0
+    if "linear" in chosen:  # the logits are then features
+        arrays["kernel"] = rng.normal(size=(CLASSES, CLASSES)).astype(dtype)
+        arrays["bias"] = rng.normal(size=CLASSES).astype(dtype)
     reductions = [name for name in ("mean", "sum", "none") if name in takes]
     options["reduction"] = str(rng.choice(reductions)) if reductions else "mean"
     arrays["cotangent"] = rng.normal(size=shape).astype(dtype)  # of the losses, where they are not reduced

@@ -11,7 +11,8 @@ from experiments._door import ScriptError
 from experiments.frameworks.frameworks import Framework
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxsoft" / "frameworks"
-FINISHED = "installed.txt"  # in an environment whose packages are all there
+FINISHED = "installed.txt"  # in an environment whose packages are all there, which it names
+WORKERS = Path(__file__).parent / "workers"
 
 
 class NotInstalled(ScriptError):
@@ -21,29 +22,37 @@ class NotInstalled(ScriptError):
 def python_of(framework: Framework, cache: Path) -> Path:
     """The Python that has the framework: its environment's, or this one."""
     own = cache / framework.home
-    if (own / FINISHED).exists():
-        return own / "bin" / "python"
+    python = own / "bin" / "python"
+    if (own / FINISHED).exists() and python.exists():
+        return python
     # A package in a folder of results or of workers has no loader.
     spec = importlib.util.find_spec(framework.module)
-    if spec is not None and spec.loader is not None and not framework.environment:
+    if spec is not None and spec.loader is not None and not framework.build:
         return Path(sys.executable)
     raise NotInstalled(f"not installed: --install {framework.home}")
 
 
 def install(framework: Framework, cache: Path) -> None:
-    """Make the environment of a framework anew."""
+    """Make the environment of a framework, unless it is there with these packages."""
     home = cache / framework.home
+    python, finished = home / "bin" / "python", home / FINISHED
+    names = " ".join([*framework.packages, framework.build]).strip() + "\n"
+    if python.exists() and finished.exists() and finished.read_text() == names:
+        return
+    commands = [
+        [find_python(framework.python), "-m", "venv", home],
+        [python, "-m", "pip", "install", "-q", *framework.packages],
+        *([[python, WORKERS / framework.build]] if framework.build else []),
+    ]
     shutil.rmtree(home, ignore_errors=True)
     home.parent.mkdir(parents=True, exist_ok=True)
-    for command in (
-        [find_python(framework.python), "-m", "venv", home],
-        [home / "bin" / "python", "-m", "pip", "install", "-q", *framework.packages],
-    ):
+    for command in commands:
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
-            raise NotInstalled(f"cannot be installed: {lines[-1][:200]}")
-    (home / FINISHED).write_text(" ".join(framework.packages) + "\n")
+            said = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
+            errors = [line for line in said if line.startswith("ERROR")] or said
+            raise NotInstalled(f"cannot be installed: {errors[-1][:200]}")
+    finished.write_text(names)
 
 
 def find_python(version: str) -> str:

@@ -30,6 +30,7 @@ class Framework(NamedTuple):
     python: str = ""  # the version that an environment of its own needs
     environment: tuple[tuple[str, str], ...] = ()
     shares: str = ""  # the framework whose environment has it, too
+    build: str = ""  # the worker that builds what is on no index, in an environment of its own
 
     @property
     def home(self) -> str:
@@ -54,6 +55,16 @@ FRAMEWORKS = {
                 Variant("F.cross_entropy, probabilities", ("soft!", *WEIGHTED), ours.as_pytorch),
                 Variant("F.nll_loss of F.log_softmax", ("mark", "class_weights", "images", *LABELS), ours.as_pytorch),
                 Variant("F.kl_div, batchmean", ("soft!", "images"), ours.batchmean),
+                Variant(
+                    "F.linear_cross_entropy",
+                    ("linear!", "minus_100", "class_weights", "smoothing", *LABELS),
+                    ours.of_a_layer,
+                ),
+                Variant(
+                    "F.linear_cross_entropy in chunks",
+                    ("linear!", "minus_100", "class_weights", *LABELS),
+                    ours.of_a_layer,
+                ),
             ),
         ),
         Framework(
@@ -69,12 +80,14 @@ FRAMEWORKS = {
                 Variant("smooth_labels", ("smoothing!", "images"), ours.each),
                 Variant("a mask, where(mask, loss, 0).sum() / mask.sum()", ("minus_1!", "images"), ours.masked),
                 Variant("kl_divergence of log_softmax", ("soft!",), ours.divergence),
+                Variant("safe_softmax_cross_entropy", ("soft!", "images"), ours.each),
+                Variant("kl_divergence_with_log_targets of log_softmax", ("soft!",), ours.divergence),
             ),
         ),
         *(
             Framework(
                 f"keras-{backend}",
-                "keras",
+                module,
                 ("keras==3.15.1", package, "numpy"),
                 "of_keras.py",
                 "float32",
@@ -94,19 +107,30 @@ FRAMEWORKS = {
                         ours.over_weights,
                     ),
                     Variant("CategoricalCrossentropy, Σt ≠ 1", ("sums!",), ours.over_all, sums),
+                    Variant(
+                        "SparseCategoricalCrossentropy of probabilities",
+                        ("small!", "class", "weights", "images", *LABELS),
+                        ours.over_all,
+                    ),
+                    Variant(
+                        "CategoricalCrossentropy of probabilities",
+                        ("small!", "soft!", "weights", "smoothing", "images", *LABELS),
+                        ours.over_all,
+                    ),
                     *no_class,
                 ),
                 environment=(("KERAS_BACKEND", backend), ("TF_CPP_MIN_LOG_LEVEL", "3")),
                 shares="" if backend == "jax" else "tensorflow",
             )
-            for backend, package, sums, no_class in (
+            for backend, module, package, sums, no_class in (
                 (
                     "jax",
+                    "keras",
                     "jax",
                     "",
                     [Variant("SparseCategoricalCrossentropy, a label that is no class", ("mark!",), ours.no_class)],
                 ),
-                ("tensorflow", "tensorflow==2.21.0", P_MINUS_T, []),
+                ("tensorflow", "tensorflow", "tensorflow==2.21.0", P_MINUS_T, []),  # it brings Keras
             )
         ),
         Framework(
@@ -159,7 +183,7 @@ FRAMEWORKS = {
                 Variant("F.nll_loss of F.log_softmax", ("class_weights", *LABELS), ours.as_pytorch),
                 Variant(
                     "F.cross_entropy, logits 100 apart",
-                    (),
+                    ("far!",),
                     ours.as_pytorch,
                     "logits more than 64 below the largest are lifted; the gradient does not know",
                 ),
@@ -194,7 +218,7 @@ FRAMEWORKS = {
             "of_chainer.py",
             "float64",
             (
-                Variant("labels", ("minus_1", "class_weights", "images", "mean", "none"), ours.chainers),
+                Variant("labels", ("minus_1", "mark", "class_weights", "images", "mean", "none"), ours.chainers),
                 Variant("labels, normalize=False", ("minus_1", "class_weights", "images", "sum"), ours.chainers),
                 Variant("soft targets", ("soft!", "images", "mean", "none"), ours.chainers),
                 Variant("soft targets, class_weight", ("soft!", "class_weights!", "mean", "none"), ours.chainers),
@@ -260,7 +284,8 @@ FRAMEWORKS = {
             "float32",
             tuple(
                 Variant(name, ("mark", "class", "class_weights", "images", *LABELS), ours.as_pytorch, NO_GRADIENT)
-                for name in ("SoftmaxCrossEntropyLoss", "SoftmaxCrossEntropyLoss, onnx's reference")
+                for call in ("SoftmaxCrossEntropyLoss", "NegativeLogLikelihoodLoss of LogSoftmax")
+                for name in (call, f"{call}, onnx's reference")
             ),
         ),
         Framework(
@@ -273,6 +298,7 @@ FRAMEWORKS = {
                 Variant("softmax_cross_entropy", ("images",), ours.each),
                 Variant("softmax_cross_entropy, labels below 0", ("minus_100!",), ours.negatives_ignored),
                 Variant("log_softmax", ("soft!", "images"), ours.each),
+                Variant("categorical_cross_entropy of softmax", ("small!", "images"), ours.each),
             ),
             python="3.10",
         ),
@@ -349,6 +375,41 @@ FRAMEWORKS = {
             python="3.12",
         ),
         Framework(
+            "caffe",
+            "caffe",
+            ("numpy",),
+            "of_caffe.py",
+            "float64",
+            (
+                *(
+                    Variant(f"SoftmaxWithLoss, {normalization}", ("minus_1", "images"), ours.caffes(normalization))
+                    for normalization in ("VALID", "FULL", "BATCH_SIZE", "NONE")
+                ),
+                Variant("SoftmaxWithLoss, logits 100 apart", ("far!", "minus_1"), ours.caffes("VALID")),
+                Variant("MultinomialLogisticLoss of Softmax", ("small!",), ours.as_pytorch),
+            ),
+            build="build_caffe.py",
+        ),
+        Framework(
+            "liger",
+            "liger_kernel",
+            ("liger-kernel==0.8.5", "torch==2.13.0", "packaging", "numpy"),
+            "of_liger.py",
+            "float32",
+            (
+                Variant(
+                    "LigerCrossEntropyLoss",
+                    ("minus_100", "class_weights", "smoothing", "z_loss", "soft_cap", *LABELS),
+                    ours.of_a_layer,
+                ),
+                Variant(
+                    "LigerFusedLinearCrossEntropyLoss",
+                    ("linear!", "minus_100", "class_weights", "smoothing", "z_loss", "soft_cap", *LABELS),
+                    ours.of_a_layer,
+                ),
+            ),
+        ),
+        Framework(
             "trl",
             "trl",
             ("trl", "torch==2.13.0", "numpy"),
@@ -366,7 +427,5 @@ FRAMEWORKS = {
 }
 # Those that a search found no way to run here, and why.
 NOT_RUN = {
-    "caffe": "no package of it is on PyPI: our `jaxsoft.caffe` is tested against its documented formulas",
-    "liger-kernel": "its kernels need a GPU",
     "megengine, oneflow, jittor, cntk, theano": "no release of them installs with the Pythons at hand",
 }

@@ -15,6 +15,7 @@ import numpy as np
 from experiments._door import ScriptError
 from experiments.frameworks import ours
 from experiments.frameworks.cases import Case, draw
+from experiments.frameworks.environments import WORKERS
 from experiments.frameworks.frameworks import Framework, Variant
 from jaxsoft import softmax
 
@@ -23,13 +24,11 @@ COLUMNS = (
 )  # fmt: skip
 # Relative to the larger of 1 and the compared numbers: sums of logits up to 30, in the framework's precision.
 TOLERANCES = {"float64": 1e-10, "float32": 2e-5}
+Progress = Callable[[str], object]  # told that one more case was "run", or "compared"
 STALLED = 120  # seconds without a case, the first with its imports and compilations
-WORKERS = Path(__file__).parent / "workers"
 
 
-def measure(
-    framework: Framework, python: Path, count: int, seed: int, progress: Callable[[], object]
-) -> list[dict[str, Any]]:
+def measure(framework: Framework, python: Path, count: int, seed: int, progress: Progress) -> list[dict[str, Any]]:
     """A row for each call of the framework: the largest differences of value and gradient from ours."""
     rng = np.random.default_rng([seed, *framework.name.encode()])
     share = -(-count // len(framework.variants))
@@ -43,7 +42,8 @@ def measure(
                 numbers = range(n * share, (n + 1) * share)
                 precision = variant.precision or framework.dtype
                 rows.append({"framework": framework.name, "version": version, "precision": precision})
-                rows[-1] |= compared(variant, {k: cases[k] for k in numbers}, folder, TOLERANCES[precision])
+                chosen = {k: cases[k] for k in numbers}
+                rows[-1] |= compared(variant, chosen, folder, TOLERANCES[precision], progress)
     return rows
 
 
@@ -55,9 +55,7 @@ def _drawn(rng: np.random.Generator, variant: Variant, dtype: str) -> Case:
     return case
 
 
-def run_worker(
-    framework: Framework, python: Path, folder: Path, cases: list[Case], progress: Callable[[], object]
-) -> str:
+def run_worker(framework: Framework, python: Path, folder: Path, cases: list[Case], progress: Progress) -> str:
     """Let the framework compute every case, in a process of its own; returns its version."""
     described = [{"variant": case.variant, "options": case.options} for case in cases]
     (folder / "cases.json").write_text(json.dumps(described))
@@ -75,11 +73,11 @@ def run_worker(
             said = (folder / "errors.txt").read_text().strip().splitlines() or [f"exit status {status}"]
             raise ScriptError(f"does not run: {said[-1][:200]}")
         (folder / f"{killer}.out.txt").write_text("the process ended")
-        progress()
+        progress("run")
     return (folder / "version.txt").read_text()
 
 
-def _run_once(framework: Framework, python: Path, folder: Path, progress: Callable[[], object]) -> int:
+def _run_once(framework: Framework, python: Path, folder: Path, progress: Progress) -> int:
     command = [str(python), str(WORKERS / framework.worker), str(folder)]
     environment = os.environ | dict(framework.environment)
     with (
@@ -88,7 +86,7 @@ def _run_once(framework: Framework, python: Path, folder: Path, progress: Callab
     ):
         for line in watched(process):
             if line.strip().isdecimal():  # some frameworks print, too
-                progress()
+                progress("run")
         return process.wait()
 
 
@@ -105,7 +103,9 @@ def watched(process: subprocess.Popen[str]) -> Iterator[str]:
         yield line
 
 
-def compared(variant: Variant, cases: dict[int, Case], folder: Path, tolerance: float) -> dict[str, Any]:
+def compared(
+    variant: Variant, cases: dict[int, Case], folder: Path, tolerance: float, progress: Progress
+) -> dict[str, Any]:
     """How far a call's results are from ours, at most, and what failed."""
     far: dict[str, list[float]] = {"value": [], "gradient": []}
     failed = []
@@ -115,6 +115,7 @@ def compared(variant: Variant, cases: dict[int, Case], folder: Path, tolerance: 
             why = folder / f"{n}.out.txt"
             failed.append(why.read_text() if why.exists() else "the process ended")
             continue
+        progress("compared")
         right = dict(zip(far, ours.value_and_gradient(variant.ours, case), strict=True))
         with np.load(results) as theirs:
             for name in theirs.files:

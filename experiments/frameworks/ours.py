@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.frameworks.cases import Case
-from jaxsoft import cross_entropy, entropy, kl_divergence
+from jaxsoft import caffe, cross_entropy, entropy, kl_divergence, linear_cross_entropy
 
 Ours = Callable[[Case, jax.Array], jax.Array]  # of a case and its logits
 
@@ -186,6 +186,32 @@ def over_weights_or_sum(case: Case, z: jax.Array) -> jax.Array:
 def nothing_left(case: Case, z: jax.Array) -> jax.Array:
     """What differs between a booster's margins by its own objective and by our gradient: nothing."""
     return 0 * z
+
+
+def caffes(normalization: caffe.Normalization) -> Ours:
+    """Our layer of the same name."""
+
+    def ours(case: Case, z: jax.Array) -> jax.Array:
+        z = jnp.moveaxis(z, -1, 1)  # the batch is what stands before the class axis
+        return caffe.softmax_with_loss(z, case.y, ignore_label=case.get("ignore_index"), normalization=normalization)[0]
+
+    return ours
+
+
+def of_a_layer(case: Case, z: jax.Array) -> jax.Array:
+    """PyTorch's and Liger's, with a z-loss and a soft cap, of logits or of features and a kernel."""
+    cap = case.get("soft_cap")
+    options = {
+        "ignore_index": -100,
+        "class_weights": case.get("class_weights"),
+        "label_smoothing": smoothing(case),
+        "z_loss": case.options.get("z_loss", 0.0),
+        "reduction": case.options["reduction"],
+    }
+    if "kernel" not in case.arrays:
+        return cross_entropy(cap * jnp.tanh(z / cap) if cap else z, case.y, **options)
+    kernel, bias = (case.arrays[name].astype(np.float64) for name in ("kernel", "bias"))
+    return linear_cross_entropy(z, kernel, case.y, bias, kernel_axis=0, soft_cap=cap, **options)
 
 
 def log_probability(case: Case, z: jax.Array) -> jax.Array:

@@ -2,16 +2,18 @@
 
 from collections.abc import Iterable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxsoft._arrays.checks import as_axis
+from jaxsoft._cross_entropy import cross_entropy
 from jaxsoft._doctor.diagnosis import Diagnosis
 from jaxsoft._doctor.inputs import concrete, read
 from jaxsoft._doctor.loss_conventions import FORMS, REDUCTIONS, SMOOTHINGS, TELLS, WEIGHTINGS, smoothed, weighted
 from jaxsoft._doctor.loss_mistakes import ADDITIONS, HALF, HALF_TEXT, INPUTS, LOG_PROBS, LOSSES, OUTERS
-from jaxsoft._doctor.loss_sample import Options, Sample, log_softmax, read_sample, softmax
+from jaxsoft._doctor.loss_sample import Options, Sample, log_softmax, read_sample
 from jaxsoft._doctor.loss_search import Precision, Way, distinct, search
 
 COUNTED_FROM_ONE = (
@@ -87,9 +89,11 @@ def diagnose_loss(
     numbers = _read_value(given, positions)
     options = Options(ignore_index, weights, class_weights, label_smoothing)
     sample, from_one = read_sample(logits, targets, axis, len(numbers), options)
-    true, gradient = _truth(sample)
+    with jax.enable_x64(True):
+        true, gradient = map(np.asarray, _truth(sample.z, smoothed(sample) * sample.c, sample.w))
+    error, nearest = _nearest(sample, true, numbers)
     found = distinct(search(sample, numbers, _precision(given, numbers))) if np.isfinite(numbers).all() else []
-    verdict, explanation, correct = _judged(sample, numbers, found)
+    verdict, explanation, correct = _judged(sample, numbers, found, nearest)
     if from_one:
         explanation = COUNTED_FROM_ONE.format(label=sample.classes) + explanation
         verdict, correct = "labels counted from 1", False
@@ -99,7 +103,7 @@ def diagnose_loss(
         verdict,
         explanation,
         np.moveaxis(gradient.reshape(whole), -1, axis),
-        _error(sample, true, numbers),
+        error,
         gradient.sum(-1).reshape(positions),
         true_loss=true.reshape(positions),
         found=tuple(_name(way) for way in found),
@@ -114,11 +118,11 @@ def _read_value(given: np.ndarray, positions: tuple[int, ...]) -> Float[np.ndarr
     return read("value", given).reshape(-1)
 
 
-def _truth(s: Sample) -> tuple[np.ndarray, np.ndarray]:
+@jax.jit
+def _truth(z, targets, weights):
     """The loss of each position as it was asked for, and the gradient of their sum."""
-    q = smoothed(s)
-    wq = q * s.c * s.w[:, None]
-    return -np.sum(wq * log_softmax(s.z), -1), wq.sum(-1, keepdims=True) * softmax(s.z) - wq
+    losses, pullback = jax.vjp(lambda z: cross_entropy(z, targets, weights=weights, reduction="none"), z)
+    return losses, *pullback(jnp.ones_like(losses))
 
 
 def _precision(given: np.ndarray, numbers: np.ndarray) -> Precision:
@@ -140,16 +144,15 @@ def _half_unit(number: str) -> float:
     return 0.51 * 10.0 ** (int(exponent) - digits + 1) if 3 <= digits <= 6 else 0.0
 
 
-def _judged(s: Sample, numbers: np.ndarray, found: list[Way]) -> tuple[str, str, bool]:
+def _judged(s: Sample, numbers: np.ndarray, found: list[Way], nearest: str) -> tuple[str, str, bool]:
     """Verdict, explanation, and whether the value is a right one."""
     if not np.isfinite(numbers).all():
         return _judged_not_finite(s, numbers)
     if not (s.live.any() and s.w[s.live].any()) and not numbers.any():
         return "correct: 0 of nothing", f"{NOTHING} is taken as 0, as in jaxsoft, Chainer and Keras.", True
     if not found:
-        verdict = "wrong"
-        text = "No known convention gives this, nor do one or two known mistakes. {} Compare the losses per position."
-        return verdict, text.format(_nearest(s, numbers)), False
+        text = "No known convention gives this, nor do one or two known mistakes."
+        return "wrong", f"{text} {nearest} Compare the losses per position.", False
     best = found[0]
     sentences = [_explained(s, best)]
     if others := found[1:]:
@@ -212,21 +215,14 @@ def _judged_not_finite(s: Sample, numbers: np.ndarray) -> tuple[str, str, bool]:
     return "not finite", f"{count} of {len(numbers)} numbers are NaN or infinity. The likely cause: {cause}.", False
 
 
-def _nearest(s: Sample, numbers: np.ndarray) -> str:
-    sums = _reductions(s, _truth(s)[0])
-    name, right = min(sums.items(), key=lambda item: float(np.abs(item[1] - numbers).max()))
-    n = int(np.abs(right - numbers).argmax())
-    return f"The nearest is {name}, {right[n]:.6g} where {numbers[n]:.6g} is given."
-
-
-def _reductions(s: Sample, true: np.ndarray) -> dict[str, np.ndarray]:
+@np.errstate(all="ignore")  # a loss may be infinite
+def _nearest(s: Sample, true: np.ndarray, numbers: np.ndarray) -> tuple[float, str]:
+    """The distance to the nearest of the sum and the means, relative to it, and what the person reads of it."""
     _, r = weighted(s, smoothed(s))
     factors = {name: formula(s, r) for name, (_, formula) in REDUCTIONS.items()}
-    return {name: s.reduced(k * true) for name, k in factors.items() if k is not None}
-
-
-def _error(s: Sample, true: np.ndarray, numbers: np.ndarray) -> float:
-    """The distance to the nearest of the sum and the means, relative to it."""
-    with np.errstate(all="ignore"):
-        errors = [float(np.abs(v - numbers).max() / (np.abs(v).max() or 1)) for v in _reductions(s, true).values()]
-    return min((error for error in errors if np.isfinite(error)), default=float("inf"))
+    right = {name: s.reduced(k * true) for name, k in factors.items() if k is not None}
+    name, nearest = min(right.items(), key=lambda item: np.nan_to_num(np.abs(item[1] - numbers).max(), nan=np.inf))
+    off = np.abs(nearest - numbers)
+    error, n = off.max() / (np.abs(nearest).max() or 1), int(off.argmax())
+    text = f"The nearest is {name}, {nearest[n]:.6g} where {numbers[n]:.6g} is given."
+    return float(error) if np.isfinite(error) else float("inf"), text

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from jaxsoft._doctor.loss_sample import Numbers, Rows, Sample, log_softmax, logsumexp, softmax
+from jaxsoft._doctor.loss_sample import Numbers, Rows, Sample, log_softmax
 from jaxsoft._doctor.mistakes import Catalogue
+from jaxsoft._doctor.problem import logsumexp, sigmoid, softmax
 
 Given = Float[np.ndarray, " groups"]
 Inputs = Callable[[Sample], Iterable[Sample]]
@@ -45,7 +46,7 @@ were passed as logits. The loss cannot fall below log(1 + (C − 1)/e). Pass the
 logits.""")(lambda s: [s._replace(z=softmax(s.z))])
 for _name, _activation in (
     ("relu", lambda z: np.maximum(z, 0)),
-    ("sigmoid", lambda z: 0.5 + 0.5 * np.tanh(0.5 * z)),
+    ("sigmoid", sigmoid),
     ("tanh", np.tanh),
 ):
     inputs(f"""{_name} before softmax: This is the loss of {_name}(z). The layer before softmax needs no

@@ -7,6 +7,7 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxsoft._arrays.checks import as_integer
 from jaxsoft._doctor.inputs import as_labels, concrete, read, read_targets
+from jaxsoft._doctor.problem import logsumexp
 
 Rows = Float[np.ndarray, "positions classes"]
 Numbers = Float[np.ndarray, " positions"]
@@ -115,12 +116,3 @@ def _numbers(name: str, value: ArrayLike | None, shape: tuple[int, ...]) -> np.n
 
 def log_softmax(z: np.ndarray, axis: int | None = -1) -> np.ndarray:
     return z - logsumexp(z, axis)
-
-
-def logsumexp(z: np.ndarray, axis: int | None = -1) -> np.ndarray:
-    top = z.max(axis, keepdims=True)
-    return top + np.log(np.exp(z - top).sum(axis, keepdims=True))
-
-
-def softmax(z: np.ndarray, axis: int | None = -1) -> np.ndarray:
-    return np.exp(log_softmax(z, axis))

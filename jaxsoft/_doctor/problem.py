@@ -25,8 +25,7 @@ class Problem:
         self.has_scaled_targets = bool((np.abs(self.tau - 1) > 1e-6)[self.tau != 0].any())
         self.live = np.any(t, axis=-1, keepdims=True)
         self.mass = truth + t  # this is τo, from which the targets are subtracted
-        top = z.max(-1, keepdims=True)
-        self.lse = top + np.log(np.exp(z - top).sum(-1, keepdims=True))
+        self.lse = logsumexp(z)
         self.quotient = np.where(t == 0, 0, t / o)
         # 1 − o of the largest is the sum of the others, because a subtraction would round it away.
         largest = o == o.max(-1, keepdims=True)
@@ -81,6 +80,11 @@ def _truth_and_probs(z, labels, label_weights, soft):
         return by_label + cross_entropy(z, soft, reduction="sum")
 
     return jax.grad(loss)(z), _softmax.softmax(z)
+
+
+def logsumexp(z: Vectors, axis: int | None = -1) -> Vectors:
+    top = z.max(axis, keepdims=True)
+    return top + np.log(np.exp(z - top).sum(axis, keepdims=True))
 
 
 def softmax(z: Vectors, axis: int | None = -1) -> Vectors:

@@ -40,10 +40,11 @@ def work(calls, version):
     with open(os.path.join(folder, "cases.json")) as file:
         cases = json.load(file)
     for n, described in enumerate(cases):
-        path = os.path.join(folder, f"{n}.npz")
+        path, out = os.path.join(folder, f"{n}.npz"), os.path.join(folder, f"{n}.out")
+        if os.path.exists(out + ".npz") or os.path.exists(out + ".txt"):
+            continue  # of a process before this one, which it may have ended
         with np.load(path) as archive:
             case = Case({name: archive[name] for name in archive.files}, described["options"])
-        out = os.path.join(folder, f"{n}.out")
         try:
             value, gradient = calls[described["variant"]](case)
         except Exception as error:

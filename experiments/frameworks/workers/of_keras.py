@@ -8,51 +8,47 @@ from exchange import work
 from keras import losses, ops
 
 BACKEND = os.environ["KERAS_BACKEND"]
+if BACKEND == "tensorflow":
+    from tape import differentiated
+else:
+    import jax
 
-
-def differentiated(case, loss):
-    if BACKEND == "jax":
-        import jax
-
+    def differentiated(case, loss):
         def scalar(z):
             value = loss(z)
             return (value * case.cotangent).sum() if value.ndim else value
 
         z = jax.numpy.asarray(case.logits)
         return np.asarray(loss(z)), jax.grad(scalar)(z)
-    import tensorflow as tf
-
-    z = tf.constant(case.logits)
-    with tf.GradientTape() as tape:
-        tape.watch(z)
-        value = loss(z)
-        scalar = tf.reduce_sum(value * case.cotangent) if value.shape.rank else value
-    return value.numpy(), tape.gradient(scalar, z).numpy()
 
 
 REDUCTIONS = {"mean": "sum_over_batch_size", "sum": "sum", "none": None}
 
 
-def sparse(reduction, ignores=True):
+def sparse(reduction, ignores=True, of=None):
     def call(case):
         name = reduction or REDUCTIONS[case.reduction]
         loss = losses.SparseCategoricalCrossentropy(
-            from_logits=True, ignore_class=case.ignore_index if ignores else None, reduction=name
+            from_logits=of is None, ignore_class=case.ignore_index if ignores else None, reduction=name
         )
-        return differentiated(case, lambda z: loss(ops.convert_to_tensor(case.labels), z, sample_weight=case.weights))
+        labels = ops.convert_to_tensor(case.labels)
+        return differentiated(case, lambda z: loss(labels, of(z) if of else z, sample_weight=case.weights))
 
     return call
 
 
-def dense(reduction):
+def dense(reduction, of=None):
     def call(case):
         t = case.probs
         if t is None:
             t = np.eye(case.logits.shape[-1], dtype=case.logits.dtype)[case.labels]
         loss = losses.CategoricalCrossentropy(
-            from_logits=True, label_smoothing=case.smoothing or 0.0, reduction=reduction or REDUCTIONS[case.reduction]
+            from_logits=of is None,
+            label_smoothing=case.smoothing or 0.0,
+            reduction=reduction or REDUCTIONS[case.reduction],
         )
-        return differentiated(case, lambda z: loss(ops.convert_to_tensor(t), z, sample_weight=case.weights))
+        targets = ops.convert_to_tensor(t)
+        return differentiated(case, lambda z: loss(targets, of(z) if of else z, sample_weight=case.weights))
 
     return call
 
@@ -63,6 +59,8 @@ CALLS = {
     "CategoricalCrossentropy": dense(None),
     "CategoricalCrossentropy, mean_with_sample_weight": dense("mean_with_sample_weight"),
     "CategoricalCrossentropy, Σt ≠ 1": dense(None),
+    "SparseCategoricalCrossentropy of probabilities": sparse(None, of=ops.softmax),
+    "CategoricalCrossentropy of probabilities": dense(None, of=ops.softmax),
     "SparseCategoricalCrossentropy, a label that is no class": sparse(None, ignores=False),
 }
 work(CALLS, "keras " + keras.__version__ + " on " + BACKEND)

@@ -21,10 +21,20 @@ def labels(case):
     return differentiated(case, lambda z: F.softmax_cross_entropy(z, y, axis=z.ndim - 1))
 
 
+def labels_of_probabilities(case):
+    y = nn.Variable.from_numpy_array(case.labels[..., None])
+    return differentiated(case, lambda z: F.categorical_cross_entropy(F.softmax(z, z.ndim - 1), y, z.ndim - 1))
+
+
 def probabilities(case):
     t = nn.Variable.from_numpy_array(case.probs)
     return differentiated(case, lambda z: F.sum(-t * F.log_softmax(z, axis=z.ndim - 1), axis=z.ndim - 1))
 
 
-CALLS = {"softmax_cross_entropy": labels, "softmax_cross_entropy, labels below 0": labels, "log_softmax": probabilities}
+CALLS = {
+    "softmax_cross_entropy": labels,
+    "softmax_cross_entropy, labels below 0": labels,
+    "log_softmax": probabilities,
+    "categorical_cross_entropy of softmax": labels_of_probabilities,
+}
 work(CALLS, "nnabla " + nn.__version__)

@@ -51,6 +51,15 @@ def divergence(case):
     return differentiated(case, lambda z: optax.kl_divergence(jax.nn.log_softmax(z), case.probs))
 
 
+def safe(case):
+    return differentiated(case, lambda z: optax.safe_softmax_cross_entropy(z, case.probs))
+
+
+def divergence_of_logs(case):
+    logs = jnp.log(case.probs)
+    return differentiated(case, lambda z: optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(z), logs))
+
+
 CALLS = {
     "integer labels": labels,
     "integer labels, axis=1": labels_on_axis_1,
@@ -58,5 +67,7 @@ CALLS = {
     "smooth_labels": smoothed,
     "a mask, where(mask, loss, 0).sum() / mask.sum()": masked,
     "kl_divergence of log_softmax": divergence,
+    "safe_softmax_cross_entropy": safe,
+    "kl_divergence_with_log_targets of log_softmax": divergence_of_logs,
 }
 work(CALLS, "optax " + optax.__version__ + ", jax " + jax.__version__)

@@ -3,17 +3,9 @@
 import numpy as np
 import tensorflow as tf
 from exchange import work
+from tape import differentiated
 
 v1 = tf.compat.v1
-
-
-def differentiated(case, loss):
-    z = tf.constant(case.logits)
-    with tf.GradientTape() as tape:
-        tape.watch(z)
-        value = loss(z)
-        scalar = tf.reduce_sum(value * case.cotangent) if value.shape.rank else value
-    return value.numpy(), tape.gradient(scalar, z).numpy()
 
 
 def sparse(case):

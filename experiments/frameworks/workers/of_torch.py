@@ -45,10 +45,26 @@ def divergence(case):
     return differentiated(case, lambda z: F.kl_div(F.log_softmax(z, 1), t, reduction="batchmean"))
 
 
+def linear(in_chunks):
+    """Of a linear layer; the features are in the place of the logits."""
+    chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=5) if in_chunks else None
+
+    def call(case):
+        smoothing = {} if in_chunks else {"label_smoothing": case.smoothing or 0.0}  # chunks are given up for it
+        layer = {"linear_bias": tensor(case.bias), "options": chunks, **smoothing, **options(case)}
+        return differentiated(
+            case, lambda x: F.linear_cross_entropy(x, tensor(case.kernel), tensor(case.labels), **layer)
+        )
+
+    return call
+
+
 CALLS = {
     "F.cross_entropy, labels": labels,
     "F.cross_entropy, probabilities": probabilities,
     "F.nll_loss of F.log_softmax": nll,
     "F.kl_div, batchmean": divergence,
+    "F.linear_cross_entropy": linear(in_chunks=False),
+    "F.linear_cross_entropy in chunks": linear(in_chunks=True),
 }
 work(CALLS, "torch " + torch.__version__)
