@@ -306,8 +306,8 @@ def _others_and_leaders(exponentials: Array, axes: Axes) -> tuple[Array, Array]:
 def _leads(exponentials: Array) -> Array:
     """1 at classes with the largest logit, whose exponential is 1, and 0 at others, as constants.
 
-    Not by a comparison: XLA's CPU sums products and differences as it reads, but first stores what a select yields, which
-    took a loss five times as long.
+    Not by a comparison: XLA's CPU sums products and differences as it reads, but first stores what a select yields,
+    which took a loss five times as long.
     """
     return jnp.floor(exponentials)
 
