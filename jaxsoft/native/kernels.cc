@@ -752,6 +752,8 @@ struct Unit : Layout<T> {
   using C = typename Compute<T>::Type;
   using P = Pack<C>;
   static constexpr C kTiny = Compute<T>::kEpsilon / 8;
+  static constexpr C kRounding =  // of the dtype that is stored
+      __is_same(T, Bfloat16) ? C(0x1p-8) : __is_same(T, Float16) ? C(0x1p-11) : Compute<T>::kEpsilon;
   // Exponentials are kept, until their sum is known, where the result will be, or of half precision in scratch.
   static constexpr bool kInResult = __is_same(Layout<T>, Gathered<T>) || (Layout<T>::kFolds && sizeof(T) == sizeof(C));
 
@@ -859,11 +861,17 @@ struct Unit : Layout<T> {
     each([&](int64_t s) FORCE { return (logits(s) - m) - log; });
   }
   // s (g − s·g), where s·g is subtracted twice. At a class whose s rounds to 1 the first difference is 0, or rounding; the
-  // second time s·g is a sum over the other classes and this rounding, which it takes back.
+  // second time s·g is a sum over the other classes and this rounding, which it takes back. Only of probabilities: of what
+  // does not sum to 1, to rounding, the second sum is not 0.
   void softmax_vjp() const {
-    const P dot = sum([&](int64_t s) FORCE { return probs(s) * cotangent(s); });
+    const Two sums = sum([&](int64_t s) FORCE { return Two{probs(s) * cotangent(s), probs(s)}; });
+    const P &dot = sums.first, &total = sums.second;
     const P again = sum([&](int64_t s) FORCE { return probs(s) * (cotangent(s) - dot); });
-    each([&](int64_t s) FORCE { return probs(s) * ((cotangent(s) - dot) - again); });
+    const P rest = once([](auto total, auto again) FORCE {
+      const auto excess = total - 1;
+      return (excess < 8 * kRounding) & (excess > -8 * kRounding) ? again : decltype(again){};
+    }, total, again);
+    each([&](int64_t s) FORCE { return probs(s) * ((cotangent(s) - dot) - rest); });
   }
   // g − p Σ g, likewise where a class is more likely than all others together.
   void log_softmax_vjp() const {
