@@ -51,8 +51,9 @@ def softmax(
     not masked makes its own vector NaN.
 
     Exactness: s and its derivative are accurate to the rounding of s. In float32, at a margin of about 17 over the
-    log-sum-exp of the other classes, s rounds to 1 and its own derivative, s (1 − s), to 0; the other classes stay
-    accurate. For the loss of a label take `cross_entropy`, which stays accurate at every margin.
+    log-sum-exp of the other classes, s rounds to 1 and its own derivative, s (1 − s), to 0, except in reverse mode on a
+    CPU with kernels; the other classes stay accurate. For the loss of a label take `cross_entropy`, which stays
+    accurate at every margin.
 
     Differentiation: reverse and forward mode to any order. The Jacobian is symmetric, so the same rule
     s * (g − s·g) maps cotangents of s to the logits and tangents of the logits to s.
@@ -233,8 +234,9 @@ def log_softmax(
     masked all are −inf.
 
     Exactness: accurate to rounding, except near 0: in float32, at a margin of about 17 over the log-sum-exp of the
-    other classes, a class's log-probability, and its derivative with respect to its own logit, round to 0. For the
-    loss of a label take `cross_entropy`, which stays accurate there.
+    other classes, a class's log-probability rounds to 0, and so does its derivative with respect to its own logit,
+    except in reverse mode on a CPU with kernels. For the loss of a label take `cross_entropy`, which stays accurate
+    there.
 
     Differentiation: as `softmax`; the logits and two numbers per vector are saved for the backward pass.
 

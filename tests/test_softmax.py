@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from jaxsoft import log_softmax, logsumexp, softmax, softmax_jacobian, softmax_vjp
+from jaxsoft import log_softmax, logsumexp, native_kernels, softmax, softmax_jacobian, softmax_vjp
 
 TOLERANCE = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 2**-8, "float16": 2**-10}
 SHAPES_AND_AXES = [
@@ -291,6 +291,51 @@ def test_softmax_vjp_is_the_product_with_the_jacobian_and_so_is_forward_mode():
     np.testing.assert_allclose(jacobian, matrix, rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(product, matrix.T @ vector, rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(product, matrix @ vector, rtol=1e-12, atol=1e-15)
+
+
+def exact_pullbacks(z, g):
+    """Of softmax and log_softmax along axis 1, with their sizes if no terms cancel; the others of a class are summed."""
+    z, g = z.astype(np.longdouble), g.astype(np.longdouble)
+    p = np.exp(z - z.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    others = 1 - np.eye(z.shape[1])
+
+    def of_others(terms):
+        return np.einsum("ij,bjn->bin", others, terms)
+
+    def pulled(g, sign):
+        rest = g * of_others(p)
+        return p * (rest + sign * of_others(p * g)), rest + sign * p * of_others(g)
+
+    return tuple(zip(pulled(g, -1), pulled(np.abs(g), 1), strict=True))
+
+
+@pytest.mark.skipif(not native_kernels().loaded, reason="of the CPU's kernels, see docs/exactness.md")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(60, 2, 1), (60, 5, 1), (9, 5, 40), (60, 70, 1), (20, 1000, 1)])
+def test_pullbacks_keep_their_digits_at_a_class_of_probability_one(shape, dtype):
+    """By kernels, for every margin: no 1 − s is a difference."""
+    rng = np.random.default_rng(23)
+    z, g = rng.normal(size=(2, *shape))
+    z[:, :1] = z[:, 1:].max(1, keepdims=True) + np.linspace(-60, 80, z[:, :1].size).reshape(z[:, :1].shape)
+    z[1, 1] = z[1].max()  # two classes lead
+    z[3:5, -1], g[3:5, -1] = -np.inf, 0  # the cotangent of a masked logarithm is dropped
+    z, g = z.astype(dtype), g.astype(dtype)
+    # What is so small is 0: probabilities in the logits' dtype, exponentials in float32.
+    lost = 4 * shape[1] * max(float(jnp.finfo(dtype).smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
+
+    @jax.jit
+    def results(z, g):
+        fns = softmax, log_softmax
+        alone = [jax.vmap(jax.vmap(lambda z, g, fn=fn: value_and_vjp(fn, z, g)[1], 1, 1))(z, g) for fn in fns]
+        kept = [value_and_vjp(functools.partial(fn, axis=1, where=z > -jnp.inf), z, g)[1] for fn in fns]
+        return [value_and_vjp(functools.partial(fn, axis=1), z, g)[1] for fn in fns], alone, kept
+
+    for found in results(z, g):
+        for gradient, (exact, size) in zip(found, exact_pullbacks(z.astype(float), g.astype(float)), strict=True):
+            error = np.abs(np.asarray(gradient, float) - exact.astype(float))
+            allowed = 10 * TOLERANCE[dtype] * size.astype(float) + lost
+            np.testing.assert_array_less(error, allowed)
 
 
 def test_softmax_vjp_along_an_axis():

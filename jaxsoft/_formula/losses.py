@@ -91,7 +91,7 @@ def position_gradients(
     position_weight = at_max = None
     if targets.target_weights is not None:
         position_weight = cotangent * targets.position_weight
-        at_max = None if statistics.max_weight is None else statistics.max_gradient(mass, position_weight)
+        at_max = None if statistics.other_weight is None else statistics.max_gradient(mass, position_weight)
         mass += position_weight * statistics.weight_sum
     label_weight, at_label = 0, None
     if targets.label is not None:

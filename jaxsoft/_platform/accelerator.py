@@ -85,6 +85,7 @@ def _block_sums(arrays: tuple[Array, Array | None, Array | None], axes: Axes) ->
         count = rest[0]
         sum_others += jnp.maximum(count - 1, 0)
         rest[0] = max_logit + jnp.log(jnp.minimum(count, 1))  # −inf if every class is masked
+        rest[1], rest[3] = rest[1] + rest[3], rest[1]  # the weight of all classes, and of those with logits below m
     return max_logit, sum_others, *rest
 
 

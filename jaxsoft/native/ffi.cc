@@ -164,7 +164,7 @@ void set_weights(Call& call, Array weights) {
 
 ffi::Error statistics(ffi::ThreadPool pool, int64_t first, int64_t last, Array logits, Array label, Array weights,
                       Result max, Result sum_others, Result label_logit, Result weight_sum, Result gap,
-                      Result max_weight) {
+                      Result other_weight) {
   Call call = call_on(Op::kStatistics, logits, first, last);
   call.label = data<int32_t>(label);
   set_weights(call, weights);
@@ -173,7 +173,7 @@ ffi::Error statistics(ffi::ThreadPool pool, int64_t first, int64_t last, Array l
   call.label_out = data(*label_logit);
   call.weight_sum_out = data(*weight_sum);
   call.gap_out = data(*gap);
-  call.max_weight_out = data(*max_weight);
+  call.other_weight_out = data(*other_weight);
   return run(pool, call);
 }
 

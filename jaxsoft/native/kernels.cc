@@ -752,6 +752,8 @@ struct Unit : Layout<T> {
   using C = typename Compute<T>::Type;
   using P = Pack<C>;
   static constexpr C kTiny = Compute<T>::kEpsilon / 8;
+  static constexpr C kRounding =  // of the dtype that is stored
+      __is_same(T, Bfloat16) ? C(0x1p-8) : __is_same(T, Float16) ? C(0x1p-11) : Compute<T>::kEpsilon;
   // Until their sum is known, exponentials are stored in the result's memory, or in scratch for half precision.
   static constexpr bool kInResult = __is_same(Layout<T>, Gathered<T>) || (Layout<T>::kFolds && sizeof(T) == sizeof(C));
 
@@ -790,16 +792,17 @@ struct Unit : Layout<T> {
   INLINE P folded(const P& total) const {
     return this->fold(total, [](auto x, auto y) FORCE { return x + y; });
   }
-  // Two sums in one pass.
-  struct Two {
-    P first, second;
-    friend INLINE Two operator+(const Two& a, const Two& b) { return {a.first + b.first, a.second + b.second}; }
+  // Several sums in one pass.
+  template <class A, class B = A>
+  struct Both {
+    A first;
+    B second;
+    friend INLINE Both operator+(const Both& a, const Both& b) { return {a.first + b.first, a.second + b.second}; }
   };
-  INLINE Two folded(const Two& total) const { return {folded(total.first), folded(total.second)}; }
-  // One number per class in two parts, p where a ≠ b and p where a = b, with zeros elsewhere.
-  static INLINE Two apart(const P& p, const P& a, const P& b) {
-    return {map([](auto p, auto a, auto b) FORCE { return a == b ? decltype(p){} : p; }, p, a, b),
-            map([](auto p, auto a, auto b) FORCE { return a == b ? p : decltype(p){}; }, p, a, b)};
+  using Two = Both<P>;
+  template <class A, class B>
+  INLINE Both<A, B> folded(const Both<A, B>& total) const {
+    return {folded(total.first), folded(total.second)};
   }
   template <class F>
   INLINE void each(F result) const {
@@ -833,6 +836,13 @@ struct Unit : Layout<T> {
     return result;
   }
 
+  // Whether of any position. Lanes that are positions are too many to ask.
+  static INLINE bool any_below(C bound, const P& p) {
+    bool any = !Layout<T>::kFolds;
+    for (const auto& v : p.v) any |= v[0] < bound;
+    return any;
+  }
+
   void softmax() const {
     const P m = max();
     const P total = sum([&](int64_t s) FORCE {
@@ -850,20 +860,42 @@ struct Unit : Layout<T> {
     const P log = once([](auto total) FORCE { return log_vector(total); }, total);
     each([&](int64_t s) FORCE { return (logits(s) - m) - log; });
   }
+  // s (g − s·g), where s·g is subtracted twice. At a class whose s rounds to 1 the first difference is 0, or rounding; the
+  // second time s·g is a sum over the other classes and this rounding, which it takes back. Only of probabilities: of what
+  // does not sum to 1, to rounding, the second sum is not 0.
   void softmax_vjp() const {
-    const P dot = sum([&](int64_t s) FORCE { return probs(s) * cotangent(s); });
-    each([&](int64_t s) FORCE { return probs(s) * (cotangent(s) - dot); });
+    const Two sums = sum([&](int64_t s) FORCE { return Two{probs(s) * cotangent(s), probs(s)}; });
+    const P &dot = sums.first, &total = sums.second;
+    const P again = sum([&](int64_t s) FORCE { return probs(s) * (cotangent(s) - dot); });
+    const P rest = once([](auto total, auto again) FORCE {
+      const auto excess = total - 1;
+      return (excess < 8 * kRounding) & (excess > -8 * kRounding) ? again : decltype(again){};
+    }, total, again);
+    each([&](int64_t s) FORCE { return probs(s) * ((cotangent(s) - dot) - rest); });
   }
+  // g − p Σ g, likewise where a class is more likely than all others together.
   void log_softmax_vjp() const {
-    const P m = of_position(this->call.max), total = sum([&](int64_t s) FORCE { return cotangent(s); });
-    const P factor = once([](auto g, auto total) FORCE { return g / total; }, total, of_position(this->call.total));
-    each([&](int64_t s) FORCE { return cotangent(s) - exponential(logits(s) - m) * factor; });
+    const P m = of_position(this->call.max), total = of_position(this->call.total);
+    const auto over = [](auto x, auto total) FORCE { return x / total; };
+    const P factor = once(over, sum([&](int64_t s) FORCE { return cotangent(s); }), total);
+    const auto e = [&](int64_t s) FORCE { return exponential(logits(s) - m); };
+    if (!any_below(2, total)) return each([&](int64_t s) FORCE { return cotangent(s) - e(s) * factor; });
+    const P again = sum([&](int64_t s) FORCE {
+      const P exponential = e(s);
+      keep(s, exponential);
+      return cotangent(s) - exponential * factor;
+    });
+    const P rest = once(over, again, total);
+    each([&](int64_t s) FORCE {
+      const P e = kept_exponential(s, m);
+      return (cotangent(s) - e * factor) - e * rest;
+    });
   }
 
   // The sum over all classes except the label, the label's logit, and Σ q, Σ q (m − z). For a distribution one class
-  // with logit m takes the label's place, and Σ q over the classes with logit m is separate.
+  // with logit m takes the label's place, and Σ q over the classes with logits below m is computed too.
   struct Sums {
-    P m, others, label_logit, weight_sum, gap, max_weight;
+    P m, others, label_logit, weight_sum, gap, other_weight;
     typename Layout<T>::Labels labels;
   };
   template <bool kLabel, bool kWeights, bool kKeeps>
@@ -871,34 +903,40 @@ struct Unit : Layout<T> {
     Sums found;
     const P m = found.m = max();
     if constexpr (kLabel) found.labels = this->labels(), found.label_logit = this->label_logit();
-    if constexpr (kWeights && kLabel) found.weight_sum = sum([&](int64_t s) FORCE { return this->weights(s); });
-    if constexpr (kWeights && !kLabel) {
-      const Two weights = sum([&](int64_t s) FORCE { return apart(this->weights(s), logits(s), m); });
-      found.weight_sum = weights.first, found.max_weight = weights.second;
-    }
-    if constexpr (kWeights) {
-      found.gap = sum([&](int64_t s) FORCE {
-        return map([](auto w, auto x) FORCE { return weighted_vector(w, x); }, this->weights(s), m - logits_or_0(s));
-      });
-    }
-    // Last, because in a copy the stored exponentials overwrite the logits.
-    const auto sum_exponentials = [&](auto term) FORCE {
-      return sum([&](int64_t s) FORCE {
-        const P below = logits(s) - m, e = exponential(below);
-        if constexpr (kKeeps) keep(s, e);
-        return term(s, below, e);
-      });
+    const auto below = [&](int64_t s) FORCE { return logits(s) - m; };
+    const auto unless_lead = [](const P& p, const P& below) FORCE {
+      return map([](auto p, auto x) FORCE { return x == 0 ? decltype(p){} : p; }, p, below);
     };
-    if constexpr (kWeights && !kLabel) {  // the exponentials at m are ones, which are counted
-      const Two apart_at_m = sum_exponentials([](int64_t, const P& below, const P& e) FORCE {
-        return apart(e, below, P::all(0));
+    const auto gap = [](const P& weights, const P& below) FORCE {
+      return map([](auto w, auto x) FORCE { return weighted_vector(w, -x); }, weights, below);
+    };
+    // Exponentials come last, since of a copy what is kept takes the place of the logits.
+    if constexpr (kWeights && !kLabel) {
+      const Both<Two, P> weights = sum([&](int64_t s) FORCE {
+        const P x = below(s), w = this->weights(s);
+        return Both<Two, P>{{w, unless_lead(w, x)}, gap(w, x)};
       });
-      const P& count = apart_at_m.second;
-      const auto any = [](auto n, auto x, auto otherwise) FORCE { return n > 0 ? x : otherwise; };
-      found.others = apart_at_m.first + map(any, count, count - P::all(1), P::all(0));
-      found.label_logit = map(any, count, m, P::all(C(-INFINITY)));
+      found.weight_sum = weights.first.first, found.other_weight = weights.first.second, found.gap = weights.second;
+      const Two exponentials = sum([&](int64_t s) FORCE {
+        const P x = below(s), e = exponential(x);
+        if constexpr (kKeeps) keep(s, e);
+        return Two{e, unless_lead(e, x)};
+      });
+      const P& all = exponentials.first;
+      // From 2 on one of the ones that leading classes add can be subtracted without a loss.
+      found.others = map([](auto all, auto below) FORCE { return all < 2 ? below : all - 1; }, all, exponentials.second);
+      found.label_logit = map([](auto all, auto m) FORCE { return all > 0 ? m : C(-INFINITY) - decltype(m){}; }, all, m);
     } else {
-      found.others = sum_exponentials([&](int64_t s, const P&, const P& e) FORCE {
+      if constexpr (kWeights) {
+        const Two weights = sum([&](int64_t s) FORCE {
+          const P w = this->weights(s);
+          return Two{w, gap(w, below(s))};
+        });
+        found.weight_sum = weights.first, found.gap = weights.second;
+      }
+      found.others = sum([&](int64_t s) FORCE {
+        const P e = exponential(below(s));
+        if constexpr (kKeeps) keep(s, e);
         if constexpr (kLabel) return this->where_label(s, found.labels, P::all(0), e);
         else return e;
       });
@@ -915,7 +953,7 @@ struct Unit : Layout<T> {
     report(this->call.max_out, found.m), report(this->call.sum_out, found.others);
     if constexpr (kLabel || kWeights) report(this->call.label_out, found.label_logit);
     if constexpr (kWeights) report(this->call.weight_sum_out, found.weight_sum), report(this->call.gap_out, found.gap);
-    if constexpr (kWeights && !kLabel) report(this->call.max_weight_out, found.max_weight);
+    if constexpr (kWeights && !kLabel) report(this->call.other_weight_out, found.other_weight);
   }
 
   void moments() const {  // the classes with the largest logit are counted, which is exact, not summed
@@ -958,9 +996,9 @@ struct Unit : Layout<T> {
   struct Gradient {
     P factor, at_label, share, ignored, max_constant, max_slope;
   };
-  // exp(z − m)·factor − share·q, with `at_label` as the first term at the label, and 0 where ignored. For a
-  // distribution, max_constant − max_slope·q where the exponential is 1.
-  template <bool kLabel, bool kWeights, class F>
+  // exp(z − m)·factor − share·q, with `at_label` as the first term at the label, and 0 where ignored. With kLead
+  // max_constant − max_slope·q where the exponential is 1.
+  template <bool kLabel, bool kWeights, bool kLead, class F>
   INLINE void write_gradient(F exponential_at, const Gradient& of) const {
     const auto labels = this->labels_if(kLabel);
     each([&](int64_t s) FORCE {
@@ -970,7 +1008,7 @@ struct Unit : Layout<T> {
       if constexpr (kWeights) {
         const P q = this->weights(s);
         g = g - of.share * q;
-        if constexpr (!kLabel) {
+        if constexpr (kLead) {
           const P at_max = of.max_constant - of.max_slope * q;
           g = map([](auto e, auto x, auto otherwise) FORCE { return e == 1 ? x : otherwise; }, e, at_max, g);
         }
@@ -987,10 +1025,13 @@ struct Unit : Layout<T> {
     const P m = of_position(call.max);
     const P factor = of_position(call.factor), share = of_position(call.position_weight);
     const P ignored = call.ignored ? this->get(call.ignored) : P::all(0);
-    const Gradient of{factor, of_position(call.at_label), share, ignored,
-                      call.max_constant ? of_position(call.max_constant) : factor,
-                      call.max_slope ? of_position(call.max_slope) : share};
-    write_gradient<kLabel, kWeights>([&](int64_t s) FORCE { return exponential(logits(s) - m); }, of);
+    const Gradient of{factor,  of_position(call.at_label),     share,
+                      ignored, of_position(call.max_constant), of_position(call.max_slope)};
+    const auto e = [&](int64_t s) FORCE { return exponential(logits(s) - m); };
+    if constexpr (kWeights && !kLabel) {
+      if (call.max_constant) return write_gradient<kLabel, kWeights, true>(e, of);
+    }
+    write_gradient<kLabel, kWeights, false>(e, of);
   }
 
   // Loss and gradient in one pass: see position_losses and position_gradients in losses.py, whose formula this is.
@@ -1018,7 +1059,7 @@ struct Unit : Layout<T> {
       }
       V weight_sum = zero;
       if constexpr (kWeights) {
-        weight_sum = kLabel ? found.weight_sum.v[i] : found.weight_sum.v[i] + found.max_weight.v[i];
+        weight_sum = found.weight_sum.v[i];
         cost += weighted_vector(w, weight_sum * log_sum + found.gap.v[i]);
       }
       if (call.z_loss_weight) {
@@ -1029,7 +1070,7 @@ struct Unit : Layout<T> {
       const V share = scale * w;
       loss.v[i] = cost, of.share.v[i] = share;
       if constexpr (kWeights && !kLabel) {
-        const V weight = others < 1 ? found.weight_sum.v[i] : weight_sum;
+        const V weight = others < 1 ? found.other_weight.v[i] : weight_sum;
         of.max_constant.v[i] = (mass + share * weight) / total;
         of.max_slope.v[i] = others < 1 ? share * (excess / total) : share;
       }
@@ -1045,7 +1086,11 @@ struct Unit : Layout<T> {
       }
     }
     report(call.loss_out, loss);
-    write_gradient<kLabel, kWeights>([&](int64_t s) FORCE { return kept_exponential(s, found.m); }, of);
+    const auto e = [&](int64_t s) FORCE { return kept_exponential(s, found.m); };
+    if constexpr (kWeights && !kLabel) {
+      if (any_below(1, found.others)) return write_gradient<kLabel, kWeights, true>(e, of);  // or the formulas are one
+    }
+    write_gradient<kLabel, kWeights, false>(e, of);
   }
 
   void run(int64_t unit) {

@@ -35,7 +35,7 @@ struct Call {
   const void *label_weight = nullptr, *position_weight = nullptr, *z_loss_weight = nullptr, *scale = nullptr;
   void* result = nullptr;
   void *loss_out = nullptr, *max_out = nullptr, *sum_out = nullptr, *label_out = nullptr;
-  void *weight_sum_out = nullptr, *gap_out = nullptr, *max_weight_out = nullptr;
+  void *weight_sum_out = nullptr, *gap_out = nullptr, *other_weight_out = nullptr;
   int32_t* leader_out = nullptr;
 };
 
