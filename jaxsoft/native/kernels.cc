@@ -860,9 +860,9 @@ struct Unit : Layout<T> {
     const P log = once([](auto total) FORCE { return log_vector(total); }, total);
     each([&](int64_t s) FORCE { return (logits(s) - m) - log; });
   }
-  // s (g − s·g), where s·g is subtracted twice. At a class whose s rounds to 1 the first difference is 0, or rounding; the
-  // second time s·g is a sum over the other classes and this rounding, which it takes back. Only of probabilities: of what
-  // does not sum to 1, to rounding, the second sum is not 0.
+  // s (g − s·g), where s·g is subtracted twice. At a class whose s rounds to 1 the first difference is 0 or mere rounding.
+  // The second s·g is a sum over the other classes, plus that rounding, which it restores. If s does not sum to 1 up to
+  // rounding, the second sum is not 0, and nothing is subtracted again.
   void softmax_vjp() const {
     const Two sums = sum([&](int64_t s) FORCE { return Two{probs(s) * cotangent(s), probs(s)}; });
     const P &dot = sums.first, &total = sums.second;
@@ -873,7 +873,7 @@ struct Unit : Layout<T> {
     }, total, again);
     each([&](int64_t s) FORCE { return probs(s) * ((cotangent(s) - dot) - rest); });
   }
-  // g − p Σ g, likewise where a class is more likely than all others together.
+  // g − p Σ g, likewise if a class is more likely than all others together.
   void log_softmax_vjp() const {
     const P m = of_position(this->call.max), total = of_position(this->call.total);
     const auto over = [](auto x, auto total) FORCE { return x / total; };
