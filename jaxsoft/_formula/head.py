@@ -82,7 +82,8 @@ class Head(NamedTuple):
     `statistics(logits, axis, operands, axis_name)` are sums over the classes of all shards, and `values(operands,
     statistics, axis)` the results. `gradients(logits, operands, statistics, axis, cotangents, *, in_place)` are the
     gradients of Σ cotangent·value to the logits and to the target weights, or None for the latter; in place the logits
-    are not read again.
+    are not read again. A fourth, `factors(operands, statistics, cotangents)`, is for gradients factor·exp(z_j − m) to
+    the logits, except at the label: the factor, and the gradient there.
     """
 
     statistics: Callable[[Array, int, Any, AxisName], Any]
@@ -90,6 +91,7 @@ class Head(NamedTuple):
     gradients: Callable[..., tuple[Array, Array | None]]
     init_output: Callable[[int, Any], Values] = scalar_output  # (positions, dtype): the values of ignored positions
     copies: bool = False  # whether it takes a copy of the logits, for which tiles must have room
+    factors: Callable[[Any, Any, Results], tuple[Array, Array]] | None = None
 
 
 def evaluate_plainly(head: Head, logits: Array, operands: Any, axis: int, axis_name: AxisName) -> Values:

@@ -29,6 +29,7 @@ class Tile(NamedTuple):
     rows: int
     loss_rows: int  # where there are no gradients to add up
     group_rows: int  # of a group of tiles, whose logit gradients are kept for one product for each input; or of a tile
+    one_pass: bool = False  # whether exponentials are stored in half precision, and no logits: such a tile is a group
 
 
 class Plan(NamedTuple):
@@ -184,8 +185,12 @@ def plan_tile(
     memory_budget: int | None,
     *,
     kernel_moves: bool = True,
+    one_pass: bool = False,
 ) -> Tile:
-    """As many rows as the budget allows and the device likes, shared evenly among tiles; shape is (N, D, V)."""
+    """As many rows as the budget allows and the device likes, shared evenly among tiles; shape is (N, D, V).
+
+    `one_pass` says that what is computed allows exponentials in place of logits.
+    """
     positions, features, classes = shape
     row = bytes_of_row(classes, dtype, distributions)
     known = isinstance(classes, int)  # of unknown sizes tiles have the most rows that they may have
@@ -202,6 +207,11 @@ def plan_tile(
         _, tile_rows, kept = device.traits
         if isinstance(features, int) and positions <= kept + 2 * features:
             kept = positions + tile_rows
+        fitting = min(limit // (classes * dtype.itemsize), kept)
+        if one_pass and device.platform == "tpu" and dtype == jnp.bfloat16 and fitting >= min(LEAST_ROWS, positions):
+            shared = _shared(positions, fitting)
+            rows = shared if shared == positions else min(-(-shared // ALIGNED_ROWS) * ALIGNED_ROWS, fitting)
+            return Tile(rows, loss_rows, rows, one_pass=True)
         grouped = _group(positions, (tile_rows, kept), (row, classes * dtype.itemsize), limit)
         if grouped is not None:
             return Tile(grouped[0], loss_rows, grouped[1])
