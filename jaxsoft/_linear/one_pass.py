@@ -1,4 +1,4 @@
-"""One pass over the logits of a group of positions, which are not stored: a TPU's compiler makes it part of the product.
+"""One pass over the logits of some positions, none of which is stored: a TPU's compiler makes it part of the product.
 
 Sums relative to the largest logit take two passes, since that is known only after the first. These are relative to the
 largest logit of a sample of the classes, which is known before. If another class is far above it, which is rare, there

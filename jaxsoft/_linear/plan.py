@@ -39,7 +39,7 @@ class Plan(NamedTuple):
     rows: int  # positions in a tile; the loss alone may take fewer
     flops: int  # of the loss alone
     training_flops: int  # of the loss and all gradients
-    tile_bytes: int  # logits and their gradient of one tile
+    tile_bytes: int  # logits and their gradient of one tile, or what is stored in their place
     kept_bytes: int  # logit gradients of a group of tiles, kept for one product for each input
     gradient_bytes: int  # gradients to features and kernel, the latter in float32 where tiles add up to it
     unfused_bytes: int  # logits and their gradient of all positions, which are not stored
@@ -79,9 +79,14 @@ def plan_linear_cross_entropy(
     counted here, since to know it a device is needed. On an accelerator in half precision it has as many as hide the
     reading of the kernel behind their product, 512 or 1024 by the kind of device. Of a group of tiles, as many as fit
     into a third of the device's memory, logit gradients are kept for one product for each input: each group reads and
-    writes the kernel's gradient in float32, unless it is the only one. A group has 3584 positions at most, on a GPU
+    writes the kernel's gradient in float32, unless it is the only one. A group has 4096 positions at most, on a GPU
     2048, or 2·D more if these are all: they take no more than such a group and that gradient. Where none are kept, for
     distributions, a frozen kernel and float32, a tile has 1024 positions.
+
+    On a TPU in bfloat16 a tile of labels is such a group: their logits are visited once, while they are computed, and
+    exponentials are stored in their place, 2 bytes each. This plan is for that. With label smoothing, a soft cap, a
+    temperature or a bias that is learned, tiles of a group store logits as on a GPU, and take up to three times as many
+    passes over them.
 
     Args:
         positions: N; per device where the data are sharded.
@@ -125,20 +130,22 @@ def plan_linear_cross_entropy(
         raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
     wide, narrow = compute_dtype(dtype).itemsize, dtype.itemsize
     check_budget(classes, dtype, distributions, memory_budget)
-    tile = plan_tile(device, (positions, features, classes), dtype, distributions, memory_budget)
+    tile = plan_tile(device, (positions, features, classes), dtype, distributions, memory_budget, one_pass=True)
     keeps, groups = tile.group_rows > tile.rows, -(-positions // tile.group_rows)
+    row = classes * narrow if tile.one_pass else bytes_of_row(classes, dtype, distributions)
+    of_kernel = narrow if (keeps or tile.one_pass) and groups == 1 else wide
     product = 2 * positions * features * classes
     return Plan(
         tiles=-(-positions // tile.rows),
         rows=tile.rows,
         flops=product,
         training_flops=product * (4 if reduction == "none" else 3),
-        tile_bytes=tile.rows * bytes_of_row(classes, dtype, distributions),
+        tile_bytes=tile.rows * row,
         kept_bytes=tile.group_rows * classes * narrow if keeps else 0,
-        gradient_bytes=features * (positions * narrow + classes * (narrow if keeps and groups == 1 else wide)),
+        gradient_bytes=features * (positions * narrow + classes * of_kernel),
         unfused_bytes=positions * classes * 2 * wide,
         groups=groups,
-        reason=_reason(device, keeps, groups, memory_budget),
+        reason=_reason(device, tile, groups, memory_budget),
     )
 
 
@@ -155,15 +162,17 @@ def _as_device(platform: Platform | None, kind: str | None) -> Device:
     return device
 
 
-def _reason(device: Device, keeps: bool, groups: int, memory_budget: int | None) -> str:
+def _reason(device: Device, tile: Tile, groups: int, memory_budget: int | None) -> str:
     """Why the tiles are as they are, in words."""
     if device.platform == "cpu":
         return "on a CPU"
     name = device.kind if device.known else f"any {device.platform.upper()}"
     limit = "the budget" if memory_budget is not None else f"a third of {device.traits.memory // 10**9} GB"
-    if not keeps:
-        return f"for {name} within {limit}, where each tile adds to the kernel's gradient"
     times = "once" if groups == 1 else f"{groups} times"
+    if tile.one_pass:
+        return f"for {name} within {limit}, in one pass, where the kernel's gradient is written {times}"
+    if tile.group_rows == tile.rows:
+        return f"for {name} within {limit}, where each tile adds to the kernel's gradient"
     return f"for {name} within {limit}, where the kernel's gradient is written {times}"
 
 

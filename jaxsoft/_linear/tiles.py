@@ -101,17 +101,14 @@ class _Gradients(NamedTuple):
         gradients = self.added(rows, gradients, grad_products, grad_weights)
         return x, (_scatter_rows(rows, results, values), gradients), grad_products
 
-    def one_group(self, rows: Array, carry: Any) -> tuple[Array, Any, Array, Array | float]:
-        """A group's features, the same carried along, the gradients to its products in the features' dtype, and scales.
-
-        The scales are what the rows of these gradients, and so of the features' gradient, are still to be multiplied
-        by; the features already are.
-        """
+    def one_group(self, rows: Array, carry: Any) -> tuple[Any, "_Group"]:
+        """What is carried along, as by a tile, and what the products for the gradients take."""
         if self.tile.one_pass:
             return self.one_pass(rows, carry)
         if self.tile.rows == self.tile.group_rows:
             x, carry, grad_products = self.one_tile(rows, carry)
-            return x, carry, grad_products.astype(x.dtype), 1.0  # or products of them would be taken in float32
+            grad_products = grad_products.astype(x.dtype)  # or products of them would be taken in float32
+            return carry, _Group(x, grad_products, grad_products)
         length, tiles = self.tile.rows, self.tile.group_rows // self.tile.rows
         used = tiles
         if self.config.may_ignore:
@@ -133,10 +130,10 @@ class _Gradients(NamedTuple):
             zeros = pvary(jnp.zeros((length, classes), self.dtype), axes)
             kept = lax.fori_loop(used, tiles, lambda tile, kept: put(kept, tile, zeros), kept)
         x, ignored = _gather_rows(rows, (self.layer.features, self.operands.ignored), self.config)
-        return jnp.where(ignored, 0, x), carry, kept, 1.0
+        return carry, _Group(jnp.where(ignored, 0, x), kept, kept)
 
-    def one_pass(self, rows: Array, carry: Any) -> tuple[Array, Any, Array, Array]:
-        """The same from one pass over the logits, none of which are stored: exponentials, a row's factor and a scale."""
+    def one_pass(self, rows: Array, carry: Any) -> tuple[Any, "_Group"]:
+        """The same with exponentials, whose factor for each row is left to what they are multiplied with."""
         layer, config = self.layer, self.config
         assert config.head.factors is not None
         x, t, c = _gather_rows(rows, (layer.features, self.operands, self.cotangents), config)
@@ -150,20 +147,25 @@ class _Gradients(NamedTuple):
             statistics = over_shards(statistics, found.exponentials, (1,), t, config.axis_name)
         factor, at_label = config.head.factors(t, statistics, c)
         scale, at_label = divided(factor * jnp.exp(found.reference - statistics.max_logit), at_label)
-        here = is_label(found.exponentials, t.label, 1)
-        grad_products = jnp.where(here, at_label.astype(self.dtype), found.exponentials)
+        # One for each product, or a TPU7x would store the one, with the labels' entries, beside the exponentials.
+        for_features, for_kernel = (
+            jnp.where(is_label(found.exponentials, index, 1), at_label.astype(self.dtype), found.exponentials)
+            for index in (t.label, lax.optimization_barrier(t.label))
+        )
         results, gradients = carry
         results = _scatter_rows(rows, results, config.head.values(t, statistics, 1))
-        return (x * scale).astype(self.dtype), (results, gradients), grad_products, scale
+        x = (x.astype(scale.dtype) * scale).astype(self.dtype)
+        return (results, gradients), _Group(x, for_features, for_kernel, scale)
 
-    def to_features(self, grad_products: Array, scale: Array | float) -> Array:
+    def to_features(self, group: "_Group") -> Array:
         contracted = (((1,), (self.config.class_axis,)), ((), ()))
         gradient = lax.dot_general(
-            grad_products, self.layer.kernel, contracted, preferred_element_type=compute_dtype(self.dtype)
+            group.for_features, self.layer.kernel, contracted, preferred_element_type=compute_dtype(self.dtype)
         )
-        return (gradient * scale).astype(self.features_dtype)
+        return (gradient if group.scale is None else gradient * group.scale).astype(self.features_dtype)
 
-    def to_kernel(self, x: Array, grad_products: Array) -> Array:
+    def to_kernel(self, group: "_Group") -> Array:
+        x, grad_products = group.x, group.for_kernel
         first, second = (x, grad_products) if self.config.class_axis == 1 else (grad_products, x)
         contracted = (((0,), (0,)), ((), ()))
         return lax.dot_general(first, second, contracted, preferred_element_type=compute_dtype(self.dtype))
@@ -194,19 +196,28 @@ class _Gradients(NamedTuple):
         return gradients
 
 
+class _Group(NamedTuple):
+    """What the products take for the gradients to features and kernel."""
+
+    x: Array
+    for_features: Array  # gradients to the group's own products, in the features' dtype
+    for_kernel: Array
+    scale: Array | None = None  # what the features' gradient is still to be multiplied by, as `x` is
+
+
 def _summed(loop: _Gradients) -> tuple[Results, DiffArgs]:
     """Groups of tiles, each of which adds its products to the gradients of features and kernel."""
 
     def step(rows: Array, carry: Any) -> Any:
         values, gradients = carry
         small = gradients._replace(features=None, kernel=None)
-        x, (values, small), grad_products, scale = loop.one_group(rows, (values, small))
+        (values, small), group = loop.one_group(rows, (values, small))
         gradients = small._replace(features=gradients.features, kernel=gradients.kernel)
         if loop.needs_grad.features:
-            filled = gradients.features.at[rows].set(loop.to_features(grad_products, scale), mode="drop")
+            filled = gradients.features.at[rows].set(loop.to_features(group), mode="drop")
             gradients = gradients._replace(features=filled)
         if loop.needs_grad.kernel:
-            gradients = gradients._replace(kernel=gradients.kernel + loop.to_kernel(x, grad_products))
+            gradients = gradients._replace(kernel=gradients.kernel + loop.to_kernel(group))
         return values, gradients
 
     return _over_tiles(loop.device, loop.tile.group_rows, loop.operands, loop.config, step, loop.init())

@@ -10,12 +10,14 @@ from jax.sharding import PartitionSpec as P
 import jaxsoft
 from jaxsoft._jax_internals import as_primitive, device_lowered_for
 from jaxsoft._linear import tiles
-from jaxsoft._linear.plan import ALIGNED_ROWS, Tile, plan_tile
+from jaxsoft._linear.one_pass import divided, one_pass
+from jaxsoft._linear.plan import ALIGNED_ROWS, LEAST_ROWS, Tile, plan_tile
 from jaxsoft._platform.devices import KINDS, Device, as_device
 
 POSITIONS, WIDTH, CLASSES = 37, 8, 50
 WHOLE = Tile(POSITIONS, POSITIONS, POSITIONS)
 GROUPED = [Tile(8, 8, 16), Tile(8, 8, 40)]
+IN_ONE_PASS = [Tile(16, 16, 16, one_pass=True), Tile(POSITIONS, POSITIONS, POSITIONS, one_pass=True)]
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def gradients(monkeypatch):
     """Loss and gradients in given tiles, by an accelerator's loop on this machine."""
     over_tiles = tiles._over_tiles
 
-    def by_tile(tile, labels, **options):
+    def by_tile(tile, labels, slope=1.0, **options):
         monkeypatch.setattr(tiles, "plan_tile", lambda *_, **__: tile)
         monkeypatch.setattr(tiles, "_over_tiles", lambda device, *rest: over_tiles(Device("tpu"), *rest))
         jax.clear_caches()
@@ -31,7 +33,9 @@ def gradients(monkeypatch):
         x, w = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((POSITIONS, WIDTH), (WIDTH, CLASSES)))
         b = jnp.asarray(rng.normal(size=CLASSES), jnp.float32)
         loss = lambda x, w, b: jaxsoft.linear_cross_entropy(x, w, labels, b, ignore_index=-1, **options)  # noqa: E731
-        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(x.at[0].set(jnp.nan if labels[0] == -1 else x[0]), w, b)
+        variables = (0, 1) if tile.one_pass else (0, 1, 2)  # one pass has no gradient to a bias
+        x, w = x.at[0].set(jnp.nan if labels[0] == -1 else x[0]), w.at[:, -1].mul(slope)
+        return jax.jit(jax.value_and_grad(loss, variables))(x, w, b)
 
     yield by_tile
     jax.clear_caches()
@@ -56,12 +60,55 @@ def test_groups_of_tiles_are_one_tile(gradients, labels):
             np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (ours, theirs)), rtol=0.01, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("labels", "slope", "options"),
+    [
+        ("none", 1.0, {}),
+        ("a third", 60.0, {}),
+        ("a third", 1.0, {"z_loss": 0.01, "weights": np.arange(POSITIONS)}),
+        ("all but the last", 60.0, {"reduction": "sum"}),
+        ("all", 1.0, {}),
+    ],
+    ids=str,
+)
+def test_one_pass_is_one_tile(gradients, monkeypatch, labels, slope, options):
+    """Also where a class outside of the sample is so far above it that there is a second attempt."""
+    monkeypatch.setattr(tiles, "SAMPLE", 16)
+    labels = IGNORED[labels]
+    value, expected = gradients(WHOLE, labels, slope, **options)
+    for tile in IN_ONE_PASS:
+        found, ours = gradients(tile, labels, slope, **options)
+        np.testing.assert_allclose(found, value, rtol=1e-5)
+        for one, other in zip(ours, expected, strict=False):
+            one, other = (np.asarray(a, np.float32) for a in (one, other))
+            scale = np.abs(other).max()  # two of their terms are rounded instead of one
+            np.testing.assert_allclose(one, other, rtol=0.02, atol=0.004 * scale)
+
+
+def test_the_second_attempt_is_relative_to_the_largest_of_all():
+    z = jnp.asarray([[0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 100.0, 3.0], [0.0, -jnp.inf, 500.0, 5.0]])
+    labels = jnp.asarray([[3], [0], [2]])
+    low = one_pass(lambda x: z[:1] + x, jnp.zeros((1, 1)), z[:1, :2], labels[:1])
+    assert low.reference == 1  # the sample's
+    found = one_pass(lambda x: z + x, jnp.zeros((3, 1)), z[:, :2], labels)
+    np.testing.assert_array_equal(found.reference[:, 0], [3, 100, 500])
+    np.testing.assert_allclose(found.sum_others[:, 0], [np.exp([-3.0, -2.0, -1.0]).sum(), 1, 0], rtol=1e-6, atol=1e-200)
+    np.testing.assert_array_equal(found.label_logit[:, 0], [3, 0, 500])
+
+
+def test_a_factor_of_almost_nothing_does_not_lose_the_labels_gradient():
+    factor, at_label = divided(jnp.asarray([2.0, 0.0, 1e-38, 0.0]), jnp.asarray([3.0, 3.0, -3.0, 0.0]))
+    np.testing.assert_allclose(factor * at_label, [3, 3, -3, 0])
+    assert factor[3] == 0
+
+
 SHAPES = [(4096, 4096, 128_256), (8192, 2304, 256_000), (5000, 1024, 50_257), (65_536, 4096, 128_256), (3, 2, 5)]
 
 
 @pytest.mark.parametrize("budget", [None, 100 * 2**20, 2**30], ids=["no budget", "100 MiB", "1 GiB"])
 @pytest.mark.parametrize("kind", [*KINDS, "TPU of tomorrow"])
 def test_what_is_kept_and_a_tile_are_within_the_budget(kind, budget):
+    """Also what one pass stores."""
     device = Device("tpu" if kind.startswith("TPU") else "gpu", kind)
     for shape in SHAPES:
         positions, features, classes = shape
@@ -73,6 +120,10 @@ def test_what_is_kept_and_a_tile_are_within_the_budget(kind, budget):
         assert not keeps or tile.rows % ALIGNED_ROWS == 0
         assert tile.group_rows < positions + max(tile.rows, 1)
         assert not keeps or tile.group_rows <= device.traits.group_rows + 2 * features + tile.rows
+        alone = plan_tile(device, shape, jnp.dtype("bfloat16"), False, budget, one_pass=True)
+        fits = limit // (2 * classes) >= min(LEAST_ROWS, positions)
+        assert alone.one_pass == (device.platform == "tpu" and fits)
+        assert not alone.one_pass or alone.rows == alone.group_rows <= limit / (2 * classes)
         for narrow in (plan_tile(device, shape, jnp.dtype("float32"), False, budget),
                        plan_tile(device, shape, jnp.dtype("bfloat16"), False, budget, kernel_moves=False)):  # fmt: skip
             assert narrow.group_rows == narrow.rows <= 1024
