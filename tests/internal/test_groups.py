@@ -85,6 +85,35 @@ def test_one_pass_is_one_tile(gradients, monkeypatch, labels, slope, options):
             np.testing.assert_allclose(one, other, rtol=0.02, atol=0.004 * scale)
 
 
+@pytest.mark.parametrize("slope", [1.0, 60.0])
+def test_one_pass_is_one_tile_over_shards_of_the_classes(monkeypatch, slope):
+    """Each of which has its own reference, and may be the only one with a second attempt."""
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((POSITIONS, WIDTH), (WIDTH, CLASSES)))
+    w, labels = w.at[:, -1].mul(slope), jnp.asarray(IGNORED["a third"])
+    mesh = Mesh(np.array(jax.devices()[:2]), ("model",), axis_types=(AxisType.Auto,))
+
+    def loss(x, w):
+        return jaxsoft.linear_cross_entropy(x, w, labels, ignore_index=-1, axis_name="model")
+
+    over_tiles = tiles._over_tiles
+    monkeypatch.setattr(tiles, "_over_tiles", lambda device, *rest: over_tiles(Device("tpu"), *rest))
+    monkeypatch.setattr(tiles, "SAMPLE", 16)
+    found = []
+    for tile in (WHOLE, *IN_ONE_PASS):
+        monkeypatch.setattr(tiles, "plan_tile", lambda *_, tile=tile, **__: tile)
+        jax.clear_caches()
+        sharded = jax.shard_map(
+            jax.value_and_grad(loss, (0, 1)), mesh=mesh, in_specs=(P(), P(None, "model")),
+            out_specs=(P(), (P(), P(None, "model"))),
+        )  # fmt: skip
+        found.append([np.asarray(a, np.float32) for a in jax.tree.leaves(jax.jit(sharded)(x, w))])
+    jax.clear_caches()
+    for ours in found[1:]:
+        for one, other in zip(ours, found[0], strict=True):
+            np.testing.assert_allclose(one, other, rtol=0.02, atol=0.004 * np.abs(other).max())
+
+
 def test_the_second_attempt_is_relative_to_the_largest_of_all():
     z = jnp.asarray([[0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 100.0, 3.0], [0.0, -jnp.inf, 500.0, 5.0]])
     labels = jnp.asarray([[3], [0], [2]])
