@@ -21,8 +21,6 @@ SAMPLE = 1024  # classes
 # How far above the sample's largest logit another may be. The sum of e⁴⁰ over all classes leaves room in float32 for
 # the factor of a gradient, and the logits of a language model are rarely so far apart.
 HIGHEST = 40.0
-# The smallest factor of a row with a gradient at its label, which is divided by it.
-SMALLEST = 2.0**-100
 SECOND_ATTEMPT = "second_attempt"  # the name, in compiled programs, of what is rare
 
 
@@ -61,10 +59,3 @@ def one_pass(logits: Callable[[Array], Array], x: Array, sample: Array, label: A
     first = attempt(x, finite_max(sample, (1,)))
     with jax.named_scope(SECOND_ATTEMPT):
         return lax.while_loop(is_low, again, first)
-
-
-def divided(factor: Array, at_label: Array) -> tuple[Array, Array]:
-    """What rows are multiplied by, and their label's entry before, for gradients factor·e_j but `at_label` there."""
-    zero = at_label == 0
-    factor = jnp.where(~zero & (jnp.abs(factor) < SMALLEST), SMALLEST, factor)
-    return factor, jnp.where(zero, 0, at_label / jnp.where(zero, 1, factor))

@@ -15,13 +15,13 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoft._arrays.classes import is_label
-from jaxsoft._arrays.dtypes import compute_dtype
+from jaxsoft._arrays.dtypes import compute_dtype, widen
 from jaxsoft._arrays.sharding import axes_after_psum, is_replicated, pvary
 from jaxsoft._formula.head import Values, evaluate, evaluate_plainly
 from jaxsoft._formula.statistics import Statistics, over_shards
 from jaxsoft._jax_internals import Results, manual_axes
 from jaxsoft._linear.args import DiffArgs, HeadConfig, LinearParams
-from jaxsoft._linear.one_pass import SAMPLE, divided, one_pass
+from jaxsoft._linear.one_pass import SAMPLE, one_pass
 from jaxsoft._linear.plan import Tile, plan_tile
 from jaxsoft._platform.cpu import native_kernels
 from jaxsoft._platform.devices import Device
@@ -133,7 +133,7 @@ class _Gradients(NamedTuple):
         return carry, _Group(jnp.where(ignored, 0, x), kept, kept)
 
     def one_pass(self, rows: Array, carry: Any) -> tuple[Any, "_Group"]:
-        """The same with exponentials, whose factor for each row is left to what they are multiplied with."""
+        """The same with exponentials in place of logits, whose factors come with the products of the gradients."""
         layer, config = self.layer, self.config
         assert config.head.factors is not None
         x, t, c = _gather_rows(rows, (layer.features, self.operands, self.cotangents), config)
@@ -146,23 +146,22 @@ class _Gradients(NamedTuple):
         if config.axis_name is not None:
             statistics = over_shards(statistics, found.exponentials, (1,), t, config.axis_name)
         factor, at_label = config.head.factors(t, statistics, c)
-        scale, at_label = divided(factor * jnp.exp(found.reference - statistics.max_logit), at_label)
-        # One for each product, or a TPU7x would store the one, with the labels' entries, beside the exponentials.
+        factor *= jnp.exp(found.reference - statistics.max_logit)
+        # One for each product, as a part of it, or XLA would store one for both beside the exponentials.
         for_features, for_kernel = (
-            jnp.where(is_label(found.exponentials, index, 1), at_label.astype(self.dtype), found.exponentials)
-            for index in (t.label, lax.optimization_barrier(t.label))
+            jnp.where(is_label(found.exponentials, label, 1), at_label, widen(found.exponentials) * f).astype(x.dtype)
+            for label, f in ((t.label, factor), lax.optimization_barrier((t.label, factor)))
         )
         results, gradients = carry
         results = _scatter_rows(rows, results, config.head.values(t, statistics, 1))
-        x = (x.astype(scale.dtype) * scale).astype(self.dtype)
-        return (results, gradients), _Group(x, for_features, for_kernel, scale)
+        return (results, gradients), _Group(x, for_features, for_kernel)
 
     def to_features(self, group: "_Group") -> Array:
         contracted = (((1,), (self.config.class_axis,)), ((), ()))
         gradient = lax.dot_general(
             group.for_features, self.layer.kernel, contracted, preferred_element_type=compute_dtype(self.dtype)
         )
-        return (gradient if group.scale is None else gradient * group.scale).astype(self.features_dtype)
+        return gradient.astype(self.features_dtype)
 
     def to_kernel(self, group: "_Group") -> Array:
         x, grad_products = group.x, group.for_kernel
@@ -202,7 +201,6 @@ class _Group(NamedTuple):
     x: Array
     for_features: Array  # gradients to the group's own products, in the features' dtype
     for_kernel: Array
-    scale: Array | None = None  # what the features' gradient is still to be multiplied by, as `x` is
 
 
 def _summed(loop: _Gradients) -> tuple[Results, DiffArgs]:

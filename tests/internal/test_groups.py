@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 import jaxsoft
 from jaxsoft._jax_internals import as_primitive, device_lowered_for
 from jaxsoft._linear import tiles
-from jaxsoft._linear.one_pass import divided, one_pass
+from jaxsoft._linear.one_pass import one_pass
 from jaxsoft._linear.plan import ALIGNED_ROWS, LEAST_ROWS, Tile, plan_tile
 from jaxsoft._platform.devices import KINDS, Device, as_device
 
@@ -81,7 +81,7 @@ def test_one_pass_is_one_tile(gradients, monkeypatch, labels, slope, options):
         np.testing.assert_allclose(found, value, rtol=1e-5)
         for one, other in zip(ours, expected, strict=False):
             one, other = (np.asarray(a, np.float32) for a in (one, other))
-            scale = np.abs(other).max()  # two of their terms are rounded instead of one
+            scale = np.abs(other).max()  # exponentials are rounded before they are multiplied, too
             np.testing.assert_allclose(one, other, rtol=0.02, atol=0.004 * scale)
 
 
@@ -123,12 +123,6 @@ def test_the_second_attempt_is_relative_to_the_largest_of_all():
     np.testing.assert_array_equal(found.reference[:, 0], [3, 100, 500])
     np.testing.assert_allclose(found.sum_others[:, 0], [np.exp([-3.0, -2.0, -1.0]).sum(), 1, 0], rtol=1e-6, atol=1e-200)
     np.testing.assert_array_equal(found.label_logit[:, 0], [3, 0, 500])
-
-
-def test_a_factor_of_almost_nothing_does_not_lose_the_labels_gradient():
-    factor, at_label = divided(jnp.asarray([2.0, 0.0, 1e-38, 0.0]), jnp.asarray([3.0, 3.0, -3.0, 0.0]))
-    np.testing.assert_allclose(factor * at_label, [3, 3, -3, 0])
-    assert factor[3] == 0
 
 
 SHAPES = [(4096, 4096, 128_256), (8192, 2304, 256_000), (5000, 1024, 50_257), (65_536, 4096, 128_256), (3, 2, 5)]
