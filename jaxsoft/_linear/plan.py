@@ -83,10 +83,9 @@ def plan_linear_cross_entropy(
     2048, or 2·D more if these are all: they take no more than such a group and that gradient. Where none are kept, for
     distributions, a frozen kernel and float32, a tile has 1024 positions.
 
-    On a TPU in bfloat16 a tile of labels is such a group: their logits are visited once, while they are computed, and
-    exponentials are stored in their place, 2 bytes each. This plan is for that. With label smoothing, a soft cap, a
-    temperature or a bias that is learned, tiles of a group store logits as on a GPU, and take up to three times as many
-    passes over them.
+    On a TPU in bfloat16, for labels, a tile is such a group: its logits are used once, while they are computed, and
+    exponentials are stored in their place, 2 bytes each. With label smoothing, a soft cap, a temperature or a bias that
+    is learned, a TPU stores the logits of smaller tiles as a GPU does, which is not what this plan states.
 
     Args:
         positions: N; per device where the data are sharded.
