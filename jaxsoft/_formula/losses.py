@@ -85,9 +85,7 @@ def position_gradients(
     """
     ignored, (logits, targets) = targets.ignored, freeze_ignored(logits, targets)
     cotangent = jnp.where(ignored, 0, cotangents[0])
-    mass = jnp.zeros_like(statistics.sum_others)  # τ + 2ζ·lse without the label's own weight
-    if targets.z_loss_weight is not None:
-        mass += cotangent * 2 * targets.z_loss_weight * statistics.finite_logsumexp
+    mass = _z_loss_mass(targets, statistics, cotangent)  # τ + 2ζ·lse without the label's own weight
     position_weight = at_max = None
     if targets.target_weights is not None:
         position_weight = cotangent * targets.position_weight
@@ -115,13 +113,27 @@ def position_gradients(
     return grad_logits, _weight_gradients(logits, targets, statistics, cotangent)
 
 
+def label_factors(targets: Targets, statistics: Statistics, cotangents: Results) -> tuple[Array, Array]:
+    """The factor of the gradient factor·exp(z_j − m), and the gradient at the label, for targets without weights."""
+    cotangent = jnp.where(targets.ignored, 0, cotangents[0])
+    mass, label_weight = _z_loss_mass(targets, statistics, cotangent), cotangent * targets.label_weight
+    return (mass + label_weight) / statistics.positive_sum, statistics.label_gradient(mass, label_weight)
+
+
+def _z_loss_mass(targets: Targets, statistics: Statistics, cotangent: Array) -> Array:
+    """2ζ·lse: what the z-loss adds to the factor of every class."""
+    if targets.z_loss_weight is None:
+        return jnp.zeros_like(statistics.sum_others)
+    return cotangent * 2 * targets.z_loss_weight * statistics.finite_logsumexp
+
+
 def _weight_gradients(logits: Array, targets: Targets, statistics: Statistics, cotangent: Array) -> Array:
     grad_weights = statistics.log_sum + (statistics.max_logit - widen(logits))
     grad_weights = jnp.where(cast(Array, targets.differentiable), grad_weights, 0)  # infinite at a class at −inf
     return scale_gradient(grad_weights, cotangent * targets.position_weight, targets.position_weight == 0)
 
 
-LOSS = Head(block_statistics, position_losses, position_gradients)
+LOSS = Head(block_statistics, position_losses, position_gradients, factors=label_factors)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0, 1))

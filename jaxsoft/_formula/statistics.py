@@ -114,10 +114,10 @@ def block_statistics(
     if rest:
         rest[0] -= max_logit
     block = Statistics(max_logit, sum_others, *rest)
-    return block if axis_name is None else _over_shards(block, logits, axes, targets, axis_name)
+    return block if axis_name is None else over_shards(block, logits, axes, targets, axis_name)
 
 
-def _over_shards(block: Statistics, logits: Array, axes: Axes, targets: Targets, axis_name: AxisName) -> Statistics:
+def over_shards(block: Statistics, logits: Array, axes: Axes, targets: Targets, axis_name: AxisName) -> Statistics:
     """The statistics of all blocks from each block's own, relative to the largest logit of all blocks."""
     max_logit = max_shards(block.max_logit, axis_name)
     below = block.max_logit - max_logit

@@ -29,6 +29,9 @@ class Tile(NamedTuple):
     rows: int
     loss_rows: int  # of a tile of the loss alone
     group_rows: int  # of a group of tiles, whose logit gradients are stored for one matmul per input; or else of a tile
+    one_pass: bool = (
+        False  # whether a tile is a group, and its exponentials are stored in half precision, not its logits
+    )
 
 
 class Plan(NamedTuple):
@@ -38,7 +41,7 @@ class Plan(NamedTuple):
     rows: int  # positions in a tile; the loss alone may take fewer
     flops: int  # of the loss alone
     training_flops: int  # of the loss and all gradients
-    tile_bytes: int  # one tile's logits and their gradient
+    tile_bytes: int  # one tile's logits and their gradient, or what is stored instead
     kept_bytes: int  # a group's logit gradients, stored for one matmul per input
     gradient_bytes: int  # gradients of features and kernel, the latter in float32 unless a single group writes it
     unfused_bytes: int  # all logits and their gradient, which are not stored
@@ -80,9 +83,13 @@ def plan_linear_cross_entropy(
     On an accelerator in half precision a tile has 512 or 1024 positions, depending on the kind of device: enough for
     the matmul to hide reading the kernel. The logit gradients of a group of tiles, as many as fit into a third of the
     device's memory, are stored for one matmul per input. Each group reads and writes the kernel's gradient in float32,
-    unless it is the only group. A group has at most 3584 positions, on a GPU 2048. If there are at most 2·D more
+    unless it is the only group. A group has at most 4096 positions, on a GPU 2048. If there are at most 2·D more
     positions than that, they are one group, which takes no more memory than such a group and that gradient.
     For distributions, a frozen kernel or float32 no logit gradients are stored, and a tile has 1024 positions.
+
+    On a TPU, with labels in bfloat16, a group is one tile: its logits are used once, while they are computed, and only
+    exponentials are stored, 2 bytes each. The plan ignores that with label smoothing, a soft cap, a temperature or a
+    trained bias a TPU uses smaller tiles and stores their logits, as a GPU does.
 
     Args:
         positions: N; per device if the positions are sharded.
@@ -126,20 +133,22 @@ def plan_linear_cross_entropy(
         raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
     wide, narrow = compute_dtype(dtype).itemsize, dtype.itemsize
     check_budget(classes, dtype, distributions, memory_budget)
-    tile = plan_tile(device, (positions, features, classes), dtype, distributions, memory_budget)
+    tile = plan_tile(device, (positions, features, classes), dtype, distributions, memory_budget, one_pass=True)
     keeps, groups = tile.group_rows > tile.rows, -(-positions // tile.group_rows)
+    row = classes * narrow if tile.one_pass else bytes_of_row(classes, dtype, distributions)
+    of_kernel = narrow if (keeps or tile.one_pass) and groups == 1 else wide
     product = 2 * positions * features * classes
     return Plan(
         tiles=-(-positions // tile.rows),
         rows=tile.rows,
         flops=product,
         training_flops=product * (4 if reduction == "none" else 3),
-        tile_bytes=tile.rows * bytes_of_row(classes, dtype, distributions),
+        tile_bytes=tile.rows * row,
         kept_bytes=tile.group_rows * classes * narrow if keeps else 0,
-        gradient_bytes=features * (positions * narrow + classes * (narrow if keeps and groups == 1 else wide)),
+        gradient_bytes=features * (positions * narrow + classes * of_kernel),
         unfused_bytes=positions * classes * 2 * wide,
         groups=groups,
-        reason=_reason(device, keeps, groups, memory_budget),
+        reason=_reason(device, tile, groups, memory_budget),
     )
 
 
@@ -156,15 +165,17 @@ def _as_device(platform: Platform | None, kind: str | None) -> Device:
     return device
 
 
-def _reason(device: Device, keeps: bool, groups: int, memory_budget: int | None) -> str:
+def _reason(device: Device, tile: Tile, groups: int, memory_budget: int | None) -> str:
     """Why these tiles were chosen, in words."""
     if device.platform == "cpu":
         return "on a CPU"
     name = device.kind if device.known else f"any {device.platform.upper()}"
     limit = "the budget" if memory_budget is not None else f"a third of {device.traits.memory // 10**9} GB"
-    if not keeps:
-        return f"for {name} within {limit}, where each tile adds to the kernel's gradient"
     times = "once" if groups == 1 else f"{groups} times"
+    if tile.one_pass:
+        return f"for {name} within {limit}, in one pass, where the kernel's gradient is written {times}"
+    if tile.group_rows == tile.rows:
+        return f"for {name} within {limit}, where each tile adds to the kernel's gradient"
     return f"for {name} within {limit}, where the kernel's gradient is written {times}"
 
 
@@ -186,8 +197,12 @@ def plan_tile(
     memory_budget: int | None,
     *,
     kernel_moves: bool = True,
+    one_pass: bool = False,
 ) -> Tile:
-    """As many rows as the budget allows and suit the device, shared evenly among tiles; shape is (N, D, V)."""
+    """As many rows as the budget allows and suit the device, shared evenly among tiles; shape is (N, D, V).
+
+    `one_pass` says that the gradients allow exponentials to be stored instead of logits.
+    """
     positions, features, classes = shape
     row = bytes_of_row(classes, dtype, distributions)
     known = isinstance(classes, int)  # for unknown sizes tiles have the largest allowed number of rows
@@ -204,6 +219,11 @@ def plan_tile(
         _, tile_rows, kept = device.traits
         if isinstance(features, int) and positions <= kept + 2 * features:
             kept = positions + tile_rows
+        fitting = min(limit // (classes * dtype.itemsize), kept)
+        if one_pass and device.platform == "tpu" and dtype == jnp.bfloat16 and fitting >= min(LEAST_ROWS, positions):
+            shared = _shared(positions, fitting)
+            rows = shared if shared == positions else min(-(-shared // ALIGNED_ROWS) * ALIGNED_ROWS, fitting)
+            return Tile(rows, loss_rows, rows, one_pass=True)
         grouped = _group(positions, (tile_rows, kept), (row, classes * dtype.itemsize), limit)
         if grouped is not None:
             return Tile(grouped[0], loss_rows, grouped[1])

@@ -14,11 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoft._arrays.dtypes import compute_dtype
+from jaxsoft._arrays.classes import is_label
+from jaxsoft._arrays.dtypes import compute_dtype, widen
 from jaxsoft._arrays.sharding import axes_after_psum, is_replicated, pvary
 from jaxsoft._formula.head import Values, evaluate, evaluate_plainly
+from jaxsoft._formula.statistics import Statistics, over_shards
 from jaxsoft._jax_internals import Results, manual_axes
 from jaxsoft._linear.args import DiffArgs, HeadConfig, LinearParams
+from jaxsoft._linear.one_pass import SAMPLE, one_pass
 from jaxsoft._linear.plan import Tile, plan_tile
 from jaxsoft._platform.cpu import native_kernels
 from jaxsoft._platform.devices import Device
@@ -54,7 +57,7 @@ def tiled_gradients(
 ) -> Results:
     """The values of every position, and the needed gradients of the sum of cotangents·values."""
     (layer, operands, _), (config, needs_grad) = arrays, static
-    tile = _tile(device, layer, operands, config, kernel_moves=needs_grad.kernel)
+    tile = _tile(device, layer, operands, config, needs_grad)
     values, gradients = _summed(_Gradients(device, tile, *arrays, *static))
     return *values, *(gradient for gradient in gradients if gradient is not None)
 
@@ -98,11 +101,14 @@ class _Gradients(NamedTuple):
         gradients = self.added(rows, gradients, grad_products, grad_weights)
         return x, (_scatter_rows(rows, results, values), gradients), grad_products
 
-    def one_group(self, rows: Array, carry: Any) -> tuple[Array, Any, Array]:
-        """A group's features, the carry as in `one_tile`, and the gradients to its products in the features' dtype."""
+    def one_group(self, rows: Array, carry: Any) -> tuple[Any, "_Group"]:
+        """The carry as in `one_tile`, and the operands of the matmuls for the gradients."""
+        if self.tile.one_pass:
+            return self.one_pass(rows, carry)
         if self.tile.rows == self.tile.group_rows:
             x, carry, grad_products = self.one_tile(rows, carry)
-            return x, carry, grad_products.astype(x.dtype)  # otherwise their matmuls would run in float32
+            grad_products = grad_products.astype(x.dtype)  # otherwise their matmuls would run in float32
+            return carry, _Group(x, grad_products, grad_products)
         length, tiles = self.tile.rows, self.tile.group_rows // self.tile.rows
         used = tiles
         if self.config.may_ignore:
@@ -124,16 +130,41 @@ class _Gradients(NamedTuple):
             zeros = pvary(jnp.zeros((length, classes), self.dtype), axes)
             kept = lax.fori_loop(used, tiles, lambda tile, kept: put(kept, tile, zeros), kept)
         x, ignored = _gather_rows(rows, (self.layer.features, self.operands.ignored), self.config)
-        return jnp.where(ignored, 0, x), carry, kept
+        return carry, _Group(jnp.where(ignored, 0, x), kept, kept)
 
-    def to_features(self, grad_products: Array) -> Array:
+    def one_pass(self, rows: Array, carry: Any) -> tuple[Any, "_Group"]:
+        """The same with exponentials instead of logits; the matmuls of the gradients multiply them by their factors."""
+        layer, config = self.layer, self.config
+        assert config.head.factors is not None
+        x, t, c = _gather_rows(rows, (layer.features, self.operands, self.cotangents), config)
+        x = jnp.where(t.ignored, 0, x)
+        # A label out of range has a weight of NaN or 0. A label on another shard must not change the sums of this one.
+        label = t.label if config.axis_name else jnp.clip(t.label, 0, layer.kernel.shape[config.class_axis] - 1)
+        sample = _products(x, _first_classes(layer, config), config)
+        found = one_pass(lambda x: _products(x, layer, config), x, sample, label)
+        statistics = Statistics(found.reference, found.sum_others, found.label_logit - found.reference)
+        if config.axis_name is not None:
+            statistics = over_shards(statistics, found.exponentials, (1,), t, config.axis_name)
+        factor, at_label = config.head.factors(t, statistics, c)
+        factor *= jnp.exp(found.reference - statistics.max_logit)
+        # One for each matmul, which XLA fuses with it; it would store a shared one in addition to the exponentials.
+        for_features, for_kernel = (
+            jnp.where(is_label(found.exponentials, label, 1), at_label, widen(found.exponentials) * f).astype(x.dtype)
+            for label, f in ((t.label, factor), lax.optimization_barrier((t.label, factor)))
+        )
+        results, gradients = carry
+        results = _scatter_rows(rows, results, config.head.values(t, statistics, 1))
+        return (results, gradients), _Group(x, for_features, for_kernel)
+
+    def to_features(self, group: "_Group") -> Array:
         contracted = (((1,), (self.config.class_axis,)), ((), ()))
         gradient = lax.dot_general(
-            grad_products, self.layer.kernel, contracted, preferred_element_type=compute_dtype(self.dtype)
+            group.for_features, self.layer.kernel, contracted, preferred_element_type=compute_dtype(self.dtype)
         )
         return gradient.astype(self.features_dtype)
 
-    def to_kernel(self, x: Array, grad_products: Array) -> Array:
+    def to_kernel(self, group: "_Group") -> Array:
+        x, grad_products = group.x, group.for_kernel
         first, second = (x, grad_products) if self.config.class_axis == 1 else (grad_products, x)
         contracted = (((0,), (0,)), ((), ()))
         return lax.dot_general(first, second, contracted, preferred_element_type=compute_dtype(self.dtype))
@@ -164,19 +195,27 @@ class _Gradients(NamedTuple):
         return gradients
 
 
+class _Group(NamedTuple):
+    """The operands of the matmuls for the gradients to features and kernel."""
+
+    x: Array
+    for_features: Array  # the gradients to the group's logits before bias and cap, in the features' dtype
+    for_kernel: Array
+
+
 def _summed(loop: _Gradients) -> tuple[Results, DiffArgs]:
     """Values and gradients; each group of tiles computes its part of the features' and the kernel's gradients."""
 
     def step(rows: Array, carry: Any) -> Any:
         values, gradients = carry
         small = gradients._replace(features=None, kernel=None)
-        x, (values, small), grad_products = loop.one_group(rows, (values, small))
+        (values, small), group = loop.one_group(rows, (values, small))
         gradients = small._replace(features=gradients.features, kernel=gradients.kernel)
         if loop.needs_grad.features:
-            filled = gradients.features.at[rows].set(loop.to_features(grad_products), mode="drop")
+            filled = gradients.features.at[rows].set(loop.to_features(group), mode="drop")
             gradients = gradients._replace(features=filled)
         if loop.needs_grad.kernel:
-            gradients = gradients._replace(kernel=gradients.kernel + loop.to_kernel(x, grad_products))
+            gradients = gradients._replace(kernel=gradients.kernel + loop.to_kernel(group))
         return values, gradients
 
     return _over_tiles(loop.device, loop.tile.group_rows, loop.operands, loop.config, step, loop.init())
@@ -231,6 +270,13 @@ def _scanned_values(fn: Callable[..., Values], layer: LinearParams, operands: An
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:positions], lax.map(tile, rows))
 
 
+def _first_classes(layer: LinearParams, config: HeadConfig) -> LinearParams:
+    """The layer with a sample of the classes."""
+    count = min(SAMPLE, layer.kernel.shape[config.class_axis])
+    bias = None if layer.bias is None else layer.bias[:count]
+    return layer._replace(kernel=lax.slice_in_dim(layer.kernel, 0, count, axis=config.class_axis), bias=bias)
+
+
 def _init_output(layer: LinearParams, operands: Any, config: HeadConfig) -> Results:
     """The values of ignored positions, typed as varying like the others' values."""
     axes = axes_after_psum(manual_axes((layer, operands)), config.axis_name)
@@ -238,7 +284,9 @@ def _init_output(layer: LinearParams, operands: Any, config: HeadConfig) -> Resu
     return pvary(tuple(jax.tree.leaves(values)), axes)
 
 
-def _tile(device: Device, layer: LinearParams, operands: Any, config: HeadConfig, *, kernel_moves: bool = True) -> Tile:
+def _tile(
+    device: Device, layer: LinearParams, operands: Any, config: HeadConfig, needs_grad: DiffArgs = DiffArgs()
+) -> Tile:
     (positions, width), classes = layer.features.shape, layer.kernel.shape[config.class_axis]
     writes_out = device.platform == "cpu" and not native_kernels().loaded  # the plain formula stores what it sums
     is_wide = operands.is_wide or config.head.copies or writes_out
@@ -251,8 +299,15 @@ def _tile(device: Device, layer: LinearParams, operands: Any, config: HeadConfig
         layer.features.dtype,
         is_wide,
         budget,
-        kernel_moves=kernel_moves,
+        kernel_moves=needs_grad.kernel is not False,
+        one_pass=_is_one_pass(layer, operands, config, needs_grad),
     )
+
+
+def _is_one_pass(layer: LinearParams, operands: Any, config: HeadConfig, needs_grad: DiffArgs) -> bool:
+    """Whether each position's gradient is a factor times its exponentials, except at the label."""
+    is_label_alone = config.head.factors is not None and operands.label is not None and operands.target_weights is None
+    return is_label_alone and layer.soft_cap is None and layer.temperature is None and not needs_grad.bias
 
 
 def _over_tiles(

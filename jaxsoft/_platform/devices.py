@@ -19,17 +19,17 @@ class Kind(NamedTuple):
 
 # The keys are beginnings of JAX's names of kinds.
 KINDS = {
-    "TPU v5 lite": Kind(16 * GB, 512, 3584),
-    "TPU v5": Kind(95 * GB, 512, 3584),
-    "TPU v6 lite": Kind(32 * GB, 1024, 3584),
-    "TPU7x": Kind(96 * GB, 512, 3584),  # one of the two devices of a chip
+    "TPU v5 lite": Kind(16 * GB, 512, 4096),
+    "TPU v5": Kind(95 * GB, 512, 4096),
+    "TPU v6 lite": Kind(32 * GB, 1024, 4096),
+    "TPU7x": Kind(96 * GB, 512, 4096),  # one of the two devices of a chip
     "NVIDIA A100": Kind(40 * GB, 512, 2048),
     "NVIDIA H100": Kind(80 * GB, 512, 2048),
     "NVIDIA H200": Kind(141 * GB, 512, 2048),
     "NVIDIA B200": Kind(180 * GB, 512, 2048),
 }
 # For unknown kinds: the rows that lose least on all kinds of the platform, and the smallest memory of these.
-UNKNOWN = {"tpu": Kind(16 * GB, 1024, 3584), "gpu": Kind(16 * GB, 512, 2048)}
+UNKNOWN = {"tpu": Kind(16 * GB, 1024, 4096), "gpu": Kind(16 * GB, 512, 2048)}
 
 
 class Device(NamedTuple):

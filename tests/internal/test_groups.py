@@ -10,12 +10,14 @@ from jax.sharding import PartitionSpec as P
 import jaxsoft
 from jaxsoft._jax_internals import as_primitive, device_lowered_for
 from jaxsoft._linear import tiles
-from jaxsoft._linear.plan import ALIGNED_ROWS, Tile, plan_tile
+from jaxsoft._linear.one_pass import one_pass
+from jaxsoft._linear.plan import ALIGNED_ROWS, LEAST_ROWS, Tile, plan_tile
 from jaxsoft._platform.devices import KINDS, Device, as_device
 
 POSITIONS, WIDTH, CLASSES = 37, 8, 50
 WHOLE = Tile(POSITIONS, POSITIONS, POSITIONS)
 GROUPED = [Tile(8, 8, 16), Tile(8, 8, 40)]
+IN_ONE_PASS = [Tile(16, 16, 16, one_pass=True), Tile(POSITIONS, POSITIONS, POSITIONS, one_pass=True)]
 
 
 @pytest.fixture
@@ -23,19 +25,21 @@ def gradients(monkeypatch):
     """Loss and gradients for each of LABELS, in given tiles, by an accelerator's loop on this machine."""
     over_tiles = tiles._over_tiles
 
-    def by_tile(tile, **options):
+    def by_tile(tile, slope=1.0, **options):
         monkeypatch.setattr(tiles, "plan_tile", lambda *_, **__: tile)
         monkeypatch.setattr(tiles, "_over_tiles", lambda device, *rest: over_tiles(Device("tpu"), *rest))
         jax.clear_caches()
         rng = np.random.default_rng(0)
         x, w = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((POSITIONS, WIDTH), (WIDTH, CLASSES)))
         b = jnp.asarray(rng.normal(size=CLASSES), jnp.float32)
+        w = w.at[:, -1].mul(slope)
+        variables = (0, 1) if tile.one_pass else (0, 1, 2)  # one pass has no gradient to a bias
 
         @jax.jit
         def run(labels):
             padded = x.at[0].set(jnp.where(labels[0] == -1, jnp.nan, x[0]))
             loss = lambda x, w, b: jaxsoft.linear_cross_entropy(x, w, labels, b, ignore_index=-1, **options)  # noqa: E731
-            return jax.value_and_grad(loss, (0, 1, 2))(padded, w, b)
+            return jax.value_and_grad(loss, variables)(padded, w, b)
 
         return {name: run(labels) for name, labels in LABELS.items()}
 
@@ -64,6 +68,68 @@ def test_groups_of_tiles_are_one_tile(gradients):
                 np.testing.assert_allclose(*arrays, rtol=0.01, atol=1e-5, err_msg=f"{tile}, {name}")
 
 
+@pytest.mark.parametrize(
+    ("slope", "options"),
+    [(1.0, {}), (60.0, {"reduction": "sum"}), (60.0, {"z_loss": 0.01, "weights": np.arange(POSITIONS)})],
+    ids=str,
+)
+def test_one_pass_is_one_tile(gradients, monkeypatch, slope, options):
+    """Even if a class outside the sample has such a large logit that a second attempt is needed."""
+    monkeypatch.setattr(tiles, "SAMPLE", 16)
+    expected = gradients(WHOLE, slope, **options)
+    for tile in IN_ONE_PASS:
+        found = gradients(tile, slope, **options)
+        for name in LABELS:
+            (value, ours), (right, theirs) = found[name], expected[name]
+            np.testing.assert_allclose(value, right, rtol=1e-5, err_msg=f"{tile}, {name}")
+            for one, other in zip(ours, theirs, strict=False):  # without the bias
+                one, other = (np.asarray(a, np.float32) for a in (one, other))
+                scale = np.abs(other).max()  # the exponentials are rounded, and so are their multiples
+                np.testing.assert_allclose(one, other, rtol=0.02, atol=0.004 * scale, err_msg=f"{tile}, {name}")
+
+
+@pytest.mark.parametrize("slope", [1.0, 60.0])
+def test_one_pass_is_one_tile_over_shards_of_the_classes(monkeypatch, slope):
+    """Each shard has its own reference, and may be the only one that needs a second attempt."""
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((POSITIONS, WIDTH), (WIDTH, CLASSES)))
+    w, labels = w.at[:, -1].mul(slope), jnp.asarray(LABELS["a third ignored"])
+    mesh = Mesh(np.array(jax.devices()[:2]), ("model",), axis_types=(AxisType.Auto,))
+
+    def loss(x, w):
+        return jaxsoft.linear_cross_entropy(x, w, labels, ignore_index=-1, axis_name="model")
+
+    over_tiles = tiles._over_tiles
+    monkeypatch.setattr(tiles, "_over_tiles", lambda device, *rest: over_tiles(Device("tpu"), *rest))
+    monkeypatch.setattr(tiles, "SAMPLE", 16)
+    found = []
+    for tile in (WHOLE, *IN_ONE_PASS):
+        monkeypatch.setattr(tiles, "plan_tile", lambda *_, tile=tile, **__: tile)
+        jax.clear_caches()
+        sharded = jax.shard_map(
+            jax.value_and_grad(loss, (0, 1)), mesh=mesh, in_specs=(P(), P(None, "model")),
+            out_specs=(P(), (P(), P(None, "model"))),
+        )  # fmt: skip
+        found.append([np.asarray(a, np.float32) for a in jax.tree.leaves(jax.jit(sharded)(x, w))])
+    jax.clear_caches()
+    for ours in found[1:]:
+        for one, other in zip(ours, found[0], strict=True):
+            np.testing.assert_allclose(one, other, rtol=0.02, atol=0.004 * np.abs(other).max())
+
+
+def test_a_second_attempt_is_relative_to_the_largest_of_all_where_it_is_needed():
+    """Another position of the group does not change the bits of a position."""
+    z = jnp.asarray([[0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 100.0, 3.0], [0.0, -jnp.inf, 500.0, 5.0]])
+    labels = jnp.asarray([[3], [0], [2]])
+    low = one_pass(lambda x: z[:1] + x, jnp.zeros((1, 1)), z[:1, :2], labels[:1])
+    assert low.reference == 1  # the sample's
+    found = one_pass(lambda x: z + x, jnp.zeros((3, 1)), z[:, :2], labels)
+    np.testing.assert_array_equal(found.reference[:, 0], [1, 100, 500])
+    np.testing.assert_array_equal(found.sum_others[0], low.sum_others[0])
+    np.testing.assert_allclose(found.sum_others[:, 0], [np.exp([-1.0, 0.0, 1.0]).sum(), 1, 0], rtol=1e-6, atol=1e-200)
+    np.testing.assert_array_equal(found.label_logit[:, 0], [3, 0, 500])
+
+
 SHAPES = [(4096, 4096, 128_256), (8192, 2304, 256_000), (5000, 1024, 50_257), (65_536, 4096, 128_256), (3, 2, 5)]
 
 
@@ -81,6 +147,10 @@ def test_what_is_kept_and_a_tile_are_within_the_budget(kind, budget):
         assert not keeps or tile.rows % ALIGNED_ROWS == 0
         assert tile.group_rows < positions + max(tile.rows, 1)
         assert not keeps or tile.group_rows <= device.traits.group_rows + 2 * features + tile.rows
+        alone = plan_tile(device, shape, jnp.dtype("bfloat16"), False, budget, one_pass=True)
+        fits = limit // (2 * classes) >= min(LEAST_ROWS, positions)
+        assert alone.one_pass == (device.platform == "tpu" and fits)
+        assert not alone.one_pass or alone.rows == alone.group_rows <= limit / (2 * classes)
         for narrow in (plan_tile(device, shape, jnp.dtype("float32"), False, budget),
                        plan_tile(device, shape, jnp.dtype("bfloat16"), False, budget, kernel_moves=False)):  # fmt: skip
             assert narrow.group_rows == narrow.rows <= 1024
