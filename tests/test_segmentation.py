@@ -653,6 +653,9 @@ def test_predictions_of_one_name_or_without_a_run_are_one_line(whole, tmp_path):
         run(Config(predict=(pathlib.Path("a/x.jpg"), pathlib.Path("b/x.png")), out=out))
     with pytest.raises(InputError, match=r"x.jpg: no such file$"):
         run(Config(predict=(tmp_path / "x.jpg",), out=out))
+    (tmp_path / "photographs").mkdir()
+    with pytest.raises(InputError, match=r"photographs: expected an image, got a folder$"):
+        run(Config(predict=(tmp_path / "photographs",), out=out))
     with pytest.raises(InputError, match=r": expected a finished run, which holds summary.json and network.json"):
         run(Config(predict=(tmp_path / "x.jpg",), out=tmp_path))
 
