@@ -24,7 +24,8 @@ def init_mlp(
 
     Args:
         key: a JAX random key.
-        sizes: units of each layer from the features to the logits, such as (4, 5, 4, 3).
+        sizes: units of each layer from the features to the logits, such as (4, 5, 4, 3);
+            two, such as (4, 3), are softmax regression.
         kernel_init: initializer of the kernels; by default variance 1/fan_in, which keeps the inputs
             of every layer at the scale where tanh is steep.
         bias_init: initializer of the biases.
@@ -36,7 +37,7 @@ def init_mlp(
 
     Raises:
         ValueError: fewer than two sizes, or a size below one.
-        TypeError: a size that is not an integer.
+        TypeError: a size that is not an integer, a seed in place of a key.
 
     Example:
         >>> import jax
@@ -50,8 +51,12 @@ def init_mlp(
     units = [as_integer(f"sizes[{n}]", size) for n, size in enumerate(sizes)]
     if len(units) < 2 or min(units) < 1:
         raise ValueError(f"sizes: expected at least two positive layer sizes, got {tuple(units)}")
+    try:
+        keys = jax.random.split(key, len(units) - 1)
+    except TypeError:
+        raise TypeError(f"key: expected a random key, such as jax.random.key(0), got {key!r}") from None
     layers = []
-    for layer_key, inputs, outputs in zip(jax.random.split(key, len(units) - 1), units, units[1:], strict=False):
+    for layer_key, inputs, outputs in zip(keys, units, units[1:], strict=False):
         kernel_key, bias_key = jax.random.split(layer_key)
         layers.append(
             {

@@ -1078,6 +1078,7 @@ def test_law_no_perturbed_gradient_is_called_right(examples, sizes):
         (lambda z, y, g: diagnose_gradient(z, y, g, ignore_index=1.5), TypeError, "ignore_index: expected an integer, got 1.5"),
         (lambda z, y, g: diagnose_gradient(z[0], np.array(-7), g[0]), ValueError, "targets is -7: expected a label in [0, 3)"),
         (lambda z, y, g: diagnose_gradient(z * np.nan, y, g), ValueError, "logits: expected finite numbers"),
+        (lambda z, y, g: diagnose_gradient(z, np.array(["setter", "beagle"])[y % 2], g), TypeError, "targets: expected an array of numbers, got strings; number the classes"),
         (lambda z, y, g: diagnose_gradient(z, y, g > 0), TypeError, "gradient: expected real numbers, got dtype bool"),
         (lambda z, y, g: diagnose_gradient(z, y, jnp.asarray(g, jnp.float8_e4m3fn)), TypeError, "gradient: expected at least the precision of bfloat16, got dtype float8_e4m3fn"),
         (lambda z, y, g: diagnose_gradient(z, y, g, 2), ValueError, "axis: expected an integer in [-2, 2), got 2"),
@@ -1140,7 +1141,11 @@ def test_files_that_cannot_be_judged(tmp_path, capsys):
         "expected array 'gradient', got logits, targets": {"logits": z, "targets": labels},
         "expected array 'logits', got none": {},
         "gradient: expected the logits' shape (7, 3), got (3,)": {"logits": z, "targets": labels, "gradient": t[0]},
-        "gradient: expected real numbers, got dtype <U1": {"logits": z, "targets": labels, "gradient": np.array("x")},
+        "gradient: expected an array of numbers, got strings": {
+            "logits": z,
+            "targets": labels,
+            "gradient": np.array("x"),
+        },
         "expected an NPZ file of plain numbers": {"logits": np.array([{}]), "targets": labels, "gradient": t},
     }
     for message, arrays in cases.items():

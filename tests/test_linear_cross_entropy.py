@@ -636,6 +636,7 @@ def test_lowers_for_accelerators(platform):
         (lambda x, w, b, y: linear_cross_entropy(x, w, y, axis_name="v"), ValueError, r"axis_name: expected a mesh axis of an enclosing jax.shard_map with check_vma=True, its default (linear_cross_entropy also takes an axis of a mesh set by jax.set_mesh), got 'v'"),
         (lambda x, w, b, y: linear_cross_entropy(x.astype(complex), w, y), TypeError, r"features: expected real numbers, got dtype complex128"),
         (lambda x, w, b, y: plan_linear_cross_entropy(4, 4, 13, "int32"), TypeError, r"dtype: expected a floating dtype, got int32"),
+        (lambda x, w, b, y: plan_linear_cross_entropy(4, 4, 13, "bf16"), TypeError, r"dtype: expected a floating dtype, such as 'bfloat16', got 'bf16'"),
         (lambda x, w, b, y: plan_linear_cross_entropy(0, 4, 13), ValueError, r"positions: expected a positive integer, got 0"),
     ],
 )  # fmt: skip

@@ -56,6 +56,7 @@ def test_layers_are_drawn_independently_and_repeatably():
         (lambda: init_mlp(jax.random.key(0), (4,)), ValueError, "sizes: expected at least two positive layer sizes, got (4,)"),
         (lambda: init_mlp(jax.random.key(0), (4, 0)), ValueError, "sizes: expected at least two positive layer sizes, got (4, 0)"),
         (lambda: init_mlp(jax.random.key(0), (4, 2.5)), TypeError, "sizes[1]: expected an integer, got 2.5"),
+        (lambda: init_mlp(0, (4, 3)), TypeError, "key: expected a random key, such as jax.random.key(0), got 0"),
         (lambda: apply_mlp((), np.ones(4)), ValueError, "params: expected at least one layer, got none"),
         (lambda: apply_mlp([{"kernel": np.ones((4, 3)), "bias": np.zeros(3)}], np.ones((7, 4))), ValueError, "features: expected one example of shape (4,), got (7, 4); map batches with jax.vmap"),
     ],

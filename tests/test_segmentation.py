@@ -567,8 +567,8 @@ def test_more_steps_are_refused_and_begun_with_the_parameters_of_the_run(voc, wh
     with pytest.raises(InputError) as caught:
         run(more)
     assert str(caught.value) == (
-        f"--steps: expected 7, over which the learning rate of {out} falls to 0, got 9: to train longer, start "
-        f"another run from its parameters, --start {out} --out DIR"
+        f"--steps: expected 7, over which the learning rate of {out} falls to 0, got 9: resume with the run's own "
+        f"options; to train longer, start another run from its parameters when it is finished, --start {out} --out DIR"
     )
     options = config(tmp_path / "more", data=str(voc), start=out)
     run(options)
@@ -653,6 +653,9 @@ def test_predictions_of_one_name_or_without_a_run_are_one_line(whole, tmp_path):
         run(Config(predict=(pathlib.Path("a/x.jpg"), pathlib.Path("b/x.png")), out=out))
     with pytest.raises(InputError, match=r"x.jpg: no such file$"):
         run(Config(predict=(tmp_path / "x.jpg",), out=out))
+    (tmp_path / "photographs").mkdir()
+    with pytest.raises(InputError, match=r"photographs: expected an image, got a folder$"):
+        run(Config(predict=(tmp_path / "photographs",), out=out))
     with pytest.raises(InputError, match=r": expected a finished run, which holds summary.json and network.json"):
         run(Config(predict=(tmp_path / "x.jpg",), out=tmp_path))
 

@@ -183,7 +183,8 @@ def check_continued(config: Chosen, options: dict[str, Any]) -> None:
     if known["steps"] != config.steps:
         raise InputError(
             f"--steps: expected {known['steps']}, over which the learning rate of {config.out} falls to 0, got "
-            f"{config.steps}: to train longer, start another run from its parameters, --start {config.out} --out DIR"
+            f"{config.steps}: resume with the run's own options; to train longer, start another run from its "
+            f"parameters when it is finished, --start {config.out} --out DIR"
         )
 
 

@@ -104,6 +104,7 @@ def _entry(name: str, index: Iterable[str]) -> str:
 def as_array(name: str, value: ArrayLike) -> Array:
     """`value` as a JAX array, or an error that names the argument."""
     refuse_mask(name, value)
+    refuse_strings(name, value)
     # For a list or an array JAX's own error is the most precise.
     is_array = isinstance(value, jax.Array | np.ndarray | Sequence) and not isinstance(value, str)
     try:
@@ -122,6 +123,18 @@ def refuse_mask(name: str, value: object, ignored: str = "ignore_index") -> None
         is_label = name in ("targets", "labels") and value.dtype.kind in "iu"
         instead = f"{name}.filled(-1) with {ignored}=-1" if is_label else f"{name}.filled(...)"
         raise TypeError(f"{name}: expected an array without a mask, got a NumPy masked array: pass {instead}")
+
+
+def refuse_strings(name: str, value: object) -> None:
+    """Refuse lists and arrays of strings, such as the class names in a column of a table."""
+    if isinstance(value, np.ndarray):
+        strings = value.dtype.kind in "UST" or (value.dtype.kind == "O" and any(isinstance(v, str) for v in value.flat))
+    else:
+        strings = isinstance(value, list | tuple) and any(isinstance(entry, str) for entry in value)
+    if strings:
+        number = "number the classes: names, labels = numpy.unique(strings, return_inverse=True)"
+        remedy = f"; {number}" if name in ("targets", "labels") else ""
+        raise TypeError(f"{name}: expected an array of numbers, got strings{remedy}")
 
 
 def as_floating(name: str, value: ArrayLike) -> Array:

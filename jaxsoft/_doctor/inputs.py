@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike
 
-from jaxsoft._arrays.checks import refuse_mask, refuse_values
+from jaxsoft._arrays.checks import refuse_mask, refuse_strings, refuse_values
 from jaxsoft._doctor.comparison import TOLERANCE
 from jaxsoft._doctor.problem import Vectors
 from jaxsoft._jax_internals import Tracer
@@ -54,6 +54,7 @@ def floating_dtype(name: str, array: np.ndarray) -> np.dtype:
 
 
 def read(name: str, array: np.ndarray) -> np.ndarray:
+    refuse_strings(name, array)
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
         raise TypeError(f"{name}: expected real numbers, got dtype {array.dtype}")
     return array.astype(np.float64)

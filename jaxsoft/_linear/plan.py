@@ -128,7 +128,10 @@ def plan_linear_cross_entropy(
             raise ValueError(f"{name}: expected a positive integer, got {size}")
     as_option("reduction", reduction, REDUCTIONS)
     device = _as_device(platform, device_kind)
-    dtype = jnp.dtype(dtype)
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"dtype: expected a floating dtype, such as 'bfloat16', got {dtype!r}") from None
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
     wide, narrow = compute_dtype(dtype).itemsize, dtype.itemsize
