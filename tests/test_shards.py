@@ -415,6 +415,16 @@ def test_a_block_of_removed_classes_far_below_the_others_costs_nothing():
     assert over_shards(mesh, loss, (blocks, blocks), PartitionSpec())(logits, targets) == 0
 
 
+def test_no_class_left_has_no_second_derivative():
+    mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
+    whole = PartitionSpec(None, "classes")
+    logsumexp = over_shards(mesh, functools.partial(jaxsoft.logsumexp, axis_name="classes"), whole, PartitionSpec())
+    z = np.full((1, 40), -np.inf, np.float32)
+    gradient = jax.grad(lambda z: jnp.sum(logsumexp(z) * 0))
+    for found in jax.jit(lambda z: jax.jvp(gradient, (z,), (COTANGENT[:1],)))(z):
+        np.testing.assert_array_equal(found, 0)
+
+
 @pytest.mark.parametrize("other", [np.inf, 0.0])
 def test_a_logit_that_is_nan_in_one_block_is_not_passed_over_in_another(other):
     """For some orders of the devices, XLA's CPU takes the number as the maximum of a number and NaN."""

@@ -315,6 +315,7 @@ def _leads(exponentials: Array) -> Array:
 
 def _without_one(others: Array, count: Array, max_logit: Array) -> tuple[Array, Array]:
     """The sum of all exponentials except one of a class with the largest logit, and its logit as a constant."""
+    count = lax.stop_gradient(count)  # a sum over shards has tangents of 0, and the logarithm of 0 would make them NaN
     # −inf where no class is left, but not as a literal: `debug_infs` stops at one even where it is not selected.
     leader = lax.stop_gradient(max_logit) + jnp.log(jnp.minimum(count, 1))
     return others + jnp.maximum(count - 1, 0), leader
