@@ -752,8 +752,6 @@ struct Unit : Layout<T> {
   using C = typename Compute<T>::Type;
   using P = Pack<C>;
   static constexpr C kTiny = Compute<T>::kEpsilon / 8;
-  static constexpr C kRounding =  // of the dtype that is stored
-      __is_same(T, Bfloat16) ? C(0x1p-8) : __is_same(T, Float16) ? C(0x1p-11) : Compute<T>::kEpsilon;
   // Until their sum is known, exponentials are stored in the result's memory, or in scratch for half precision.
   static constexpr bool kInResult = __is_same(Layout<T>, Gathered<T>) || (Layout<T>::kFolds && sizeof(T) == sizeof(C));
 
@@ -862,14 +860,15 @@ struct Unit : Layout<T> {
   }
   // s (g − s·g), where s·g is subtracted twice. At a class whose s rounds to 1 the first difference is 0 or mere rounding.
   // The second s·g is a sum over the other classes, plus that rounding, which it restores. If s does not sum to 1 up to
-  // rounding, the second sum is not 0, and nothing is subtracted again.
+  // the rounding of these sums, as in half precision, the second is not 0, and nothing is subtracted again.
   void softmax_vjp() const {
     const Two sums = sum([&](int64_t s) FORCE { return Two{probs(s) * cotangent(s), probs(s)}; });
     const P &dot = sums.first, &total = sums.second;
     const P again = sum([&](int64_t s) FORCE { return probs(s) * (cotangent(s) - dot); });
     const P rest = once([](auto total, auto again) FORCE {
       const auto excess = total - 1;
-      return (excess < 8 * kRounding) & (excess > -8 * kRounding) ? again : decltype(again){};
+      constexpr C kLeast = 8 * Compute<T>::kEpsilon;
+      return (excess < kLeast) & (excess > -kLeast) ? again : decltype(again){};
     }, total, again);
     each([&](int64_t s) FORCE { return probs(s) * ((cotangent(s) - dot) - rest); });
   }
