@@ -30,15 +30,15 @@ class Pass(NamedTuple):
     exponentials: Array  # exp(z_j − reference), in half precision
     reference: Array
     sum_others: Array  # Σ exp(z_j − reference) over all classes except the label, at least in float32
-    label_logit: Array
+    label_logit: Array  # z − reference of the label; 0 if another shard has it
 
 
 def one_pass(logits: Callable[[Array], Array], x: Array, sample: Array, label: Array) -> Pass:
     """The exponentials and sums of `logits(x)`, given the logits of a sample of the classes."""
 
     def attempt(x: Array, reference: Array) -> Pass:
-        z = logits(x)
-        exponentials, here = jnp.exp(z - reference), is_label(z, label, 1)
+        z = logits(x) - reference
+        exponentials, here = jnp.exp(z), is_label(z, label, 1)
         sum_others = jnp.sum(jnp.where(here, 0, exponentials), 1, keepdims=True)
         label_logit = jnp.sum(jnp.where(here, z, 0), 1, keepdims=True)
         # Without the barrier XLA would store the logits instead, and compute the exponentials again.
@@ -46,11 +46,11 @@ def one_pass(logits: Callable[[Array], Array], x: Array, sample: Array, label: A
 
     def is_low(found: Pass) -> Array:
         # Whether a reference is too low shows in the sums; the largest logit would be one more result of the pass.
-        return (found.label_logit - found.reference > HIGHEST) | (found.sum_others > math.exp(HIGHEST))
+        return (found.label_logit > HIGHEST) | (found.sum_others > math.exp(HIGHEST))
 
     def again(found: Pass) -> Pass:
         # Without the barriers XLA would merge equal matmuls, or move them out of the loop, and store their results. It
-        # drops a barrier of which a result is unused.
+        # drops a barrier if one of the results is unused.
         features, reference = lax.optimization_barrier((x, found.reference))
         largest = jnp.maximum(reference, finite_max(logits(features), (1,)))
         reference = jnp.where(is_low(found), largest, reference)  # of each position by itself

@@ -142,7 +142,7 @@ class _Gradients(NamedTuple):
         label = t.label if config.axis_name else jnp.clip(t.label, 0, layer.kernel.shape[config.class_axis] - 1)
         sample = _products(x, _first_classes(layer, config), config)
         found = one_pass(lambda x: _products(x, layer, config), x, sample, label)
-        statistics = Statistics(found.reference, found.sum_others, found.label_logit - found.reference)
+        statistics = Statistics(found.reference, found.sum_others, found.label_logit)
         if config.axis_name is not None:
             statistics = over_shards(statistics, found.exponentials, (1,), t, config.axis_name)
         factor, at_label = config.head.factors(t, statistics, c)

@@ -138,7 +138,32 @@ def test_a_second_attempt_is_relative_to_the_largest_of_all_where_it_is_needed()
     np.testing.assert_array_equal(found.reference[:, 0], [1, 100, 500])
     np.testing.assert_array_equal(found.sum_others[0], low.sum_others[0])
     np.testing.assert_allclose(found.sum_others[:, 0], [np.exp([-1.0, 0.0, 1.0]).sum(), 1, 0], rtol=1e-6, atol=1e-200)
-    np.testing.assert_array_equal(found.label_logit[:, 0], [3, 0, 500])
+    np.testing.assert_array_equal(found.label_logit[:, 0], [2, -100, 0])
+
+
+def test_a_label_on_another_shard_needs_no_second_attempt():
+    """However low this shard's logits are: a second attempt would not end."""
+    z = jnp.asarray([[-50.0, -60.0, -55.0]])
+    found = one_pass(lambda x: z + x, jnp.zeros((1, 1)), z[:, :2], jnp.asarray([[7]]))
+    assert (found.reference, found.label_logit) == (-50, 0)
+    np.testing.assert_allclose(found.sum_others, 1 + np.exp(-10.0) + np.exp(-5.0), rtol=1e-12)
+
+
+def test_one_pass_keeps_the_digits_of_confident_predictions(monkeypatch):
+    """A label outside the sample, up to 40 above it, and more."""
+    monkeypatch.setattr(tiles, "SAMPLE", 2)
+    over_tiles = tiles._over_tiles
+    monkeypatch.setattr(tiles, "_over_tiles", lambda device, *rest: over_tiles(Device("tpu"), *rest))
+    margins = np.array([5.0, 20.0, 38.0, 42.0, 60.0])
+    monkeypatch.setattr(tiles, "plan_tile", lambda *_, **__: Tile(5, 5, 5, one_pass=True))
+    x, w = jnp.eye(5, dtype=jnp.bfloat16), jnp.zeros((5, 4), jnp.bfloat16).at[:, 3].set(margins.astype(jnp.bfloat16))
+    loss = lambda x, w: jaxsoft.linear_cross_entropy(x, w, np.full(5, 3), reduction="sum")  # noqa: E731
+    value, slope = jax.jit(jax.value_and_grad(loss, 1))(x, w)
+    jax.clear_caches()
+    others = 3 * np.exp(-margins)
+    np.testing.assert_allclose(value, np.log1p(others).sum(), rtol=1e-5)
+    # Logits are products with the unit matrix, so that the kernel's gradient is the gradient to the logits.
+    np.testing.assert_allclose(np.asarray(slope, float)[:, 3], -others / (1 + others), rtol=0.005)
 
 
 SHAPES = [(4096, 4096, 128_256), (8192, 2304, 256_000), (5000, 1024, 50_257), (65_536, 4096, 128_256), (3, 2, 5)]
