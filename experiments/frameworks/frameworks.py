@@ -30,7 +30,7 @@ class Framework(NamedTuple):
     python: str = ""  # the version that an environment of its own needs
     environment: tuple[tuple[str, str], ...] = ()
     shares: str = ""  # the framework whose environment has it, too
-    build: str = ""  # the worker that builds what is on no index, in an environment of its own
+    build: str = ""  # the worker that builds a framework without a package, in a separate environment
 
     @property
     def home(self) -> str:

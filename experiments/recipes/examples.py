@@ -19,7 +19,7 @@ Outcome = tuple[dict[str, jax.Array], tuple[jax.Array, ...]]
 
 
 class Example(NamedTuple):
-    """A recipe with its arguments, of which the first few are differentiated."""
+    """A recipe with its arguments; the first few arguments are differentiated."""
 
     recipe: Callable[..., Any]
     arguments: tuple[jax.Array, ...]

@@ -260,7 +260,7 @@ def _scanned_values(fn: Callable[..., Values], layer: LinearParams, operands: An
     @jax.checkpoint
     def tile(rows: Array) -> Values:
         x, t = _gather_rows(rows, (layer.features, operands), config)
-        x = jnp.where(t.ignored, 0, x)  # ignored rows, most of which the loops skip
+        x = jnp.where(t.ignored, 0, x)  # the loops skip most ignored rows, not all
         products = _products(x, layer._replace(kernel=layer.kernel.astype(x.dtype)), config)
         return fn(config.head, _to_logits(products, layer, _capped_in_scans), t, 1, config.axis_name)
 

@@ -1,8 +1,8 @@
-"""Build the layers of Caffe that compute losses, from its source as a package of PyPI has it, for of_caffe.py.
+"""Build Caffe's loss layers for of_caffe.py, from the source in a package of PyPI.
 
 python build_caffe.py
 
-It is run by the Python of an environment, into which it puts the library. The whole of Caffe asks for conda.
+The Python of an environment runs this, and the library is installed there. All of Caffe would need conda.
 """
 
 import shutil
