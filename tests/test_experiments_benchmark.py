@@ -32,8 +32,8 @@ from experiments.benchmark.measure import (
     relative_error,
 )
 from experiments.benchmark.peers import Peer, missing, peers_of
-from experiments.benchmark.places import HUGE, PURE, open_places, unused
-from experiments.benchmark.report import fallen_ratios, summary, timed_peers
+from experiments.benchmark.places import HUGE, KEPT, PURE, open_places, unused
+from experiments.benchmark.report import fallen_ratios, summary, timed_others
 from experiments.benchmark.sweep import CLIFFS, TASKS, sweep
 
 pytestmark = [pytest.mark.scripts, pytest.mark.x32]
@@ -77,7 +77,7 @@ def few_calls():
         patch.setattr(measuring, "FEWEST", 2)
         patch.setattr(measuring, "COMPILATIONS", 1)
         patch.setattr(benchmark, "measure_ceilings", lambda dtypes: CEILINGS)
-        patch.setattr(benchmark, "unused", lambda: dict.fromkeys((PURE, HUGE), "not of interest"))
+        patch.setattr(benchmark, "unused", lambda: dict.fromkeys((PURE, HUGE, KEPT), "not of interest"))
         yield
 
 
@@ -244,12 +244,13 @@ def test_the_fastest_of_ten_is_taken(monkeypatch):
 def test_peers_that_were_given_other_data_or_not_timed_do_not_count():
     rows = [("a", "jaxsoft", 1), ("a", "p", 3), ("a", "q", 2), ("a", "r, data class-last", 1.5), ("b", "p", np.nan)]
     rows += [("a", "jaxsoft (pure)", 2), ("a", "jaxsoft, huge pages", 1), ("a", "p, huge pages", 2)]
-    rows += [("a", "r, data class-last, huge pages", 1)]
+    rows += [("a", "r, data class-last, huge pages", 1), ("a", "q, memory kept", 2), ("a", "jaxsoft, memory kept", 1)]
     table = pd.DataFrame(
         [{"case": case, "shape": "", "dtype": "", "implementation": name, "ratio": ratio} for case, name, ratio in rows]
     )
-    assert timed_peers(table)["implementation"].tolist() == ["p", "q"]
-    assert timed_peers(table, HUGE)["implementation"].tolist() == ["p, huge pages"]
+    assert timed_others(table)["implementation"].tolist() == ["p", "q"]
+    assert timed_others(table, HUGE)["implementation"].tolist() == ["p, huge pages"]
+    assert timed_others(table, KEPT)["implementation"].tolist() == ["q, memory kept"]
 
 
 def test_relative_error_is_of_the_largest_entry():
@@ -274,21 +275,26 @@ def test_each_place_holds_the_inputs():
 
 def test_places_are_processes_whose_environment_differs(monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # as in this process
-    with open_places(["", PURE, HUGE]) as opened:
-        assert len({ask(os.getpid) for ask in opened.values()} | {os.getpid()}) == 4
+    with open_places(["", PURE, HUGE, KEPT]) as opened:
+        assert len({ask(os.getpid) for ask in opened.values()} | {os.getpid()}) == 5
         seen = {suffix: ask(os.getenv, "GLIBC_TUNABLES") for suffix, ask in opened.items()}
         assert seen == {
             "": os.getenv("GLIBC_TUNABLES"),
             PURE: os.getenv("GLIBC_TUNABLES"),
             HUGE: "glibc.malloc.hugetlb=1",
+            KEPT: os.getenv("GLIBC_TUNABLES"),
         }
+        assert opened[KEPT](os.getenv, "MALLOC_TRIM_THRESHOLD_") == "17179869184"
         assert opened[""](jaxsoft.native_kernels) == jaxsoft.native_kernels()
         assert opened[PURE](jaxsoft.native_kernels).detail == "turned off by JAXSOFT_NATIVE=0"
         with pytest.raises(TypeError):
             opened[HUGE](len, 1)
         case = Case("softmax", (6, 5), swept=True)
         rows = {row["implementation"]: row for row in measure(case, CEILINGS, 1e-9, np.random.default_rng(0), opened)}
-    assert [*rows] == ["jaxsoft", "jax.nn", "jaxsoft (pure)", "jaxsoft, huge pages", "jax.nn, huge pages"]
+    assert [*rows] == [
+        "jaxsoft", "jax.nn", "jaxsoft (pure)", "jaxsoft, huge pages", "jax.nn, huge pages",
+        "jaxsoft, memory kept", "jax.nn, memory kept",
+    ]  # fmt: skip
     assert all(row["median ms"] > 0 and row["compile ms"] > 0 for row in rows.values())
     assert rows["jaxsoft"]["ratio"] == rows["jaxsoft"]["compile ratio"] == 1
 
@@ -307,13 +313,14 @@ def test_places_that_say_nothing_here_are_named(monkeypatch, tmp_path):
     assert unused() == {}
     monkeypatch.setattr(places, "native_kernels", lambda: jaxsoft.NativeKernels(False, "why"))
     assert unused().keys() == {PURE}
-    for library in (("glibc", "2.34"), ("", "")):
+    for library, places_left_out in ((("glibc", "2.34"), {PURE, HUGE}), (("", ""), {PURE, HUGE, KEPT})):
         monkeypatch.setattr(places.platform, "libc_ver", lambda library=library: library)
+        assert unused().keys() == places_left_out
         assert unused()[HUGE].startswith("needs glibc 2.35, got ")
     pages.write_text("always madvise [never]\n")
     assert unused()[HUGE].startswith("Linux has turned them off")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert unused() == {PURE: "for a CPU", HUGE: "for a CPU"}
+    assert unused() == dict.fromkeys((PURE, HUGE, KEPT), "for a CPU")
 
 
 # The sweep.
@@ -351,20 +358,21 @@ def test_a_sweep_is_run_like_a_suite(tmp_path):
 def test_the_summary_compares_the_fastest_and_lists_what_is_below_one():
     rows = [
         ("a", "jaxsoft", 1, 1), ("a", "jaxsoft (pure)", 2, 3), ("a", "jaxsoft, huge pages", 0.5, 1),
-        ("a", "p", 4, 2), ("a", "q", 3, 0.5), ("a", "p, huge pages", 0.75, 1), ("a", "NumPy", 0.1, np.nan),
+        ("a", "p", 4, 2), ("a", "q", 3, 0.5), ("a", "p, huge pages", 0.4, 1), ("a", "NumPy", 0.1, np.nan),
+        ("a", "jaxsoft, memory kept", 2, 1), ("a", "NumPy, memory kept", 1, 1), ("a", "q, memory kept", 5, 1),
         ("b", "jaxsoft", 1, 1), ("b", "p", 12, 2), ("b", "q, data class-last", 0.1, 1),
     ]  # fmt: skip
     text = "\n".join(summary(pd.DataFrame(
         [dict(zip([*KEY, "ratio", "compile ratio"], (case, "(2, 3)", "float32", *row), strict=True)) for case, *row in rows]
     )))  # fmt: skip
     for line in (
-        "| peers over ours | 6.00 | 2 | 0 | 0 | 3.00 | a (2, 3) float32 | 12.00 |",
-        "| peers with huge pages over ours | 0.75 | 1 | 1 | 1 | 0.75 | a (2, 3) float32 | 0.75 |",
-        "| both with huge pages | 1.50 | 1 | 0 | 0 | 1.50 | a (2, 3) float32 | 1.50 |",
-        "| peers over ours without kernels | 1.50 | 1 | 0 | 0 | 1.50 | a (2, 3) float32 | 1.50 |",
-        "| ours without kernels over ours | 2.00 | 1 | 0 | 0 | 2.00 | a (2, 3) float32 | 2.00 |",
-        "| compiling, peers over ours | 1.00 | 2 | 1 | 1 | 0.50 | a (2, 3) float32 | 2.00 |",
-        "| a | (2, 3) | float32 | 3 q | 0.75 p |",
+        "| others / jaxsoft, as they come | 6.00 | 2 | 0 | 0 | 3.00 | a (2, 3) float32 | 12.00 |",
+        "| others / jaxsoft, with huge pages | 0.80 | 1 | 1 | 1 | 0.80 | a (2, 3) float32 | 0.80 |",
+        "| others / jaxsoft, memory kept | 2.50 | 1 | 0 | 0 | 2.50 | a (2, 3) float32 | 2.50 |",
+        "| others / jaxsoft without kernels | 1.50 | 1 | 0 | 0 | 1.50 | a (2, 3) float32 | 1.50 |",
+        "| jaxsoft without kernels / jaxsoft | 2.00 | 1 | 0 | 0 | 2.00 | a (2, 3) float32 | 2.00 |",
+        "| compiling, others / jaxsoft | 1.00 | 2 | 1 | 1 | 0.50 | a (2, 3) float32 | 2.00 |",
+        "| a | (2, 3) | float32 | 3 q | 0.8 p | 2.5 q |",
     ):
         assert line in text.splitlines()
     assert "| b |" not in text
@@ -388,6 +396,15 @@ def test_table_summary_and_pictures_are_written(whole):
     assert about["command"] == f"{waiting} python -m experiments.benchmark --only '{TWO}' --seconds 0.01"
     written = text.partition("\n| case | shape | dtype | implementation |")[2]
     assert written.count("\n| softmax | (150, 3) | float32 | ") == len(table) / 2
+
+
+@pytest.mark.parametrize(("load", "warned"), [(0.4, False), (0.6, True)])
+def test_a_busy_machine_is_warned_of(monkeypatch, capsys, tmp_path, load, warned):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    run(Config(only=TWO, seconds=0.01, out=tmp_path))
+    output = capsys.readouterr().out
+    assert f"Load average of the minute before: {load:.2f}." in output
+    assert output.startswith(f"Warning: the load average is {load:.2f}.") == warned
 
 
 def test_a_killed_run_goes_on_after_the_cases_it_has(whole, copy):

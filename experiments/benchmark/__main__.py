@@ -3,8 +3,8 @@
 python -m experiments.benchmark
 
 The result of every implementation of a case is compared with jaxsoft's, then all are timed in a new random
-order in each round. On a CPU, if available, separate processes repeat this with huge pages, and time jaxsoft
-without its kernels. A time is a call's until its result is ready; ratios above one mean that jaxsoft is
+order in each round. On a CPU, if available, separate processes repeat this with huge pages and with an allocator
+that keeps its memory, and time jaxsoft without its kernels. A time is a call's until its result is ready; ratios above one mean that jaxsoft is
 faster. How to read the table, and how to run on a GPU: experiments/benchmark/README.md.
 """
 
@@ -40,6 +40,8 @@ NAMED = ["jaxsoft", "jax", "jaxlib", "numpy", "optax", "torch", "jax-cce", "toka
 """Distributions whose versions the table states."""
 OPTIONS = "suite", "sweep", "only", "seconds", "seed"
 """What the results depend on."""
+BUSY = 0.5
+"""The load average of the last minute above which a run warns."""
 WAITING = "OMP_WAIT_POLICY"
 """What PyTorch's threads do between two loops."""
 
@@ -132,7 +134,10 @@ def begin(config: Config, dtypes: Iterable[str]) -> tuple[dict[str, Any], list[d
         return earlier, list(read_table(results).to_dict("records")) if results.exists() else []  # pyright: ignore
     path.unlink(missing_ok=True)
     results.unlink(missing_ok=True)
-    about |= {"date": f"{datetime.date.today()}", "ceilings": asdict(measure_ceilings(dtypes))}
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    if load > BUSY:
+        print(f"Warning: the load average is {load:.2f}. Other programs are running, and change times and ratios.")
+    about |= {"date": f"{datetime.date.today()}", "load": load, "ceilings": asdict(measure_ceilings(dtypes))}
     write_json(path, about)
     return about, []
 

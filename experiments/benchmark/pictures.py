@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from experiments._style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, WIDE, plt, save, tint
 from experiments.benchmark.measure import Ceilings
-from experiments.benchmark.report import timed_peers
+from experiments.benchmark.report import timed_others
 
 
 class Mark(NamedTuple):
@@ -66,9 +66,9 @@ def rows_of(
 
 
 def plot_ratios(table: pd.DataFrame, path: Path) -> None:
-    """For each case a bar to the fastest peer, with the middle half of the rounds, and a mark for every one."""
-    peers = timed_peers(table)
-    figure, axis, rows = rows_of(peers, ["shape", "dtype"])
+    """For each case a bar to the fastest other library, with the middle half of the rounds, and a mark for every one."""
+    others = timed_others(table)
+    figure, axis, rows = rows_of(others, ["shape", "dtype"])
     for row, group in rows:
         best = group.loc[group["ratio"].idxmin()].to_dict()
         axis.barh(row, best["ratio"] - 1, left=1, color=tint(mark(best["implementation"]).color, 0.5))
@@ -78,14 +78,15 @@ def plot_ratios(table: pd.DataFrame, path: Path) -> None:
         axis.annotate(f"{best['ratio']:.2f}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     axis.axvline(1, color="black", linewidth=1)
     axis.set(
-        title="time of the peers over ours: right of 1 ours is faster", xlabel="ratio; written, the fastest peer's"
+        title="time of other libraries divided by jaxsoft's: right of 1 jaxsoft is faster",
+        xlabel="ratio; the number is the fastest library's",
     )
     axis.set(xscale="log")
     axis.xaxis.set_major_locator(LogLocator(base=2, numticks=20))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter("{x:g}")
     axis.grid(axis="x")
-    figure.legend(handles=handles(peers), loc="outside lower center", ncols=6)
+    figure.legend(handles=handles(others), loc="outside lower center", ncols=6)
     save(figure, path)
 
 
@@ -95,7 +96,7 @@ def plot_roofline(table: pd.DataFrame, ceilings: Ceilings, path: Path) -> None:
     Dense functions do about one operation a byte and linear heads hundreds: over these, a roofline is two crowds
     with nothing between.
     """
-    everyone = pd.concat([table.loc[table["implementation"] == "jaxsoft"], timed_peers(table)])
+    everyone = pd.concat([table.loc[table["implementation"] == "jaxsoft"], timed_others(table)])
     timed = everyone.loc[everyone["ratio"].notna() & (everyone["MB"] > SMALL)]
     timed = timed.assign(case=timed["case"].str.split(",").str[0])
     shown = handles(timed)

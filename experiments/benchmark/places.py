@@ -16,8 +16,15 @@ import jax
 
 from jaxsoft import native_kernels
 
-PURE, HUGE = " (pure)", ", huge pages"
-ENVIRONMENTS = {"": {}, PURE: {"JAXSOFT_NATIVE": "0"}, HUGE: {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}
+PURE, HUGE, KEPT = " (pure)", ", huge pages", ", memory kept"
+KEEP = {"MALLOC_MMAP_THRESHOLD_": 2**33, "MALLOC_TRIM_THRESHOLD_": 2**34, "MALLOC_TOP_PAD_": 2**28}
+"""What makes glibc reuse the memory of large arrays instead of returning it to the operating system, in bytes."""
+ENVIRONMENTS = {
+    "": {},
+    PURE: {"JAXSOFT_NATIVE": "0"},
+    HUGE: {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
+    KEPT: {name: str(size) for name, size in KEEP.items()},
+}
 """Additional environment variables of a place, by the end of the names of its implementations."""
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -36,13 +43,15 @@ ALONE: Places = {"": here}
 def unused() -> dict[str, str]:
     """The places that mean nothing on this machine, and why."""
     if jax.default_backend() != "cpu":
-        return dict.fromkeys((PURE, HUGE), "for a CPU")
+        return dict.fromkeys((PURE, HUGE, KEPT), "for a CPU")
     library, release = platform.libc_ver()
     reasons = {} if native_kernels().loaded else {PURE: "ours has no kernels as it comes"}
     if not PAGES.exists() or "[never]" in PAGES.read_text():
         reasons[HUGE] = "Linux has turned them off, or this is another system"
     elif library != "glibc" or tuple(map(int, release.split("."))) < (2, 35):
         reasons[HUGE] = f"needs glibc 2.35, got {library or 'another library'} {release}".rstrip()
+    if library != "glibc":
+        reasons[KEPT] = f"needs glibc, got {library or 'another library'}"
     return reasons
 
 

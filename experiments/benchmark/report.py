@@ -9,10 +9,12 @@ import pandas as pd
 from experiments._door import InputError
 from experiments.benchmark.measure import COLUMNS, KEY, Ceilings
 from experiments.benchmark.peers import CLASS_LAST
-from experiments.benchmark.places import HUGE, PURE
+from experiments.benchmark.places import HUGE, KEPT, PURE
 
 FALL = 0.1
 """A ratio that has fallen by more than this share is flagged."""
+SETTINGS = {"as they come": "", "with huge pages": HUGE, "memory kept": KEPT}
+"""The places in which other libraries and jaxsoft are compared, each with itself."""
 
 
 def markdown(table: pd.DataFrame, about: dict[str, Any], left_out: dict[str, str], fallen: pd.DataFrame | None) -> str:
@@ -24,7 +26,8 @@ def markdown(table: pd.DataFrame, about: dict[str, Any], left_out: dict[str, str
         f"{about['date']}, by `{about['command']}`.",
         f"Versions: {', '.join(f'{name} {version}' for name, version in about['versions'].items())}.",
         f"Ceilings in this run: copy {ceilings.copy / 1e9:.3g} GB/s, matrix product {products}.",
-        f"Ours with {about['kernels']}.",
+        f"jaxsoft with {about['kernels']}.",
+        f"Load average of the minute before: {about['load']:.2f}.",
         "",
         *summary(table),
     ]
@@ -44,43 +47,31 @@ def cell(value: float | str) -> str:
 
 
 def summary(table: pd.DataFrame) -> list[str]:
-    """The fastest peer's time over ours in all cases, and the cases in which it is less."""
-    lines = [
-        "| the fastest peer's time over ours | geometric mean | cases | below 1 | below 0.9 | least | where | most |"
-    ]
-    lines += ["|" + "---|" * 8]
-    for kind, best in ratios_by_kind(table).items():
-        if len(best):
-            counts = f"{len(best)} | {sum(best < 1)} | {sum(best < 0.9)}"
-            mean, where = geometric_mean(best), " ".join(cast(tuple[str, ...], best.idxmin()))
-            lines.append(f"| {kind} | {mean:.2f} | {counts} | {best.min():.2f} | {where} | {best.max():.2f} |")
-    plain, huge = fastest_peers(table), fastest_peers(table, HUGE)
-    both = plain.join(huge.add_suffix(HUGE), how="outer")
-    below = both.loc[(both["ratio"] < 1) | (both[f"ratio{HUGE}"] < 1)].sort_values("ratio")
+    """The time of the fastest other library divided by jaxsoft's in all cases, and the cases in which it is less."""
+    lines = ["| ratio | geometric mean | cases | below 1 | below 0.9 | least | where | most |", "|" + "---|" * 8]
+    for kind, ratios in ratios_by_kind(table).items():
+        if len(ratios):
+            counts = f"{len(ratios)} | {sum(ratios < 1)} | {sum(ratios < 0.9)}"
+            mean, where = geometric_mean(ratios), " ".join(cast(tuple[str, ...], ratios.idxmin()))
+            lines.append(f"| {kind} | {mean:.2f} | {counts} | {ratios.min():.2f} | {where} | {ratios.max():.2f} |")
+    fastest = pd.concat({name: fastest_other(table, place) for name, place in SETTINGS.items()}, axis=1)
+    below = fastest.loc[(fastest.xs("ratio", axis=1, level=1) < 1).any(axis=1)]
     if len(below):
-        lines += [
-            "",
-            "Below 1:",
-            "",
-            "| case | shape | dtype | peers | peers with huge pages |",
-            "|---|---|---|---|---|",
-        ]
-    for row in below.reset_index().to_dict("records"):
-        cells = [f"{cell(row[f'ratio{end}'])} {cell(row[f'implementation{end}'])}".strip() for end in ("", HUGE)]
-        lines.append(f"| {' | '.join([row[name] for name in KEY[:3]] + cells)} |")
+        lines += ["", "Below 1:", "", f"| case | shape | dtype | {' | '.join(SETTINGS)} |", "|" + "---|" * 6]
+    for case, row in below.iterrows():
+        cells = [f"{cell(row[name, 'ratio'])} {cell(row[name, 'implementation'])}".strip() for name in SETTINGS]
+        lines.append(f"| {' | '.join([*cast(tuple[str, ...], case), *cells])} |")
     return [*lines, ""]
 
 
 def ratios_by_kind(table: pd.DataFrame) -> dict[str, pd.Series]:
     """Ratios of times for each case that has both, by their names."""
-    plain, huge = fastest_peers(table)["ratio"], fastest_peers(table, HUGE)["ratio"]
-    kinds = {
-        "peers over ours": plain,
-        "peers with huge pages over ours": huge,
-        "both with huge pages": huge / ratios_of(table, f"jaxsoft{HUGE}"),
-        "peers over ours without kernels": plain / ratios_of(table, f"jaxsoft{PURE}"),
-        "ours without kernels over ours": ratios_of(table, f"jaxsoft{PURE}"),
-        "compiling, peers over ours": timed_peers(table).groupby(KEY[:3])["compile ratio"].min(),
+    pure = ratios_of(table, f"jaxsoft{PURE}")
+    kinds = {f"others / jaxsoft, {name}": fastest_other(table, place)["ratio"] for name, place in SETTINGS.items()}
+    kinds |= {
+        "others / jaxsoft without kernels": fastest_other(table)["ratio"] / pure,
+        "jaxsoft without kernels / jaxsoft": pure,
+        "compiling, others / jaxsoft": timed_others(table).groupby(KEY[:3], sort=False)["compile ratio"].min(),
     }
     return {kind: ratios.dropna() for kind, ratios in kinds.items()}
 
@@ -89,23 +80,26 @@ def geometric_mean(ratios: pd.Series) -> float:
     return float(np.exp(np.log(ratios.to_numpy(float)).mean()))
 
 
-def fastest_peers(table: pd.DataFrame, place: str = "") -> pd.DataFrame:
-    """The fastest peer of a place in each case, and its time divided by ours with default settings."""
-    peers = timed_peers(table, place)
-    peers = peers.assign(implementation=peers["implementation"].str.removesuffix(HUGE))
-    peers = peers.loc[peers["implementation"] != "NumPy"]
-    return peers.loc[peers.groupby(KEY[:3])["ratio"].idxmin()].set_index(KEY[:3])[["ratio", "implementation"]]
+def fastest_other(table: pd.DataFrame, place: str = "") -> pd.DataFrame:
+    """The fastest other library of a place in each case, and its time divided by jaxsoft's in the same place."""
+    others = timed_others(table, place)
+    others = others.loc[others["implementation"] != f"NumPy{place}"].set_index(KEY[:3])
+    others = others.assign(
+        implementation=others["implementation"].str.removesuffix(place),
+        ratio=others["ratio"] / ratios_of(table, f"jaxsoft{place}").reindex(others.index),
+    )[["ratio", "implementation"]]
+    return others.sort_values("ratio").groupby(level=KEY[:3], sort=False).first().reindex(others.index.unique())
 
 
 def ratios_of(table: pd.DataFrame, implementation: str) -> pd.Series:
     return table.loc[table["implementation"] == implementation].set_index(KEY[:3])["ratio"]
 
 
-def timed_peers(table: pd.DataFrame, place: str = "") -> pd.DataFrame:
-    """The rows of the peers of a place that were timed on data laid out as the case has them."""
+def timed_others(table: pd.DataFrame, place: str = "") -> pd.DataFrame:
+    """The rows of the other libraries of a place that were timed on data laid out as the case has them."""
     names = table["implementation"]
-    of_place = names.str.endswith(HUGE) == (place == HUGE)
-    laid_out = ~names.str.removesuffix(HUGE).str.endswith(CLASS_LAST)
+    of_place = names.str.endswith(place) & ~names.str.endswith(tuple({HUGE, KEPT} - {place}))
+    laid_out = ~names.str.removesuffix(place).str.endswith(CLASS_LAST)
     return table.loc[~names.str.startswith("jaxsoft") & of_place & laid_out & table["ratio"].notna()]
 
 
@@ -121,6 +115,6 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def fallen_ratios(table: pd.DataFrame, old: pd.DataFrame) -> pd.DataFrame:
-    """The rows whose ratio, the peer's time over ours, has fallen by more than a tenth: ours has become slower."""
+    """The rows whose ratio, another library's time divided by jaxsoft's, has fallen by more than a tenth."""
     both = table.merge(old, on=KEY, suffixes=("", " before"))
     return both.loc[both["ratio"] < (1 - FALL) * both["ratio before"]]
