@@ -12,6 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import jaxsoft
 import reference
+from jaxsoft._formula import statistics
 
 MESHES = {"eight": ((8,), ("classes",)), "two by four": ((2, 4), ("data", "classes"))}
 rng = np.random.default_rng(0)
@@ -413,6 +414,25 @@ def test_a_block_of_removed_classes_far_below_the_others_costs_nothing():
 
     blocks = PartitionSpec(None, "classes")
     assert over_shards(mesh, loss, (blocks, blocks), PartitionSpec())(logits, targets) == 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_maximum_that_is_rounded_differently_when_it_is_read_again_counts_once(monkeypatch, temperature):
+    """XLA may compute logits once for their maximum and again for the sum; then no exponential is exactly 1."""
+    monkeypatch.setattr(statistics, "_leads", jnp.zeros_like)
+    mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
+
+    def loss(features, kernel, targets, **options):
+        options |= {"reduction": "none", "z_loss": 0.5, "temperature": temperature}
+        return jaxsoft.linear_cross_entropy(features, kernel, targets, **options)
+
+    whole, columns = PartitionSpec(), PartitionSpec(None, "classes")
+    sharded = over_shards(mesh, functools.partial(loss, axis_name="classes"), (whole, columns, columns), whole)
+    got = sharded(FEATURES, KERNEL, DISTRIBUTION)
+    logits = (FEATURES.astype(float) @ KERNEL) / temperature
+    lse = np.log(np.exp(logits).sum(1))
+    want = lse - (DISTRIBUTION * logits).sum(1) + 0.5 * lse**2
+    np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def test_no_class_left_has_no_second_derivative():

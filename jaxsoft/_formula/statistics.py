@@ -123,7 +123,8 @@ def over_shards(block: Statistics, logits: Array, axes: Axes, targets: Targets, 
     below = block.max_logit - max_logit
     count = None
     if block.other_weight is not None:  # only blocks that have the largest logit omit a class from their sum
-        leads = lax.stop_gradient((below == 0) & (block.exp_sum != 0))
+        # A block may have found no class at its maximum: XLA may compute the logits twice and round them differently.
+        leads = lax.stop_gradient((below == 0) & (block.label_logit == 0))
         count = leads.astype(below.dtype)
         block = block._replace(
             sum_others=jnp.where(leads, block.sum_others, block.exp_sum),
