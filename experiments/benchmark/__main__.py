@@ -3,9 +3,10 @@
 python -m experiments.benchmark
 
 The result of every implementation of a case is compared with jaxsoft's, then all are timed in a new random
-order in each round. On a CPU, if available, separate processes repeat this with huge pages and with an allocator
-that keeps its memory, and time jaxsoft without its kernels. A time is a call's until its result is ready; ratios above one mean that jaxsoft is
-faster. How to read the table, and how to run on a GPU: experiments/benchmark/README.md.
+order in each round. On a CPU, if available, separate processes repeat this with huge pages and with an
+allocator that keeps its memory, and time jaxsoft without its kernels. A time is a call's until its result is
+ready; ratios above one mean that jaxsoft is faster. How to read the table, and how to run on a GPU:
+experiments/benchmark/README.md.
 """
 
 import contextlib
