@@ -1,11 +1,12 @@
 // The kernels, compiled for each instruction set, with vector types that GCC and Clang have on every platform.
-// Templates of the standard library must not be used here: their copy for one instruction set could be linked for
-// another.
+// Functions of the standard library's templates must not be used here: their copy for one instruction set could be
+// linked for another.
 #include "kernels.h"
 
 #include <float.h>
 #include <math.h>
-#ifdef __AVX512F__
+#include <utility>
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
@@ -26,7 +27,9 @@ constexpr int kVectors = 4;            // in a pack: a single sum would wait for
 constexpr int64_t kKept = 1 << 15;     // exponentials of half precision that are stored until they are scaled
 constexpr int64_t kGatheredMost = 512;  // most classes of positions that are copied contiguously
 constexpr int64_t kFetched = 1 << 18;   // bytes that fit in a second-level cache
-constexpr int64_t kShort = 48, kLong = 256;  // classes of rows that are computed four at a time
+// Rows with fewer classes are copied contiguously, and rows with more are long. Between the two they are computed four at
+// a time, where vectors are so wide that few of them hold a row.
+constexpr int64_t kShort = kBytes == 64 ? 48 : 256, kLong = 256;
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
@@ -126,10 +129,21 @@ INLINE auto load_some(const T* from, int64_t count) {
   if (count >= lanes) return load(from);
 #ifdef __AVX512F__
   if constexpr (sizeof(T) == 4) return (VF)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    const VI lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    return (VF)_mm256_maskload_ps(from, (__m256i)(lane < int32_t(count)));
+  }
 #endif
   T buffer[lanes] = {};
   __builtin_memcpy(buffer, from, count * sizeof(T));
   return load(buffer);
+}
+// A size that is known at run time only, in powers of two.
+template <int size, class T>
+INLINE void copy_some(T* to, const T* from, int64_t count) {
+  if (count & size) __builtin_memcpy(to, from, size * sizeof(T)), to += size, from += size;
+  if constexpr (size > 1) copy_some<size / 2>(to, from, count);
 }
 template <class T, class V>
 INLINE void store_some(T* to, V v, int64_t count) {
@@ -140,46 +154,44 @@ INLINE void store_some(T* to, V v, int64_t count) {
 #endif
   T buffer[lanes];
   store(buffer, v);
-  __builtin_memcpy(to, buffer, count * sizeof(T));
+  copy_some<lanes / 2>(to, buffer, count);
 }
 
-// Every lane combined with the lane whose index differs in one bit.
 template <class C>
-INLINE typename Vectors<C>::V exchanged(typename Vectors<C>::V v, int bit) {
-  constexpr int n = kBytes / sizeof(C);
+using Lanes = std::make_integer_sequence<int, int(kBytes / sizeof(C))>;
+
+// Constant lanes of a and b, or compilers would choose them at run time.
+template <class C, int... index>
+INLINE typename Vectors<C>::V chosen(typename Vectors<C>::V a, typename Vectors<C>::V b) {
 #ifdef __clang__
-  typename Vectors<C>::V result;
-  for (int l = 0; l < n; ++l) result[l] = v[l ^ bit];
-  return result;
+  return __builtin_shufflevector(a, b, index...);
 #else
-  typename Vectors<C>::I lane;
-#pragma GCC unroll 16
-  for (int l = 0; l < n; ++l) lane[l] = l ^ bit;
-  return __builtin_shuffle(v, lane);
+  return __builtin_shuffle(a, b, typename Vectors<C>::I{index...});
 #endif
 }
 
-template <class C>
-INLINE void transpose(typename Vectors<C>::V* square) {
+// All lanes combined, in every lane: with those whose index differs in one bit, for each bit in turn.
+template <class C, int bit = kBytes / sizeof(C) / 2, class F, int... l>
+INLINE typename Vectors<C>::V combined(typename Vectors<C>::V v, F f, std::integer_sequence<int, l...> lanes) {
+  if constexpr (bit == 0) {
+    return v;
+  } else {
+    return combined<C, bit / 2>(f(v, chosen<C, (l ^ bit)...>(v, v)), f, lanes);
+  }
+}
+
+template <class C, int half = kBytes / sizeof(C) / 2, int... l>
+INLINE void transpose(typename Vectors<C>::V* square, std::integer_sequence<int, l...> lanes) {
   constexpr int n = kBytes / sizeof(C);
-#pragma GCC unroll 8
-  for (int half = n / 2; half > 0; half /= 2) {
-    typename Vectors<C>::I low, high;
-#pragma GCC unroll 16
-    for (int l = 0; l < n; ++l) low[l] = l & half ? l - half + n : l, high[l] = l & half ? l + n : l + half;
+  if constexpr (half > 0) {
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i) {
       if (i & half) continue;
       const auto a = square[i], b = square[i + half];
-#ifdef __clang__
-      for (int l = 0; l < n; ++l) {
-        square[i][l] = low[l] < n ? a[low[l]] : b[low[l] - n];
-        square[i + half][l] = high[l] < n ? a[high[l]] : b[high[l] - n];
-      }
-#else
-      square[i] = __builtin_shuffle(a, b, low), square[i + half] = __builtin_shuffle(a, b, high);
-#endif
+      square[i] = chosen<C, (l & half ? l - half + n : l)...>(a, b);
+      square[i + half] = chosen<C, (l & half ? l + n : l + half)...>(a, b);
     }
+    transpose<C, half / 2>(square, lanes);
   }
 }
 
@@ -411,9 +423,7 @@ struct Rows : Base<T> {
   INLINE void finish() const {}
   template <class F>
   static INLINE P fold(const P& p, F f) {  // all lanes combined, in every lane
-    auto v = f(f(p.v[0], p.v[1]), f(p.v[2], p.v[3]));
-#pragma GCC unroll 8
-    for (int half = P::kVector / 2; half > 0; half /= 2) v = f(v, exchanged<C>(v, half));
+    const auto v = combined<C>(f(f(p.v[0], p.v[1]), f(p.v[2], p.v[3])), f, Lanes<C>{});
     P result;
     for (auto& each : result.v) each = v;
     return result;
@@ -512,11 +522,8 @@ struct Quads : Base<T> {
   INLINE void finish() const {}
   template <class F>
   static INLINE P fold(P p, F f) {
-#pragma GCC unroll 8
-    for (int half = kVector / 2; half > 0; half /= 2) {
 #pragma GCC unroll 4
-      for (auto& v : p.v) v = f(v, exchanged<C>(v, half));
-    }
+    for (auto& v : p.v) v = combined<C>(v, f, Lanes<C>{});
     return p;
   }
 };
@@ -677,29 +684,51 @@ struct Gathered : Across<T> {
       for (int64_t c = 0; c < this->classes; ++c) to[c * kLanes + l] = padding;
     }
   }
+  // Of rows, a square of numbers at a time. The last square overlaps the one before, unless there are fewer classes.
   template <class U>
-  void transposed(const U* from, C* to) const {  // of rows, a square of numbers at a time
+  void transposed(const U* from, C* to) const {
     constexpr int n = P::kVector;
     for (int64_t l = 0; l < kLanes; l += n) {
-      for (int64_t c = 0; c < this->classes; c += n) {
-        typename P::V square[n];
-        const int64_t count = smaller(n, this->classes - c);
-        for (int i = 0; i < n; ++i) square[i] = load_some(from + (l + i) * this->classes + c, count);
-        transpose<C>(square);
-        for (int64_t i = 0; i < count; ++i) JAXSOFT_ISA::store(to + (c + i) * kLanes + l, square[i]);
+      const U* rows = from + l * this->classes;
+      if (this->classes < n) {
+        copy_square<false>(rows, this->classes, to + l, kLanes, n, this->classes);
+        continue;
+      }
+      for (int64_t next = 0; next < this->classes; next += n) {
+        const int64_t c = smaller(next, this->classes - n);
+        copy_square<true>(rows + c, this->classes, to + c * kLanes + l, kLanes, n, n);
       }
     }
   }
   void transposed_back(const C* from, T* to) const {
     constexpr int n = P::kVector;
     for (int64_t l = 0; l < kLanes; l += n) {
-      for (int64_t c = 0; c < this->classes; c += n) {
-        typename P::V square[n];
-        const int64_t count = smaller(n, this->classes - c);
-        for (int64_t i = 0; i < n; ++i) square[i] = i < count ? JAXSOFT_ISA::load(from + (c + i) * kLanes + l) : typename P::V{};
-        transpose<C>(square);
-        for (int i = 0; i < n; ++i) store_some(to + (l + i) * this->classes + c, square[i], count);
+      T* rows = to + l * this->classes;
+      if (this->classes < n) {
+        copy_square<false>(from + l, kLanes, rows, this->classes, this->classes, n);
+        continue;
       }
+      for (int64_t next = 0; next < this->classes; next += n) {
+        const int64_t c = smaller(next, this->classes - n);
+        copy_square<true>(from + c * kLanes + l, kLanes, rows + c, this->classes, n, n);
+      }
+    }
+  }
+  // The transpose of `rows` rows of `columns` numbers, both n if the square is whole.
+  template <bool kWhole, class A, class B>
+  static INLINE void copy_square(const A* from, int64_t stride, B* to, int64_t to_stride, int64_t rows, int64_t columns) {
+    constexpr int n = P::kVector;
+    typename P::V square[n];
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      if constexpr (kWhole) square[i] = JAXSOFT_ISA::load(from + i * stride);
+      else square[i] = i < rows ? load_some(from + i * stride, columns) : typename P::V{};
+    }
+    transpose<C>(square, Lanes<C>{});
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      if constexpr (kWhole) JAXSOFT_ISA::store(to + i * to_stride, square[i]);
+      else if (i < columns) store_some(to + i * to_stride, square[i], rows);
     }
   }
   template <class U>
@@ -1119,7 +1148,8 @@ struct Unit : Layout<T> {
 };
 
 Layout layout_of(const Shape& shape, int64_t lanes) {
-  if (shape.inner == 1 && shape.classes >= kShort) return shape.classes < kLong ? Layout::kQuads : Layout::kRows;
+  if (shape.inner == 1 && shape.classes >= kLong) return Layout::kRows;
+  if (shape.inner == 1 && shape.classes >= kShort) return Layout::kQuads;
   return shape.inner < lanes && shape.classes <= kGatheredMost ? Layout::kGathered : Layout::kStrips;
 }
 
