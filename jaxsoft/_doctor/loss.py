@@ -12,7 +12,7 @@ from jaxsoft._cross_entropy import cross_entropy
 from jaxsoft._doctor.diagnosis import Diagnosis
 from jaxsoft._doctor.inputs import concrete, read
 from jaxsoft._doctor.loss_conventions import FORMS, REDUCTIONS, SMOOTHINGS, TELLS, WEIGHTINGS, smoothed, weighted
-from jaxsoft._doctor.loss_mistakes import ADDITIONS, HALF, HALF_TEXT, INPUTS, LOG_PROBS, LOSSES, OUTERS
+from jaxsoft._doctor.loss_mistakes import TEXTS
 from jaxsoft._doctor.loss_sample import Options, Sample, log_softmax, read_sample
 from jaxsoft._doctor.loss_search import Precision, Way, distinct, search
 
@@ -20,6 +20,7 @@ COUNTED_FROM_ONE = (
     "Label {label} is outside [0, {label}), and no label is 0: these labels count the classes from 1, and here the "
     "first class is 0. Subtract 1 from all of them. The loss, for the labels minus 1: "
 )
+USUAL = {next(iter(table)) for table in (SMOOTHINGS, FORMS, WEIGHTINGS)}
 NOTHING = "Every position is ignored or has weight 0: a sum of 0 divided by a count of 0"
 
 
@@ -171,20 +172,12 @@ def _name(way: Way) -> str:
     if way.mistakes:
         return " and ".join(way.mistakes)
     smoothing, form, weighting, reduction = way.conventions
-    usual = {next(iter(table)) for table in (SMOOTHINGS, FORMS, WEIGHTINGS)}
-    return ", ".join([reduction, *(name for name in (form, smoothing, weighting) if name not in usual)])
+    return ", ".join([reduction, *(name for name in (form, smoothing, weighting) if name not in USUAL)])
 
 
 def _explained(s: Sample, way: Way) -> str:
     """The text that the user reads about one way."""
-    texts = {
-        name: text for table in (INPUTS, LOG_PROBS, LOSSES, OUTERS, ADDITIONS) for name, (text, _) in table.items()
-    }
-    sentences = [texts[name].format(value=way.value) for name in way.mistakes if name in texts]
-    if HALF in way.mistakes:
-        sentences.append(HALF_TEXT.format(dtype=way.value))
-    usual = {next(iter(table)) for table in (SMOOTHINGS, FORMS, WEIGHTINGS)}
-    tables = SMOOTHINGS, FORMS, WEIGHTINGS, REDUCTIONS
+    sentences = [TEXTS[name].format(value=way.value) for name in way.mistakes]
     counts = {
         "positions": len(s.w) // s.groups if s.groups < len(s.w) else len(s.w),
         "valid": int(s.live.sum()),
@@ -192,8 +185,8 @@ def _explained(s: Sample, way: Way) -> str:
         "inner": len(s.w) // s.shape[0] if s.shape else 1,
         "classes": s.classes,
     }
-    for name, table in zip(reversed(way.conventions), reversed(tables), strict=True):
-        if name not in usual:
+    for name, table in zip(reversed(way.conventions), (REDUCTIONS, WEIGHTINGS, FORMS, SMOOTHINGS), strict=True):
+        if name not in USUAL:
             sentences.append(f"{name[0].upper()}{name[1:]}: {table[name][0].format(**counts)}")
     return " ".join(sentences)
 

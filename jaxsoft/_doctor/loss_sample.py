@@ -44,6 +44,11 @@ class Sample(NamedTuple):
     def has_ignored(self) -> bool:
         return not self.live.all()
 
+    @property
+    def has_examples(self) -> bool:
+        """Whether the first axis has examples of several positions."""
+        return len(self.shape) > 1 and self.shape[0] < len(self.w)
+
     def label_weights(self) -> Numbers:
         """The class weight of each position's target: its label's, or a distribution's mean."""
         return self.t @ self.c

@@ -18,6 +18,7 @@ from jaxsoft._doctor.loss_mistakes import (
     LOSSES,
     OUTERS,
     SMOOTHED,
+    TEXTS,
     USUAL,
     half_sums,
 )
@@ -27,8 +28,7 @@ from jaxsoft._doctor.loss_sample import Numbers, Rows, Sample, log_softmax
 MOST_LOGITS = 100_000
 # Sums in half precision are tried for at most so many losses, since NumPy adds them one by one.
 MOST_ADDED = 1_000_000
-ORDER = {name: n for n, name in enumerate(itertools.chain(INPUTS, LOG_PROBS, LOSSES, OUTERS, ADDITIONS, [HALF]))}
-
+ORDER = {name: n for n, name in enumerate(TEXTS)}
 
 Targets = list[tuple[tuple[str, ...], np.ndarray]]
 
@@ -111,7 +111,8 @@ def nodes(s: Sample, count: int) -> Iterator[Node]:
         lp = log_softmax(made.z)
         q = smoothed(made)
         for name, (_, formula) in LOSSES.items():
-            yield from (Node((*mistakes, name), made, lp, losses) for losses in formula(made, lp, q))
+            each = (np.where(made.live, losses, 0) for losses in formula(made, lp, q))
+            yield from (Node((*mistakes, name), made, lp, losses) for losses in each)
 
 
 def _inputs(s: Sample, count: int) -> Iterator[tuple[tuple[str, ...], Sample]]:
