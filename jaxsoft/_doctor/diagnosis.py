@@ -8,14 +8,19 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 from jaxsoft._arrays.checks import as_axis, as_integer
 from jaxsoft._doctor.comparison import Comparison, distance
 from jaxsoft._doctor.findings import FINDINGS, judge
-from jaxsoft._doctor.inputs import as_labels, concrete, fitting_axes, floating_dtype, read, read_targets
+from jaxsoft._doctor.inputs import (
+    COUNTED_FROM_ONE,
+    as_labels,
+    concrete,
+    fitting_axes,
+    floating_dtype,
+    read,
+    read_logits,
+    read_targets,
+)
 from jaxsoft._doctor.mistakes import MISTAKES
 from jaxsoft._doctor.problem import Problem, solve
 
-COUNTED_FROM_ONE = (
-    "Label {label} is outside [0, {label}), and no label is 0: these labels count the classes from 1, and here the "
-    "first class is 0. Subtract 1 from all of them. The gradient, for the labels minus 1: {name}. {explanation}"
-)
 OTHER_SHAPES = {
     "transposed": MISTAKES["transposed"][0],
     "Jacobian handed over": "This is softmax's Jacobian itself, one matrix per position, not a gradient. The gradient "
@@ -131,12 +136,8 @@ def _diagnose(
     logits: np.ndarray, targets: np.ndarray, gradient: np.ndarray, axis: int, ignore_index: int | None
 ) -> Diagnosis:
     """The diagnosis with the classes along this axis."""
-    z, g = read("logits", logits), read("gradient", gradient)
+    z, g = read_logits(logits), read("gradient", gradient)
     dtype, logits_dtype = floating_dtype("gradient", gradient), floating_dtype("logits", logits)
-    if not np.isfinite(z).all():
-        raise ValueError("logits: expected finite numbers, got NaN or infinity")
-    if z.size == 0:
-        raise ValueError(f"logits: expected at least one position and class, got shape {z.shape}")
     t, counted_from_one = read_targets(targets, logits.shape, axis, ignore_index)
     problem = solve(np.moveaxis(z, axis, -1), t)
     truth, narrow = np.moveaxis(problem.truth, -1, axis), problem.z.astype(dtype).astype(np.float64)
@@ -151,8 +152,8 @@ def _diagnose(
     name, explanation = verdict["name"], verdict["explanation"]
     correct = name.startswith("correct") and not counted_from_one
     if counted_from_one:
-        explanation = COUNTED_FROM_ONE.format(label=problem.classes, name=name, explanation=explanation)
-        name = "labels counted from 1"
+        remark = COUNTED_FROM_ONE.format(label=problem.classes, judged="gradient")
+        name, explanation = "labels counted from 1", f"{remark}{name}. {explanation}"
     return Diagnosis(correct, name, explanation, truth, distance(c.g, c.nearest()), c.g.sum(-1))
 
 

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import ArrayLike
+from jaxtyping import ArrayLike, Float
 
 from jaxsoft._arrays.checks import refuse_mask, refuse_strings, refuse_values
 from jaxsoft._doctor.comparison import TOLERANCE
@@ -12,6 +12,11 @@ from jaxsoft._jax_internals import Tracer
 # Labels that by custom mark ignored positions: in Keras and scikit-learn, in PyTorch, in images of 8 and 16 bits, and
 # the least int32.
 IGNORED = (-1, -100, 255, 65535, -(2**31))
+
+COUNTED_FROM_ONE = (
+    "Label {label} is outside [0, {label}), and no label is 0: these labels count the classes from 1, and here the "
+    "first class is 0. Subtract 1 from all of them. The {judged}, for the labels minus 1: "
+)
 
 
 def concrete(name: str, value: ArrayLike) -> np.ndarray:
@@ -58,6 +63,15 @@ def read(name: str, array: np.ndarray) -> np.ndarray:
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
         raise TypeError(f"{name}: expected real numbers, got dtype {array.dtype}")
     return array.astype(np.float64)
+
+
+def read_logits(logits: np.ndarray) -> Float[np.ndarray, "..."]:
+    z = read("logits", logits)
+    if not np.isfinite(z).all():
+        raise ValueError("logits: expected finite numbers, got NaN or infinity")
+    if z.size == 0:
+        raise ValueError(f"logits: expected at least one position and class, got shape {z.shape}")
+    return z
 
 
 def read_targets(t: np.ndarray, shape: tuple[int, ...], axis: int, ignore_index: int | None) -> tuple[Vectors, bool]:

@@ -10,16 +10,12 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 from jaxsoft._arrays.checks import as_axis
 from jaxsoft._cross_entropy import cross_entropy
 from jaxsoft._doctor.diagnosis import Diagnosis
-from jaxsoft._doctor.inputs import concrete, read
+from jaxsoft._doctor.inputs import COUNTED_FROM_ONE, concrete, read
 from jaxsoft._doctor.loss_conventions import FORMS, REDUCTIONS, SMOOTHINGS, TELLS, WEIGHTINGS, smoothed, weighted
 from jaxsoft._doctor.loss_mistakes import TEXTS
 from jaxsoft._doctor.loss_sample import Options, Sample, log_softmax, read_sample
 from jaxsoft._doctor.loss_search import Precision, Way, distinct, search
 
-COUNTED_FROM_ONE = (
-    "Label {label} is outside [0, {label}), and no label is 0: these labels count the classes from 1, and here the "
-    "first class is 0. Subtract 1 from all of them. The loss, for the labels minus 1: "
-)
 USUAL = {next(iter(table)) for table in (SMOOTHINGS, FORMS, WEIGHTINGS)}
 NOTHING = "Every position is ignored or has weight 0: a sum of 0 divided by a count of 0"
 
@@ -96,7 +92,7 @@ def diagnose_loss(
     found = distinct(search(sample, numbers, _precision(given, numbers))) if np.isfinite(numbers).all() else []
     verdict, explanation, correct = _judged(sample, numbers, found, nearest)
     if from_one:
-        explanation = COUNTED_FROM_ONE.format(label=sample.classes) + explanation
+        explanation = COUNTED_FROM_ONE.format(label=sample.classes, judged="loss") + explanation
         verdict, correct = "labels counted from 1", False
     whole = (*positions, sample.classes)
     return Diagnosis(

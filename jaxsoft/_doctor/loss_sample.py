@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxsoft._arrays.checks import as_integer
-from jaxsoft._doctor.inputs import as_labels, concrete, read, read_targets
+from jaxsoft._doctor.inputs import as_labels, concrete, read, read_logits, read_targets
 from jaxsoft._doctor.problem import logsumexp
 
 Rows = Float[np.ndarray, "positions classes"]
@@ -74,11 +74,7 @@ class Options(NamedTuple):
 def read_sample(logits: ArrayLike, targets: ArrayLike, axis: int, groups: int, options: Options) -> tuple[Sample, bool]:
     """The sample, and whether its labels were counted from 1."""
     given, labels = concrete("logits", logits), concrete("targets", targets)
-    z = np.moveaxis(read("logits", given), axis, -1)
-    if not np.isfinite(z).all():
-        raise ValueError("logits: expected finite numbers, got NaN or infinity")
-    if z.size == 0:
-        raise ValueError(f"logits: expected at least one position and class, got shape {given.shape}")
+    z = np.moveaxis(read_logits(given), axis, -1)
     index = None if options.ignore_index is None else as_integer("ignore_index", options.ignore_index)
     labels = as_labels(labels, given.shape, axis)
     t, from_one = read_targets(labels, given.shape, axis, index)
