@@ -1,7 +1,7 @@
 """The most likely classes of a linear layer whose logits are never all stored."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -131,8 +131,8 @@ def _candidates(logits: Array, k: int, axis_name: AxisName) -> tuple[Array, Arra
 @functools.cache
 def _top_k(k: int) -> Head:
     # `copies`: XLA adds a bias to the matmul's result once for the search, and again for the gradient.
-    statistics, init_output = functools.partial(_statistics, k=k), functools.partial(_init_output, k=k)
-    return Head(statistics, _values, _gradients, init_output, copies=True)
+    statistics = functools.partial(_statistics, k=k)
+    return Head(statistics, _values, _gradients, widths=(k, 1), indices=k, copies=True)
 
 
 def _statistics(logits: Array, axis: int, positions: Positions, axis_name: AxisName, *, k: int) -> TopKStats:
@@ -172,8 +172,3 @@ def _gradients(
         at_others = factor * jnp.exp(top.logits[:, 1:]) + grad_others
         grad_logits = put(grad_logits, jnp.where(removed[:, 1:], -1, block[:, 1:]), at_others, axis)
     return grad_logits, None
-
-
-def _init_output(positions: int, dtype: Any, *, k: int) -> Values:
-    variable = jnp.zeros((positions, k), dtype), jnp.zeros((positions, 1), dtype)
-    return variable, (jnp.full((positions, k), -1, jnp.int32),)

@@ -82,7 +82,7 @@ def over_mesh(on_device: Callable[..., Results], layout: Layout, args: "HeadArgs
         gathered=layout.gathered,
     )
     own, reduced = P(*layout.positions), P(*layout.positions[:examples])
-    count = len(jax.tree.leaves(config.head.init_output(1, jnp.float32)))
+    count = len(jax.tree.leaves(config.head.ignored_values(1, jnp.float32)))
     first = own if config.averaging.reduction == "none" else reduced
     specs = _specs(layout, args, config.class_axis)
     run = jax.shard_map(

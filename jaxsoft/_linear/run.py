@@ -109,7 +109,7 @@ def _operands(args: HeadArgs, config: HeadConfig) -> tuple[Any, Array | None]:
 
 def _nothing(leading: tuple[int, ...], dtype: jnp.dtype, config: HeadConfig) -> Results:
     """The results for zero positions."""
-    each = jax.tree.leaves(config.head.init_output(0, dtype))
+    each = jax.tree.leaves(config.head.ignored_values(0, dtype))
     results = [jnp.reshape(array, (*leading, *array.shape[1:])) for array in each]
     if config.averaging.reduction != "none":
         results[0] = jnp.zeros(leading[: config.averaging.examples], dtype)

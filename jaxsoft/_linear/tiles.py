@@ -228,8 +228,8 @@ def diff_args(layer: LinearParams, operands: Any) -> DiffArgs:
 
 def as_values(config: HeadConfig, results: Results) -> Values:
     """A flat tuple of results as differentiable values and constants."""
-    variable, _ = config.head.init_output(1, jnp.float32)
-    return results[: len(variable)], results[len(variable) :]
+    count = len(config.head.widths)
+    return results[:count], results[count:]
 
 
 def _scanned_gradients(
@@ -280,7 +280,7 @@ def _first_classes(layer: LinearParams, config: HeadConfig) -> LinearParams:
 def _init_output(layer: LinearParams, operands: Any, config: HeadConfig) -> Results:
     """The values of ignored positions, typed as varying like the others' values."""
     axes = axes_after_psum(manual_axes((layer, operands)), config.axis_name)
-    values = config.head.init_output(layer.features.shape[0], compute_dtype(layer.features.dtype))
+    values = config.head.ignored_values(layer.features.shape[0], compute_dtype(layer.features.dtype))
     return pvary(tuple(jax.tree.leaves(values)), axes)
 
 
