@@ -8,7 +8,7 @@ mode.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ class custom_vjp(jax.custom_vjp):
     results. The tangent of an argument that is not perturbed is None.
     """
 
+    forward: Callable | None = None
     both_modes: jax.custom_jvp | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -44,7 +45,7 @@ class custom_vjp(jax.custom_vjp):
         self, fwd: Callable, bwd: Callable, symbolic_zeros: bool = False, *, forward: Callable | None = None
     ) -> None:
         super().defvjp(fwd, bwd, symbolic_zeros)
-        self.rules = _Rules(fwd, bwd, forward)
+        self.forward = forward
         both_modes = jax.custom_jvp(self.fun, nondiff_argnums=self.nondiff_argnums)
         both_modes.defjvp(functools.partial(_differentiate, self), symbolic_zeros=True)
         self.both_modes = both_modes
@@ -60,12 +61,6 @@ class custom_vjp(jax.custom_vjp):
             # With jax_enable_checks JAX 0.10 and 0.12 raise an AssertionError for a `custom_jvp` inside `checkify`.
             refused = checking.value and jax.config.jax_enable_checks
             return super().__call__ if self.both_modes is None or refused or primitives_fail() else self.both_modes
-
-
-class _Rules(NamedTuple):
-    fwd: Callable
-    bwd: Callable
-    forward: Callable | None
 
 
 class _Primal(NamedTuple):
@@ -84,7 +79,7 @@ def _differentiate(rule: custom_vjp, *args: Any) -> tuple[Any, Any]:
     given = primals
     if rule.symbolic_zeros:
         given = jax.tree.unflatten(tree, [_Primal(leaf, n in perturbed) for n, leaf in enumerate(leaves)])
-    results, residuals = rule.rules.fwd(*_merge(rule, static, given))
+    results, residuals = cast(Callable, rule.fwd)(*_merge(rule, static, given))
     residual_leaves, residual_tree = jax.tree.flatten(residuals)
     result_leaves, result_tree = jax.tree.flatten(results)
     types = tuple(result.aval for result in result_leaves)
@@ -119,11 +114,11 @@ class _Derivative(NamedTuple):
 
     def pushforward(self, residuals: Results, tangents: Results) -> Results:
         """The tangents of the results."""
-        if self.rule.rules.forward is None:
+        if self.rule.forward is None:
             return self._transposed(residuals, tangents)
         given = dict(zip(self.perturbed, tangents, strict=True))
         tree = jax.tree.unflatten(self.primal_tree, [given.get(n) for n in range(self.primal_tree.num_leaves)])
-        pushed = self.rule.rules.forward(*self.static, jax.tree.unflatten(self.residual_tree, residuals), tree)
+        pushed = self.rule.forward(*self.static, jax.tree.unflatten(self.residual_tree, residuals), tree)
         pairs = zip(jax.tree.leaves(pushed), self.result_types, strict=True)
         return tuple(tangent for tangent, kind in pairs if _is_inexact(kind))
 
@@ -146,7 +141,8 @@ class _Derivative(NamedTuple):
             next(given) if _is_inexact(kind) else np.zeros(kind.shape, jax.dtypes.float0) for kind in self.result_types
         ]
         result_cotangents = jax.tree.unflatten(self.result_tree, leaves)
-        pulled = self.rule.rules.bwd(*self.static, jax.tree.unflatten(self.residual_tree, residuals), result_cotangents)
+        backward, residuals = cast(Callable, self.rule.bwd), jax.tree.unflatten(self.residual_tree, residuals)
+        pulled = backward(*self.static, residuals, result_cotangents)
         by_index: dict[int, Array] = {}
 
         def note(cotangent: Any, index: Any) -> None:
