@@ -73,8 +73,7 @@ def softmax(
     outputs" (1990). The shift by the maximum: P. Blanchard, D. J. Higham, N. J. Higham, "Accurately
     computing the log-sum-exp and softmax functions" (2021).
     """
-    prepared, axes, mask = _prepare(logits, axis, where)
-    axis_name = as_axis_name(axis_name, "logits", prepared)
+    prepared, axes, mask, axis_name = _prepare(logits, axis, where, axis_name)
     probs = cast(Array, _softmax(prepared, axes, axis_name))
     return probs if mask is None else jnp.where(mask, probs, 0)
 
@@ -90,16 +89,17 @@ def _softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array,
     if axis_name is None:
         (probs,) = _probs((logits,), from_end(axes, logits))
     else:
-        statistics = block_statistics(logits, axes, axis_name=axis_name)
-        probs = scaled_exponentials(logits, statistics.max_logit, 1 / statistics.positive_sum, axes)
+        (probs,) = _plain_probs((logits,), axes, axis_name)
     return probs, probs
 
 
-@with_platform_impl(cpu=cpu.softmax)
-def _probs(arrays: tuple[Array], axes: Axes) -> tuple[Array]:
+def _plain_probs(arrays: tuple[Array], axes: Axes, axis_name: AxisName = None) -> tuple[Array]:
     (logits,) = arrays
-    statistics = block_statistics(logits, axes)
+    statistics = block_statistics(logits, axes, axis_name=axis_name)
     return ((jnp.exp(widen(logits) - statistics.max_logit) / statistics.positive_sum).astype(logits.dtype),)
+
+
+_probs = with_platform_impl(cpu=cpu.softmax)(_plain_probs)
 
 
 @jit_outside_traces(static_argnums=(0, 1))
@@ -155,10 +155,7 @@ def softmax_vjp(
     axis_name = as_axis_name(axis_name, "probs", s)
     if axis_name is None:
         return _compiled_pullback(s, g, from_end(axes, s))
-    wide = widen(s)
-    g = g.astype(wide.dtype)
-    dot = sum_shards(jnp.sum(wide * g, axes, keepdims=True), axis_name)
-    return (wide * (g - dot)).astype(s.dtype)
+    return _plain_pullback((s, g), axes, axis_name)[0]
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -166,12 +163,14 @@ def _compiled_pullback(probs: Array, cotangent: Array, axes: Axes) -> Array:
     return _pulled_back((probs, cotangent), axes)[0]
 
 
-@with_platform_impl(cpu=cpu.softmax_vjp)
-def _pulled_back(arrays: tuple[Array, Array], axes: Axes) -> tuple[Array]:
+def _plain_pullback(arrays: tuple[Array, Array], axes: Axes, axis_name: AxisName = None) -> tuple[Array]:
     s = widen(arrays[0])
     g = arrays[1].astype(s.dtype)
-    dot = jnp.sum(s * g, axes, keepdims=True)
+    dot = sum_shards(jnp.sum(s * g, axes, keepdims=True), axis_name)
     return ((s * (g - dot)).astype(arrays[0].dtype),)
+
+
+_pulled_back = with_platform_impl(cpu=cpu.softmax_vjp)(_plain_pullback)
 
 
 def softmax_jacobian(probs: Float[ArrayLike, "*batch classes"]) -> Float[Array, "*batch classes classes"]:
@@ -251,8 +250,7 @@ def log_softmax(
 
     Source: P. Blanchard, D. J. Higham, N. J. Higham (2021).
     """
-    prepared, axes, mask = _prepare(logits, axis, where)
-    axis_name = as_axis_name(axis_name, "logits", prepared)
+    prepared, axes, mask, axis_name = _prepare(logits, axis, where, axis_name)
     log_probs = cast(Array, _log_softmax(prepared, axes, axis_name))
     return log_probs if mask is None else jnp.where(mask, log_probs, -jnp.inf)
 
@@ -264,43 +262,42 @@ def _log_softmax(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
 
 
 @jit_outside_traces(static_argnums=(1, 2))
-def _log_softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, tuple[Array, Array, Array]]:
+def _log_softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, tuple[Array, ...]]:
     if axis_name is None:
-        log_probs, max_logit, total = _log_probs((logits,), from_end(axes, logits))
+        log_probs, *sums = _log_probs((logits,), from_end(axes, logits))
     else:
-        statistics = block_statistics(logits, axes, axis_name=axis_name)
-        max_logit, total = statistics.max_logit, statistics.positive_sum
-        log_probs = (widen(logits) - max_logit - jnp.log(total)).astype(logits.dtype)
-    return log_probs, (logits, max_logit, total)
+        log_probs, *sums = _plain_log_probs((logits,), axes, axis_name)
+    return log_probs, (logits, *sums)
 
 
-@with_platform_impl(cpu=cpu.log_softmax)
-def _log_probs(arrays: tuple[Array], axes: Axes) -> tuple[Array, Array, Array]:
+def _plain_log_probs(arrays: tuple[Array], axes: Axes, axis_name: AxisName = None) -> tuple[Array, Array, Array]:
     (logits,) = arrays
-    statistics = block_statistics(logits, axes)
+    statistics = block_statistics(logits, axes, axis_name=axis_name)
     log_probs = widen(logits) - statistics.max_logit - jnp.log(statistics.positive_sum)
     return log_probs.astype(logits.dtype), statistics.max_logit, statistics.positive_sum
 
 
+_log_probs = with_platform_impl(cpu=cpu.log_softmax)(_plain_log_probs)
+
+
 @jit_outside_traces(static_argnums=(0, 1))
-def _log_softmax_bwd(
-    axes: Axes, axis_name: AxisName, residuals: tuple[Array, Array, Array], cotangent: Array
-) -> tuple[Array]:
+def _log_softmax_bwd(axes: Axes, axis_name: AxisName, residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array]:
     if axis_name is None:
-        return (_log_pulled_back((*residuals, cotangent), from_end(axes, cotangent))[0],)
-    logits, max_logit, total = residuals
-    g = widen(cotangent)
-    summed = sum_shards(jnp.sum(g, axes, keepdims=True), axis_name)
-    minus_one = -jnp.ones_like(summed)
-    return (scaled_exponentials(logits, max_logit, -summed / total, axes, position_weight=minus_one, target_weights=g),)
+        (gradient,) = _log_pulled_back((*residuals, cotangent), from_end(axes, cotangent))
+    else:
+        (gradient,) = _plain_log_pullback((*residuals, cotangent), axes, axis_name)
+    return (gradient,)
 
 
-@with_platform_impl(cpu=cpu.log_softmax_vjp)
-def _log_pulled_back(arrays: tuple[Array, ...], axes: Axes) -> tuple[Array]:
+def _plain_log_pullback(arrays: tuple[Array, ...], axes: Axes, axis_name: AxisName = None) -> tuple[Array]:
     logits, max_logit, total, g = map(widen, arrays)
     # From the logits, not from the result, whose exponentials would not sum to one in half precision.
     probs = jnp.exp(logits - max_logit) / total
-    return ((g - probs * jnp.sum(g, axes, keepdims=True)).astype(arrays[0].dtype),)
+    total_cotangent = sum_shards(jnp.sum(g, axes, keepdims=True), axis_name)
+    return ((g - probs * total_cotangent).astype(arrays[0].dtype),)
+
+
+_log_pulled_back = with_platform_impl(cpu=cpu.log_softmax_vjp)(_plain_log_pullback)
 
 
 _log_softmax.__wrapped__.defvjp(_log_softmax_fwd, _log_softmax_bwd)
@@ -346,8 +343,7 @@ def logsumexp(
 
     Source: P. Blanchard, D. J. Higham, N. J. Higham (2021).
     """
-    prepared, axes, _ = _prepare(logits, axis, where)
-    axis_name = as_axis_name(axis_name, "logits", prepared)
+    prepared, axes, _, axis_name = _prepare(logits, axis, where, axis_name)
     lse = cast(Array, _logsumexp(prepared, axes, axis_name))
     return lse if keepdims else jnp.squeeze(lse, axes)
 
@@ -378,9 +374,9 @@ _logsumexp.__wrapped__.defvjp(_logsumexp_fwd, _logsumexp_bwd)
 
 
 def _prepare(
-    logits: ArrayLike, axis: int | Sequence[int] | None, where: ArrayLike | None
-) -> tuple[Array, Axes, Array | None]:
-    """The logits with masked classes at −inf, the class axes, and the mask.
+    logits: ArrayLike, axis: int | Sequence[int] | None, where: ArrayLike | None, axis_name: AxisName
+) -> tuple[Array, Axes, Array | None, AxisName]:
+    """The logits with masked classes at −inf, the class axes, the mask, and the mesh axes of the classes.
 
     A mask is applied to the result as well, so that a cotangent at a masked class, NaN included
     (the derivative of p log p at 0), does not reach the others.
@@ -390,4 +386,4 @@ def _prepare(
     mask = None if where is None else shard_like(as_mask("where", where, array.shape), array)
     array = remove_classes(array, mask)
     check_values("logits", array, ~jnp.isnan(array), "a number")
-    return array, axes, mask
+    return array, axes, mask, as_axis_name(axis_name, "logits", array)
