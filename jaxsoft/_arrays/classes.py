@@ -9,14 +9,7 @@ from jaxtyping import Array, ArrayLike
 
 from jaxsoft._arrays.checks import as_axes, as_axis, as_floating, as_mask
 from jaxsoft._arrays.dtypes import widen
-from jaxsoft._arrays.sharding import (
-    AxisName,
-    as_axis_name,
-    explicit_names,
-    explicit_sharding,
-    shard_like,
-    sum_shards,
-)
+from jaxsoft._arrays.sharding import AxisName, as_axis_name, explicit_names, explicit_sharding, shard_like, sum_shards
 
 Axis = int | Sequence[int] | None
 

@@ -17,13 +17,7 @@ from jaxsoft._arrays.dtypes import compute_dtype, widen
 from jaxsoft._custom_vjp import custom_vjp
 from jaxsoft._formula.head import Head, Values, freeze_ignored, operand_cotangents, scale_gradient
 from jaxsoft._formula.sparse import SparseTargets, check_sparse, sparse_loss, sparse_operands
-from jaxsoft._formula.statistics import (
-    Statistics,
-    block_statistics,
-    leading_statistics,
-    scaled_exponentials,
-    weighted,
-)
+from jaxsoft._formula.statistics import Statistics, block_statistics, leading_statistics, scaled_exponentials, weighted
 from jaxsoft._formula.targets import Averaging, LogitsType, Options, Targets, dense_operands, labels_as_array
 from jaxsoft._jax_internals import Results
 from jaxsoft._platform import cpu

@@ -17,14 +17,7 @@ from jaxsoft._arrays.exports import exportable
 from jaxsoft._arrays.sharding import AxisName, all_classes, shard_like_except, sum_shards
 from jaxsoft._formula.head import Head, Values, freeze_ignored, scale_gradient
 from jaxsoft._formula.statistics import Statistics, block_statistics, scaled_exponentials, weighted
-from jaxsoft._formula.targets import (
-    Averaging,
-    LogitsType,
-    Options,
-    labels_as_array,
-    position_weights,
-    z_loss_weights,
-)
+from jaxsoft._formula.targets import Averaging, LogitsType, Options, labels_as_array, position_weights, z_loss_weights
 from jaxsoft._jax_internals import Results, Tracer
 
 Outside = Literal["tail", "renormalise", "nothing"]
