@@ -42,9 +42,9 @@ class Targets(NamedTuple):
 
     label: Array | None = None  # index of the label within the block, possibly outside of it
     label_weight: Any = None  # 0 where ignored, NaN where the label is out of range
-    target_weights: Array | None = None  # of all classes, broadcasting against the logits
     position_weight: Any = None  # multiplies a position's target weights
     z_loss_weight: Array | None = None  # multiplies lse²
+    target_weights: Array | None = None  # of all classes, broadcasting against the logits
     differentiable: Array | None = None  # False at a class of a distribution that is masked or has weight 0
 
     @property
@@ -254,7 +254,7 @@ def _label_operands(
     at_label = jnp.ones_like(counted) if class_weights is None else look_up(class_weights, jnp.maximum(label, 0))
     arrays = label, position_weight, at_label, counted
     label, position_weight, at_label, counted = (jnp.expand_dims(array, logits.axis) for array in arrays)
-    targets = Targets(label - logits.first_class, position_weight * at_label, None, position_weight)
+    targets = Targets(label - logits.first_class, position_weight * at_label, position_weight)
     return targets, counted, counted * at_label
 
 
