@@ -12,7 +12,7 @@ from jaxsoft._arrays.classes import put
 from jaxsoft._arrays.dtypes import is_removed
 from jaxsoft._arrays.exports import exportable
 from jaxsoft._arrays.sharding import AxisName, first_class, sum_shards
-from jaxsoft._formula.head import Head, Positions, Values, freeze_ignored
+from jaxsoft._formula.head import Head, Untargeted, Values, freeze_ignored
 from jaxsoft._formula.sparse import Outside, SparseTargets
 from jaxsoft._formula.statistics import Statistics, block_statistics, scaled_exponentials
 from jaxsoft._formula.targets import Targets
@@ -135,7 +135,7 @@ def _top_k(k: int) -> Head:
     return Head(statistics, _values, _gradients, widths=(k, 1), indices=k, copies=True)
 
 
-def _statistics(logits: Array, axis: int, positions: Positions, axis_name: AxisName, *, k: int) -> TopKStats:
+def _statistics(logits: Array, axis: int, operands: Untargeted, axis_name: AxisName, *, k: int) -> TopKStats:
     first = first_class(logits.shape[axis], axis_name)
     top, classes = _candidates(logits, k, axis_name)
     leader = Targets(label=classes[:, :1] - first)
@@ -143,14 +143,14 @@ def _statistics(logits: Array, axis: int, positions: Positions, axis_name: AxisN
     return TopKStats(found, top.astype(found.max_logit.dtype) - found.max_logit, classes, first)
 
 
-def _values(positions: Positions, top: TopKStats, axis: int) -> Values:
+def _values(operands: Untargeted, top: TopKStats, axis: int) -> Values:
     return (top.logits - top.statistics.log_sum, top.statistics.logsumexp), (top.classes,)
 
 
 def _gradients(
-    logits: Array, positions: Positions, top: TopKStats, axis: int, cotangents: Results, *, in_place: bool
+    logits: Array, operands: Untargeted, top: TopKStats, axis: int, cotangents: Results, *, in_place: bool
 ) -> tuple[Array, None]:
-    ignored, logits = positions.ignored, freeze_ignored(logits, positions)[0]
+    ignored, logits = operands.ignored, freeze_ignored(logits, operands)[0]
     statistics, (grad_log_probs, grad_lse) = top.statistics, cotangents
     removed = is_removed(top.logits)
     grad_log_probs = jnp.where(removed, 0, grad_log_probs)

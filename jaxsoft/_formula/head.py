@@ -36,7 +36,7 @@ def check_operands(operands: Any, rank: int) -> None:
             raise TypeError(f"{kind}.{name}: expected the logits' rank {rank}, got shape {array.shape}")
 
 
-class Positions(NamedTuple):
+class Untargeted(NamedTuple):
     """Operands of a head without targets: the weight of each position, and a teacher's logits or layer."""
 
     position_weight: PerPosition

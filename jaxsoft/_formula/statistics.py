@@ -208,12 +208,12 @@ def _block_sums(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array, ...]:
     return tuple(sums)
 
 
-def _weighted_gap(target_weights: Array, below: Array, axes: Axes) -> Array:
+def _weighted_gap(target_weights: Array, gaps: Array, axes: Axes) -> Array:
     """Σ_j q_j (m − z_j)."""
-    finite = jnp.isfinite(below)
+    finite = jnp.isfinite(gaps)
     # One select around both products: XLA's CPU stores what each select yields.
-    infinite_cost = weighted(lax.stop_gradient(target_weights), below)
-    cost = jnp.where(finite, target_weights * jnp.where(finite, below, 0), infinite_cost)
+    infinite_cost = weighted(lax.stop_gradient(target_weights), gaps)
+    cost = jnp.where(finite, target_weights * jnp.where(finite, gaps, 0), infinite_cost)
     return jnp.sum(cost, axes, keepdims=True)
 
 

@@ -117,7 +117,7 @@ class LogitsType(NamedTuple):
         return compute_dtype(self.logits.dtype)
 
     @property
-    def positions(self) -> tuple[int, ...]:
+    def position_shape(self) -> tuple[int, ...]:
         return self.shape[: self.axis] + self.shape[self.axis + 1 :]
 
     @property
@@ -239,10 +239,10 @@ def _label_operands(
     name: str,
 ) -> tuple[Targets, Array, Array]:
     """Labels as targets, each position's weight (0 if ignored), and this weight times its label's class weight."""
-    if labels.shape != logits.positions:
+    if labels.shape != logits.position_shape:
         raise ValueError(
-            f"targets: expected integer labels of shape {logits.positions}, the logits' {logits.shape} "
-            f"without axis {logits.axis}, got {labels.shape}{_remedy(labels.shape, logits.shape, logits.positions)}"
+            f"targets: expected integer labels of shape {logits.position_shape}, the logits' {logits.shape} "
+            f"without axis {logits.axis}, got {labels.shape}{_remedy(labels.shape, logits)}"
         )
     labels = at_least_int32(shard_like(labels, logits.logits, logits.axis))
     inside, ignored = (labels >= 0) & (labels < logits.classes), equals(labels, ignore_index)
@@ -300,9 +300,9 @@ def _distribution_operands(
 
 def position_weights(weights: ArrayLike | None, logits: LogitsType) -> Array:
     """The weight of each position, sharded as the logits."""
-    counted = jnp.ones(logits.positions, logits.dtype)
+    counted = jnp.ones(logits.position_shape, logits.dtype)
     if weights is not None:
-        counted = broadcast("weights", _weights("weights", weights, logits.dtype, masks=True), logits.positions)
+        counted = broadcast("weights", _weights("weights", weights, logits.dtype, masks=True), logits.position_shape)
     return shard_like(counted, logits.logits, logits.axis)
 
 
@@ -358,12 +358,12 @@ def _allowed(classes: int, ignore_index: int | None) -> str:
     return f"a label in [0, {classes})" + ("" if ignore_index is None else f" or ignore_index={ignore_index}")
 
 
-def _remedy(labels: tuple[int, ...], logits: tuple[int, ...], positions: tuple[int, ...]) -> str:
+def _remedy(labels: tuple[int, ...], logits: LogitsType) -> str:
     """A hint that makes labels of another shape fit, if there is a simple one."""
-    fitting = [n for n in range(len(logits)) if logits[:n] + logits[n + 1 :] == labels]
-    if fitting:
-        return f"; these labels fit axis={fitting[0]}"
-    return "; squeeze their last axis: targets[..., 0]" if labels == (*positions, 1) else ""
+    for axis in range(len(logits.shape)):
+        if logits._replace(axis=axis).position_shape == labels:
+            return f"; these labels fit axis={axis}"
+    return "; squeeze their last axis: targets[..., 0]" if labels == (*logits.position_shape, 1) else ""
 
 
 def _weights(name: str, value: ArrayLike, dtype: jnp.dtype, *, masks: bool = False) -> Array:
