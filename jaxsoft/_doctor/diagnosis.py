@@ -6,7 +6,6 @@ import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxsoft._arrays.checks import as_axis, as_integer
-from jaxsoft._doctor.comparison import Comparison, distance
 from jaxsoft._doctor.findings import FINDINGS, judge
 from jaxsoft._doctor.inputs import (
     COUNTED_FROM_ONE,
@@ -19,7 +18,7 @@ from jaxsoft._doctor.inputs import (
     read_targets,
 )
 from jaxsoft._doctor.mistakes import MISTAKES
-from jaxsoft._doctor.problem import Problem, solve
+from jaxsoft._doctor.problem import Comparison, Problem, distance, solve
 
 OTHER_SHAPES = {
     "transposed": MISTAKES["transposed"][0],

@@ -10,11 +10,11 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 from jaxsoft._arrays.checks import as_axis
 from jaxsoft._cross_entropy import cross_entropy
 from jaxsoft._doctor.diagnosis import Diagnosis
-from jaxsoft._doctor.inputs import COUNTED_FROM_ONE, concrete, read
+from jaxsoft._doctor.inputs import COUNTED_FROM_ONE, Options, Sample, concrete, read, read_sample
 from jaxsoft._doctor.loss_conventions import FORMS, REDUCTIONS, SMOOTHINGS, TELLS, WEIGHTINGS, smoothed, weighted
 from jaxsoft._doctor.loss_mistakes import TEXTS
-from jaxsoft._doctor.loss_sample import Options, Sample, log_softmax, read_sample
 from jaxsoft._doctor.loss_search import Precision, Way, distinct, search
+from jaxsoft._doctor.problem import log_softmax
 
 USUAL = {next(iter(table)) for table in (SMOOTHINGS, FORMS, WEIGHTINGS)}
 NOTHING = "Every position is ignored or has weight 0: a sum of 0 divided by a count of 0"

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxsoft._doctor.loss_sample import Numbers, Rows, Sample, log_softmax
+from jaxsoft._doctor.inputs import Numbers, Rows, Sample
 from jaxsoft._doctor.mistakes import Catalogue
+from jaxsoft._doctor.problem import log_softmax
 
 # A formula gives None if it equals the usual one, the first of its table.
 Smoothing = Callable[[Sample], Rows | None]  # the smoothed targets

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from jaxsoft._doctor.loss_sample import Numbers, Rows, Sample, log_softmax
+from jaxsoft._doctor.inputs import Numbers, Rows, Sample
 from jaxsoft._doctor.mistakes import Catalogue
-from jaxsoft._doctor.problem import logsumexp, sigmoid, softmax
+from jaxsoft._doctor.problem import log_softmax, logsumexp, sigmoid, softmax
 
 Given = Float[np.ndarray, " groups"]
 Inputs = Callable[[Sample], Iterable[Sample]]

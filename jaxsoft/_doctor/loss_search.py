@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from jaxsoft._doctor.inputs import Numbers, Rows, Sample
 from jaxsoft._doctor.loss_conventions import FORMS, REDUCTIONS, SMOOTHINGS, WEIGHTINGS, smoothed
 from jaxsoft._doctor.loss_mistakes import (
     ADDITIONS,
@@ -22,7 +23,7 @@ from jaxsoft._doctor.loss_mistakes import (
     USUAL,
     half_sums,
 )
-from jaxsoft._doctor.loss_sample import Numbers, Rows, Sample, log_softmax
+from jaxsoft._doctor.problem import log_softmax
 
 # Pairs of mistakes are tried for at most so many logits; for more they would take minutes.
 MOST_LOGITS = 100_000
