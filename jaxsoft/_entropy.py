@@ -68,10 +68,6 @@ def _entropy(logits: Array, axis: int, axis_name: AxisName) -> Array:
     return jnp.squeeze(entropies, axis)
 
 
-def _statistics(logits: Array, axis: int, operands: Untargeted, axis_name: AxisName) -> Moments:
-    return block_moments(logits, axis, axis_name)
-
-
 def _values(operands: Untargeted, moments: Moments, axis: int) -> Values:
     return (jnp.where(operands.ignored, 0, moments.entropy),), ()
 
@@ -83,4 +79,4 @@ def _gradients(
     return moment_gradients(logits, moments, 0.0, jnp.where(ignored, 0, cotangents[0]), ignored, axis), None
 
 
-ENTROPY = Head(_statistics, _values, _gradients)
+ENTROPY = Head(lambda logits, axis, _, axis_name: block_moments(logits, axis, axis_name), _values, _gradients)

@@ -30,7 +30,6 @@ MOST_LOGITS = 100_000
 # Sums in half precision are tried for at most so many losses, since NumPy adds them one by one.
 MOST_ADDED = 1_000_000
 ORDER = {name: n for n, name in enumerate(TEXTS)}
-
 Targets = list[tuple[tuple[str, ...], np.ndarray]]
 
 
@@ -284,9 +283,9 @@ def search(s: Sample, given: np.ndarray, precision: Precision) -> list[Way]:
     return []
 
 
-def distinct(found: Iterable[Way], most: int = 3) -> list[Way]:
-    """The most likely ways whose names differ, at most `most`."""
+def distinct(found: Iterable[Way]) -> list[Way]:
+    """The three most likely ways whose names differ."""
     by_name: dict[object, Way] = {}
     for way in found:
         by_name.setdefault(frozenset(way.mistakes) if way.mistakes else way.conventions, way)
-    return list(by_name.values())[:most]
+    return list(by_name.values())[:3]

@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from jaxsoft._arrays.classes import is_label
 from jaxsoft._arrays.dtypes import is_removed, widen
-from jaxsoft._arrays.sharding import AxisName, broadcast_like, first_class, max_shards, sum_shards
+from jaxsoft._arrays.sharding import AxisName, broadcast_like, first_class, max_shards, sum_together
 from jaxsoft._formula.statistics import Statistics, finite_max
 from jaxsoft._platform import cpu
 from jaxsoft._platform.dispatch import Axes, from_end, with_platform_impl
@@ -66,8 +66,8 @@ def _over_shards(
     below = jnp.where(scale == 0, 0, below)  # avoids 0 · (−huge) for a block whose exponentials underflow
     gap = (gap - below * (block.sum_others + leading)) * scale
     sum_others = (block.sum_others + jnp.where(leads, 0, leading)) * scale
-    sums = jnp.concatenate([sum_others, gap, jnp.where(leads, block.label_logit, 0)], axis)
-    sum_others, gap, label_logit = jnp.split(sum_shards(sums, axis_name), 3, axis)
+    sums = sum_others, gap, jnp.where(leads, block.label_logit, 0)
+    sum_others, gap, label_logit = sum_together(sums, axis, axis_name)
     return Statistics(max_logit, sum_others, jnp.where(first == none, -jnp.inf, label_logit)), gap, first
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from jaxsoft._arrays.classes import is_label
 from jaxsoft._arrays.dtypes import widen
-from jaxsoft._arrays.sharding import AxisName, broadcast_like, explicit_names, max_shards, sum_shards
+from jaxsoft._arrays.sharding import AxisName, broadcast_like, explicit_names, max_shards, sum_together
 from jaxsoft._formula.targets import Targets
 from jaxsoft._platform import accelerator, cpu
 from jaxsoft._platform.dispatch import Axes, from_end, with_platform_impl
@@ -84,8 +84,8 @@ class Statistics(NamedTuple):
         """(mass + label_weight)·p_label − label_weight, with 1 − p as the sum over the other classes."""
         return (mass * jnp.exp(self.label_logit) - label_weight * self.sum_others) / self.positive_sum
 
-    def max_gradient(self, mass: Array, position_weight: Array) -> "MaxGradient":
-        """(mass + w·τ)·p − w·q at a class with the largest logit, for any target weight q.
+    def max_gradient(self, mass: Array, position_weight: Array) -> tuple[Array, Array]:
+        """(mass + w·τ)·p − w·q at a class with the largest logit, as a − b·q for any target weight q: a and b.
 
         If all other classes together are less likely than this one, it is the only one with that logit, and the
         gradient is (mass + w·(τ − q))·p − w·q·(1 − p). There τ − q and 1 − p are sums over the other classes, not
@@ -94,14 +94,7 @@ class Statistics(NamedTuple):
         confident, total = self.sum_others < 1, self.positive_sum
         weight = jnp.where(confident, self.other_weight, self.weight_sum)
         slope = jnp.where(confident, self.sum_minus_one / total, 1)
-        return MaxGradient((mass + position_weight * weight) / total, position_weight * slope)
-
-
-class MaxGradient(NamedTuple):
-    """The gradient at a class with the largest logit, `constant` − `slope`·q for a target weight q."""
-
-    constant: Array
-    slope: Array
+        return (mass + position_weight * weight) / total, position_weight * slope
 
 
 def block_statistics(
@@ -138,8 +131,7 @@ def over_shards(block: Statistics, logits: Array, axes: Axes, targets: Targets, 
         sums += [] if count is None else [count]
         sums += [block.weight_sum, block.weighted_gap - block.weight_sum * below]
         sums += [] if count is None else [block.other_weight]
-    packed = sum_shards(jnp.concatenate(sums, axes[-1]), axis_name)  # one all-reduce for all sums
-    sum_others, *rest = jnp.split(packed, len(sums), axes[-1])
+    sum_others, *rest = sum_together(sums, axes[-1], axis_name)
     if count is not None:
         sum_others, leader = _without_one(sum_others, rest[0], max_logit)
         rest[0] = leader - lax.stop_gradient(max_logit)
@@ -241,7 +233,7 @@ def scaled_exponentials(
     at_label: Array | None = None,
     position_weight: Array | None = None,
     target_weights: Array | None = None,
-    at_max: MaxGradient | None = None,
+    at_max: tuple[Array, Array] | None = None,
     in_place: bool = False,
 ) -> Array:
     """exp(z_j − m)·factor − position_weight·q_j, with `at_label` as the first term at the label; 0 where ignored.
@@ -282,20 +274,20 @@ def leading_statistics(logits: Array, axes: Axes, axis_name: AxisName = None) ->
     if axis_name is None:
         max_logit, sum_others, leader = _leading_sums((logits,), from_end(axes, logits))
     else:
-        max_logit = max_shards(finite_max(logits, axes), axis_name)
-        sums = jnp.concatenate(_others_and_leaders(jnp.exp(widen(logits) - max_logit), axes), axes[-1])
-        others, leaders = jnp.split(sum_shards(sums, axis_name), 2, axes[-1])
-        sum_others, leader = _without_one(others, leaders, max_logit)
+        max_logit, sum_others, leader = _plain_leading_sums((logits,), axes, axis_name)
     max_logit = lax.stop_gradient(max_logit)
     return Statistics(max_logit, sum_others, leader - max_logit)
 
 
-@with_platform_impl(cpu=cpu.leading_sums)
-def _leading_sums(arrays: tuple[Array], axes: Axes) -> tuple[Array, ...]:
+def _plain_leading_sums(arrays: tuple[Array], axes: Axes, axis_name: AxisName = None) -> tuple[Array, ...]:
     """m, the sum of all exponentials except one of a class with the logit m, and its logit."""
     (logits,) = arrays
-    max_logit = finite_max(logits, axes)
-    return max_logit, *_without_one(*_others_and_leaders(jnp.exp(widen(logits) - max_logit), axes), max_logit)
+    max_logit = max_shards(finite_max(logits, axes), axis_name)
+    sums = _others_and_leaders(jnp.exp(widen(logits) - max_logit), axes)
+    return max_logit, *_without_one(*sum_together(sums, axes[-1], axis_name), max_logit)
+
+
+_leading_sums = with_platform_impl(cpu=cpu.leading_sums)(_plain_leading_sums)
 
 
 def _others_and_leaders(exponentials: Array, axes: Axes) -> tuple[Array, Array]:

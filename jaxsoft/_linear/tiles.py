@@ -122,7 +122,11 @@ class _Gradients(NamedTuple):
         grad_logits, grad_weights = config.head.gradients(logits, t, statistics, 1, c, in_place=in_place)
         (grad_products,) = pull(grad_logits)
         results, gradients = carry
-        gradients = self.added(rows, gradients, grad_products, grad_weights)
+        if self.needs_grad.bias:
+            gradients = gradients._replace(bias=gradients.bias + jnp.sum(grad_products, 0))
+        if self.needs_grad.target_weights:
+            filled = gradients.target_weights.at[rows].set(grad_weights, mode="drop")
+            gradients = gradients._replace(target_weights=filled)
         return x, (_scatter_rows(rows, results, values), gradients), grad_products
 
     def one_group(self, rows: Array, carry: Any) -> tuple[Any, _Group]:
@@ -195,15 +199,6 @@ class _Gradients(NamedTuple):
 
         gradients = DiffArgs(*map(zeros, diff_args(self.layer, self.operands), self.needs_grad, dtypes))
         return _init_output(self.layer, self.operands, self.config), gradients
-
-    def added(self, rows: Array, gradients: DiffArgs, grad_products: Array, grad_weights: Array | None) -> DiffArgs:
-        """The gradients to bias and target weights, with a tile's contribution added."""
-        if self.needs_grad.bias:
-            gradients = gradients._replace(bias=gradients.bias + jnp.sum(grad_products, 0))
-        if self.needs_grad.target_weights:
-            filled = gradients.target_weights.at[rows].set(grad_weights, mode="drop")
-            gradients = gradients._replace(target_weights=filled)
-        return gradients
 
 
 def diff_args(layer: LinearParams, operands: Any) -> DiffArgs:
