@@ -43,8 +43,7 @@ def softmax(
             one more in the backward pass.
 
     Returns:
-        Array of the logits' shape and dtype that sums to one over `axis`. Half precision is
-        reduced in float32.
+        Array of the logits' shape and dtype that sums to one over `axis`. Half precision is reduced in float32.
 
     Edges: a masked class has probability 0 and gradient 0 whatever its logit is, even NaN. If every class
     is masked, or every logit is −inf, all probabilities and gradients are 0. A NaN or +inf logit that is
@@ -229,8 +228,7 @@ def log_softmax(
     Returns:
         Array of the logits' shape and dtype. Half precision is reduced in float32.
 
-    Edges: a masked class has −inf and gradient 0, and its cotangent is dropped. If every class is
-    masked all are −inf.
+    Edges: a masked class has −inf and gradient 0, and its cotangent is dropped. If every class is masked all are −inf.
 
     Exactness: accurate to rounding, except near 0: in float32, at a margin of about 17 over the log-sum-exp of the
     other classes, a class's log-probability rounds to 0, and so does its derivative with respect to its own logit,

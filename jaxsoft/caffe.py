@@ -78,8 +78,7 @@ def softmax_with_loss(
     ∂loss/∂z_j = loss_weight/normaliser · (p_j − [j = label]), whether clamped or not
 
     Args:
-        logits: scores z of any rank, classes along `axis`, in float16, bfloat16, float32 or
-            float64.
+        logits: scores z of any rank, classes along `axis`, in float16, bfloat16, float32 or float64.
         labels: one per position, in any shape with that many elements and the logits' first dimension.
             Floats, as Caffe stores labels, are truncated to integers.
         axis: the class axis; a negative one counts from the end.

@@ -359,8 +359,7 @@ def boltzmann_probability(
         >>> [f"{energy.boltzmann_probability(1.0, low=low):.4f}" for low in (0, -1)]
         ['0.7311', '0.8808']
 
-    Source: D. H. Ackley, G. E. Hinton, T. J. Sejnowski, "A learning algorithm for Boltzmann
-    machines" (1985).
+    Source: D. H. Ackley, G. E. Hinton, T. J. Sejnowski, "A learning algorithm for Boltzmann machines" (1985).
     """
     h = as_floating("fields", fields)
     if as_integer("low", low) not in (0, -1):
@@ -414,8 +413,7 @@ def rbm_energy(
         >>> print(energy.rbm_energy(params, jnp.array([1.0, 1.0, 0.0]), jnp.array([1.0, 0.0])))
         -2.0
 
-    Source: P. Smolensky, "Information processing in dynamical systems: foundations of harmony
-    theory" (1986).
+    Source: P. Smolensky, "Information processing in dynamical systems: foundations of harmony theory" (1986).
     """
     w, b, c, v, h = _read_rbm(params, visible=visible, hidden=hidden)
     try:

@@ -24,14 +24,12 @@ Option = TypeVar("Option")
 def checked(fn: Callable[P, R]) -> Callable[P, R]:
     """Return `fn` with the values of its arguments checked as well as their shapes.
 
-    A compiled function cannot raise, so a label out of range becomes a NaN loss and a NaN gradient.
-    `checked(fn)` runs the same computation with JAX's `checkify` and raises instead. It looks at values,
-    so it cannot be traced itself: wrap it around everything else, as in `checked(jax.jit(fn))` or
-    `checked(jax.grad(fn))`.
+    A compiled function cannot raise, so a label out of range becomes a NaN loss and a NaN gradient. `checked(fn)` runs
+    the same computation with JAX's `checkify` and raises instead. It looks at values, so it cannot be traced itself:
+    wrap it around everything else, as in `checked(jax.jit(fn))` or `checked(jax.grad(fn))`.
 
     Args:
-        fn: a function that calls this library, itself possibly transformed by `jax.jit`, `jax.grad`
-            or `jax.vmap`.
+        fn: a function that calls this library, itself possibly transformed by `jax.jit`, `jax.grad` or `jax.vmap`.
 
     Returns:
         A function with the same arguments and results.

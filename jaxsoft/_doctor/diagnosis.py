@@ -70,14 +70,13 @@ def diagnose_gradient(
         A `Diagnosis`: whether the gradient is right for the sum or a mean, a verdict, an explanation,
         the true gradient, how far the given one is from it, and its sums over the classes.
 
-    Edges: each position is compared separately, in float64, relative to the norm of its own gradient. A
-    vector may be off by 1e-4 of its norm in float32 and float64, 2e-3 in float16 and 2e-2 in bfloat16, by
-    the spacing of the dtype's smallest numbers, and by the rounding of subtracting a target. If a label's
-    p − 1 loses more than 1 % of the vector, the verdict is "lost to rounding". Logits of a finer dtype than
-    the gradient may have been rounded to the gradient's dtype. Mistakes are recognised in sums and in means.
-    With two classes and one position some mistakes equal the true gradient up to a factor; they are named
-    if that factor is exact. Labels from 1 to the number of classes are judged minus 1, and never called
-    right. This is a tool for concrete arrays, not for `jit`.
+    Edges: each position is compared separately, in float64, relative to the norm of its own gradient. A vector may be
+    off by 1e-4 of its norm in float32 and float64, 2e-3 in float16 and 2e-2 in bfloat16, by the spacing of the dtype's
+    smallest numbers, and by the rounding of subtracting a target. If a label's p − 1 loses more than 1 % of the vector,
+    the verdict is "lost to rounding". Logits of a finer dtype than the gradient may have been rounded to the gradient's
+    dtype. Mistakes are recognised in sums and in means. With two classes and one position some mistakes equal the true
+    gradient up to a factor; they are named if that factor is exact. Labels from 1 to the number of classes are judged
+    minus 1, and never called right. This is a tool for concrete arrays, not for `jit`.
 
     Raises:
         TypeError: traced arrays, or arrays that are not real numbers.

@@ -40,8 +40,7 @@ def diagnose_loss(
         logits: the scores z that the loss was computed from, NumPy or JAX, classes along `axis`.
         targets: integer labels of the logits' shape without the class axis; or a distribution of the
             logits' shape.
-        value: the loss to judge: one number, or one per position, or one per example (index of the first
-            axis).
+        value: the loss to judge: one number, or one per position, or one per example (index of the first axis).
         axis: the class axis.
         ignore_index: label of the ignored positions. With None, the labels -1, -100, 255, 65535 and
             -2**31 are ignored unless they are classes.
@@ -50,19 +49,17 @@ def diagnose_loss(
         label_smoothing: ε in [0, 1] that the loss should have.
 
     Returns:
-        A `Diagnosis`: whether some convention gives the value, a verdict, an explanation that names
-        frameworks, in `found` the names of at most three explanations, the most likely first, in
-        `true_loss` the loss of each position with these options, how far the value is from the nearest
-        of its sum and means, and the gradient of the sum.
+        A `Diagnosis`: whether some convention gives the value, a verdict, an explanation that names frameworks, in
+        `found` the names of at most three explanations, the most likely first, in `true_loss` the loss of each position
+        with these options, how far the value is from the nearest of its sum and means, and the gradient of the sum.
 
-    Edges: everything is computed in float64. A value that float32 represents may be off by 1e-5 of the
-    losses plus one; in half precision by the dtype's own rounding; with three to six digits by half a
-    unit of the last digit. One mistake is preferred to two. Pairs are tried for at most 100,000 logits,
-    and if the value has more than six digits. Numbers such as ζ or ε are found from one value if they
-    are usual (1 to 5 times a power of ten, for instance), and from three or more values in any case. If
-    an axis has length one, or there are no weights, conventions coincide: the explanation says so, and
-    which input would distinguish them. NaN is right if every position is ignored. This is a tool for
-    concrete arrays, not for `jit`.
+    Edges: everything is computed in float64. A value that float32 represents may be off by 1e-5 of the losses plus one;
+    in half precision by the dtype's own rounding; with three to six digits by half a unit of the last digit. One
+    mistake is preferred to two. Pairs are tried for at most 100,000 logits, and if the value has more than six digits.
+    Numbers such as ζ or ε are found from one value if they are usual (1 to 5 times a power of ten, for instance), and
+    from three or more values in any case. If an axis has length one, or there are no weights, conventions coincide: the
+    explanation says so, and which input would distinguish them. NaN is right if every position is ignored. This is a
+    tool for concrete arrays, not for `jit`.
 
     Raises:
         TypeError: traced arrays, or arrays that are not real numbers.
