@@ -44,10 +44,10 @@ def dense_arguments(logits: ArrayLike, axis: Axis, where: ArrayLike | None, axis
                 return array
             return lax.collapse(jnp.transpose(array, (*positions, *axes)), len(positions))
 
-        class_axis, z, mask, *others = len(positions), *map(merged, (z, mask, *others))
+        class_axis, z, mask, others = len(positions), merged(z), merged(mask), tuple(map(merged, others))
     if z.shape[class_axis] == 0:
         raise ValueError(f"logits: expected at least one class along axis {class_axis}, got shape {z.shape}")
-    return Dense(z, class_axis, mask, as_axis_name(axis_name, "logits", z), tuple(others))
+    return Dense(z, class_axis, mask, as_axis_name(axis_name, "logits", z), others)
 
 
 def remove_classes(logits: Array, mask: Array | None) -> Array:

@@ -284,7 +284,8 @@ def _plain_leading_sums(arrays: tuple[Array], axes: Axes, axis_name: AxisName = 
     (logits,) = arrays
     max_logit = max_shards(finite_max(logits, axes), axis_name)
     sums = _others_and_leaders(jnp.exp(widen(logits) - max_logit), axes)
-    return max_logit, *_without_one(*sum_together(sums, axes[-1], axis_name), max_logit)
+    others, leaders = sum_together(sums, axes[-1], axis_name)
+    return max_logit, *_without_one(others, leaders, max_logit)
 
 
 _leading_sums = with_platform_impl(cpu=cpu.leading_sums)(_plain_leading_sums)
