@@ -41,8 +41,8 @@ def cross_entropy(
     terms, even where the label's float32 probability rounds to one.
 
     Args:
-        logits: scores z with the classes along `axis`, in float16, bfloat16, float32 or float64
-            (integers are promoted).
+        logits: scores z with the classes along `axis`, in float16, bfloat16, float32 or float64 (integers are
+            promoted).
         targets: integer labels in [0, classes), of the logits' shape without the class axis; or a floating distribution
             of the logits' shape, which need not sum to one; or a one-hot array of integers or booleans of the logits'
             shape, over two classes or more; or `SparseTargets`. Without x64, JAX truncates integers to 32 bits before
@@ -80,9 +80,8 @@ def cross_entropy(
 
     Differentiation: with respect to logits and distributions, in reverse and forward mode to any order. Gradients have
     the dtype of their input. Labels, weights and masks are constants. A mean or sum in float32 or float64 computes its
-    gradient together with the loss, and saves it for the backward pass; otherwise the logits (with `where`, a masked
-    copy) and a few numbers per position are saved. For a distribution all of these and the distribution itself are
-    saved; a compiled program drops the arrays that it does not need.
+    gradient together with the loss, and saves it for the backward pass; otherwise the logits and a few numbers per
+    position are saved. For a distribution all of these and the distribution itself are saved.
 
     Raises:
         TypeError: logits or targets of a wrong dtype, an option that is not a number.

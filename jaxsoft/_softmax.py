@@ -30,17 +30,16 @@ def softmax(
 
     s_i = exp(z_i) / Σ_j exp(z_j)
 
-    The derivative is a `jax.custom_vjp` with the rule s * (g − s·g), which saves only s: the
-    classes × classes Jacobian diag(s) − s sᵀ is never computed. Mapping `softmax` with `jax.vmap` over
-    batch and spatial axes equals passing `axis`.
+    The derivative is a `jax.custom_vjp` with the rule s * (g − s·g), which saves only s and computes no Jacobian.
+    Mapping `softmax` with `jax.vmap` over batch and spatial axes equals passing `axis`.
 
     Args:
         logits: scores z of any shape, in float16, bfloat16, float32 or float64 (integers are promoted).
         axis: the class axis, several axes that together enumerate the classes, or None for all.
         where: booleans that broadcast to the logits' shape; False masks a class.
-        axis_name: inside `jax.shard_map`, the mesh axis over which the classes are sharded in blocks. The
-            result is this block of the whole softmax, at the cost of two all-reduces of one number per vector, and
-            one more in the backward pass.
+        axis_name: inside `jax.shard_map`, the mesh axis over which the classes are sharded in blocks. The result is
+            this block of the whole softmax, at the cost of two all-reduces of one number per vector, three with the
+            gradient.
 
     Returns:
         Array of the logits' shape and dtype that sums to one over `axis`. Half precision is reduced in float32.
@@ -130,8 +129,7 @@ def softmax_vjp(
         The gradient with respect to the logits, of the shape and dtype of `probs`. Half precision is reduced
         in float32. The Jacobian is symmetric, so the same call maps a tangent of the logits to a tangent of s.
 
-    Edges: a class of probability 0 has gradient 0. A cotangent that is constant over the classes
-    gives 0: adding a constant to all logits changes no probability.
+    Edges: a class of probability 0 has gradient 0. A cotangent that is constant over the classes gives 0.
 
     Raises:
         TypeError: arguments that are not real numbers, an axis that is not an integer.
@@ -181,8 +179,7 @@ def softmax_jacobian(probs: Float[ArrayLike, "*batch classes"]) -> Float[Array, 
         probs: softmax output s with the classes along the last axis.
 
     Returns:
-        Array of shape (..., classes, classes) and the dtype of `probs`: one symmetric matrix per
-        vector. N vectors of C classes take N·C² numbers, so no other function of jaxsoft stores it.
+        Array of shape (..., classes, classes) and the dtype of `probs`: one symmetric matrix per vector.
 
     Edges: rows sum to zero; a probability of 1 makes the matrix zero.
 
@@ -230,10 +227,8 @@ def log_softmax(
 
     Edges: a masked class has −inf and gradient 0, and its cotangent is dropped. If every class is masked all are −inf.
 
-    Exactness: accurate to rounding, except near 0: in float32, at a margin of about 17 over the log-sum-exp of the
-    other classes, a class's log-probability rounds to 0, and so does its derivative with respect to its own logit,
-    except in reverse mode on a CPU with kernels. For the loss of a label take `cross_entropy`, which stays accurate
-    there.
+    Exactness: accurate to rounding, except near 0, where a log-probability and its derivative with respect to its own
+    logit round to 0 as 1 − s and its derivative do (see `softmax`). For the loss of a label take `cross_entropy`.
 
     Differentiation: as `softmax`; the logits and two numbers per vector are saved for the backward pass.
 

@@ -213,8 +213,8 @@ def hopfield_asynchronous(
 
     Raises:
         TypeError: arguments that are not real numbers, an order that is not integers.
-        ValueError: as `hopfield_energy`, an order that is not one-dimensional. Under `checked`: a
-            unit that is not −1 or 1, a visit out of range.
+        ValueError: as `hopfield_energy`, an order that is not one-dimensional. Under `checked`: a unit that is not −1
+            or 1, a visit out of range.
 
     Example:
         >>> import jax.numpy as jnp
@@ -351,8 +351,7 @@ def boltzmann_probability(
 
     Raises:
         TypeError: fields or a temperature that are not real numbers, `low` that is not an integer.
-        ValueError: a temperature that is not a scalar, or known not to be positive, `low` other than
-            0 or −1.
+        ValueError: a temperature that is not a scalar or known not to be positive, `low` other than 0 or −1.
 
     Example:
         >>> from jaxsoft import energy
@@ -439,8 +438,7 @@ def rbm_free_energy(params: RestrictedBoltzmann, visible: Float[ArrayLike, "*bat
     Returns:
         The free energy of each state, in the dtype the arguments promote to.
 
-    Edges: the sum factorises over the hidden units, so it costs one matmul.
-    The gradient to c is −P(h_j = 1 | v).
+    Edges: the sum factorises over the hidden units, so it costs one matmul. The gradient to c is −P(h_j = 1 | v).
 
     Raises:
         TypeError, ValueError: as `rbm_energy`.
@@ -512,8 +510,8 @@ def rbm_gibbs(
         steps: how often both layers are drawn.
 
     Returns:
-        The last visible and hidden states, of 0 and 1 in the dtype the arguments promote to. For
-        many steps the pairs are draws from P(v, h).
+        The last visible and hidden states, of 0 and 1 in the dtype the arguments promote to: for many steps draws from
+        P(v, h).
 
     Edges: chains mix slowly if the weights are large; this is not detected.
 

@@ -35,10 +35,9 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
         A function with the same arguments and results.
 
     Raises:
-        ValueError: a label outside [0, classes) that is not `ignore_index`; a negative or non-finite
-            target, weight or class weight; a NaN logit. The message names the argument, the index
-            and the value of the first offender; under `jax.vmap` the index is relative to one
-            of the mapped calls.
+        ValueError: a label outside [0, classes) that is not `ignore_index`; a negative or non-finite target, weight or
+            class weight; a NaN logit. The message names the argument, index and value of the first offender; under
+            `jax.vmap` the index is relative to one of the mapped calls.
         TypeError: called inside `jit`, `grad` or `vmap`.
 
     Example:

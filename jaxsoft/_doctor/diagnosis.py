@@ -58,13 +58,11 @@ def diagnose_gradient(
 
     Args:
         logits: the scores z at which the gradient was computed, NumPy or JAX, classes along `axis`.
-        targets: integer labels of the logits' shape without the class axis; or a distribution of the
-            logits' shape, or a one-hot of integers or booleans.
+        targets: integer labels of the logits' shape without the class axis; or a distribution or one-hot of that shape.
         gradient: the gradient to judge, of the logits' shape (a matrix may be transposed).
-        axis: the class axis. Labels that fit only another axis are judged along that axis, and the
-            explanation names it.
-        ignore_index: label of the ignored positions. With None, the labels -1, -100, 255, 65535 and
-            -2**31 are ignored unless they are classes.
+        axis: the class axis. Labels that fit only another axis are judged along it, and the explanation names it.
+        ignore_index: label of the ignored positions; by default -1, -100, 255, 65535 and -2**31 unless they are
+            classes.
 
     Returns:
         A `Diagnosis`: whether the gradient is right for the sum or a mean, a verdict, an explanation,
@@ -73,10 +71,9 @@ def diagnose_gradient(
     Edges: each position is compared separately, in float64, relative to the norm of its own gradient. A vector may be
     off by 1e-4 of its norm in float32 and float64, 2e-3 in float16 and 2e-2 in bfloat16, by the spacing of the dtype's
     smallest numbers, and by the rounding of subtracting a target. If a label's p − 1 loses more than 1 % of the vector,
-    the verdict is "lost to rounding". Logits of a finer dtype than the gradient may have been rounded to the gradient's
-    dtype. Mistakes are recognised in sums and in means. With two classes and one position some mistakes equal the true
-    gradient up to a factor; they are named if that factor is exact. Labels from 1 to the number of classes are judged
-    minus 1, and never called right. This is a tool for concrete arrays, not for `jit`.
+    the verdict is "lost to rounding". Mistakes are recognised in sums and in means. With two classes and one position
+    some mistakes equal the true gradient up to a factor; they are named if that factor is exact. Labels from 1 to the
+    number of classes are judged minus 1, and never called right. This is a tool for concrete arrays, not for `jit`.
 
     Raises:
         TypeError: traced arrays, or arrays that are not real numbers.

@@ -38,12 +38,11 @@ def diagnose_loss(
 
     Args:
         logits: the scores z that the loss was computed from, NumPy or JAX, classes along `axis`.
-        targets: integer labels of the logits' shape without the class axis; or a distribution of the
-            logits' shape.
+        targets: integer labels of the logits' shape without the class axis; or a distribution of the logits' shape.
         value: the loss to judge: one number, or one per position, or one per example (index of the first axis).
         axis: the class axis.
-        ignore_index: label of the ignored positions. With None, the labels -1, -100, 255, 65535 and
-            -2**31 are ignored unless they are classes.
+        ignore_index: label of the ignored positions; by default -1, -100, 255, 65535 and -2**31 unless they are
+            classes.
         weights: weights of the positions that the loss should have.
         class_weights: weights of the classes that the loss should have.
         label_smoothing: ε in [0, 1] that the loss should have.
@@ -55,11 +54,10 @@ def diagnose_loss(
 
     Edges: everything is computed in float64. A value that float32 represents may be off by 1e-5 of the losses plus one;
     in half precision by the dtype's own rounding; with three to six digits by half a unit of the last digit. One
-    mistake is preferred to two. Pairs are tried for at most 100,000 logits, and if the value has more than six digits.
-    Numbers such as ζ or ε are found from one value if they are usual (1 to 5 times a power of ten, for instance), and
-    from three or more values in any case. If an axis has length one, or there are no weights, conventions coincide: the
-    explanation says so, and which input would distinguish them. NaN is right if every position is ignored. This is a
-    tool for concrete arrays, not for `jit`.
+    mistake is preferred to two, and pairs are tried for at most 100,000 logits, if the value has more than six digits.
+    Numbers such as ζ or ε are found from one value if they are usual (1 to 5 times a power of ten, for instance), from
+    three or more values in any case. Where conventions coincide, the explanation names an input that would distinguish
+    them. NaN is right if every position is ignored. This is a tool for concrete arrays, not for `jit`.
 
     Raises:
         TypeError: traced arrays, or arrays that are not real numbers.

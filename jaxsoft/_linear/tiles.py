@@ -4,8 +4,6 @@ The loops are fast but cannot be differentiated: their derivatives are those of 
 among the operands, a teacher, stands for its logits, which each tile computes.
 """
 
-import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,11 +26,7 @@ from jaxsoft._platform.devices import Device
 from jaxsoft._platform.dispatch import by_platform
 
 
-def _values_formula(arrays: tuple[LinearParams, Any], config: HeadConfig) -> Results:
-    return tuple(jax.tree.leaves(_scanned_values(evaluate_plainly, *arrays, config)))
-
-
-@by_platform(_values_formula)
+@by_platform(lambda arrays, config: tuple(jax.tree.leaves(_scanned_values(evaluate_plainly, *arrays, config))))
 def tiled_values(device: Device, arrays: tuple[LinearParams, Any], config: HeadConfig) -> Results:
     """The values of every position, each of shape (N, …)."""
     (layer, operands), head = arrays, config.head
@@ -47,11 +41,7 @@ def tiled_values(device: Device, arrays: tuple[LinearParams, Any], config: HeadC
     return _over_tiles(device, rows, operands, config, step, _init_output(layer, operands, config))
 
 
-def _gradients_formula(arrays: tuple[LinearParams, Any, Results], static: tuple[HeadConfig, DiffArgs]) -> Results:
-    return tuple(jax.tree.leaves(_scanned_gradients(*arrays, *static)))
-
-
-@by_platform(_gradients_formula)
+@by_platform(lambda arrays, static: tuple(jax.tree.leaves(_scanned_gradients(*arrays, *static))))
 def tiled_gradients(
     device: Device, arrays: tuple[LinearParams, Any, Results], static: tuple[HeadConfig, DiffArgs]
 ) -> Results:
@@ -220,12 +210,11 @@ def _scanned_gradients(
     wide = compute_dtype(layer.features.dtype)
     given = diff_args(layer._replace(kernel=layer.kernel.astype(wide)), operands)
 
-    def total(chosen: DiffArgs) -> tuple[Array, Values]:
+    def total(chosen: DiffArgs) -> tuple[Any, Values]:
         x, w, b, weights = (old if new is None else new for new, old in zip(chosen, given, strict=True))
         changed = layer._replace(features=x, kernel=w, bias=b), operands._replace(target_weights=weights)
         values = _scanned_values(evaluate, *changed, config)
-        products = (jnp.sum(c * value) for c, value in zip(cotangents, values[0], strict=True))
-        return functools.reduce(operator.add, products), values
+        return sum(jnp.sum(c * value) for c, value in zip(cotangents, values[0], strict=True)), values
 
     chosen = DiffArgs(*(v if needed else None for v, needed in zip(given, needs_grad, strict=True)))
     gradients, values = jax.grad(total, has_aux=True)(chosen)
