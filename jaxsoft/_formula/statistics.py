@@ -114,28 +114,24 @@ def over_shards(block: Statistics, logits: Array, axes: Axes, targets: Targets, 
     """The statistics of all blocks from each block's own, relative to the largest logit of all blocks."""
     max_logit = max_shards(block.max_logit, axis_name)
     below = block.max_logit - max_logit
-    count = None
+    sums, sum_others = {}, block.sum_others
     if block.other_weight is not None:  # only blocks that have the largest logit omit a class from their sum
         leads = lax.stop_gradient((below == 0) & (block.exp_sum != 0))
-        count = leads.astype(below.dtype)
-        block = block._replace(
-            sum_others=jnp.where(leads, block.sum_others, block.exp_sum),
-            other_weight=jnp.where(leads, block.other_weight, block.weight_sum),
-        )
-    sums = [_shifted_sum((logits, targets.label, block.sum_others, below, max_logit), axes)]
+        sum_others = jnp.where(leads, sum_others, block.exp_sum)
+        sums["label_logit"] = leads.astype(below.dtype)  # first counted
+        sums["other_weight"] = jnp.where(leads, block.other_weight, block.weight_sum)
+    sums["sum_others"] = _shifted_sum((logits, targets.label, sum_others, below, max_logit), axes)
     if targets.label is not None:  # one shard has the label; a label on no shard has weight 0 or NaN
         inside = (targets.label >= 0) & (targets.label < logits.shape[axes[0]])
-        sums.append(jnp.where(inside, block.label_logit + below, 0))
+        sums["label_logit"] = jnp.where(inside, block.label_logit + below, 0)
     if targets.target_weights is not None:
         below = jnp.where((block.weight_sum == 0) & ~jnp.isfinite(below), 0, below)  # avoids 0 · inf
-        sums += [] if count is None else [count]
-        sums += [block.weight_sum, block.weighted_gap - block.weight_sum * below]
-        sums += [] if count is None else [block.other_weight]
-    sum_others, *rest = sum_together(sums, axes[-1], axis_name)
-    if count is not None:
-        sum_others, leader = _without_one(sum_others, rest[0], max_logit)
-        rest[0] = leader - lax.stop_gradient(max_logit)
-    return Statistics(max_logit, sum_others, *rest)
+        sums["weight_sum"], sums["weighted_gap"] = block.weight_sum, block.weighted_gap - block.weight_sum * below
+    sums = dict(zip(sums, sum_together([*sums.values()], axes[-1], axis_name), strict=True))
+    if block.other_weight is not None:
+        sums["sum_others"], leader = _without_one(sums["sum_others"], sums["label_logit"], max_logit)
+        sums["label_logit"] = leader - lax.stop_gradient(max_logit)
+    return Statistics(max_logit, **sums)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
