@@ -187,16 +187,13 @@ def sparse_operands(
 def _fitting(targets: SparseTargets, logits: LogitsType) -> tuple[Array, Array]:
     """Indices and probabilities of the logits' shape with K in place of the classes, sharded like the logits."""
     indices, probs, axis = jnp.asarray(targets.indices), jnp.asarray(targets.probs), logits.axis
-    expected = (*logits.shape[:axis], "K", *logits.shape[axis + 1 :])
-    fits = indices.ndim == len(expected) and all(
-        n == e for n, e in zip(indices.shape, expected, strict=True) if e != "K"
-    )
-    if not fits:
-        raise ValueError(f"targets.indices: expected shape ({', '.join(map(str, expected))}), got {indices.shape}")
-    if indices.shape[axis] == 0:
-        raise ValueError(f"targets.indices: expected at least one class per position, got shape {indices.shape}")
-    arrays = at_least_int32(indices), probs
-    indices, probs = (shard_like_except(array, logits.logits, axis) for array in arrays)
+    shape = indices.shape
+    if len(shape) != len(logits.shape) or shape[:axis] + shape[axis + 1 :] != logits.position_shape:
+        expected = (*logits.shape[:axis], "K", *logits.shape[axis + 1 :])
+        raise ValueError(f"targets.indices: expected shape ({', '.join(map(str, expected))}), got {shape}")
+    if shape[axis] == 0:
+        raise ValueError(f"targets.indices: expected at least one class per position, got shape {shape}")
+    indices, probs = (shard_like_except(array, logits.logits, axis) for array in (at_least_int32(indices), probs))
     return indices, probs
 
 
