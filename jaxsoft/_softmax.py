@@ -14,9 +14,9 @@ from jaxsoft._arrays.dtypes import widen
 from jaxsoft._arrays.sharding import AxisName, as_axis_name, shard_like, sum_shards
 from jaxsoft._custom_vjp import custom_vjp
 from jaxsoft._formula.statistics import Statistics, block_statistics, leading_statistics, scaled_exponentials
-from jaxsoft._jax_internals import jit_outside_traces
+from jaxsoft._jax_internals import Results, jit_outside_traces
 from jaxsoft._platform import cpu
-from jaxsoft._platform.dispatch import Axes, from_end, with_platform_impl
+from jaxsoft._platform.dispatch import Axes, with_local_impl
 
 
 def softmax(
@@ -84,20 +84,15 @@ def _softmax(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
 
 @jit_outside_traces(static_argnums=(1, 2))
 def _softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, Array]:
-    if axis_name is None:
-        (probs,) = _probs((logits,), from_end(axes, logits))
-    else:
-        (probs,) = _plain_probs((logits,), axes, axis_name)
+    (probs,) = _probs((logits,), axes, axis_name)
     return probs, probs
 
 
-def _plain_probs(arrays: tuple[Array], axes: Axes, axis_name: AxisName = None) -> tuple[Array]:
+@with_local_impl(cpu=cpu.softmax)
+def _probs(arrays: tuple[Array], axes: Axes, axis_name: AxisName = None) -> tuple[Array]:
     (logits,) = arrays
     statistics = block_statistics(logits, axes, axis_name=axis_name)
     return ((jnp.exp(widen(logits) - statistics.max_logit) / statistics.positive_sum).astype(logits.dtype),)
-
-
-_probs = with_platform_impl(cpu=cpu.softmax)(_plain_probs)
 
 
 @jit_outside_traces(static_argnums=(0, 1))
@@ -150,24 +145,20 @@ def softmax_vjp(
         raise ValueError(f"cotangent: expected the shape of probs {s.shape}, got {g.shape}")
     axes, g = as_axes(axis, s.ndim), shard_like(g, s)
     axis_name = as_axis_name(axis_name, "probs", s)
-    if axis_name is None:
-        return _compiled_pullback(s, g, from_end(axes, s))
-    return _plain_pullback((s, g), axes, axis_name)[0]
+    return _compiled_pullback(s, g, axes, axis_name)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _compiled_pullback(probs: Array, cotangent: Array, axes: Axes) -> Array:
-    return _pulled_back((probs, cotangent), axes)[0]
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _compiled_pullback(probs: Array, cotangent: Array, axes: Axes, axis_name: AxisName) -> Array:
+    return _pulled_back((probs, cotangent), axes, axis_name)[0]
 
 
-def _plain_pullback(arrays: tuple[Array, Array], axes: Axes, axis_name: AxisName = None) -> tuple[Array]:
+@with_local_impl(cpu=cpu.softmax_vjp)
+def _pulled_back(arrays: tuple[Array, Array], axes: Axes, axis_name: AxisName = None) -> tuple[Array]:
     s = widen(arrays[0])
     g = arrays[1].astype(s.dtype)
     dot = sum_shards(jnp.sum(s * g, axes, keepdims=True), axis_name)
     return ((s * (g - dot)).astype(arrays[0].dtype),)
-
-
-_pulled_back = with_platform_impl(cpu=cpu.softmax_vjp)(_plain_pullback)
 
 
 def softmax_jacobian(probs: Float[ArrayLike, "*batch classes"]) -> Float[Array, "*batch classes classes"]:
@@ -256,41 +247,30 @@ def _log_softmax(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
 
 @jit_outside_traces(static_argnums=(1, 2))
 def _log_softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, tuple[Array, ...]]:
-    if axis_name is None:
-        log_probs, *sums = _log_probs((logits,), from_end(axes, logits))
-    else:
-        log_probs, *sums = _plain_log_probs((logits,), axes, axis_name)
+    log_probs, *sums = _log_probs((logits,), axes, axis_name)
     return log_probs, (logits, *sums)
 
 
-def _plain_log_probs(arrays: tuple[Array], axes: Axes, axis_name: AxisName = None) -> tuple[Array, Array, Array]:
+@with_local_impl(cpu=cpu.log_softmax)
+def _log_probs(arrays: tuple[Array], axes: Axes, axis_name: AxisName = None) -> tuple[Array, Array, Array]:
     (logits,) = arrays
     statistics = block_statistics(logits, axes, axis_name=axis_name)
     log_probs = widen(logits) - statistics.max_logit - jnp.log(statistics.positive_sum)
     return log_probs.astype(logits.dtype), statistics.max_logit, statistics.positive_sum
 
 
-_log_probs = with_platform_impl(cpu=cpu.log_softmax)(_plain_log_probs)
-
-
 @jit_outside_traces(static_argnums=(0, 1))
-def _log_softmax_bwd(axes: Axes, axis_name: AxisName, residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array]:
-    if axis_name is None:
-        (gradient,) = _log_pulled_back((*residuals, cotangent), from_end(axes, cotangent))
-    else:
-        (gradient,) = _plain_log_pullback((*residuals, cotangent), axes, axis_name)
-    return (gradient,)
+def _log_softmax_bwd(axes: Axes, axis_name: AxisName, residuals: tuple[Array, ...], cotangent: Array) -> Results:
+    return _log_pulled_back((*residuals, cotangent), axes, axis_name)
 
 
-def _plain_log_pullback(arrays: tuple[Array, ...], axes: Axes, axis_name: AxisName = None) -> tuple[Array]:
+@with_local_impl(cpu=cpu.log_softmax_vjp)
+def _log_pulled_back(arrays: tuple[Array, ...], axes: Axes, axis_name: AxisName = None) -> tuple[Array]:
     logits, max_logit, total, g = map(widen, arrays)
     # From the logits, not from the result, whose exponentials would not sum to one in half precision.
     probs = jnp.exp(logits - max_logit) / total
     total_cotangent = sum_shards(jnp.sum(g, axes, keepdims=True), axis_name)
     return ((g - probs * total_cotangent).astype(arrays[0].dtype),)
-
-
-_log_pulled_back = with_platform_impl(cpu=cpu.log_softmax_vjp)(_plain_log_pullback)
 
 
 _log_softmax.__wrapped__.defvjp(_log_softmax_fwd, _log_softmax_bwd)

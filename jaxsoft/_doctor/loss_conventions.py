@@ -76,12 +76,10 @@ def _(s: Sample) -> Rows | None:
     return np.where(s.live[:, None], s.t + s.epsilon * (others - s.t), 0) if s.epsilon and s.classes > 1 else None
 
 
-@smoothing("""smoothing of ignored positions too: An ignored position has no label but keeps its share ε/C of smoothing,
-as with tinygrad's default ignore_index.""")
-def _(s: Sample) -> Rows | None:
-    return s.t * (1 - s.epsilon) + s.epsilon / s.classes if s.epsilon and s.has_ignored else None
-
-
+smoothing("""smoothing of ignored positions too: An ignored position has no label but keeps its share ε/C of smoothing,
+as with tinygrad's default ignore_index.""")(
+    lambda s: s.t * (1 - s.epsilon) + s.epsilon / s.classes if s.epsilon and s.has_ignored else None
+)
 form("cross-entropy: −Σ t log p.")(lambda lp, q: -finite(lp, q))
 
 
@@ -150,10 +148,9 @@ def _(s: Sample, q: Rows) -> tuple[Rows, Numbers] | None:
     return q * weights[:, None], weights * s.live
 
 
-@weighting("""class weights without effect on distributions: They are ignored, as in Chainer and
-TensorFlow.""")
-def _(s: Sample, q: Rows) -> tuple[Rows, Numbers] | None:
-    return (q * s.w[:, None], s.w * s.live) if s.has_class_weights and s.labels is None else None
+weighting("class weights without effect on distributions: They are ignored, as in Chainer and TensorFlow.")(
+    lambda s, q: (q * s.w[:, None], s.w * s.live) if s.has_class_weights and s.labels is None else None
+)
 
 
 def _inverse(counts: np.ndarray) -> Numbers | None:

@@ -18,7 +18,7 @@ from jaxsoft._arrays.dtypes import widen
 from jaxsoft._arrays.sharding import AxisName, broadcast_like, explicit_names, max_shards, sum_together
 from jaxsoft._formula.targets import Targets
 from jaxsoft._platform import accelerator, cpu
-from jaxsoft._platform.dispatch import Axes, from_end, with_platform_impl
+from jaxsoft._platform.dispatch import Axes, from_end, with_local_impl, with_platform_impl
 
 
 class Statistics(NamedTuple):
@@ -267,24 +267,19 @@ _in_place = with_platform_impl(cpu=cpu.gradient_in_place)(_scaled_exponentials)
 
 def leading_statistics(logits: Array, axes: Axes, axis_name: AxisName = None) -> Statistics:
     """Statistics whose label is the class with the largest logit, so that an lse near 0 stays accurate."""
-    if axis_name is None:
-        max_logit, sum_others, leader = _leading_sums((logits,), from_end(axes, logits))
-    else:
-        max_logit, sum_others, leader = _plain_leading_sums((logits,), axes, axis_name)
+    max_logit, sum_others, leader = _leading_sums((logits,), axes, axis_name)
     max_logit = lax.stop_gradient(max_logit)
     return Statistics(max_logit, sum_others, leader - max_logit)
 
 
-def _plain_leading_sums(arrays: tuple[Array], axes: Axes, axis_name: AxisName = None) -> tuple[Array, ...]:
+@with_local_impl(cpu=cpu.leading_sums)
+def _leading_sums(arrays: tuple[Array], axes: Axes, axis_name: AxisName = None) -> tuple[Array, ...]:
     """m, the sum of all exponentials except one of a class with the logit m, and its logit."""
     (logits,) = arrays
     max_logit = max_shards(finite_max(logits, axes), axis_name)
     sums = _others_and_leaders(jnp.exp(widen(logits) - max_logit), axes)
     others, leaders = sum_together(sums, axes[-1], axis_name)
     return max_logit, *_without_one(others, leaders, max_logit)
-
-
-_leading_sums = with_platform_impl(cpu=cpu.leading_sums)(_plain_leading_sums)
 
 
 def _others_and_leaders(exponentials: Array, axes: Axes) -> tuple[Array, Array]:
