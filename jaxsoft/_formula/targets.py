@@ -284,11 +284,9 @@ def _distribution_operands(
     options: Options,
 ) -> Targets:
     """A distribution as targets, constant at classes that are masked or have weight 0."""
-    differentiable = options.where
-    if differentiable is None:
-        differentiable = logits.along_classes(jnp.ones(logits.shape[logits.axis], bool))
-    if options.class_weights is not None:
-        differentiable &= block_weights != 0
+    differentiable = block_weights != 0
+    if options.where is not None:
+        differentiable &= options.where
     if options.label_smoothing is not None:
         differentiable &= options.label_smoothing != 1
     target_weights = jnp.where(differentiable, distribution, lax.stop_gradient(distribution)) * block_weights

@@ -23,16 +23,12 @@ BatchAxes = str | Sequence[str] | P | None
 
 
 class Layout(NamedTuple):
-    """How a linear head's arrays are sharded over a mesh; the head runs in a `shard_map` over all `axes`."""
+    """How a linear head's arrays are sharded over a mesh."""
 
     mesh: Mesh | AbstractMesh
     position_names: tuple[Names, ...]  # of each axis of the features except the last
     gathered: tuple[Names, Names]  # of each axis of the kernel, if every device uses the whole kernel
     classes: Names  # of the class axis, if each device uses a block
-
-    @property
-    def axes(self) -> frozenset[str]:
-        return self.sharded | _explicit(self.mesh)
 
     @property
     def sharded(self) -> frozenset[str]:
@@ -90,7 +86,7 @@ def over_mesh(on_device: Callable[..., Results], layout: Layout, args: "HeadArgs
         mesh=layout.mesh,
         in_specs=(specs,),
         out_specs=(first, *(own,) * (count - 1)),
-        axis_names=layout.axes,
+        axis_names=layout.sharded | _explicit(layout.mesh),
     )
     return run(jax.tree.map(lambda array, spec: _reshard(array, layout.mesh, spec), args, specs))
 
