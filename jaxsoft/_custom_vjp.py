@@ -20,6 +20,7 @@ from jaxsoft._jax_internals import (
     as_primitive,
     checking,
     is_symbolic_zero,
+    jit_outside_traces,
     no_tangent,
     primitives_fail,
     zeros_of_type,
@@ -61,6 +62,21 @@ class custom_vjp(jax.custom_vjp):
             # With jax_enable_checks JAX 0.10 and 0.12 raise an AssertionError for a `custom_jvp` inside `checkify`.
             refused = checking.value and jax.config.jax_enable_checks
             return super().__call__ if self.both_modes is None or refused or primitives_fail() else self.both_modes
+
+
+def with_rule(fwd: Callable, bwd: Callable) -> Callable[..., Array]:
+    """`fwd(array, axes, axis_name)[0]` with the rule `bwd(axes, axis_name, residuals, cotangent)`.
+
+    Each of them is compiled where it is called outside of traces.
+    """
+
+    @functools.partial(custom_vjp, nondiff_argnums=(1, 2))
+    @functools.wraps(fwd)
+    def primal(array: Array, axes: Any, axis_name: Any) -> Array:
+        return fwd(array, axes, axis_name)[0]
+
+    primal.defvjp(jit_outside_traces(static_argnums=(1, 2))(fwd), jit_outside_traces(static_argnums=(0, 1))(bwd))
+    return jit_outside_traces(static_argnums=(1, 2))(primal)
 
 
 class _Primal(NamedTuple):

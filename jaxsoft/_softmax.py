@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +11,9 @@ from jaxsoft._arrays.checks import as_axes, as_floating, as_mask, check_values
 from jaxsoft._arrays.classes import remove_classes
 from jaxsoft._arrays.dtypes import widen
 from jaxsoft._arrays.sharding import AxisName, as_axis_name, shard_like, sum_shards
-from jaxsoft._custom_vjp import custom_vjp
+from jaxsoft._custom_vjp import with_rule
 from jaxsoft._formula.statistics import Statistics, block_statistics, leading_statistics, scaled_exponentials
-from jaxsoft._jax_internals import Results, jit_outside_traces
+from jaxsoft._jax_internals import Results
 from jaxsoft._platform import cpu
 from jaxsoft._platform.dispatch import Axes, with_local_impl
 
@@ -72,17 +71,10 @@ def softmax(
     computing the log-sum-exp and softmax functions" (2021).
     """
     prepared, axes, mask, axis_name = _prepare(logits, axis, where, axis_name)
-    probs = cast(Array, _softmax(prepared, axes, axis_name))
+    probs = _softmax(prepared, axes, axis_name)
     return probs if mask is None else jnp.where(mask, probs, 0)
 
 
-@jit_outside_traces(static_argnums=(1, 2))
-@functools.partial(custom_vjp, nondiff_argnums=(1, 2))
-def _softmax(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
-    return _softmax_fwd(logits, axes, axis_name)[0]
-
-
-@jit_outside_traces(static_argnums=(1, 2))
 def _softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, Array]:
     (probs,) = _probs((logits,), axes, axis_name)
     return probs, probs
@@ -95,12 +87,11 @@ def _probs(arrays: tuple[Array], axes: Axes, axis_name: AxisName = None) -> tupl
     return ((jnp.exp(widen(logits) - statistics.max_logit) / statistics.positive_sum).astype(logits.dtype),)
 
 
-@jit_outside_traces(static_argnums=(0, 1))
 def _softmax_bwd(axes: Axes, axis_name: AxisName, probs: Array, cotangent: Array) -> tuple[Array]:
     return (softmax_vjp(probs, cotangent, axes, axis_name=axis_name),)
 
 
-_softmax.__wrapped__.defvjp(_softmax_fwd, _softmax_bwd)
+_softmax = with_rule(_softmax_fwd, _softmax_bwd)
 
 
 def softmax_vjp(
@@ -235,17 +226,10 @@ def log_softmax(
     Source: P. Blanchard, D. J. Higham, N. J. Higham (2021).
     """
     prepared, axes, mask, axis_name = _prepare(logits, axis, where, axis_name)
-    log_probs = cast(Array, _log_softmax(prepared, axes, axis_name))
+    log_probs = _log_softmax(prepared, axes, axis_name)
     return log_probs if mask is None else jnp.where(mask, log_probs, -jnp.inf)
 
 
-@jit_outside_traces(static_argnums=(1, 2))
-@functools.partial(custom_vjp, nondiff_argnums=(1, 2))
-def _log_softmax(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
-    return _log_softmax_fwd(logits, axes, axis_name)[0]
-
-
-@jit_outside_traces(static_argnums=(1, 2))
 def _log_softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, tuple[Array, ...]]:
     log_probs, *sums = _log_probs((logits,), axes, axis_name)
     return log_probs, (logits, *sums)
@@ -259,7 +243,6 @@ def _log_probs(arrays: tuple[Array], axes: Axes, axis_name: AxisName = None) -> 
     return log_probs.astype(logits.dtype), statistics.max_logit, statistics.positive_sum
 
 
-@jit_outside_traces(static_argnums=(0, 1))
 def _log_softmax_bwd(axes: Axes, axis_name: AxisName, residuals: tuple[Array, ...], cotangent: Array) -> Results:
     return _log_pulled_back((*residuals, cotangent), axes, axis_name)
 
@@ -273,7 +256,7 @@ def _log_pulled_back(arrays: tuple[Array, ...], axes: Axes, axis_name: AxisName 
     return ((g - probs * total_cotangent).astype(arrays[0].dtype),)
 
 
-_log_softmax.__wrapped__.defvjp(_log_softmax_fwd, _log_softmax_bwd)
+_log_softmax = with_rule(_log_softmax_fwd, _log_softmax_bwd)
 
 
 def logsumexp(
@@ -317,23 +300,15 @@ def logsumexp(
     Source: P. Blanchard, D. J. Higham, N. J. Higham (2021).
     """
     prepared, axes, _, axis_name = _prepare(logits, axis, where, axis_name)
-    lse = cast(Array, _logsumexp(prepared, axes, axis_name))
+    lse = _logsumexp(prepared, axes, axis_name)
     return lse if keepdims else jnp.squeeze(lse, axes)
 
 
-@jit_outside_traces(static_argnums=(1, 2))
-@functools.partial(custom_vjp, nondiff_argnums=(1, 2))
-def _logsumexp(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
-    return _logsumexp_fwd(logits, axes, axis_name)[0]
-
-
-@jit_outside_traces(static_argnums=(1, 2))
 def _logsumexp_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, tuple[Array, Statistics]]:
     statistics = leading_statistics(logits, axes, axis_name)
     return statistics.logsumexp.astype(logits.dtype), (logits, statistics)
 
 
-@jit_outside_traces(static_argnums=(0, 1))
 def _logsumexp_bwd(
     axes: Axes, axis_name: AxisName, residuals: tuple[Array, Statistics], cotangent: Array
 ) -> tuple[Array]:
@@ -343,7 +318,7 @@ def _logsumexp_bwd(
     return (scaled_exponentials(logits, statistics.max_logit, g / statistics.positive_sum, axes),)
 
 
-_logsumexp.__wrapped__.defvjp(_logsumexp_fwd, _logsumexp_bwd)
+_logsumexp = with_rule(_logsumexp_fwd, _logsumexp_bwd)
 
 
 def _prepare(
