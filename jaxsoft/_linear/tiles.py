@@ -26,7 +26,7 @@ from jaxsoft._platform.devices import Device
 from jaxsoft._platform.dispatch import by_platform
 
 
-@by_platform(lambda arrays, config: tuple(jax.tree.leaves(_scanned_values(evaluate_plainly, *arrays, config))))
+@by_platform(lambda arrays, config: tuple(jax.tree.leaves(_scanned_values(evaluate_plainly, *arrays, config=config))))
 def tiled_values(device: Device, arrays: tuple[LinearParams, Any], config: HeadConfig) -> Results:
     """The values of every position, each of shape (N, …)."""
     (layer, operands), head = arrays, config.head
