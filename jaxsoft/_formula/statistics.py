@@ -118,7 +118,7 @@ def over_shards(block: Statistics, logits: Array, axes: Axes, targets: Targets, 
     if block.other_weight is not None:  # only blocks that have the largest logit omit a class from their sum
         leads = lax.stop_gradient((below == 0) & (block.exp_sum != 0))
         sum_others = jnp.where(leads, sum_others, block.exp_sum)
-        sums["label_logit"] = leads.astype(below.dtype)  # first counted
+        sums["label_logit"] = leads.astype(below.dtype)  # their number, for now
         sums["other_weight"] = jnp.where(leads, block.other_weight, block.weight_sum)
     sums["sum_others"] = _shifted_sum((logits, targets.label, sum_others, below, max_logit), axes)
     if targets.label is not None:  # one shard has the label; a label on no shard has weight 0 or NaN
