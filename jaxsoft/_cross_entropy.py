@@ -41,13 +41,12 @@ def cross_entropy(
     terms, even where the label's float32 probability rounds to one.
 
     Args:
-        logits: scores z with the classes along `axis`, in float16, bfloat16, float32 or float64
-            (integers are promoted).
-        targets: integer labels in [0, classes), of the logits' shape without the class axis; or a
-            floating distribution of the logits' shape, which need not sum to one; or a one-hot array of integers
-            or booleans of the logits' shape, over two classes or more; or `SparseTargets`. Without x64, JAX
-            truncates integers to 32 bits before this function sees them, so only labels in NumPy arrays or lists
-            may be wider.
+        logits: scores z with the classes along `axis`, in float16, bfloat16, float32 or float64 (integers are
+            promoted).
+        targets: integer labels in [0, classes), of the logits' shape without the class axis; or a floating distribution
+            of the logits' shape, which need not sum to one; or a one-hot array of integers or booleans of the logits'
+            shape, over two classes or more; or `SparseTargets`. Without x64, JAX truncates integers to 32 bits before
+            this function sees them, so only labels in NumPy arrays or lists may be wider.
         axis: the class axis; or several axes, or None for all, that together enumerate the classes as
             `reshape` does: in labels the last of the axes varies fastest, and sparse targets have K at the end.
         ignore_index: label of the ignored positions: loss 0, gradient 0, not counted in the mean. Any
@@ -62,13 +61,13 @@ def cross_entropy(
             traced, for schedules, and are constants under differentiation.
         reduction: "none", one loss per position; "sum"; or "mean", the sum divided by the total weight of the
             positions that are not ignored; with labels, a position's weight is multiplied by its label's class weight.
-        axis_name: inside `jax.shard_map`, the mesh axis over which the classes are sharded in contiguous
-            blocks: logits, masks and distributions hold one block, labels and class weights refer to all
-            classes. The loss and gradients are the same as unsharded, at the cost of two all-reduces of a few numbers
-            per position (a third with `where` and smoothing). Do not pass full logits that were gathered
-            inside the `shard_map`: types cannot tell them from blocks, and they would count once per device. If the
-            positions are sharded too, "mean" averages over one device only: take "sum", and divide its `psum` by the
-            `psum` of the count.
+        axis_name: inside `jax.shard_map`, the mesh axis over which the classes are sharded in contiguous blocks:
+            logits, masks and distributions hold one block, labels and class weights refer to all classes. The loss and
+            gradients are the same as unsharded, at the cost of two all-reduces of a few numbers per position (a third
+            with `where` and smoothing). Do not pass logits or kernels of all classes that were gathered inside the
+            `shard_map`: types cannot tell them from blocks, and they would count once per device. If the positions are
+            sharded too, "mean" averages over one device only: take "sum", and divide its `psum` by the `psum` of the
+            count.
 
     Returns:
         The loss in float32, or float64 for float64 logits: a scalar, or with "none" an array of the
@@ -81,9 +80,8 @@ def cross_entropy(
 
     Differentiation: with respect to logits and distributions, in reverse and forward mode to any order. Gradients have
     the dtype of their input. Labels, weights and masks are constants. A mean or sum in float32 or float64 computes its
-    gradient together with the loss, and saves it for the backward pass; otherwise the logits (with `where`, a masked
-    copy) and a few numbers per position are saved. For a distribution all of these and the distribution itself are
-    saved; a compiled program drops the arrays that it does not need.
+    gradient together with the loss, and saves it for the backward pass; otherwise the logits and a few numbers per
+    position are saved. For a distribution all of these and the distribution itself are saved.
 
     Raises:
         TypeError: logits or targets of a wrong dtype, an option that is not a number.

@@ -8,7 +8,7 @@ mode.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jaxsoft._jax_internals import (
     as_primitive,
     checking,
     is_symbolic_zero,
+    jit_outside_traces,
     no_tangent,
     primitives_fail,
     zeros_of_type,
@@ -35,6 +36,7 @@ class custom_vjp(jax.custom_vjp):
     results. The tangent of an argument that is not perturbed is None.
     """
 
+    forward: Callable | None = None
     both_modes: jax.custom_jvp | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -44,7 +46,7 @@ class custom_vjp(jax.custom_vjp):
         self, fwd: Callable, bwd: Callable, symbolic_zeros: bool = False, *, forward: Callable | None = None
     ) -> None:
         super().defvjp(fwd, bwd, symbolic_zeros)
-        self.rules = _Rules(fwd, bwd, forward)
+        self.forward = forward
         both_modes = jax.custom_jvp(self.fun, nondiff_argnums=self.nondiff_argnums)
         both_modes.defjvp(functools.partial(_differentiate, self), symbolic_zeros=True)
         self.both_modes = both_modes
@@ -62,10 +64,19 @@ class custom_vjp(jax.custom_vjp):
             return super().__call__ if self.both_modes is None or refused or primitives_fail() else self.both_modes
 
 
-class _Rules(NamedTuple):
-    fwd: Callable
-    bwd: Callable
-    forward: Callable | None
+def with_rule(fwd: Callable, bwd: Callable) -> Callable[..., Array]:
+    """`fwd(array, axes, axis_name)[0]` with the rule `bwd(axes, axis_name, residuals, cotangent)`.
+
+    Each of them is compiled where it is called outside of traces.
+    """
+
+    @functools.partial(custom_vjp, nondiff_argnums=(1, 2))
+    @functools.wraps(fwd)
+    def primal(array: Array, axes: Any, axis_name: Any) -> Array:
+        return fwd(array, axes, axis_name)[0]
+
+    primal.defvjp(jit_outside_traces(static_argnums=(1, 2))(fwd), jit_outside_traces(static_argnums=(0, 1))(bwd))
+    return jit_outside_traces(static_argnums=(1, 2))(primal)
 
 
 class _Primal(NamedTuple):
@@ -84,7 +95,7 @@ def _differentiate(rule: custom_vjp, *args: Any) -> tuple[Any, Any]:
     given = primals
     if rule.symbolic_zeros:
         given = jax.tree.unflatten(tree, [_Primal(leaf, n in perturbed) for n, leaf in enumerate(leaves)])
-    results, residuals = rule.rules.fwd(*_merge(rule, static, given))
+    results, residuals = cast(Callable, rule.fwd)(*_merge(rule, static, given))
     residual_leaves, residual_tree = jax.tree.flatten(residuals)
     result_leaves, result_tree = jax.tree.flatten(results)
     types = tuple(result.aval for result in result_leaves)
@@ -119,11 +130,11 @@ class _Derivative(NamedTuple):
 
     def pushforward(self, residuals: Results, tangents: Results) -> Results:
         """The tangents of the results."""
-        if self.rule.rules.forward is None:
+        if self.rule.forward is None:
             return self._transposed(residuals, tangents)
         given = dict(zip(self.perturbed, tangents, strict=True))
         tree = jax.tree.unflatten(self.primal_tree, [given.get(n) for n in range(self.primal_tree.num_leaves)])
-        pushed = self.rule.rules.forward(*self.static, jax.tree.unflatten(self.residual_tree, residuals), tree)
+        pushed = self.rule.forward(*self.static, jax.tree.unflatten(self.residual_tree, residuals), tree)
         pairs = zip(jax.tree.leaves(pushed), self.result_types, strict=True)
         return tuple(tangent for tangent, kind in pairs if _is_inexact(kind))
 
@@ -146,7 +157,8 @@ class _Derivative(NamedTuple):
             next(given) if _is_inexact(kind) else np.zeros(kind.shape, jax.dtypes.float0) for kind in self.result_types
         ]
         result_cotangents = jax.tree.unflatten(self.result_tree, leaves)
-        pulled = self.rule.rules.bwd(*self.static, jax.tree.unflatten(self.residual_tree, residuals), result_cotangents)
+        backward, residuals = cast(Callable, self.rule.bwd), jax.tree.unflatten(self.residual_tree, residuals)
+        pulled = backward(*self.static, residuals, result_cotangents)
         by_index: dict[int, Array] = {}
 
         def note(cotangent: Any, index: Any) -> None:

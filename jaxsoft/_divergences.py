@@ -12,7 +12,7 @@ from jaxsoft._arrays.checks import as_array, as_floating, as_option, broadcast, 
 from jaxsoft._arrays.classes import Axis, dense_arguments, remove_classes
 from jaxsoft._arrays.dtypes import is_removed, widen
 from jaxsoft._arrays.sharding import AxisName, broadcast_like, shard_like, sum_shards
-from jaxsoft._formula.head import Head, Positions, Values, evaluate, freeze_ignored
+from jaxsoft._formula.head import Head, Untargeted, Values, evaluate, freeze_ignored
 from jaxsoft._formula.statistics import Statistics, block_statistics, weighted
 from jaxsoft._formula.targets import REDUCTIONS, Averaging, LogitsType, Options, Reduction, position_weights
 from jaxsoft._jax_internals import Results, Tracer
@@ -87,16 +87,16 @@ def kl_divergence(
     weight = jnp.expand_dims(position_weights(weights, LogitsType(z, class_axis, axis_name)), class_axis)
     check_values("logits", z, ~jnp.isnan(z) | (weight == 0), "a number")
     check_values("teacher_logits", teacher_z, ~jnp.isnan(teacher_z) | (weight == 0), "a number")
-    positions = Positions(weight, lax.stop_gradient(shard_like(teacher_z, z)))
-    return _kl_divergence(z, positions, _divergence_head(kind, beta), class_axis, averaging, axis_name)
+    operands = Untargeted(weight, lax.stop_gradient(shard_like(teacher_z, z)))
+    return _kl_divergence(z, operands, _divergence_head(kind, beta), class_axis, averaging, axis_name)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _kl_divergence(
-    logits: Array, positions: Positions, head: Head, axis: int, averaging: Averaging, axis_name: AxisName
+    logits: Array, operands: Untargeted, head: Head, axis: int, averaging: Averaging, axis_name: AxisName
 ) -> Array:
-    (losses,), _ = cast(Values, evaluate(head, logits, positions, axis, axis_name))
-    return averaging.reduce(losses, averaging.denominator(positions.position_weight), axis)
+    (losses,), _ = cast(Values, evaluate(head, logits, operands, axis, axis_name))
+    return averaging.reduce(losses, averaging.denominator(operands.position_weight, weighted=True), axis)
 
 
 def linear_kl_divergence(
@@ -219,9 +219,9 @@ def _divergence(kind: Kind, beta: float) -> Head:
 
 
 def _statistics(
-    logits: Array, axis: int, positions: Positions, axis_name: AxisName, *, kind: Kind, beta: float
+    logits: Array, axis: int, operands: Untargeted, axis_name: AxisName, *, kind: Kind, beta: float
 ) -> DivergenceStatistics:
-    z_t = _teacher_logits(positions, logits)
+    z_t = _teacher_logits(operands, logits)
     student, teacher = (block_statistics(z, axis, axis_name=axis_name) for z in (logits, z_t))
     s, t, r = _ratios(logits, z_t, student, teacher)
 
@@ -236,14 +236,14 @@ def _statistics(
     return DivergenceStatistics(student, teacher, beta * under_teacher + (1 - beta) * under_student, under_student)
 
 
-def _values(positions: Positions, statistics: DivergenceStatistics, axis: int) -> Values:
-    weight = lax.stop_gradient(positions.position_weight)
+def _values(operands: Untargeted, statistics: DivergenceStatistics, axis: int) -> Values:
+    weight = lax.stop_gradient(operands.position_weight)
     return (jnp.where((weight == 0) | statistics.none_left, 0, weight * statistics.divergence),), ()
 
 
 def _gradients(
     logits: Array,
-    positions: Positions,
+    operands: Untargeted,
     statistics: DivergenceStatistics,
     axis: int,
     cotangents: Results,
@@ -252,10 +252,10 @@ def _gradients(
     kind: Kind,
     beta: float,
 ) -> tuple[Array, None]:
-    ignored = positions.ignored | statistics.none_left
-    logits, positions = freeze_ignored(logits, positions)
-    scale = jnp.where(ignored, 0, cotangents[0]) * positions.position_weight
-    s, t, r = _ratios(logits, _teacher_logits(positions, logits), statistics.student, statistics.teacher)
+    ignored = operands.ignored | statistics.none_left
+    logits, operands = freeze_ignored(logits, operands)
+    scale = jnp.where(ignored, 0, cotangents[0]) * operands.position_weight
+    s, t, r = _ratios(logits, _teacher_logits(operands, logits), statistics.student, statistics.teacher)
     if kind == "forward":
         gradient = s - t
     elif kind == "reverse":
@@ -266,8 +266,8 @@ def _gradients(
     return gradient.astype(logits.dtype), None
 
 
-def _teacher_logits(positions: Positions, logits: Array) -> Array:
-    return cast(Array, positions.teacher).astype(widen(logits).dtype)
+def _teacher_logits(operands: Untargeted, logits: Array) -> Array:
+    return cast(Array, operands.teacher).astype(widen(logits).dtype)
 
 
 def _ratios(logits: Array, z_t: Array, student: Statistics, teacher: Statistics) -> tuple[Array, Array, Array]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from jaxsoft._arrays.checks import check_values
 from jaxsoft._arrays.classes import Axis, dense_arguments, remove_classes
 from jaxsoft._arrays.sharding import AxisName
-from jaxsoft._formula.head import Head, Positions, Values, evaluate, freeze_ignored
+from jaxsoft._formula.head import Head, Untargeted, Values, evaluate, freeze_ignored
 from jaxsoft._formula.moments import Moments, block_moments, moment_gradients
 from jaxsoft._formula.targets import LogitsType, position_weights
 from jaxsoft._jax_internals import Results
@@ -63,24 +63,20 @@ def entropy(
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _entropy(logits: Array, axis: int, axis_name: AxisName) -> Array:
-    positions = Positions(jnp.expand_dims(position_weights(None, LogitsType(logits, axis)), axis))
-    (entropies,), _ = cast(Values, evaluate(ENTROPY, logits, positions, axis, axis_name))
+    operands = Untargeted(jnp.expand_dims(position_weights(None, LogitsType(logits, axis)), axis))
+    (entropies,), _ = cast(Values, evaluate(ENTROPY, logits, operands, axis, axis_name))
     return jnp.squeeze(entropies, axis)
 
 
-def _statistics(logits: Array, axis: int, positions: Positions, axis_name: AxisName) -> Moments:
-    return block_moments(logits, axis, axis_name)
-
-
-def _values(positions: Positions, moments: Moments, axis: int) -> Values:
-    return (jnp.where(positions.ignored, 0, moments.entropy),), ()
+def _values(operands: Untargeted, moments: Moments, axis: int) -> Values:
+    return (jnp.where(operands.ignored, 0, moments.entropy),), ()
 
 
 def _gradients(
-    logits: Array, positions: Positions, moments: Moments, axis: int, cotangents: Results, *, in_place: bool
+    logits: Array, operands: Untargeted, moments: Moments, axis: int, cotangents: Results, *, in_place: bool
 ) -> tuple[Array, None]:
-    ignored, logits = positions.ignored, freeze_ignored(logits, positions)[0]
+    ignored, logits = operands.ignored, freeze_ignored(logits, operands)[0]
     return moment_gradients(logits, moments, 0.0, jnp.where(ignored, 0, cotangents[0]), ignored, axis), None
 
 
-ENTROPY = Head(_statistics, _values, _gradients)
+ENTROPY = Head(lambda logits, axis, _, axis_name: block_moments(logits, axis, axis_name), _values, _gradients)

@@ -48,16 +48,13 @@ def linear_cross_entropy(
     is computed as `cross_entropy` computes it, and stays as accurate.
 
     Args:
-        features: inputs x of the layer, in float16, bfloat16, float32 or float64, with any number of
-            leading axes.
+        features: inputs x of the layer, in float16, bfloat16, float32 or float64, with any number of leading axes.
         kernel: weights W of shape (features, classes), as in Flax's Dense; see `kernel_axis`.
-        targets: integer labels in [0, classes), of the features' shape without their last axis; or a
-            floating distribution of shape (..., classes), which need not sum to one, or a one-hot over two classes or
-            more; or `SparseTargets` of a few classes: all as in `cross_entropy`.
+        targets: as in `cross_entropy`: integer labels of the features' shape without their last axis; or a floating
+            distribution or a one-hot of shape (..., classes); or `SparseTargets` of a few classes.
         bias: b of shape (classes,).
         ignore_index: label of the ignored positions, which cost almost no time.
-        weights: weight per position, or a boolean mask of the positions to keep; a weight of 0 ignores a position, as
-            `ignore_index` does.
+        weights: weight per position, or a boolean mask of the positions to keep; a weight of 0 ignores a position.
         class_weights: weight of each class, of shape (classes,).
         where: booleans of shape (classes,); False masks a class, such as one that pads the vocabulary.
         label_smoothing: ε in [0, 1], as in `cross_entropy`.
@@ -72,11 +69,8 @@ def linear_cross_entropy(
         memory_budget: bytes that one tile's logits, their gradient, and the stored logit gradients of a group of tiles
             may take; None for a size that suits the device, on an accelerator at most a third of its memory.
         axis_name: inside `jax.shard_map`, or on an automatic mesh set by `jax.set_mesh`, the mesh axis over which the
-            classes are sharded in contiguous blocks. Inside `shard_map`, kernel, bias, `where` and distributions hold
-            one block; labels and class weights refer to all classes. The loss and gradients are the same as for the
-            unsharded layer. Do not pass a full kernel that was gathered inside the `shard_map`: types cannot tell it
-            from blocks, and it would count once per device. If a `shard_map` has sharded the positions too, "mean"
-            averages over one device only: take "sum", and divide its `psum` by the `psum` of the count.
+            classes are sharded in contiguous blocks, as in `cross_entropy`. Inside `shard_map`, kernel, bias, `where`
+            and distributions hold one block; labels and class weights refer to all classes.
         batch_axes: on an automatic mesh set by `jax.set_mesh`, the names of the mesh axes over which the first axis of
             the positions is sharded, or a `PartitionSpec` for all of them. Explicit axes are read from the types.
 
@@ -89,19 +83,17 @@ def linear_cross_entropy(
     features of an ignored position may be NaN. A bias of −inf masks a class as `where` does, with or without a soft
     cap: smoothing then spreads over the remaining classes.
 
-    Differentiation: with respect to features, kernel, bias and distributions, in reverse and forward mode to any order;
-    forward mode takes three matmuls per tile. In reverse mode a scalar loss computes its gradients together with
-    the loss: three matmuls per tile, 6·N·D·V FLOPs. "none" computes them in the backward pass, from recomputed
-    logits: four matmuls, 8·N·D·V FLOPs. Without differentiation there is one matmul. An input that is not
-    differentiated saves the matmul of its gradient. The gradient of the kernel is summed in float32, over devices too.
-    Training takes memory for one tile, the gradients, and one or two temporaries of the kernel's size: see
-    `plan_linear_cross_entropy`.
+    Differentiation: with respect to features, kernel, bias and distributions, in reverse and forward mode to any order.
+    Without it there is one matmul per tile. In reverse mode a scalar loss computes its gradients together with the
+    loss: three matmuls per tile, 6·N·D·V FLOPs, as in forward mode. "none" computes them in the backward pass, from
+    recomputed logits: four matmuls, 8·N·D·V FLOPs. An input that is not differentiated saves the matmul of its
+    gradient. The kernel's gradient is summed in float32, over devices too. Training takes memory for one tile, the
+    gradients, and one or two temporaries of the kernel's size: see `plan_linear_cross_entropy`.
 
-    Under `jax.vmap` over features (and targets and weights, if these are mapped), as over sequences, all examples
-    share one loop over tiles, and their gradients are computed in the backward pass. A mapped layer, or `vmap` of a
-    gradient, has one kernel gradient per example, and cannot be mapped over an axis that is sharded over an explicit
-    mesh (JAX loses the axis's name inside the loop). In the body of `jax.lax.scan` or `jax.lax.map` every step
-    would store its gradients: wrap the body in `jax.checkpoint`.
+    Under `jax.vmap` over features (and targets and weights, if these are mapped), all examples share one loop over
+    tiles, and their gradients are computed in the backward pass. A mapped layer, or `vmap` of a gradient, has one
+    kernel gradient per example, and cannot be mapped over an axis that is sharded over an explicit mesh. Wrap the body
+    of a `jax.lax.scan` or `jax.lax.map` in `jax.checkpoint`, or every step stores its gradients.
 
     Matmuls run in the wider dtype of features and kernel: to compute in bfloat16, cast both. Their
     sums and everything else are in float32.

@@ -135,8 +135,7 @@ def _around_label(logits: Array, axis: int, targets: Targets, axis_name: AxisNam
 def _log_probs(with_entropy: bool) -> Head:
     """The head of the label's log-probability and lse, with the entropy or without, and the argmax."""
     values = functools.partial(_values, with_entropy=with_entropy)
-    init_output = functools.partial(_init_output, with_entropy=with_entropy)
-    return Head(_around_label, values, _gradients, init_output)
+    return Head(_around_label, values, _gradients, widths=(1,) * (3 if with_entropy else 2), indices=1)
 
 
 def _values(targets: Targets, statistics: tuple[Moments, Statistics], axis: int, *, with_entropy: bool) -> Values:
@@ -182,11 +181,6 @@ def _gradients(
     return scaled, None
 
 
-def _init_output(positions: int, dtype: Any, *, with_entropy: bool) -> Values:
-    zeros = jnp.zeros((positions, 1), dtype)
-    return (zeros,) * (3 if with_entropy else 2), (jnp.full((positions, 1), -1, jnp.int32),)
-
-
 @functools.cache
 def with_log_probs(loss: Head, has_labels: bool) -> Head:
     """The head of a loss, and as constants the log-probability of labels, lse, entropy and argmax."""
@@ -213,8 +207,4 @@ def with_log_probs(loss: Head, has_labels: bool) -> Head:
     def gradients(logits: Array, targets: Any, statistics: Any, axis: int, cotangents: Results, **how: bool) -> Any:
         return loss.gradients(logits, targets, statistics[0], axis, cotangents, **how)
 
-    def init_output(positions: int, dtype: Any) -> Values:
-        zeros = jnp.zeros((positions, 1), dtype)
-        return (zeros,), (*(zeros,) * (3 if has_labels else 2), jnp.full((positions, 1), -1, jnp.int32))
-
-    return Head(statistics, values, gradients, init_output)
+    return Head(statistics, values, gradients, numbers=3 if has_labels else 2, indices=1)

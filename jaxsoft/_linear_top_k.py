@@ -1,7 +1,7 @@
 """The most likely classes of a linear layer whose logits are never all stored."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -12,7 +12,7 @@ from jaxsoft._arrays.classes import put
 from jaxsoft._arrays.dtypes import is_removed
 from jaxsoft._arrays.exports import exportable
 from jaxsoft._arrays.sharding import AxisName, first_class, sum_shards
-from jaxsoft._formula.head import Head, Positions, Values, freeze_ignored
+from jaxsoft._formula.head import Head, Untargeted, Values, freeze_ignored
 from jaxsoft._formula.sparse import Outside, SparseTargets
 from jaxsoft._formula.statistics import Statistics, block_statistics, scaled_exponentials
 from jaxsoft._formula.targets import Targets
@@ -131,11 +131,11 @@ def _candidates(logits: Array, k: int, axis_name: AxisName) -> tuple[Array, Arra
 @functools.cache
 def _top_k(k: int) -> Head:
     # `copies`: XLA adds a bias to the matmul's result once for the search, and again for the gradient.
-    statistics, init_output = functools.partial(_statistics, k=k), functools.partial(_init_output, k=k)
-    return Head(statistics, _values, _gradients, init_output, copies=True)
+    statistics = functools.partial(_statistics, k=k)
+    return Head(statistics, _values, _gradients, widths=(k, 1), indices=k, copies=True)
 
 
-def _statistics(logits: Array, axis: int, positions: Positions, axis_name: AxisName, *, k: int) -> TopKStats:
+def _statistics(logits: Array, axis: int, operands: Untargeted, axis_name: AxisName, *, k: int) -> TopKStats:
     first = first_class(logits.shape[axis], axis_name)
     top, classes = _candidates(logits, k, axis_name)
     leader = Targets(label=classes[:, :1] - first)
@@ -143,14 +143,14 @@ def _statistics(logits: Array, axis: int, positions: Positions, axis_name: AxisN
     return TopKStats(found, top.astype(found.max_logit.dtype) - found.max_logit, classes, first)
 
 
-def _values(positions: Positions, top: TopKStats, axis: int) -> Values:
+def _values(operands: Untargeted, top: TopKStats, axis: int) -> Values:
     return (top.logits - top.statistics.log_sum, top.statistics.logsumexp), (top.classes,)
 
 
 def _gradients(
-    logits: Array, positions: Positions, top: TopKStats, axis: int, cotangents: Results, *, in_place: bool
+    logits: Array, operands: Untargeted, top: TopKStats, axis: int, cotangents: Results, *, in_place: bool
 ) -> tuple[Array, None]:
-    ignored, logits = positions.ignored, freeze_ignored(logits, positions)[0]
+    ignored, logits = operands.ignored, freeze_ignored(logits, operands)[0]
     statistics, (grad_log_probs, grad_lse) = top.statistics, cotangents
     removed = is_removed(top.logits)
     grad_log_probs = jnp.where(removed, 0, grad_log_probs)
@@ -172,8 +172,3 @@ def _gradients(
         at_others = factor * jnp.exp(top.logits[:, 1:]) + grad_others
         grad_logits = put(grad_logits, jnp.where(removed[:, 1:], -1, block[:, 1:]), at_others, axis)
     return grad_logits, None
-
-
-def _init_output(positions: int, dtype: Any, *, k: int) -> Values:
-    variable = jnp.zeros((positions, k), dtype), jnp.zeros((positions, 1), dtype)
-    return variable, (jnp.full((positions, k), -1, jnp.int32),)

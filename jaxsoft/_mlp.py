@@ -55,16 +55,13 @@ def init_mlp(
         keys = jax.random.split(key, len(units) - 1)
     except TypeError:
         raise TypeError(f"key: expected a random key, such as jax.random.key(0), got {key!r}") from None
-    layers = []
-    for layer_key, inputs, outputs in zip(keys, units, units[1:], strict=False):
-        kernel_key, bias_key = jax.random.split(layer_key)
-        layers.append(
-            {
-                "kernel": kernel_init(kernel_key, (inputs, outputs), dtype),
-                "bias": bias_init(bias_key, (outputs,), dtype),
-            }
-        )
-    return tuple(layers)
+
+    def layer(key: Array, inputs: int, outputs: int) -> Layer:
+        kernel_key, bias_key = jax.random.split(key)
+        kernel, bias = kernel_init(kernel_key, (inputs, outputs), dtype), bias_init(bias_key, (outputs,), dtype)
+        return {"kernel": kernel, "bias": bias}
+
+    return tuple(map(layer, keys, units, units[1:]))
 
 
 def apply_mlp(

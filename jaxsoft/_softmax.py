@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +11,11 @@ from jaxsoft._arrays.checks import as_axes, as_floating, as_mask, check_values
 from jaxsoft._arrays.classes import remove_classes
 from jaxsoft._arrays.dtypes import widen
 from jaxsoft._arrays.sharding import AxisName, as_axis_name, shard_like, sum_shards
-from jaxsoft._custom_vjp import custom_vjp
+from jaxsoft._custom_vjp import with_rule
 from jaxsoft._formula.statistics import Statistics, block_statistics, leading_statistics, scaled_exponentials
-from jaxsoft._jax_internals import jit_outside_traces
+from jaxsoft._jax_internals import Results
 from jaxsoft._platform import cpu
-from jaxsoft._platform.dispatch import Axes, from_end, with_platform_impl
+from jaxsoft._platform.dispatch import Axes, with_local_impl
 
 
 def softmax(
@@ -30,21 +29,19 @@ def softmax(
 
     s_i = exp(z_i) / Σ_j exp(z_j)
 
-    The derivative is a `jax.custom_vjp` with the rule s * (g − s·g), which saves only s: the
-    classes × classes Jacobian diag(s) − s sᵀ is never computed. Mapping `softmax` with `jax.vmap` over
-    batch and spatial axes equals passing `axis`.
+    The derivative is a `jax.custom_vjp` with the rule s * (g − s·g), which saves only s and computes no Jacobian.
+    Mapping `softmax` with `jax.vmap` over batch and spatial axes equals passing `axis`.
 
     Args:
         logits: scores z of any shape, in float16, bfloat16, float32 or float64 (integers are promoted).
         axis: the class axis, several axes that together enumerate the classes, or None for all.
         where: booleans that broadcast to the logits' shape; False masks a class.
-        axis_name: inside `jax.shard_map`, the mesh axis over which the classes are sharded in blocks. The
-            result is this block of the whole softmax, at the cost of two all-reduces of one number per vector, and
-            one more in the backward pass.
+        axis_name: inside `jax.shard_map`, the mesh axis over which the classes are sharded in blocks. The result is
+            this block of the whole softmax, at the cost of two all-reduces of one number per vector, three with the
+            gradient.
 
     Returns:
-        Array of the logits' shape and dtype that sums to one over `axis`. Half precision is
-        reduced in float32.
+        Array of the logits' shape and dtype that sums to one over `axis`. Half precision is reduced in float32.
 
     Edges: a masked class has probability 0 and gradient 0 whatever its logit is, even NaN. If every class
     is masked, or every logit is −inf, all probabilities and gradients are 0. A NaN or +inf logit that is
@@ -73,41 +70,28 @@ def softmax(
     outputs" (1990). The shift by the maximum: P. Blanchard, D. J. Higham, N. J. Higham, "Accurately
     computing the log-sum-exp and softmax functions" (2021).
     """
-    prepared, axes, mask = _prepare(logits, axis, where)
-    axis_name = as_axis_name(axis_name, "logits", prepared)
-    probs = cast(Array, _softmax(prepared, axes, axis_name))
+    prepared, axes, mask, axis_name = _prepare(logits, axis, where, axis_name)
+    probs = _softmax(prepared, axes, axis_name)
     return probs if mask is None else jnp.where(mask, probs, 0)
 
 
-@jit_outside_traces(static_argnums=(1, 2))
-@functools.partial(custom_vjp, nondiff_argnums=(1, 2))
-def _softmax(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
-    return _softmax_fwd(logits, axes, axis_name)[0]
-
-
-@jit_outside_traces(static_argnums=(1, 2))
 def _softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, Array]:
-    if axis_name is None:
-        (probs,) = _probs((logits,), from_end(axes, logits))
-    else:
-        statistics = block_statistics(logits, axes, axis_name=axis_name)
-        probs = scaled_exponentials(logits, statistics.max_logit, 1 / statistics.positive_sum, axes)
+    (probs,) = _probs((logits,), axes, axis_name)
     return probs, probs
 
 
-@with_platform_impl(cpu=cpu.softmax)
-def _probs(arrays: tuple[Array], axes: Axes) -> tuple[Array]:
+@with_local_impl(cpu=cpu.softmax)
+def _probs(arrays: tuple[Array], axes: Axes, axis_name: AxisName = None) -> tuple[Array]:
     (logits,) = arrays
-    statistics = block_statistics(logits, axes)
+    statistics = block_statistics(logits, axes, axis_name=axis_name)
     return ((jnp.exp(widen(logits) - statistics.max_logit) / statistics.positive_sum).astype(logits.dtype),)
 
 
-@jit_outside_traces(static_argnums=(0, 1))
 def _softmax_bwd(axes: Axes, axis_name: AxisName, probs: Array, cotangent: Array) -> tuple[Array]:
     return (softmax_vjp(probs, cotangent, axes, axis_name=axis_name),)
 
 
-_softmax.__wrapped__.defvjp(_softmax_fwd, _softmax_bwd)
+_softmax = with_rule(_softmax_fwd, _softmax_bwd)
 
 
 def softmax_vjp(
@@ -131,8 +115,7 @@ def softmax_vjp(
         The gradient with respect to the logits, of the shape and dtype of `probs`. Half precision is reduced
         in float32. The Jacobian is symmetric, so the same call maps a tangent of the logits to a tangent of s.
 
-    Edges: a class of probability 0 has gradient 0. A cotangent that is constant over the classes
-    gives 0: adding a constant to all logits changes no probability.
+    Edges: a class of probability 0 has gradient 0. A cotangent that is constant over the classes gives 0.
 
     Raises:
         TypeError: arguments that are not real numbers, an axis that is not an integer.
@@ -153,24 +136,19 @@ def softmax_vjp(
         raise ValueError(f"cotangent: expected the shape of probs {s.shape}, got {g.shape}")
     axes, g = as_axes(axis, s.ndim), shard_like(g, s)
     axis_name = as_axis_name(axis_name, "probs", s)
-    if axis_name is None:
-        return _compiled_pullback(s, g, from_end(axes, s))
-    wide = widen(s)
-    g = g.astype(wide.dtype)
-    dot = sum_shards(jnp.sum(wide * g, axes, keepdims=True), axis_name)
-    return (wide * (g - dot)).astype(s.dtype)
+    return _compiled_pullback(s, g, axes, axis_name)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _compiled_pullback(probs: Array, cotangent: Array, axes: Axes) -> Array:
-    return _pulled_back((probs, cotangent), axes)[0]
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _compiled_pullback(probs: Array, cotangent: Array, axes: Axes, axis_name: AxisName) -> Array:
+    return _pulled_back((probs, cotangent), axes, axis_name)[0]
 
 
-@with_platform_impl(cpu=cpu.softmax_vjp)
-def _pulled_back(arrays: tuple[Array, Array], axes: Axes) -> tuple[Array]:
+@with_local_impl(cpu=cpu.softmax_vjp)
+def _pulled_back(arrays: tuple[Array, Array], axes: Axes, axis_name: AxisName = None) -> tuple[Array]:
     s = widen(arrays[0])
     g = arrays[1].astype(s.dtype)
-    dot = jnp.sum(s * g, axes, keepdims=True)
+    dot = sum_shards(jnp.sum(s * g, axes, keepdims=True), axis_name)
     return ((s * (g - dot)).astype(arrays[0].dtype),)
 
 
@@ -183,8 +161,7 @@ def softmax_jacobian(probs: Float[ArrayLike, "*batch classes"]) -> Float[Array, 
         probs: softmax output s with the classes along the last axis.
 
     Returns:
-        Array of shape (..., classes, classes) and the dtype of `probs`: one symmetric matrix per
-        vector. N vectors of C classes take N·C² numbers, so no other function of jaxsoft stores it.
+        Array of shape (..., classes, classes) and the dtype of `probs`: one symmetric matrix per vector.
 
     Edges: rows sum to zero; a probability of 1 makes the matrix zero.
 
@@ -230,13 +207,10 @@ def log_softmax(
     Returns:
         Array of the logits' shape and dtype. Half precision is reduced in float32.
 
-    Edges: a masked class has −inf and gradient 0, and its cotangent is dropped. If every class is
-    masked all are −inf.
+    Edges: a masked class has −inf and gradient 0, and its cotangent is dropped. If every class is masked all are −inf.
 
-    Exactness: accurate to rounding, except near 0: in float32, at a margin of about 17 over the log-sum-exp of the
-    other classes, a class's log-probability rounds to 0, and so does its derivative with respect to its own logit,
-    except in reverse mode on a CPU with kernels. For the loss of a label take `cross_entropy`, which stays accurate
-    there.
+    Exactness: accurate to rounding, except near 0, where a log-probability and its derivative with respect to its own
+    logit round to 0 as 1 − s and its derivative do (see `softmax`). For the loss of a label take `cross_entropy`.
 
     Differentiation: as `softmax`; the logits and two numbers per vector are saved for the backward pass.
 
@@ -251,59 +225,38 @@ def log_softmax(
 
     Source: P. Blanchard, D. J. Higham, N. J. Higham (2021).
     """
-    prepared, axes, mask = _prepare(logits, axis, where)
-    axis_name = as_axis_name(axis_name, "logits", prepared)
-    log_probs = cast(Array, _log_softmax(prepared, axes, axis_name))
+    prepared, axes, mask, axis_name = _prepare(logits, axis, where, axis_name)
+    log_probs = _log_softmax(prepared, axes, axis_name)
     return log_probs if mask is None else jnp.where(mask, log_probs, -jnp.inf)
 
 
-@jit_outside_traces(static_argnums=(1, 2))
-@functools.partial(custom_vjp, nondiff_argnums=(1, 2))
-def _log_softmax(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
-    return _log_softmax_fwd(logits, axes, axis_name)[0]
+def _log_softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, tuple[Array, ...]]:
+    log_probs, *sums = _log_probs((logits,), axes, axis_name)
+    return log_probs, (logits, *sums)
 
 
-@jit_outside_traces(static_argnums=(1, 2))
-def _log_softmax_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, tuple[Array, Array, Array]]:
-    if axis_name is None:
-        log_probs, max_logit, total = _log_probs((logits,), from_end(axes, logits))
-    else:
-        statistics = block_statistics(logits, axes, axis_name=axis_name)
-        max_logit, total = statistics.max_logit, statistics.positive_sum
-        log_probs = (widen(logits) - max_logit - jnp.log(total)).astype(logits.dtype)
-    return log_probs, (logits, max_logit, total)
-
-
-@with_platform_impl(cpu=cpu.log_softmax)
-def _log_probs(arrays: tuple[Array], axes: Axes) -> tuple[Array, Array, Array]:
+@with_local_impl(cpu=cpu.log_softmax)
+def _log_probs(arrays: tuple[Array], axes: Axes, axis_name: AxisName = None) -> tuple[Array, Array, Array]:
     (logits,) = arrays
-    statistics = block_statistics(logits, axes)
+    statistics = block_statistics(logits, axes, axis_name=axis_name)
     log_probs = widen(logits) - statistics.max_logit - jnp.log(statistics.positive_sum)
     return log_probs.astype(logits.dtype), statistics.max_logit, statistics.positive_sum
 
 
-@jit_outside_traces(static_argnums=(0, 1))
-def _log_softmax_bwd(
-    axes: Axes, axis_name: AxisName, residuals: tuple[Array, Array, Array], cotangent: Array
-) -> tuple[Array]:
-    if axis_name is None:
-        return (_log_pulled_back((*residuals, cotangent), from_end(axes, cotangent))[0],)
-    logits, max_logit, total = residuals
-    g = widen(cotangent)
-    summed = sum_shards(jnp.sum(g, axes, keepdims=True), axis_name)
-    minus_one = -jnp.ones_like(summed)
-    return (scaled_exponentials(logits, max_logit, -summed / total, axes, position_weight=minus_one, target_weights=g),)
+def _log_softmax_bwd(axes: Axes, axis_name: AxisName, residuals: tuple[Array, ...], cotangent: Array) -> Results:
+    return _log_pulled_back((*residuals, cotangent), axes, axis_name)
 
 
-@with_platform_impl(cpu=cpu.log_softmax_vjp)
-def _log_pulled_back(arrays: tuple[Array, ...], axes: Axes) -> tuple[Array]:
+@with_local_impl(cpu=cpu.log_softmax_vjp)
+def _log_pulled_back(arrays: tuple[Array, ...], axes: Axes, axis_name: AxisName = None) -> tuple[Array]:
     logits, max_logit, total, g = map(widen, arrays)
     # From the logits, not from the result, whose exponentials would not sum to one in half precision.
     probs = jnp.exp(logits - max_logit) / total
-    return ((g - probs * jnp.sum(g, axes, keepdims=True)).astype(arrays[0].dtype),)
+    total_cotangent = sum_shards(jnp.sum(g, axes, keepdims=True), axis_name)
+    return ((g - probs * total_cotangent).astype(arrays[0].dtype),)
 
 
-_log_softmax.__wrapped__.defvjp(_log_softmax_fwd, _log_softmax_bwd)
+_log_softmax = with_rule(_log_softmax_fwd, _log_softmax_bwd)
 
 
 def logsumexp(
@@ -346,25 +299,16 @@ def logsumexp(
 
     Source: P. Blanchard, D. J. Higham, N. J. Higham (2021).
     """
-    prepared, axes, _ = _prepare(logits, axis, where)
-    axis_name = as_axis_name(axis_name, "logits", prepared)
-    lse = cast(Array, _logsumexp(prepared, axes, axis_name))
+    prepared, axes, _, axis_name = _prepare(logits, axis, where, axis_name)
+    lse = _logsumexp(prepared, axes, axis_name)
     return lse if keepdims else jnp.squeeze(lse, axes)
 
 
-@jit_outside_traces(static_argnums=(1, 2))
-@functools.partial(custom_vjp, nondiff_argnums=(1, 2))
-def _logsumexp(logits: Array, axes: Axes, axis_name: AxisName) -> Array:
-    return _logsumexp_fwd(logits, axes, axis_name)[0]
-
-
-@jit_outside_traces(static_argnums=(1, 2))
 def _logsumexp_fwd(logits: Array, axes: Axes, axis_name: AxisName) -> tuple[Array, tuple[Array, Statistics]]:
     statistics = leading_statistics(logits, axes, axis_name)
     return statistics.logsumexp.astype(logits.dtype), (logits, statistics)
 
 
-@jit_outside_traces(static_argnums=(0, 1))
 def _logsumexp_bwd(
     axes: Axes, axis_name: AxisName, residuals: tuple[Array, Statistics], cotangent: Array
 ) -> tuple[Array]:
@@ -374,13 +318,13 @@ def _logsumexp_bwd(
     return (scaled_exponentials(logits, statistics.max_logit, g / statistics.positive_sum, axes),)
 
 
-_logsumexp.__wrapped__.defvjp(_logsumexp_fwd, _logsumexp_bwd)
+_logsumexp = with_rule(_logsumexp_fwd, _logsumexp_bwd)
 
 
 def _prepare(
-    logits: ArrayLike, axis: int | Sequence[int] | None, where: ArrayLike | None
-) -> tuple[Array, Axes, Array | None]:
-    """The logits with masked classes at −inf, the class axes, and the mask.
+    logits: ArrayLike, axis: int | Sequence[int] | None, where: ArrayLike | None, axis_name: AxisName
+) -> tuple[Array, Axes, Array | None, AxisName]:
+    """The logits with masked classes at −inf, the class axes, the mask, and the mesh axes of the classes.
 
     A mask is applied to the result as well, so that a cotangent at a masked class, NaN included
     (the derivative of p log p at 0), does not reach the others.
@@ -390,4 +334,4 @@ def _prepare(
     mask = None if where is None else shard_like(as_mask("where", where, array.shape), array)
     array = remove_classes(array, mask)
     check_values("logits", array, ~jnp.isnan(array), "a number")
-    return array, axes, mask
+    return array, axes, mask, as_axis_name(axis_name, "logits", array)

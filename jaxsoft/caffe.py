@@ -78,8 +78,7 @@ def softmax_with_loss(
     ∂loss/∂z_j = loss_weight/normaliser · (p_j − [j = label]), whether clamped or not
 
     Args:
-        logits: scores z of any rank, classes along `axis`, in float16, bfloat16, float32 or
-            float64.
+        logits: scores z of any rank, classes along `axis`, in float16, bfloat16, float32 or float64.
         labels: one per position, in any shape with that many elements and the logits' first dimension.
             Floats, as Caffe stores labels, are truncated to integers.
         axis: the class axis; a negative one counts from the end.
@@ -95,11 +94,10 @@ def softmax_with_loss(
         The loss, a scalar in float32, or float64 for float64 logits; and the probabilities, of the
         logits' shape and dtype, through which gradients flow by softmax's rule.
 
-    Edges: a position costs at most 126 log 2 = 87.3365448, even if its label's logit is −inf, and still has a
-    gradient. If every position is ignored, loss and gradient are 0. A label that is neither a class nor
-    ignored, or NaN, gives a NaN loss and gradient (`checked` raises instead). So does a label wider than 32
-    bits in a NumPy array, unless `jax.jit` around this function has truncated it before. NaN logits make
-    probabilities NaN, even at ignored positions.
+    Edges: a position costs at most 126 log 2 = 87.3365448, even if its label's logit is −inf, and still has a gradient.
+    If every position is ignored, loss and gradient are 0. A label that is neither a class nor ignored, or NaN, gives a
+    NaN loss and gradient (`checked` raises instead), also in a NumPy array wider than 32 bits, unless `jax.jit` has
+    truncated it before. NaN logits make probabilities NaN, even at ignored positions.
 
     Raises:
         TypeError: logits, labels or options of a wrong type.

@@ -213,8 +213,8 @@ def hopfield_asynchronous(
 
     Raises:
         TypeError: arguments that are not real numbers, an order that is not integers.
-        ValueError: as `hopfield_energy`, an order that is not one-dimensional. Under `checked`: a
-            unit that is not −1 or 1, a visit out of range.
+        ValueError: as `hopfield_energy`, an order that is not one-dimensional. Under `checked`: a unit that is not −1
+            or 1, a visit out of range.
 
     Example:
         >>> import jax.numpy as jnp
@@ -228,11 +228,8 @@ def hopfield_asynchronous(
     s, w, b = _read_hopfield(state, weights, bias)
     units = s.shape[-1]
     given: Any = jnp.arange(units) if order is None else order
-    if not isinstance(given, jax.Array):
-        given = np.asarray(given)
-        if given.dtype.itemsize == 8:  # JAX would narrow 2³² + 1 to unit 1
-            given = np.where((given >= -(2**31)) & (given < 2**31), given, 2**31 - 1)
-    visits = jnp.asarray(given)
+    xp: Any = jnp if isinstance(given, jax.Array) else np  # JAX would narrow 2³² + 1 to unit 1
+    visits = xp.asarray(given)
     if not jnp.issubdtype(visits.dtype, jnp.integer):
         raise TypeError(f"order: expected integers, got dtype {visits.dtype}")
     if visits.ndim != 1:
@@ -241,7 +238,7 @@ def hopfield_asynchronous(
     exists = (visits >= 0) & (visits < units)
     check_values("state", s, jnp.abs(s) == 1, "-1 or 1")
     check_values("order", visits, exists, f"a unit in [0, {units})")
-    visits = jnp.where(exists, visits.astype(jnp.int32), -1)
+    visits = jnp.where(exists, xp.where(exists, visits, 0).astype(jnp.int32), -1)
 
     def visit(s: Array, i: Array) -> tuple[Array, None]:
         moved = _towards(s @ w[i] + b[i], s[..., i])
@@ -351,16 +348,14 @@ def boltzmann_probability(
 
     Raises:
         TypeError: fields or a temperature that are not real numbers, `low` that is not an integer.
-        ValueError: a temperature that is not a scalar, or known not to be positive, `low` other than
-            0 or −1.
+        ValueError: a temperature that is not a scalar or known not to be positive, `low` other than 0 or −1.
 
     Example:
         >>> from jaxsoft import energy
         >>> [f"{energy.boltzmann_probability(1.0, low=low):.4f}" for low in (0, -1)]
         ['0.7311', '0.8808']
 
-    Source: D. H. Ackley, G. E. Hinton, T. J. Sejnowski, "A learning algorithm for Boltzmann
-    machines" (1985).
+    Source: D. H. Ackley, G. E. Hinton, T. J. Sejnowski, "A learning algorithm for Boltzmann machines" (1985).
     """
     h = as_floating("fields", fields)
     if as_integer("low", low) not in (0, -1):
@@ -414,8 +409,7 @@ def rbm_energy(
         >>> print(energy.rbm_energy(params, jnp.array([1.0, 1.0, 0.0]), jnp.array([1.0, 0.0])))
         -2.0
 
-    Source: P. Smolensky, "Information processing in dynamical systems: foundations of harmony
-    theory" (1986).
+    Source: P. Smolensky, "Information processing in dynamical systems: foundations of harmony theory" (1986).
     """
     w, b, c, v, h = _read_rbm(params, visible=visible, hidden=hidden)
     try:
@@ -441,8 +435,7 @@ def rbm_free_energy(params: RestrictedBoltzmann, visible: Float[ArrayLike, "*bat
     Returns:
         The free energy of each state, in the dtype the arguments promote to.
 
-    Edges: the sum factorises over the hidden units, so it costs one matmul.
-    The gradient to c is −P(h_j = 1 | v).
+    Edges: the sum factorises over the hidden units, so it costs one matmul. The gradient to c is −P(h_j = 1 | v).
 
     Raises:
         TypeError, ValueError: as `rbm_energy`.
@@ -514,8 +507,8 @@ def rbm_gibbs(
         steps: how often both layers are drawn.
 
     Returns:
-        The last visible and hidden states, of 0 and 1 in the dtype the arguments promote to. For
-        many steps the pairs are draws from P(v, h).
+        The last visible and hidden states, of 0 and 1 in the dtype the arguments promote to: for many steps draws from
+        P(v, h).
 
     Edges: chains mix slowly if the weights are large; this is not detected.
 

@@ -24,23 +24,20 @@ Option = TypeVar("Option")
 def checked(fn: Callable[P, R]) -> Callable[P, R]:
     """Return `fn` with the values of its arguments checked as well as their shapes.
 
-    A compiled function cannot raise, so a label out of range becomes a NaN loss and a NaN gradient.
-    `checked(fn)` runs the same computation with JAX's `checkify` and raises instead. It looks at values,
-    so it cannot be traced itself: wrap it around everything else, as in `checked(jax.jit(fn))` or
-    `checked(jax.grad(fn))`.
+    A compiled function cannot raise, so a label out of range becomes a NaN loss and a NaN gradient. `checked(fn)` runs
+    the same computation with JAX's `checkify` and raises instead. It looks at values, so it cannot be traced itself:
+    wrap it around everything else, as in `checked(jax.jit(fn))` or `checked(jax.grad(fn))`.
 
     Args:
-        fn: a function that calls this library, itself possibly transformed by `jax.jit`, `jax.grad`
-            or `jax.vmap`.
+        fn: a function that calls this library, itself possibly transformed by `jax.jit`, `jax.grad` or `jax.vmap`.
 
     Returns:
         A function with the same arguments and results.
 
     Raises:
-        ValueError: a label outside [0, classes) that is not `ignore_index`; a negative or non-finite
-            target, weight or class weight; a NaN logit. The message names the argument, the index
-            and the value of the first offender; under `jax.vmap` the index is relative to one
-            of the mapped calls.
+        ValueError: a label outside [0, classes) that is not `ignore_index`; a negative or non-finite target, weight or
+            class weight; a NaN logit. The message names the argument, index and value of the first offender; under
+            `jax.vmap` the index is relative to one of the mapped calls.
         TypeError: called inside `jit`, `grad` or `vmap`.
 
     Example:

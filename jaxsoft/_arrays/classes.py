@@ -9,14 +9,7 @@ from jaxtyping import Array, ArrayLike
 
 from jaxsoft._arrays.checks import as_axes, as_axis, as_floating, as_mask
 from jaxsoft._arrays.dtypes import widen
-from jaxsoft._arrays.sharding import (
-    AxisName,
-    as_axis_name,
-    explicit_names,
-    explicit_sharding,
-    shard_like,
-    sum_shards,
-)
+from jaxsoft._arrays.sharding import AxisName, as_axis_name, explicit_names, explicit_sharding, shard_like, sum_together
 
 Axis = int | Sequence[int] | None
 
@@ -32,39 +25,33 @@ class Dense(NamedTuple):
 
 
 def dense_arguments(logits: ArrayLike, axis: Axis, where: ArrayLike | None, axis_name: AxisName, *others: Any) -> Dense:
-    """The arguments of all dense functions, checked; `others` of the logits' rank have classes along the same axis."""
+    """The arguments of all dense functions, checked. Several class axes become one at the end, the last the fastest.
+
+    So do those of `others`, except arrays of another rank than the logits, such as labels.
+    """
     z = as_floating("logits", logits)
     mask = None if where is None else shard_like(as_mask("where", where, z.shape), z)
-    class_axis, z, (mask, *rest) = along_one_axis(axis, axis_name, z, mask, *others)
-    return Dense(z, class_axis, mask, as_axis_name(axis_name, "logits", z), tuple(rest))
+    if not isinstance(axis, Sequence) and axis is not None:
+        class_axis = as_axis(axis, z.ndim)
+    else:
+        axes, rank = as_axes(axis, z.ndim), z.ndim
+        if axis_name is not None:
+            raise ValueError(f"axis: expected one axis where the classes are sharded over {axis_name!r}, got {axis!r}")
+        positions = [n for n in range(rank) if n not in axes]
+
+        def merged(array: Any) -> Any:
+            if getattr(array, "ndim", None) != rank:
+                return array
+            return lax.collapse(jnp.transpose(array, (*positions, *axes)), len(positions))
+
+        class_axis, z, mask, others = len(positions), merged(z), merged(mask), tuple(map(merged, others))
+    if z.shape[class_axis] == 0:
+        raise ValueError(f"logits: expected at least one class along axis {class_axis}, got shape {z.shape}")
+    return Dense(z, class_axis, mask, as_axis_name(axis_name, "logits", z), others)
 
 
 def remove_classes(logits: Array, mask: Array | None) -> Array:
     return logits if mask is None else jnp.where(mask, logits, -jnp.inf)
-
-
-def along_one_axis(axis: Axis, axis_name: AxisName, logits: Array, *others: Any) -> tuple[int, Array, Any]:
-    """The class axis, and arrays with all classes along it: several axes become one at the end, the last the fastest.
-
-    Arrays of another rank than the logits, such as labels, are returned unchanged.
-    """
-    if not isinstance(axis, Sequence) and axis is not None:
-        merged_axis = as_axis(axis, logits.ndim)
-    else:
-        axes = as_axes(axis, logits.ndim)
-        if axis_name is not None:
-            raise ValueError(f"axis: expected one axis where the classes are sharded over {axis_name!r}, got {axis!r}")
-        positions = [n for n in range(logits.ndim) if n not in axes]
-
-        def merged(array: Any) -> Any:
-            if getattr(array, "ndim", None) != logits.ndim:
-                return array
-            return lax.collapse(jnp.transpose(array, (*positions, *axes)), len(positions))
-
-        merged_axis, logits, others = len(positions), merged(logits), tuple(map(merged, others))
-    if logits.shape[merged_axis] == 0:
-        raise ValueError(f"logits: expected at least one class along axis {merged_axis}, got shape {logits.shape}")
-    return merged_axis, logits, others
 
 
 def is_label(logits: Array, label: Array, axis: int) -> Array:
@@ -94,8 +81,7 @@ def take(logits: Array, classes: Array, axis: int, axis_name: AxisName) -> tuple
     else:
         at = jnp.take_along_axis(z, jnp.clip(classes, 0, size - 1), axis, mode="promise_in_bounds")
     if axis_name is not None:
-        sums = jnp.concatenate([jnp.where(inside, at, 0), inside.astype(at.dtype)], axis)
-        at, count = jnp.split(sum_shards(sums, axis_name), 2, axis)
+        at, count = sum_together((jnp.where(inside, at, 0), inside.astype(at.dtype)), axis, axis_name)
         inside = count > 0
     return at, inside
 

@@ -14,18 +14,15 @@ def exportable(kind: Kind) -> Kind:
 
     Its name must never change, because it is stored with the program.
     """
+    name = f"jaxsoft.{kind.__name__}"
     with contextlib.suppress(ValueError):  # if the package is imported again; JAX keeps the first registration
-        _register(kind, f"jaxsoft.{kind.__name__}")
+        if hasattr(kind, "_fields"):
+            export.register_namedtuple_serialization(kind, serialized_name=name)
+        else:  # JAX stores the static fields, which are strings, in addition to the arrays
+            export.register_pytree_node_serialization(
+                kind,
+                serialized_name=name,
+                serialize_auxdata=lambda fields: json.dumps(fields).encode(),
+                deserialize_auxdata=lambda stored: tuple(json.loads(stored.decode())),
+            )
     return kind
-
-
-def _register(kind: type, name: str) -> None:
-    if hasattr(kind, "_fields"):
-        export.register_namedtuple_serialization(kind, serialized_name=name)
-    else:  # JAX stores the static fields, which are strings, in addition to the arrays
-        export.register_pytree_node_serialization(
-            kind,
-            serialized_name=name,
-            serialize_auxdata=lambda fields: json.dumps(fields).encode(),
-            deserialize_auxdata=lambda stored: tuple(json.loads(stored.decode())),
-        )

@@ -141,6 +141,13 @@ def sum_shards(array: Array, axis_name: AxisName) -> Array:
     return array if axis_name is None else lax.psum(array, axis_name)
 
 
+def sum_together(arrays: Sequence[Array], axis: int, axis_name: AxisName) -> Sequence[Array]:
+    """The sum over the shards of each array in one all-reduce; the arrays are concatenated along an axis."""
+    if axis_name is None:
+        return arrays
+    return jnp.split(lax.psum(jnp.concatenate(arrays, axis), axis_name), len(arrays), axis)
+
+
 def max_shards(array: Array, axis_name: AxisName) -> Array:
     """The largest on any shard, or NaN if one is NaN: XLA's CPU all-reduce would ignore the NaN."""
     if axis_name is None:

@@ -6,16 +6,20 @@ import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxsoft._arrays.checks import as_axis, as_integer
-from jaxsoft._doctor.comparison import Comparison, distance
 from jaxsoft._doctor.findings import FINDINGS, judge
-from jaxsoft._doctor.inputs import as_labels, concrete, fitting_axes, floating_dtype, read, read_targets
-from jaxsoft._doctor.mistakes import MISTAKES
-from jaxsoft._doctor.problem import Problem, solve
-
-COUNTED_FROM_ONE = (
-    "Label {label} is outside [0, {label}), and no label is 0: these labels count the classes from 1, and here the "
-    "first class is 0. Subtract 1 from all of them. The gradient, for the labels minus 1: {name}. {explanation}"
+from jaxsoft._doctor.inputs import (
+    COUNTED_FROM_ONE,
+    as_labels,
+    concrete,
+    fitting_axes,
+    floating_dtype,
+    read,
+    read_logits,
+    read_targets,
 )
+from jaxsoft._doctor.mistakes import MISTAKES
+from jaxsoft._doctor.problem import Comparison, Problem, distance, solve
+
 OTHER_SHAPES = {
     "transposed": MISTAKES["transposed"][0],
     "Jacobian handed over": "This is softmax's Jacobian itself, one matrix per position, not a gradient. The gradient "
@@ -54,26 +58,22 @@ def diagnose_gradient(
 
     Args:
         logits: the scores z at which the gradient was computed, NumPy or JAX, classes along `axis`.
-        targets: integer labels of the logits' shape without the class axis; or a distribution of the
-            logits' shape, or a one-hot of integers or booleans.
+        targets: integer labels of the logits' shape without the class axis; or a distribution or one-hot of that shape.
         gradient: the gradient to judge, of the logits' shape (a matrix may be transposed).
-        axis: the class axis. Labels that fit only another axis are judged along that axis, and the
-            explanation names it.
-        ignore_index: label of the ignored positions. With None, the labels -1, -100, 255, 65535 and
-            -2**31 are ignored unless they are classes.
+        axis: the class axis. Labels that fit only another axis are judged along it, and the explanation names it.
+        ignore_index: label of the ignored positions; by default -1, -100, 255, 65535 and -2**31 unless they are
+            classes.
 
     Returns:
         A `Diagnosis`: whether the gradient is right for the sum or a mean, a verdict, an explanation,
         the true gradient, how far the given one is from it, and its sums over the classes.
 
-    Edges: each position is compared separately, in float64, relative to the norm of its own gradient. A
-    vector may be off by 1e-4 of its norm in float32 and float64, 2e-3 in float16 and 2e-2 in bfloat16, by
-    the spacing of the dtype's smallest numbers, and by the rounding of subtracting a target. If a label's
-    p − 1 loses more than 1 % of the vector, the verdict is "lost to rounding". Logits of a finer dtype than
-    the gradient may have been rounded to the gradient's dtype. Mistakes are recognised in sums and in means.
-    With two classes and one position some mistakes equal the true gradient up to a factor; they are named
-    if that factor is exact. Labels from 1 to the number of classes are judged minus 1, and never called
-    right. This is a tool for concrete arrays, not for `jit`.
+    Edges: each position is compared separately, in float64, relative to the norm of its own gradient. A vector may be
+    off by 1e-4 of its norm in float32 and float64, 2e-3 in float16 and 2e-2 in bfloat16, by the spacing of the dtype's
+    smallest numbers, and by the rounding of subtracting a target. If a label's p − 1 loses more than 1 % of the vector,
+    the verdict is "lost to rounding". Mistakes are recognised in sums and in means. With two classes and one position
+    some mistakes equal the true gradient up to a factor; they are named if that factor is exact. Labels from 1 to the
+    number of classes are judged minus 1, and never called right. This is a tool for concrete arrays, not for `jit`.
 
     Raises:
         TypeError: traced arrays, or arrays that are not real numbers.
@@ -131,12 +131,8 @@ def _diagnose(
     logits: np.ndarray, targets: np.ndarray, gradient: np.ndarray, axis: int, ignore_index: int | None
 ) -> Diagnosis:
     """The diagnosis with the classes along this axis."""
-    z, g = read("logits", logits), read("gradient", gradient)
+    z, g = read_logits(logits), read("gradient", gradient)
     dtype, logits_dtype = floating_dtype("gradient", gradient), floating_dtype("logits", logits)
-    if not np.isfinite(z).all():
-        raise ValueError("logits: expected finite numbers, got NaN or infinity")
-    if z.size == 0:
-        raise ValueError(f"logits: expected at least one position and class, got shape {z.shape}")
     t, counted_from_one = read_targets(targets, logits.shape, axis, ignore_index)
     problem = solve(np.moveaxis(z, axis, -1), t)
     truth, narrow = np.moveaxis(problem.truth, -1, axis), problem.z.astype(dtype).astype(np.float64)
@@ -151,8 +147,8 @@ def _diagnose(
     name, explanation = verdict["name"], verdict["explanation"]
     correct = name.startswith("correct") and not counted_from_one
     if counted_from_one:
-        explanation = COUNTED_FROM_ONE.format(label=problem.classes, name=name, explanation=explanation)
-        name = "labels counted from 1"
+        remark = COUNTED_FROM_ONE.format(label=problem.classes, judged="gradient")
+        name, explanation = "labels counted from 1", f"{remark}{name}. {explanation}"
     return Diagnosis(correct, name, explanation, truth, distance(c.g, c.nearest()), c.g.sum(-1))
 
 

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from jaxsoft._doctor.comparison import Comparison, distance, norm, norms
 from jaxsoft._doctor.mistakes import FITS, MISTAKES, Catalogue, candidates
-from jaxsoft._doctor.problem import Problem, Vectors
+from jaxsoft._doctor.problem import Comparison, Problem, Vectors, distance, norm, norms
 
 Factors = Float[np.ndarray, " positions"]
 # A finding gives the values of its text's placeholders, or whether it is so where the text has none.

@@ -10,16 +10,13 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 from jaxsoft._arrays.checks import as_axis
 from jaxsoft._cross_entropy import cross_entropy
 from jaxsoft._doctor.diagnosis import Diagnosis
-from jaxsoft._doctor.inputs import concrete, read
+from jaxsoft._doctor.inputs import COUNTED_FROM_ONE, Options, Sample, concrete, read, read_sample
 from jaxsoft._doctor.loss_conventions import FORMS, REDUCTIONS, SMOOTHINGS, TELLS, WEIGHTINGS, smoothed, weighted
-from jaxsoft._doctor.loss_mistakes import ADDITIONS, HALF, HALF_TEXT, INPUTS, LOG_PROBS, LOSSES, OUTERS
-from jaxsoft._doctor.loss_sample import Options, Sample, log_softmax, read_sample
+from jaxsoft._doctor.loss_mistakes import TEXTS
 from jaxsoft._doctor.loss_search import Precision, Way, distinct, search
+from jaxsoft._doctor.problem import log_softmax
 
-COUNTED_FROM_ONE = (
-    "Label {label} is outside [0, {label}), and no label is 0: these labels count the classes from 1, and here the "
-    "first class is 0. Subtract 1 from all of them. The loss, for the labels minus 1: "
-)
+USUAL = {next(iter(table)) for table in (SMOOTHINGS, FORMS, WEIGHTINGS)}
 NOTHING = "Every position is ignored or has weight 0: a sum of 0 divided by a count of 0"
 
 
@@ -41,31 +38,26 @@ def diagnose_loss(
 
     Args:
         logits: the scores z that the loss was computed from, NumPy or JAX, classes along `axis`.
-        targets: integer labels of the logits' shape without the class axis; or a distribution of the
-            logits' shape.
-        value: the loss to judge: one number, or one per position, or one per example (index of the first
-            axis).
+        targets: integer labels of the logits' shape without the class axis; or a distribution of the logits' shape.
+        value: the loss to judge: one number, or one per position, or one per example (index of the first axis).
         axis: the class axis.
-        ignore_index: label of the ignored positions. With None, the labels -1, -100, 255, 65535 and
-            -2**31 are ignored unless they are classes.
+        ignore_index: label of the ignored positions; by default -1, -100, 255, 65535 and -2**31 unless they are
+            classes.
         weights: weights of the positions that the loss should have.
         class_weights: weights of the classes that the loss should have.
         label_smoothing: ε in [0, 1] that the loss should have.
 
     Returns:
-        A `Diagnosis`: whether some convention gives the value, a verdict, an explanation that names
-        frameworks, in `found` the names of at most three explanations, the most likely first, in
-        `true_loss` the loss of each position with these options, how far the value is from the nearest
-        of its sum and means, and the gradient of the sum.
+        A `Diagnosis`: whether some convention gives the value, a verdict, an explanation that names frameworks, in
+        `found` the names of at most three explanations, the most likely first, in `true_loss` the loss of each position
+        with these options, how far the value is from the nearest of its sum and means, and the gradient of the sum.
 
-    Edges: everything is computed in float64. A value that float32 represents may be off by 1e-5 of the
-    losses plus one; in half precision by the dtype's own rounding; with three to six digits by half a
-    unit of the last digit. One mistake is preferred to two. Pairs are tried for at most 100,000 logits,
-    and if the value has more than six digits. Numbers such as ζ or ε are found from one value if they
-    are usual (1 to 5 times a power of ten, for instance), and from three or more values in any case. If
-    an axis has length one, or there are no weights, conventions coincide: the explanation says so, and
-    which input would distinguish them. NaN is right if every position is ignored. This is a tool for
-    concrete arrays, not for `jit`.
+    Edges: everything is computed in float64. A value that float32 represents may be off by 1e-5 of the losses plus one;
+    in half precision by the dtype's own rounding; with three to six digits by half a unit of the last digit. One
+    mistake is preferred to two, and pairs are tried for at most 100,000 logits, if the value has more than six digits.
+    Numbers such as ζ or ε are found from one value if they are usual (1 to 5 times a power of ten, for instance), from
+    three or more values in any case. Where conventions coincide, the explanation names an input that would distinguish
+    them. NaN is right if every position is ignored. This is a tool for concrete arrays, not for `jit`.
 
     Raises:
         TypeError: traced arrays, or arrays that are not real numbers.
@@ -95,7 +87,7 @@ def diagnose_loss(
     found = distinct(search(sample, numbers, _precision(given, numbers))) if np.isfinite(numbers).all() else []
     verdict, explanation, correct = _judged(sample, numbers, found, nearest)
     if from_one:
-        explanation = COUNTED_FROM_ONE.format(label=sample.classes) + explanation
+        explanation = COUNTED_FROM_ONE.format(label=sample.classes, judged="loss") + explanation
         verdict, correct = "labels counted from 1", False
     whole = (*positions, sample.classes)
     return Diagnosis(
@@ -171,20 +163,12 @@ def _name(way: Way) -> str:
     if way.mistakes:
         return " and ".join(way.mistakes)
     smoothing, form, weighting, reduction = way.conventions
-    usual = {next(iter(table)) for table in (SMOOTHINGS, FORMS, WEIGHTINGS)}
-    return ", ".join([reduction, *(name for name in (form, smoothing, weighting) if name not in usual)])
+    return ", ".join([reduction, *(name for name in (form, smoothing, weighting) if name not in USUAL)])
 
 
 def _explained(s: Sample, way: Way) -> str:
     """The text that the user reads about one way."""
-    texts = {
-        name: text for table in (INPUTS, LOG_PROBS, LOSSES, OUTERS, ADDITIONS) for name, (text, _) in table.items()
-    }
-    sentences = [texts[name].format(value=way.value) for name in way.mistakes if name in texts]
-    if HALF in way.mistakes:
-        sentences.append(HALF_TEXT.format(dtype=way.value))
-    usual = {next(iter(table)) for table in (SMOOTHINGS, FORMS, WEIGHTINGS)}
-    tables = SMOOTHINGS, FORMS, WEIGHTINGS, REDUCTIONS
+    sentences = [TEXTS[name].format(value=way.value) for name in way.mistakes]
     counts = {
         "positions": len(s.w) // s.groups if s.groups < len(s.w) else len(s.w),
         "valid": int(s.live.sum()),
@@ -192,8 +176,8 @@ def _explained(s: Sample, way: Way) -> str:
         "inner": len(s.w) // s.shape[0] if s.shape else 1,
         "classes": s.classes,
     }
-    for name, table in zip(reversed(way.conventions), reversed(tables), strict=True):
-        if name not in usual:
+    for name, table in zip(reversed(way.conventions), (REDUCTIONS, WEIGHTINGS, FORMS, SMOOTHINGS), strict=True):
+        if name not in USUAL:
             sentences.append(f"{name[0].upper()}{name[1:]}: {table[name][0].format(**counts)}")
     return " ".join(sentences)
 

@@ -8,14 +8,17 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxsoft._doctor.loss_sample import Numbers, Rows, Sample, log_softmax
+from jaxsoft._doctor.inputs import Numbers, Rows, Sample
 from jaxsoft._doctor.mistakes import Catalogue
+from jaxsoft._doctor.problem import log_softmax
 
 # A formula gives None if it equals the usual one, the first of its table.
 Smoothing = Callable[[Sample], Rows | None]  # the smoothed targets
 Form = Callable[[Rows, Rows], Rows | None]  # what a class costs, of log-probabilities and smoothed targets
 Weighting = Callable[[Sample, Rows], tuple[Rows, Numbers] | None]  # weighted targets, and each position's weight
 Reduction = Callable[[Sample, Numbers], Numbers | float | None]  # what each position's loss is multiplied by
+# Of a mean, what is counted at each position, and the counts of other means that would give the same numbers.
+Counts = Callable[[Sample, Numbers], tuple[Numbers, ...] | None]
 SMOOTHINGS, FORMS = Catalogue[Smoothing](), Catalogue[Form]()
 WEIGHTINGS, REDUCTIONS = Catalogue[Weighting](), Catalogue[Reduction]()
 smoothing, form, weighting, reduction = SMOOTHINGS.entry, FORMS.entry, WEIGHTINGS.entry, REDUCTIONS.entry
@@ -35,10 +38,26 @@ TELLS = {
     "mean of the examples' means": "examples with different numbers of valid positions",
     "mean of the classes' means": "classes that occur unequally often",
     "sum": "several positions",
-    "one per example: sum": "examples of several positions",
+    "one per example": "examples of several positions",
     "one per position": "several positions",
     "one per position, divided by their number": "another number of positions",
 }
+
+
+def mean(text: str) -> Callable[[Counts], Reduction]:
+    """Enter a division by the counts of the positions of each given number."""
+
+    def enter(formula: Counts) -> Reduction:
+        def factors(s: Sample, r: Numbers) -> Numbers | None:
+            counts = formula(s, r) if s.groups < len(s.w) else None
+            if counts is None:
+                return None
+            total, *others = (s.total(count * s.present) for count in counts)
+            return None if any(np.allclose(total, other, rtol=1e-12) for other in others) else _inverse(total)
+
+        return reduction(text)(factors)
+
+    return enter
 
 
 def smoothed(s: Sample) -> Rows:
@@ -57,12 +76,10 @@ def _(s: Sample) -> Rows | None:
     return np.where(s.live[:, None], s.t + s.epsilon * (others - s.t), 0) if s.epsilon and s.classes > 1 else None
 
 
-@smoothing("""smoothing of ignored positions too: An ignored position has no label but keeps its share ε/C of smoothing,
-as with tinygrad's default ignore_index.""")
-def _(s: Sample) -> Rows | None:
-    return s.t * (1 - s.epsilon) + s.epsilon / s.classes if s.epsilon and s.has_ignored else None
-
-
+smoothing("""smoothing of ignored positions too: An ignored position has no label but keeps its share ε/C of smoothing,
+as with tinygrad's default ignore_index.""")(
+    lambda s: s.t * (1 - s.epsilon) + s.epsilon / s.classes if s.epsilon and s.has_ignored else None
+)
 form("cross-entropy: −Σ t log p.")(lambda lp, q: -finite(lp, q))
 
 
@@ -131,105 +148,54 @@ def _(s: Sample, q: Rows) -> tuple[Rows, Numbers] | None:
     return q * weights[:, None], weights * s.live
 
 
-@weighting("""class weights without effect on distributions: They are ignored, as in Chainer and
-TensorFlow.""")
-def _(s: Sample, q: Rows) -> tuple[Rows, Numbers] | None:
-    return (q * s.w[:, None], s.w * s.live) if s.has_class_weights and s.labels is None else None
+weighting("class weights without effect on distributions: They are ignored, as in Chainer and TensorFlow.")(
+    lambda s, q: (q * s.w[:, None], s.w * s.live) if s.has_class_weights and s.labels is None else None
+)
 
 
 def _inverse(counts: np.ndarray) -> Numbers | None:
     return np.divide(1, counts, out=np.zeros(len(counts)), where=counts > 0) if counts.any() else None
 
 
-def _distinct(s: Sample, counts: Numbers, *others: Numbers) -> Numbers | None:
-    """What a mean over these counts multiplies by, where it is none of the others."""
-    return None if any(np.allclose(counts, other, rtol=1e-12) for other in others) else _inverse(counts)
-
-
-@reduction("""mean over valid positions: It is divided by the {valid} positions that are not ignored, as PyTorch divides
-without weights, Keras with ignore_class, Chainer, and PaddlePaddle for an ignore_index of 0 or more.""")
-def _(s: Sample, r: Numbers) -> Numbers | None:
-    return _inverse(s.total(s.live & s.present)) if s.groups < len(s.w) and s.has_ignored else None
-
-
-@reduction("""mean over all positions: It is divided by their number, {positions}, as every framework does where nothing
-is ignored and nothing has a weight; with weights Keras, MLX and MXNet do.""")
-def _(s: Sample, r: Numbers) -> Numbers | None:
-    return _inverse(s.total(s.present)) if s.groups < len(s.w) and not s.has_ignored else None
-
-
-@reduction("""mean over the weights: It is divided by the sum of the weights that count, Σ w_i c_y, as PyTorch with
-weight, ONNX, PaddlePaddle, and Keras's mean_with_sample_weight divide.""")
-def _(s: Sample, r: Numbers) -> Numbers | None:
-    return _distinct(s, s.total(r * s.present), s.total(s.live & s.present)) if s.groups < len(s.w) else None
-
-
-@reduction("""mean over all positions, ignored ones too: It is divided by all {positions} positions, though only {valid}
+mean("""mean over valid positions: It is divided by the {valid} positions that are not ignored, as PyTorch divides
+without weights, Keras with ignore_class, Chainer, and PaddlePaddle for an ignore_index of 0 or
+more.""")(lambda s, r: (s.live,) if s.has_ignored else None)
+mean("""mean over all positions: It is divided by their number, {positions}, as every framework does where nothing is
+ignored and nothing has a weight; with weights Keras, MLX and MXNet
+do.""")(lambda s, r: None if s.has_ignored else (np.ones(len(s.w)),))
+mean("""mean over the weights: It is divided by the sum of the weights that count, Σ w_i c_y, as PyTorch with weight,
+ONNX, PaddlePaddle, and Keras's mean_with_sample_weight divide.""")(lambda s, r: (r, s.live))
+mean("""mean over all positions, ignored ones too: It is divided by all {positions} positions, though only {valid}
 count, as Keras divides with sample_weight, PaddlePaddle with an ignore_index below 0, tinygrad by default, and
-mmsegmentation.""")
-def _(s: Sample, r: Numbers) -> Numbers | None:
-    return _inverse(s.total(s.present)) if s.groups < len(s.w) and s.has_ignored else None
-
-
+mmsegmentation.""")(lambda s, r: (np.ones(len(s.w)),) if s.has_ignored else None)
 reduction("""sum: Nothing is divided, as with reduction "sum", Caffe's NONE and MXNet's
 "null".""")(lambda s, r: 1.0 if s.groups == 1 else None)
 reduction("""one per position: These are the losses of each position, as with reduction
 "none".""")(lambda s, r: 1.0 if s.groups == len(s.w) and s.groups > 1 else None)
-reduction("""one per example: sum: These are the sums over the positions of each
+reduction("""one per example: These are the sums over the positions of each
 example.""")(lambda s, r: 1.0 if 1 < s.groups < len(s.w) else None)
-
-
-@reduction("""sum divided by the batch size: It is divided by the {batch} examples, not by their positions, as in
-Chainer with normalize=False, Caffe's BATCH_SIZE, and PyTorch's "batchmean".""")
-def _(s: Sample, r: Numbers) -> float | None:
-    return 1 / s.shape[0] if len(s.shape) > 1 and s.groups == 1 and s.shape[0] < len(s.w) else None
-
-
-@reduction("""sum divided by the positions of an example: It is divided by the {inner} positions of one example, not by
-the batch size, as in MXNet's SoftmaxOutput with multi_output and "null".""")
-def _(s: Sample, r: Numbers) -> float | None:
-    return s.shape[0] / len(s.w) if len(s.shape) > 1 and s.groups == 1 and 1 < s.shape[0] < len(s.w) else None
-
-
-@reduction("""mean over the position weights: It is divided by Σ w_i of the valid positions, without the weights of
-their classes.""")
-def _(s: Sample, r: Numbers) -> Numbers | None:
-    if not s.has_weights or s.groups == len(s.w):
-        return None
-    return _distinct(s, s.total(s.w * s.live * s.present), s.total(r * s.present))
-
-
-@reduction("""mean over the class weights: It is divided by Σ c_y of the valid positions, without the positions' own
-weights.""")
-def _(s: Sample, r: Numbers) -> Numbers | None:
-    if not s.has_class_weights or not s.has_weights or s.groups == len(s.w):
-        return None
-    return _distinct(s, s.total(s.label_weights() * s.present), s.total(r * s.present))
-
-
-@reduction("""mean over all position weights, of ignored ones too: It is divided by Σ w_i of all
-positions.""")
-def _(s: Sample, r: Numbers) -> Numbers | None:
-    if not s.has_weights or not s.has_ignored or s.groups == len(s.w):
-        return None
-    return _distinct(s, s.total(s.w * s.present), s.total(s.w * s.live * s.present))
-
-
-@reduction("""mean over positions with a weight: It is divided by the number of positions whose weight is not 0, as
-TensorFlow's SUM_BY_NONZERO_WEIGHTS does.""")
-def _(s: Sample, r: Numbers) -> Numbers | None:
-    if s.groups == len(s.w) or not (s.w == 0).any():
-        return None
-    return _distinct(s, s.total((s.w != 0) & s.present), s.total(s.live & s.present))
+reduction("""sum divided by the batch size: It is divided by the {batch} examples, not by their positions, as in Chainer
+with normalize=False, Caffe's BATCH_SIZE, and PyTorch's
+"batchmean".""")(lambda s, r: 1 / s.shape[0] if s.has_examples and s.groups == 1 else None)
+reduction("""sum divided by the positions of an example: It is divided by the {inner} positions of one example, not by
+the batch size, as in MXNet's SoftmaxOutput with multi_output and
+"null".""")(lambda s, r: s.shape[0] / len(s.w) if s.has_examples and s.groups == 1 < s.shape[0] else None)
+mean("""mean over the position weights: It is divided by Σ w_i of the valid positions, without the weights of their
+classes.""")(lambda s, r: (s.w * s.live, r) if s.has_weights else None)
+mean("""mean over the class weights: It is divided by Σ c_y of the valid positions, without the positions' own
+weights.""")(lambda s, r: (s.label_weights(), r) if s.has_class_weights and s.has_weights else None)
+mean("""mean over all position weights, of ignored ones too: It is divided by Σ w_i of all
+positions.""")(lambda s, r: (s.w, s.w * s.live) if s.has_weights and s.has_ignored else None)
+mean("""mean over positions with a weight: It is divided by the number of positions whose weight is not 0, as
+TensorFlow's SUM_BY_NONZERO_WEIGHTS does.""")(lambda s, r: (s.w != 0, s.live) if (s.w == 0).any() else None)
 
 
 @reduction("""mean of the examples' means: Each example counts the same, however many of its positions are valid, as
 losses of sequences are averaged by TRL's GRPO and others.""")
 def _(s: Sample, r: Numbers) -> Numbers | None:
-    if len(s.shape) < 2 or s.groups > 1 or s.shape[0] == len(s.w):
+    if not s.has_examples or s.groups > 1:
         return None
-    each = s._replace(groups=s.shape[0])
-    counts = each.total(s.live & s.present)
+    counts = s._replace(groups=s.shape[0]).total(s.live & s.present)
     return None if (counts == counts[0]).all() else np.where(counts > 0, 1 / np.maximum(counts, 1), 0) / s.shape[0]
 
 
@@ -243,20 +209,10 @@ def _(s: Sample, r: Numbers) -> Numbers | None:
     return _inverse(np.where(live, counts[labels], 0) * np.count_nonzero(counts))
 
 
-@reduction("""sum divided by positions and classes: It is divided by {positions} positions times {classes} classes, as
-a mean over all entries, and as in PaddlePaddle with smoothed labels if the ignored label is a class.""")
-def _(s: Sample, r: Numbers) -> Numbers | float | None:
-    counts = s.total(s.present) * s.classes
-    return _inverse(counts) if s.classes > 1 else None
-
-
-@reduction("""one per position, divided by their number: Each is already divided by the number of all positions,
-{positions}: add them up.""")
-def _(s: Sample, r: Numbers) -> float | None:
-    return 1 / len(s.w) if s.groups > 1 else None
-
-
-@reduction("""one per position, divided by the valid ones: Each is already divided by the number of valid positions,
-{valid}: add them up.""")
-def _(s: Sample, r: Numbers) -> float | None:
-    return 1 / s.live.sum() if s.groups > 1 and s.has_ignored and s.live.any() else None
+reduction("""sum divided by positions and classes: It is divided by {positions} positions times {classes} classes, as a
+mean over all entries, and as in PaddlePaddle with smoothed labels if the ignored label is a
+class.""")(lambda s, r: _inverse(s.total(s.present) * s.classes) if s.classes > 1 else None)
+reduction("""one per position, divided by their number: Each is already divided by the number of all positions,
+{positions}: add them up.""")(lambda s, r: 1 / len(s.w) if s.groups > 1 else None)
+reduction("""one per position, divided by the valid ones: Each is already divided by the number of valid positions,
+{valid}: add them up.""")(lambda s, r: 1 / s.live.sum() if s.groups > 1 and s.has_ignored and s.live.any() else None)

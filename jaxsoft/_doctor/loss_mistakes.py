@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from jaxsoft._doctor.loss_sample import Numbers, Rows, Sample, log_softmax
+from jaxsoft._doctor.inputs import Numbers, Rows, Sample
 from jaxsoft._doctor.mistakes import Catalogue
-from jaxsoft._doctor.problem import logsumexp, sigmoid, softmax
+from jaxsoft._doctor.problem import log_softmax, logsumexp, sigmoid, softmax
 
 Given = Float[np.ndarray, " groups"]
 Inputs = Callable[[Sample], Iterable[Sample]]
@@ -28,7 +28,6 @@ outer, addition = OUTERS.entry, ADDITIONS.entry
 TEMPERATURES = (0.05, 0.07, 0.1, 0.2, 0.25, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 1.2, 1.5, 2, 2.5, 3, 4, 5, 8, 10, 16, 20, 64)
 # The numbers that a penalty or a smoothing is usually given.
 USUAL = (*(m * 10.0**-k for k in range(1, 7) for m in (1, 2, 3, 4, 5)), 0.15, 0.25, 0.6, 0.7, 0.8, 0.9, 1.0)
-
 
 # What is done to the logits.
 
@@ -63,13 +62,9 @@ def _(s: Sample) -> Iterator[Sample]:
         yield s._replace(z=memory.reshape(s.z.shape))
 
 
-def temperature(value: float) -> Inputs:
-    return lambda s: [s._replace(z=s.z / value)]
-
-
 for _value in TEMPERATURES:
     inputs(f"""temperature {_value:g}: This is the loss of z/T with T = {_value:g}. Divide the logits by T, or leave T
-    out.""")(temperature(_value))
+    out.""")(lambda s, value=_value: [s._replace(z=s.z / value)])
 
 
 # What is done to the targets.
@@ -117,13 +112,12 @@ def _(s: Sample) -> Iterator[Sample]:
         yield everywhere._replace(t=hot(everywhere, labels))
 
 
-@inputs("""targets rounded to a label: This is the loss of the most likely class of each distribution.""")
-def _(s: Sample) -> Iterator[Sample]:
-    if s.labels is None:
-        yield s._replace(t=hot(s, s.t.argmax(-1)))
+inputs("targets rounded to a label: This is the loss of the most likely class of each distribution.")(
+    lambda s: [s._replace(t=hot(s, s.t.argmax(-1)))] if s.labels is None else []
+)
 
 
-@inputs("""targets made to sum to one: Some targets sum to τ ≠ 1, and were divided by τ first.""")
+@inputs("targets made to sum to one: Some targets sum to τ ≠ 1, and were divided by τ first.")
 def _(s: Sample) -> Iterator[Sample]:
     tau = s.t.sum(-1, keepdims=True)
     if (np.abs(tau[s.live] - 1) > 1e-6).any():
@@ -157,7 +151,6 @@ inputs("class weights divided by: The loss is divided by the weights of the clas
     lambda s: [s._replace(c=1 / s.c)] if s.has_class_weights and (s.c > 0).all() else []
 )
 
-
 # What is taken for the logarithms of the probabilities.
 
 
@@ -176,36 +169,22 @@ be their logarithm.""")(lambda s: [softmax(s.z)])
 log_probs("""sigmoid in place of softmax: This is −log σ(z) of the label: every logit went through a sigmoid of its
 own.""")(lambda s: [-np.logaddexp(0, -s.z)])
 
+# What is taken for the loss of a position that is not ignored.
 
-# What is taken for the loss of a position.
-
-
-@losses("""binary cross-entropy: This is −Σ t log σ(z) + (1 − t) log σ(−z), which treats each class as a separate
-yes-or-no question. Cross-entropy is −Σ t log softmax(z).""")
-def _(s: Sample, lp: Rows, q: Rows) -> Iterator[Numbers]:
-    yield np.where(s.live, np.sum(q * np.logaddexp(0, -s.z) + (1 - q) * np.logaddexp(0, s.z), -1), 0)
-
-
-@losses("""binary cross-entropy of softmax's outputs: This is −Σ t log p + (1 − t) log(1 − p): the other classes count
-once more.""")
-def _(s: Sample, lp: Rows, q: Rows) -> Iterator[Numbers]:
-    rest = np.log(np.maximum(-np.expm1(np.minimum(lp, 0)), 1e-300))
-    yield np.where(s.live, -np.sum(q * lp + (1 - q) * rest, -1), 0)
-
-
-@losses("""squared error: This is Σ (p − t)², or half of it: the Brier score, not the cross-entropy.""")
-def _(s: Sample, lp: Rows, q: Rows) -> Iterator[Numbers]:
-    square = np.where(s.live, np.sum((np.exp(np.minimum(lp, 700)) - q) ** 2, -1), 0)
-    yield square
-    yield square / 2
-
-
-@losses("""divergence the wrong way round: This is Σ p log(p/t), with the distributions exchanged.""")
-def _(s: Sample, lp: Rows, q: Rows) -> Iterator[Numbers]:
-    if (q[s.live] > 0).all():
-        yield np.where(s.live, np.sum(np.exp(lp) * (lp - np.log(np.where(q > 0, q, 1))), -1), 0)
-
-
+losses("""binary cross-entropy: This is −Σ t log σ(z) + (1 − t) log σ(−z), which treats each class as a separate
+yes-or-no question. Cross-entropy is −Σ t log softmax(z).""")(
+    lambda s, lp, q: [np.sum(q * np.logaddexp(0, -s.z) + (1 - q) * np.logaddexp(0, s.z), -1)]
+)
+losses("""binary cross-entropy of softmax's outputs: This is −Σ t log p + (1 − t) log(1 − p): the other classes count
+once more.""")(
+    lambda s, lp, q: [-np.sum(q * lp + (1 - q) * np.log(np.maximum(-np.expm1(np.minimum(lp, 0)), 1e-300)), -1)]
+)
+losses("squared error: This is Σ (p − t)², or half of it: the Brier score, not the cross-entropy.")(
+    lambda s, lp, q: [factor * np.sum((np.exp(np.minimum(lp, 700)) - q) ** 2, -1) for factor in (1, 0.5)]
+)
+losses("divergence the wrong way round: This is Σ p log(p/t), with the distributions exchanged.")(
+    lambda s, lp, q: [np.sum(np.exp(lp) * (lp - np.log(np.where(q > 0, q, 1))), -1)] if (q[s.live] > 0).all() else []
+)
 for _gamma in (0.5, 1, 2, 3, 5):
     losses(f"""focal loss, γ = {_gamma:g}: Each loss is multiplied by (1 − p)^{_gamma:g}, p the probability of its
     label.""")(
@@ -266,7 +245,6 @@ expected.""")(lambda s, lp: np.zeros(len(s.w)))  # found from the loss with ε =
 # What half precision makes of it.
 
 HALF = "half precision accumulated"
-HALF_TEXT = "The losses were rounded to {dtype} and added one after another in {dtype}. Add them in float32."
 
 
 @inputs("logits rounded to half precision: The logits were rounded to half precision, float16 or bfloat16.")
@@ -283,3 +261,8 @@ def half_sums(weighted: Numbers) -> Iterator[tuple[str, float]]:
     for dtype in (jnp.float16, jnp.bfloat16):
         with np.errstate(all="ignore"):
             yield jnp.dtype(dtype).name, float(np.add.accumulate(weighted.astype(dtype))[-1])
+
+
+# What the person reads of each mistake; the most likely first.
+TEXTS = {name: text for table in (INPUTS, LOG_PROBS, LOSSES, OUTERS, ADDITIONS) for name, (text, _) in table.items()}
+TEXTS[HALF] = "The losses were rounded to {value} and added one after another in {value}. Add them in float32."

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from jaxsoft._doctor.inputs import Numbers, Rows, Sample
 from jaxsoft._doctor.loss_conventions import FORMS, REDUCTIONS, SMOOTHINGS, WEIGHTINGS, smoothed
 from jaxsoft._doctor.loss_mistakes import (
     ADDITIONS,
@@ -18,18 +19,17 @@ from jaxsoft._doctor.loss_mistakes import (
     LOSSES,
     OUTERS,
     SMOOTHED,
+    TEXTS,
     USUAL,
     half_sums,
 )
-from jaxsoft._doctor.loss_sample import Numbers, Rows, Sample, log_softmax
+from jaxsoft._doctor.problem import log_softmax
 
 # Pairs of mistakes are tried for at most so many logits; for more they would take minutes.
 MOST_LOGITS = 100_000
 # Sums in half precision are tried for at most so many losses, since NumPy adds them one by one.
 MOST_ADDED = 1_000_000
-ORDER = {name: n for n, name in enumerate(itertools.chain(INPUTS, LOG_PROBS, LOSSES, OUTERS, ADDITIONS, [HALF]))}
-
-
+ORDER = {name: n for n, name in enumerate(TEXTS)}
 Targets = list[tuple[tuple[str, ...], np.ndarray]]
 
 
@@ -111,7 +111,8 @@ def nodes(s: Sample, count: int) -> Iterator[Node]:
         lp = log_softmax(made.z)
         q = smoothed(made)
         for name, (_, formula) in LOSSES.items():
-            yield from (Node((*mistakes, name), made, lp, losses) for losses in formula(made, lp, q))
+            each = (np.where(made.live, losses, 0) for losses in formula(made, lp, q))
+            yield from (Node((*mistakes, name), made, lp, losses) for losses in each)
 
 
 def _inputs(s: Sample, count: int) -> Iterator[tuple[tuple[str, ...], Sample]]:
@@ -282,9 +283,9 @@ def search(s: Sample, given: np.ndarray, precision: Precision) -> list[Way]:
     return []
 
 
-def distinct(found: Iterable[Way], most: int = 3) -> list[Way]:
-    """The most likely ways whose names differ, at most `most`."""
+def distinct(found: Iterable[Way]) -> list[Way]:
+    """The three most likely ways whose names differ."""
     by_name: dict[object, Way] = {}
     for way in found:
         by_name.setdefault(frozenset(way.mistakes) if way.mistakes else way.conventions, way)
-    return list(by_name.values())[:most]
+    return list(by_name.values())[:3]

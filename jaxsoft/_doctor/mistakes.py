@@ -112,11 +112,10 @@ def _(p: Problem) -> Iterator[Vectors]:
             yield from p.spared_or_not(total / count)
 
 
-mistake("""log2 in place of ln: This is the true gradient divided by ln 2: the loss was taken with log2. The derivative
-of log2(o) is 1/(o ln 2); cross-entropy is in nats, with the natural logarithm.""")(lambda p: p.truth / np.log(2))
-mistake("""log10 in place of ln: This is the true gradient divided by ln 10: the loss was taken with
-log10. The derivative of log10(o) is 1/(o ln 10); cross-entropy is in nats, with the natural
-logarithm.""")(lambda p: p.truth / np.log(10))
+for base in (2, 10):
+    mistake(f"""log{base} in place of ln: This is the true gradient divided by ln {base}: the loss was taken with
+    log{base}. The derivative of log{base}(o) is 1/(o ln {base}); cross-entropy is in nats, with the natural
+    logarithm.""")(lambda p, base=base: p.truth / np.log(base))
 mistake("""probabilities passed as logits: This is z − t. The logits are at least 0 and
 sum to one: they are probabilities already, and this is the gradient to the logits that
 they were computed from. Pass those logits: softmax of probabilities is another distribution, nearly

@@ -18,34 +18,17 @@ Values = tuple[Results, Results]  # differentiable results and constants; the cl
 class Operands(Protocol):
     """A head's inputs in addition to logits: a NamedTuple of arrays of the logits' rank, or of another layer."""
 
-    @property
-    def ignored(self) -> Array:
-        """Where a position contributes nothing."""
-        ...
-
-    @property
-    def position_weight(self) -> Array:
-        """0 at ignored positions; an operand may have further weights."""
-        ...
-
-    @property
-    def target_weights(self) -> Array | None:
-        """The only array here that may be differentiated, if `weights_differentiable`."""
-        ...
-
-    @property
-    def weights_differentiable(self) -> bool: ...
-
-    @property
-    def is_wide(self) -> bool:
-        """Whether one of the arrays is as large as the logits."""
-        ...
+    ignored: Array  # where a position contributes nothing
+    position_weight: Array  # 0 at ignored positions; an operand may have further weights
+    target_weights: Array | None  # the only array here that may be differentiated, if the next is true
+    weights_differentiable: bool
+    is_wide: bool  # whether one of the arrays is as large as the logits
 
 
 def check_operands(operands: Any, rank: int) -> None:
     """Refuse operands that do not follow the protocol, which the loops over tiles rely on."""
     kind = type(operands).__name__
-    for name in ("ignored", "position_weight", "target_weights", "weights_differentiable", "is_wide"):
+    for name in Operands.__annotations__:
         if not hasattr(operands, name):
             raise TypeError(f"{kind}: expected the operands of a head to have {name}, see _formula/head.py")
     for name, array in operands._asdict().items():
@@ -53,7 +36,7 @@ def check_operands(operands: Any, rank: int) -> None:
             raise TypeError(f"{kind}.{name}: expected the logits' rank {rank}, got shape {array.shape}")
 
 
-class Positions(NamedTuple):
+class Untargeted(NamedTuple):
     """Operands of a head without targets: the weight of each position, and a teacher's logits or layer."""
 
     position_weight: PerPosition
@@ -71,11 +54,6 @@ class Positions(NamedTuple):
     weights_differentiable = False
 
 
-def scalar_output(positions: int, dtype: Any) -> Values:
-    """The values of ignored positions, for a head with one number per position."""
-    return (jnp.zeros((positions, 1), dtype),), ()
-
-
 class Head(NamedTuple):
     """A computation from logits and operands, such as a loss from targets: three short functions.
 
@@ -89,9 +67,18 @@ class Head(NamedTuple):
     statistics: Callable[[Array, int, Any, AxisName], Any]
     values: Callable[[Any, Any, int], Values]
     gradients: Callable[..., tuple[Array, Array | None]]
-    init_output: Callable[[int, Any], Values] = scalar_output  # (positions, dtype): the values of ignored positions
+    widths: tuple[int, ...] = (1,)  # lengths of the differentiable values along the class axis
+    numbers: int = 0  # how many constants are numbers
+    indices: int = 0  # the length of the last constant, the indices of classes; 0 without it
     copies: bool = False  # whether it needs a copy of the logits, for which tiles must have memory
     factors: Callable[[Any, Any, Results], tuple[Array, Array]] | None = None
+
+    def ignored_values(self, positions: int, dtype: Any) -> Values:
+        """The values of ignored positions."""
+        differentiable = tuple(jnp.zeros((positions, width), dtype) for width in self.widths)
+        numbers = (jnp.zeros((positions, 1), dtype),) * self.numbers
+        indices = (jnp.full((positions, self.indices), -1, jnp.int32),) if self.indices else ()
+        return differentiable, (*numbers, *indices)
 
 
 def evaluate_plainly(head: Head, logits: Array, operands: Any, axis: int, axis_name: AxisName) -> Values:

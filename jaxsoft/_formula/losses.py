@@ -17,13 +17,7 @@ from jaxsoft._arrays.dtypes import compute_dtype, widen
 from jaxsoft._custom_vjp import custom_vjp
 from jaxsoft._formula.head import Head, Values, freeze_ignored, operand_cotangents, scale_gradient
 from jaxsoft._formula.sparse import SparseTargets, check_sparse, sparse_loss, sparse_operands
-from jaxsoft._formula.statistics import (
-    Statistics,
-    block_statistics,
-    leading_statistics,
-    scaled_exponentials,
-    weighted,
-)
+from jaxsoft._formula.statistics import Statistics, block_statistics, leading_statistics, scaled_exponentials, weighted
 from jaxsoft._formula.targets import Averaging, LogitsType, Options, Targets, dense_operands, labels_as_array
 from jaxsoft._jax_internals import Results
 from jaxsoft._platform import cpu
@@ -147,15 +141,7 @@ def _reduced_loss_fwd(axis: int, averaging: Averaging, logits: Array, targets: T
     frozen_logits, frozen = freeze_ignored(logits, targets)
     one = jnp.ones((1,) * logits.ndim, compute_dtype(logits.dtype))
     scale = one if denominator is None else one / denominator
-    arrays = (
-        frozen_logits,
-        frozen.label,
-        frozen.label_weight,
-        frozen.position_weight,
-        frozen.z_loss_weight,
-        frozen.target_weights,
-        scale,
-    )
+    arrays = frozen_logits, *frozen[:-1], scale  # all but `differentiable`, which is last
     losses, gradient = _losses_and_gradient(arrays, from_end((axis,), logits))
     # The gradient to a distribution needs the logits, so they are saved too.
     kept = None if targets.differentiable is None else logits
@@ -198,8 +184,8 @@ reduced_loss.defvjp(_reduced_loss_fwd, _reduced_loss_bwd, forward=_reduced_loss_
 @with_platform_impl(cpu=cpu.loss)
 def _losses_and_gradient(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array, Array]:
     """The loss of each position, and the gradient of their sum to the logits times the scale."""
-    logits, label, label_weight, position_weight, z_loss_weight, target_weights, scale = arrays
-    targets, (axis,) = Targets(label, label_weight, target_weights, position_weight, z_loss_weight), axes
+    logits, *given, scale = arrays
+    targets, (axis,) = Targets(*given), axes
     statistics = block_statistics(logits, axis, targets)
     (losses,), _ = position_losses(targets, statistics, axis)
     gradient, _ = position_gradients(logits, targets, statistics, axis, (scale,), in_place=False)

@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from jaxsoft._arrays.classes import is_label
 from jaxsoft._arrays.dtypes import is_removed, widen
-from jaxsoft._arrays.sharding import AxisName, broadcast_like, first_class, max_shards, sum_shards
+from jaxsoft._arrays.sharding import AxisName, broadcast_like, first_class, max_shards, sum_together
 from jaxsoft._formula.statistics import Statistics, finite_max
 from jaxsoft._platform import cpu
 from jaxsoft._platform.dispatch import Axes, from_end, with_platform_impl
@@ -66,8 +66,8 @@ def _over_shards(
     below = jnp.where(scale == 0, 0, below)  # avoids 0 · (−huge) for a block whose exponentials underflow
     gap = (gap - below * (block.sum_others + leading)) * scale
     sum_others = (block.sum_others + jnp.where(leads, 0, leading)) * scale
-    sums = jnp.concatenate([sum_others, gap, jnp.where(leads, block.label_logit, 0)], axis)
-    sum_others, gap, label_logit = jnp.split(sum_shards(sums, axis_name), 3, axis)
+    sums = sum_others, gap, jnp.where(leads, block.label_logit, 0)
+    sum_others, gap, label_logit = sum_together(sums, axis, axis_name)
     return Statistics(max_logit, sum_others, jnp.where(first == none, -jnp.inf, label_logit)), gap, first
 
 
@@ -78,13 +78,13 @@ def _block_moments(arrays: tuple[Array], axes: Axes) -> tuple[Array, ...]:
     max_logit = finite_max(logits, axes)
     z = widen(logits)
     leader = jnp.argmax(lax.stop_gradient(logits), axis, keepdims=True).astype(jnp.int32)
-    below = max_logit - z
-    exponentials = jnp.exp(-below)
+    gaps = max_logit - z
+    exponentials = jnp.exp(-gaps)
     is_leader = is_label(logits, leader, axis)
     sum_others = jnp.sum(jnp.where(is_leader, 0, exponentials), axes, keepdims=True)
     # A class of probability 0 adds nothing, even if its logit is −inf.
     left = lax.stop_gradient(exponentials) != 0
-    gap = jnp.sum(jnp.where(left, exponentials * jnp.where(left, below, 0), 0), axes, keepdims=True)
+    gap = jnp.sum(jnp.where(left, exponentials * jnp.where(left, gaps, 0), 0), axes, keepdims=True)
     leader_logit = jnp.sum(jnp.where(is_leader, z, 0), axes, keepdims=True)
     return max_logit, sum_others, leader_logit, gap, leader
 
@@ -105,10 +105,10 @@ def moment_gradients(
     log p_j + H is computed as G − (m − z_j), G = Σ_j p_j (m − z_j), where the logarithms have already cancelled.
     """
     statistics, total = moments.statistics, moments.statistics.positive_sum
-    below = statistics.max_logit - widen(logits)
-    exponentials = jnp.exp(-below)
-    below = jnp.where(exponentials == 0, 0, below)
-    result = exponentials * ((grad_lse - grad_entropy * moments.mean_gap) / total + grad_entropy / total * below)
+    gaps = statistics.max_logit - widen(logits)
+    exponentials = jnp.exp(-gaps)
+    gaps = jnp.where(exponentials == 0, 0, gaps)
+    result = exponentials * ((grad_lse - grad_entropy * moments.mean_gap) / total + grad_entropy / total * gaps)
     if label is not None and at_label is not None:
         result = jnp.where(is_label(logits, label, axis), broadcast_like(at_label, result), result)
     return jnp.where(broadcast_like(ignored, result), 0, result).astype(logits.dtype)

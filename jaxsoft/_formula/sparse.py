@@ -17,14 +17,7 @@ from jaxsoft._arrays.exports import exportable
 from jaxsoft._arrays.sharding import AxisName, all_classes, shard_like_except, sum_shards
 from jaxsoft._formula.head import Head, Values, freeze_ignored, scale_gradient
 from jaxsoft._formula.statistics import Statistics, block_statistics, scaled_exponentials, weighted
-from jaxsoft._formula.targets import (
-    Averaging,
-    LogitsType,
-    Options,
-    labels_as_array,
-    position_weights,
-    z_loss_weights,
-)
+from jaxsoft._formula.targets import Averaging, LogitsType, Options, labels_as_array, position_weights, z_loss_weights
 from jaxsoft._jax_internals import Results, Tracer
 
 Outside = Literal["tail", "renormalise", "nothing"]
@@ -42,10 +35,9 @@ class SparseTargets:
     nothing:      loss = −Σ_k q_k log p_k
 
     for p = softmax(z). The three differ in what the student learns about the classes outside the K. "tail": together
-    they have the remaining probability, however it is distributed. "renormalise": nothing, not even their total.
-    "nothing": they should have as little probability as possible, because they lower log p_k. Only "tail" has its
-    minimum where every p_k = q_k. The probability of the other classes is computed as a sum over them, never as
-    1 − Σ p, which would round to 0.
+    they have the remaining probability. "renormalise": nothing. "nothing": they should have as little probability as
+    possible, because they lower log p_k. Only "tail" has its minimum where every p_k = q_k. The probability of the
+    other classes is a sum over them, never 1 − Σ p, which would round to 0.
 
     Args:
         indices: the classes, of the logits' shape with K in place of the classes (the last axis for
@@ -53,14 +45,13 @@ class SparseTargets:
         probs: their probabilities q_k ≥ 0, of the same shape; `exp` of the log-probabilities of `linear_top_k`.
         outside: how to treat all other classes; "renormalize" is the same as "renormalise".
 
-    Edges: a class that occurs twice counts with both probabilities. Servers that return the sampled token in addition
-    to the K most likely tokens may return it twice: drop the second. An index out of range gives NaN, unless its
-    probability is 0; then it is ignored, so pad with −1. A remainder 1 − Σ q within rounding is treated as 0. With
-    "nothing" probabilities need not sum to one. K = 1 with q = 1 equals a label up to rounding (except with
-    "renormalise", where the loss is then 0); K = classes equals a distribution. A remainder costs +inf if every class
-    outside the K is masked. `checked` refuses a class that occurs twice and, except with "nothing", a sum above 1.
-    Probabilities rounded to bfloat16 or to four digits sometimes sum to 1.003, if K = 64 classes have nearly all of
-    the probability: divide them by their sum first.
+    Edges: a class that occurs twice counts with both probabilities: drop the sampled token if a server returns it in
+    addition to the K most likely. An index out of range gives NaN, unless its probability is 0; then it is ignored, so
+    pad with −1. A remainder 1 − Σ q within rounding is treated as 0; a larger one costs +inf if every class outside the
+    K is masked. With "nothing" probabilities need not sum to one. K = 1 with q = 1 equals a label up to rounding
+    (except with "renormalise", where the loss is then 0); K = classes equals a distribution. `checked` refuses a class
+    that occurs twice and, except with "nothing", a sum above 1, which probabilities rounded to bfloat16 or to four
+    digits may have: divide them by their sum first.
 
     Differentiation: with respect to logits and probs.
 
@@ -184,28 +175,25 @@ def sparse_operands(
     if targets.outside == "renormalise":
         q = q / jnp.where(total == 0, 1, total)
     wrong = jnp.any(~inside & (probs != 0), axis, keepdims=True) & ~ignored
-    denominator = averaging.denominator(counted)
+    denominator = averaging.denominator(counted, weighted=options.weighted)
     return SparseOperands(
         classes=jnp.where(inside & is_first, indices.astype(jnp.int32) - logits.first_class, NONE),
         target_weights=q,
         position_weight=jnp.where(wrong, 0, counted) * nan_unless(~wrong, logits.dtype),
-        z_loss_weight=z_loss_weights(options.z_loss, counted, denominator, averaging),
+        z_loss_weight=z_loss_weights(options, counted, denominator, averaging),
     ), denominator
 
 
 def _fitting(targets: SparseTargets, logits: LogitsType) -> tuple[Array, Array]:
     """Indices and probabilities of the logits' shape with K in place of the classes, sharded like the logits."""
     indices, probs, axis = jnp.asarray(targets.indices), jnp.asarray(targets.probs), logits.axis
-    expected = (*logits.shape[:axis], "K", *logits.shape[axis + 1 :])
-    fits = indices.ndim == len(expected) and all(
-        n == e for n, e in zip(indices.shape, expected, strict=True) if e != "K"
-    )
-    if not fits:
-        raise ValueError(f"targets.indices: expected shape ({', '.join(map(str, expected))}), got {indices.shape}")
-    if indices.shape[axis] == 0:
-        raise ValueError(f"targets.indices: expected at least one class per position, got shape {indices.shape}")
-    arrays = at_least_int32(indices), probs
-    indices, probs = (shard_like_except(array, logits.logits, axis) for array in arrays)
+    shape = indices.shape
+    if len(shape) != len(logits.shape) or shape[:axis] + shape[axis + 1 :] != logits.position_shape:
+        expected = (*logits.shape[:axis], "K", *logits.shape[axis + 1 :])
+        raise ValueError(f"targets.indices: expected shape ({', '.join(map(str, expected))}), got {shape}")
+    if shape[axis] == 0:
+        raise ValueError(f"targets.indices: expected at least one class per position, got shape {shape}")
+    indices, probs = (shard_like_except(array, logits.logits, axis) for array in (at_least_int32(indices), probs))
     return indices, probs
 
 

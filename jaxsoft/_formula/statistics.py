@@ -15,10 +15,10 @@ from jaxtyping import Array
 
 from jaxsoft._arrays.classes import is_label
 from jaxsoft._arrays.dtypes import widen
-from jaxsoft._arrays.sharding import AxisName, broadcast_like, explicit_names, max_shards, sum_shards
+from jaxsoft._arrays.sharding import AxisName, broadcast_like, explicit_names, max_shards, sum_together
 from jaxsoft._formula.targets import Targets
 from jaxsoft._platform import accelerator, cpu
-from jaxsoft._platform.dispatch import Axes, from_end, with_platform_impl
+from jaxsoft._platform.dispatch import Axes, from_end, with_local_impl, with_platform_impl
 
 
 class Statistics(NamedTuple):
@@ -84,8 +84,8 @@ class Statistics(NamedTuple):
         """(mass + label_weight)·p_label − label_weight, with 1 − p as the sum over the other classes."""
         return (mass * jnp.exp(self.label_logit) - label_weight * self.sum_others) / self.positive_sum
 
-    def max_gradient(self, mass: Array, position_weight: Array) -> "MaxGradient":
-        """(mass + w·τ)·p − w·q at a class with the largest logit, for any target weight q.
+    def max_gradient(self, mass: Array, position_weight: Array) -> tuple[Array, Array]:
+        """(mass + w·τ)·p − w·q at a class with the largest logit, as a − b·q for any target weight q: a and b.
 
         If all other classes together are less likely than this one, it is the only one with that logit, and the
         gradient is (mass + w·(τ − q))·p − w·q·(1 − p). There τ − q and 1 − p are sums over the other classes, not
@@ -94,14 +94,7 @@ class Statistics(NamedTuple):
         confident, total = self.sum_others < 1, self.positive_sum
         weight = jnp.where(confident, self.other_weight, self.weight_sum)
         slope = jnp.where(confident, self.sum_minus_one / total, 1)
-        return MaxGradient((mass + position_weight * weight) / total, position_weight * slope)
-
-
-class MaxGradient(NamedTuple):
-    """The gradient at a class with the largest logit, `constant` − `slope`·q for a target weight q."""
-
-    constant: Array
-    slope: Array
+        return (mass + position_weight * weight) / total, position_weight * slope
 
 
 def block_statistics(
@@ -121,30 +114,25 @@ def over_shards(block: Statistics, logits: Array, axes: Axes, targets: Targets, 
     """The statistics of all blocks from each block's own, relative to the largest logit of all blocks."""
     max_logit = max_shards(block.max_logit, axis_name)
     below = block.max_logit - max_logit
-    count = None
+    sums, sum_others = {}, block.sum_others
     if block.other_weight is not None:  # only blocks that have the largest logit omit a class from their sum
         # A block may have found no class at its maximum: XLA may compute the logits twice and round them differently.
         leads = lax.stop_gradient((below == 0) & (block.label_logit == 0))
-        count = leads.astype(below.dtype)
-        block = block._replace(
-            sum_others=jnp.where(leads, block.sum_others, block.exp_sum),
-            other_weight=jnp.where(leads, block.other_weight, block.weight_sum),
-        )
-    sums = [_shifted_sum((logits, targets.label, block.sum_others, below, max_logit), axes)]
+        sum_others = jnp.where(leads, sum_others, block.exp_sum)
+        sums["label_logit"] = leads.astype(below.dtype)  # their number, for now
+        sums["other_weight"] = jnp.where(leads, block.other_weight, block.weight_sum)
+    sums["sum_others"] = _shifted_sum((logits, targets.label, sum_others, below, max_logit), axes)
     if targets.label is not None:  # one shard has the label; a label on no shard has weight 0 or NaN
         inside = (targets.label >= 0) & (targets.label < logits.shape[axes[0]])
-        sums.append(jnp.where(inside, block.label_logit + below, 0))
+        sums["label_logit"] = jnp.where(inside, block.label_logit + below, 0)
     if targets.target_weights is not None:
         below = jnp.where((block.weight_sum == 0) & ~jnp.isfinite(below), 0, below)  # avoids 0 · inf
-        sums += [] if count is None else [count]
-        sums += [block.weight_sum, block.weighted_gap - block.weight_sum * below]
-        sums += [] if count is None else [block.other_weight]
-    packed = sum_shards(jnp.concatenate(sums, axes[-1]), axis_name)  # one all-reduce for all sums
-    sum_others, *rest = jnp.split(packed, len(sums), axes[-1])
-    if count is not None:
-        sum_others, leader = _without_one(sum_others, rest[0], max_logit)
-        rest[0] = leader - lax.stop_gradient(max_logit)
-    return Statistics(max_logit, sum_others, *rest)
+        sums["weight_sum"], sums["weighted_gap"] = block.weight_sum, block.weighted_gap - block.weight_sum * below
+    sums = dict(zip(sums, sum_together([*sums.values()], axes[-1], axis_name), strict=True))
+    if block.other_weight is not None:
+        sums["sum_others"], leader = _without_one(sums["sum_others"], sums["label_logit"], max_logit)
+        sums["label_logit"] = leader - lax.stop_gradient(max_logit)
+    return Statistics(max_logit, **sums)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -209,12 +197,12 @@ def _block_sums(arrays: tuple[Any, ...], axes: Axes) -> tuple[Array, ...]:
     return tuple(sums)
 
 
-def _weighted_gap(target_weights: Array, below: Array, axes: Axes) -> Array:
+def _weighted_gap(target_weights: Array, gaps: Array, axes: Axes) -> Array:
     """Σ_j q_j (m − z_j)."""
-    finite = jnp.isfinite(below)
+    finite = jnp.isfinite(gaps)
     # One select around both products: XLA's CPU stores what each select yields.
-    infinite_cost = weighted(lax.stop_gradient(target_weights), below)
-    cost = jnp.where(finite, target_weights * jnp.where(finite, below, 0), infinite_cost)
+    infinite_cost = weighted(lax.stop_gradient(target_weights), gaps)
+    cost = jnp.where(finite, target_weights * jnp.where(finite, gaps, 0), infinite_cost)
     return jnp.sum(cost, axes, keepdims=True)
 
 
@@ -242,7 +230,7 @@ def scaled_exponentials(
     at_label: Array | None = None,
     position_weight: Array | None = None,
     target_weights: Array | None = None,
-    at_max: MaxGradient | None = None,
+    at_max: tuple[Array, Array] | None = None,
     in_place: bool = False,
 ) -> Array:
     """exp(z_j − m)·factor − position_weight·q_j, with `at_label` as the first term at the label; 0 where ignored.
@@ -280,23 +268,19 @@ _in_place = with_platform_impl(cpu=cpu.gradient_in_place)(_scaled_exponentials)
 
 def leading_statistics(logits: Array, axes: Axes, axis_name: AxisName = None) -> Statistics:
     """Statistics whose label is the class with the largest logit, so that an lse near 0 stays accurate."""
-    if axis_name is None:
-        max_logit, sum_others, leader = _leading_sums((logits,), from_end(axes, logits))
-    else:
-        max_logit = max_shards(finite_max(logits, axes), axis_name)
-        sums = jnp.concatenate(_others_and_leaders(jnp.exp(widen(logits) - max_logit), axes), axes[-1])
-        others, leaders = jnp.split(sum_shards(sums, axis_name), 2, axes[-1])
-        sum_others, leader = _without_one(others, leaders, max_logit)
+    max_logit, sum_others, leader = _leading_sums((logits,), axes, axis_name)
     max_logit = lax.stop_gradient(max_logit)
     return Statistics(max_logit, sum_others, leader - max_logit)
 
 
-@with_platform_impl(cpu=cpu.leading_sums)
-def _leading_sums(arrays: tuple[Array], axes: Axes) -> tuple[Array, ...]:
+@with_local_impl(cpu=cpu.leading_sums)
+def _leading_sums(arrays: tuple[Array], axes: Axes, axis_name: AxisName = None) -> tuple[Array, ...]:
     """m, the sum of all exponentials except one of a class with the logit m, and its logit."""
     (logits,) = arrays
-    max_logit = finite_max(logits, axes)
-    return max_logit, *_without_one(*_others_and_leaders(jnp.exp(widen(logits) - max_logit), axes), max_logit)
+    max_logit = max_shards(finite_max(logits, axes), axis_name)
+    sums = _others_and_leaders(jnp.exp(widen(logits) - max_logit), axes)
+    others, leaders = sum_together(sums, axes[-1], axis_name)
+    return max_logit, *_without_one(others, leaders, max_logit)
 
 
 def _others_and_leaders(exponentials: Array, axes: Axes) -> tuple[Array, Array]:

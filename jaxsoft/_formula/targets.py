@@ -42,9 +42,9 @@ class Targets(NamedTuple):
 
     label: Array | None = None  # index of the label within the block, possibly outside of it
     label_weight: Any = None  # 0 where ignored, NaN where the label is out of range
-    target_weights: Array | None = None  # of all classes, broadcasting against the logits
     position_weight: Any = None  # multiplies a position's target weights
     z_loss_weight: Array | None = None  # multiplies lse²
+    target_weights: Array | None = None  # of all classes, broadcasting against the logits
     differentiable: Array | None = None  # False at a class of a distribution that is masked or has weight 0
 
     @property
@@ -75,6 +75,11 @@ class Options(NamedTuple):
     where: PerClass | None = None  # broadcasting against the logits
     label_smoothing: Replicated | None = None
     z_loss: Replicated | None = None
+
+    @property
+    def weighted(self) -> bool:
+        """Whether a position may have another weight than 0 or 1."""
+        return self.weights is not None or self.class_weights is not None
 
 
 def as_options(
@@ -117,7 +122,7 @@ class LogitsType(NamedTuple):
         return compute_dtype(self.logits.dtype)
 
     @property
-    def positions(self) -> tuple[int, ...]:
+    def position_shape(self) -> tuple[int, ...]:
         return self.shape[: self.axis] + self.shape[self.axis + 1 :]
 
     @property
@@ -142,16 +147,20 @@ class Averaging(NamedTuple):
     examples: int = 0
     batch: Names = ()
 
-    def denominator(self, weights: Array) -> Array | None:
-        """The denominator of the sum of losses, or None."""
+    def denominator(self, weights: Array, *, weighted: bool) -> Array | None:
+        """The denominator of the sum of losses, or None; not `weighted`, it is a count of positions."""
         if self.reduction != "mean":
             return None
-        count = self.sum(weights)
+        count = self.sum(weights, exact=not weighted)
         return jnp.where(count == 0, 1, count)
 
-    def sum(self, array: Array) -> Array:
-        """The sum over all axes except the examples', kept with length one, and over devices."""
-        (on_device,) = _total((array,), tuple(range(self.examples - array.ndim, 0)))
+    def sum(self, array: Array, *, exact: bool = False) -> Array:
+        """The sum over all axes except the examples', kept with length one, and over devices.
+
+        An `exact` sum, such as a count, is the same in any order; then XLA sums, if it can while it compiles.
+        """
+        axes = tuple(range(self.examples - array.ndim, 0))
+        on_device = jnp.sum(array, axes, keepdims=True) if exact else _total((array,), axes)[0]
         return lax.psum(pvary(on_device, frozenset(self.batch)), self.batch) if self.batch else on_device
 
     def reduce(self, losses: Array, denominator: Array | None, axis: int) -> Array:
@@ -197,8 +206,8 @@ def dense_operands(
         counted = weights = jnp.expand_dims(counted, logits.axis)
         distribution = _as_distribution(targets, logits, ignore_index)
         operands = _distribution_operands(distribution, logits, counted, block_weights, uniform, options)
-    denominator = averaging.denominator(weights)
-    return operands._replace(z_loss_weight=z_loss_weights(options.z_loss, counted, denominator, averaging)), denominator
+    denominator = averaging.denominator(weights, weighted=options.weighted)
+    return operands._replace(z_loss_weight=z_loss_weights(options, counted, denominator, averaging)), denominator
 
 
 def _one_hot(targets: Array, dtype: jnp.dtype) -> Array:
@@ -239,10 +248,10 @@ def _label_operands(
     name: str,
 ) -> tuple[Targets, Array, Array]:
     """Labels as targets, each position's weight (0 if ignored), and this weight times its label's class weight."""
-    if labels.shape != logits.positions:
+    if labels.shape != logits.position_shape:
         raise ValueError(
-            f"targets: expected integer labels of shape {logits.positions}, the logits' {logits.shape} "
-            f"without axis {logits.axis}, got {labels.shape}{_remedy(labels.shape, logits.shape, logits.positions)}"
+            f"targets: expected integer labels of shape {logits.position_shape}, the logits' {logits.shape} "
+            f"without axis {logits.axis}, got {labels.shape}{_remedy(labels.shape, logits)}"
         )
     labels = at_least_int32(shard_like(labels, logits.logits, logits.axis))
     inside, ignored = (labels >= 0) & (labels < logits.classes), equals(labels, ignore_index)
@@ -254,7 +263,7 @@ def _label_operands(
     at_label = jnp.ones_like(counted) if class_weights is None else look_up(class_weights, jnp.maximum(label, 0))
     arrays = label, position_weight, at_label, counted
     label, position_weight, at_label, counted = (jnp.expand_dims(array, logits.axis) for array in arrays)
-    targets = Targets(label - logits.first_class, position_weight * at_label, None, position_weight)
+    targets = Targets(label - logits.first_class, position_weight * at_label, position_weight)
     return targets, counted, counted * at_label
 
 
@@ -284,11 +293,9 @@ def _distribution_operands(
     options: Options,
 ) -> Targets:
     """A distribution as targets, constant at classes that are masked or have weight 0."""
-    differentiable = options.where
-    if differentiable is None:
-        differentiable = logits.along_classes(jnp.ones(logits.shape[logits.axis], bool))
-    if options.class_weights is not None:
-        differentiable &= block_weights != 0
+    differentiable = block_weights != 0
+    if options.where is not None:
+        differentiable &= options.where
     if options.label_smoothing is not None:
         differentiable &= options.label_smoothing != 1
     target_weights = jnp.where(differentiable, distribution, lax.stop_gradient(distribution)) * block_weights
@@ -300,22 +307,21 @@ def _distribution_operands(
 
 def position_weights(weights: ArrayLike | None, logits: LogitsType) -> Array:
     """The weight of each position, sharded as the logits."""
-    counted = jnp.ones(logits.positions, logits.dtype)
+    counted = jnp.ones(logits.position_shape, logits.dtype)
     if weights is not None:
-        counted = broadcast("weights", _weights("weights", weights, logits.dtype, masks=True), logits.positions)
+        counted = broadcast("weights", _weights("weights", weights, logits.dtype, masks=True), logits.position_shape)
     return shard_like(counted, logits.logits, logits.axis)
 
 
-def z_loss_weights(
-    z_loss: Array | None, counted: Array, denominator: Array | None, averaging: Averaging
-) -> Array | None:
+def z_loss_weights(options: Options, counted: Array, denominator: Array | None, averaging: Averaging) -> Array | None:
     """The factor of lse² in a sum that is divided by the denominator.
 
     The z-loss's own average is over the positions that are not ignored, so that class weights do not affect it.
     """
-    if z_loss is None or denominator is None:
-        return z_loss if z_loss is None else z_loss * counted
-    return z_loss * counted * (denominator / cast(Array, averaging.denominator(counted)))
+    if options.z_loss is None or denominator is None:
+        return None if options.z_loss is None else options.z_loss * counted
+    own = cast(Array, averaging.denominator(counted, weighted=options.weights is not None))
+    return options.z_loss * counted * (denominator / own)
 
 
 def labels_as_array(
@@ -358,12 +364,12 @@ def _allowed(classes: int, ignore_index: int | None) -> str:
     return f"a label in [0, {classes})" + ("" if ignore_index is None else f" or ignore_index={ignore_index}")
 
 
-def _remedy(labels: tuple[int, ...], logits: tuple[int, ...], positions: tuple[int, ...]) -> str:
+def _remedy(labels: tuple[int, ...], logits: LogitsType) -> str:
     """A hint that makes labels of another shape fit, if there is a simple one."""
-    fitting = [n for n in range(len(logits)) if logits[:n] + logits[n + 1 :] == labels]
-    if fitting:
-        return f"; these labels fit axis={fitting[0]}"
-    return "; squeeze their last axis: targets[..., 0]" if labels == (*positions, 1) else ""
+    for axis in range(len(logits.shape)):
+        if logits._replace(axis=axis).position_shape == labels:
+            return f"; these labels fit axis={axis}"
+    return "; squeeze their last axis: targets[..., 0]" if labels == (*logits.position_shape, 1) else ""
 
 
 def _weights(name: str, value: ArrayLike, dtype: jnp.dtype, *, masks: bool = False) -> Array:

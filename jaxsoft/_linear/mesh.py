@@ -23,44 +23,40 @@ BatchAxes = str | Sequence[str] | P | None
 
 
 class Layout(NamedTuple):
-    """How a linear head's arrays are sharded over a mesh; the head runs in a `shard_map` over all `axes`."""
+    """How a linear head's arrays are sharded over a mesh."""
 
     mesh: Mesh | AbstractMesh
-    positions: tuple[Names, ...]  # of each axis of the features except the last
+    position_names: tuple[Names, ...]  # of each axis of the features except the last
     gathered: tuple[Names, Names]  # of each axis of the kernel, if every device uses the whole kernel
     classes: Names  # of the class axis, if each device uses a block
 
     @property
-    def axes(self) -> frozenset[str]:
-        return self.sharded | _explicit(self.mesh)
-
-    @property
     def sharded(self) -> frozenset[str]:
         """The axes over which anything is sharded."""
-        return frozenset(sum((*self.positions, *self.gathered, self.classes), ()))
+        return frozenset(sum((*self.position_names, *self.gathered, self.classes), ()))
 
 
 def head_layout(layer: "LinearParams", config: "HeadConfig") -> Layout | None:
     """The layout of a linear head; None if nothing is sharded."""
     features, kernel, class_axis = layer.features, layer.kernel, config.class_axis
     explicit = explicit_sharding(features) or explicit_sharding(kernel)
-    positions = explicit_names(features)[:-1]
+    position_names = explicit_names(features)[:-1]
     if config.batch_axes is not None:
         given = ((),) * config.averaging.examples + tuple(map(as_names, config.batch_axes))
-        pairs = itertools.zip_longest(positions, given, fillvalue=())
-        positions = tuple((*names, *(name for name in more if name not in names)) for names, more in pairs)
+        pairs = itertools.zip_longest(position_names, given, fillvalue=())
+        position_names = tuple((*names, *(name for name in more if name not in names)) for names, more in pairs)
     kernel_names = list(explicit_names(kernel))
     if config.class_names:
         kernel_names[class_axis] = config.class_names
     context = jax.sharding.get_abstract_mesh()
     mesh = context if explicit is None or not context.empty else explicit.mesh
-    position_names = frozenset(sum(positions, ()))
-    classes = () if position_names & frozenset(kernel_names[class_axis]) else kernel_names[class_axis]
+    used = frozenset(sum(position_names, ()))
+    classes = () if used & frozenset(kernel_names[class_axis]) else kernel_names[class_axis]
     # Over axes without positions, whose devices compute the same, a kernel is gathered beforehand.
-    gathered = [tuple(name for name in names if name in position_names) for names in kernel_names]
+    gathered = [tuple(name for name in names if name in used) for names in kernel_names]
     if classes:
         gathered[class_axis] = ()
-    layout = Layout(mesh, positions, (gathered[0], gathered[1]), classes)
+    layout = Layout(mesh, position_names, (gathered[0], gathered[1]), classes)
     if not layout.sharded:
         return None
     if AxisType.Manual in mesh.axis_types:  # JAX has no derivative of one shard_map in another
@@ -78,11 +74,11 @@ def over_mesh(on_device: Callable[..., Results], layout: Layout, args: "HeadArgs
         axis_name=layout.classes or config.axis_name,
         batch_axes=None,
         class_names=(),
-        averaging=config.averaging._replace(batch=sum(layout.positions[examples:], ())),
+        averaging=config.averaging._replace(batch=sum(layout.position_names[examples:], ())),
         gathered=layout.gathered,
     )
-    own, reduced = P(*layout.positions), P(*layout.positions[:examples])
-    count = len(jax.tree.leaves(config.head.init_output(1, jnp.float32)))
+    own, reduced = P(*layout.position_names), P(*layout.position_names[:examples])
+    count = len(jax.tree.leaves(config.head.ignored_values(1, jnp.float32)))
     first = own if config.averaging.reduction == "none" else reduced
     specs = _specs(layout, args, config.class_axis)
     run = jax.shard_map(
@@ -90,7 +86,7 @@ def over_mesh(on_device: Callable[..., Results], layout: Layout, args: "HeadArgs
         mesh=layout.mesh,
         in_specs=(specs,),
         out_specs=(first, *(own,) * (count - 1)),
-        axis_names=layout.axes,
+        axis_names=layout.sharded | _explicit(layout.mesh),
     )
     return run(jax.tree.map(lambda array, spec: _reshard(array, layout.mesh, spec), args, specs))
 
@@ -101,7 +97,7 @@ def _specs(layout: Layout, args: "HeadArgs", class_axis: int) -> "HeadArgs":
     def kernel(gathered: Sequence[Names]) -> P:
         return P(*(layout.classes if layout.classes and n == class_axis else names for n, names in enumerate(gathered)))
 
-    own, classes = P(*layout.positions), P(layout.classes)
+    own, classes = P(*layout.position_names), P(layout.classes)
     specs = {"positions": own, "classes": classes, "replicated": P(), "kernel": kernel(layout.gathered)}
     targets: Any = None
     if isinstance(args.targets, SparseTargets):

@@ -13,7 +13,7 @@ from jaxsoft._arrays.checks import check_values, is_checking
 from jaxsoft._arrays.dtypes import compute_dtype
 from jaxsoft._arrays.sharding import axes_after_psum, is_replicated, pvary, replicate
 from jaxsoft._custom_vjp import custom_vjp
-from jaxsoft._formula.head import Positions, Values, check_operands, operand_cotangents, scale_gradient
+from jaxsoft._formula.head import Untargeted, Values, check_operands, operand_cotangents, scale_gradient
 from jaxsoft._formula.losses import target_operands
 from jaxsoft._formula.targets import LogitsType, Options, position_weights
 from jaxsoft._jax_internals import Results, as_primitive, is_symbolic_zero, knows_manual_axes, manual_axes, partial_jvp
@@ -104,12 +104,12 @@ def _operands(args: HeadArgs, config: HeadConfig) -> tuple[Any, Array | None]:
         given = args.targets, logits, options, config.averaging, config.ignore_index
         return target_operands(*given, config.targets_name)
     weights = jnp.expand_dims(position_weights(options.weights, logits), logits.axis)
-    return Positions(weights, args.teacher), config.averaging.denominator(weights)
+    return Untargeted(weights, args.teacher), config.averaging.denominator(weights, weighted=options.weighted)
 
 
 def _nothing(leading: tuple[int, ...], dtype: jnp.dtype, config: HeadConfig) -> Results:
     """The results for zero positions."""
-    each = jax.tree.leaves(config.head.init_output(0, dtype))
+    each = jax.tree.leaves(config.head.ignored_values(0, dtype))
     results = [jnp.reshape(array, (*leading, *array.shape[1:])) for array in each]
     if config.averaging.reduction != "none":
         results[0] = jnp.zeros(leading[: config.averaging.examples], dtype)

@@ -4,8 +4,6 @@ The loops are fast but cannot be differentiated: their derivatives are those of 
 among the operands, a teacher, stands for its logits, which each tile computes.
 """
 
-import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,11 +26,7 @@ from jaxsoft._platform.devices import Device
 from jaxsoft._platform.dispatch import by_platform
 
 
-def _values_formula(arrays: tuple[LinearParams, Any], config: HeadConfig) -> Results:
-    return tuple(jax.tree.leaves(_scanned_values(evaluate_plainly, *arrays, config)))
-
-
-@by_platform(_values_formula)
+@by_platform(lambda arrays, config: tuple(jax.tree.leaves(_scanned_values(evaluate_plainly, *arrays, config=config))))
 def tiled_values(device: Device, arrays: tuple[LinearParams, Any], config: HeadConfig) -> Results:
     """The values of every position, each of shape (N, …)."""
     (layer, operands), head = arrays, config.head
@@ -47,23 +41,28 @@ def tiled_values(device: Device, arrays: tuple[LinearParams, Any], config: HeadC
     return _over_tiles(device, rows, operands, config, step, _init_output(layer, operands, config))
 
 
-def _gradients_formula(arrays: tuple[LinearParams, Any, Results], static: tuple[HeadConfig, DiffArgs]) -> Results:
-    return tuple(jax.tree.leaves(_scanned_gradients(*arrays, *static)))
-
-
-@by_platform(_gradients_formula)
+@by_platform(lambda arrays, static: tuple(jax.tree.leaves(_scanned_gradients(*arrays, *static))))
 def tiled_gradients(
     device: Device, arrays: tuple[LinearParams, Any, Results], static: tuple[HeadConfig, DiffArgs]
 ) -> Results:
     """The values of every position, and the needed gradients of the sum of cotangents·values."""
     (layer, operands, _), (config, needs_grad) = arrays, static
     tile = _tile(device, layer, operands, config, needs_grad)
-    values, gradients = _summed(_Gradients(device, tile, *arrays, *static))
+    loop = _Gradients(device, tile, *arrays, *static)
+    values, gradients = _over_tiles(device, tile.group_rows, operands, config, loop.step, loop.init())
     return *values, *(gradient for gradient in gradients if gradient is not None)
 
 
+class _Group(NamedTuple):
+    """The operands of the matmuls for the gradients to features and kernel."""
+
+    x: Array
+    for_features: Array  # the gradients to the group's logits before bias and cap, in the features' dtype
+    for_kernel: Array
+
+
 class _Gradients(NamedTuple):
-    """The data that all loops over gradients need."""
+    """A loop over groups of tiles that computes values and gradients."""
 
     device: Device
     tile: Tile
@@ -82,6 +81,21 @@ class _Gradients(NamedTuple):
         """The dtype of the features' gradient: the dtype to compute in if it is summed over shards."""
         return self.dtype if self.config.axis_name is None else compute_dtype(self.dtype)
 
+    def step(self, rows: Array, carry: Any) -> Any:
+        """Values and gradients with a group's added; it has one matmul for the features' and the kernel's each."""
+        values, gradients = carry
+        small = gradients._replace(features=None, kernel=None)
+        (values, small), group = self.one_group(rows, (values, small))
+        gradients = small._replace(features=gradients.features, kernel=gradients.kernel)
+        class_axis = self.config.class_axis
+        if self.needs_grad.features:
+            new = _matmul(group.for_features, self.layer.kernel, (1, class_axis)).astype(self.features_dtype)
+            gradients = gradients._replace(features=gradients.features.at[rows].set(new, mode="drop"))
+        if self.needs_grad.kernel:
+            factors = (group.x, group.for_kernel) if class_axis == 1 else (group.for_kernel, group.x)
+            gradients = gradients._replace(kernel=gradients.kernel + _matmul(*factors, (0, 0)))
+        return values, gradients
+
     def one_tile(self, rows: Array, carry: Any) -> tuple[Array, Any, Array]:
         """A tile's features, the carry with its values and small gradients added, and the gradients to its products."""
         layer, config = self.layer, self.config
@@ -98,10 +112,14 @@ class _Gradients(NamedTuple):
         grad_logits, grad_weights = config.head.gradients(logits, t, statistics, 1, c, in_place=in_place)
         (grad_products,) = pull(grad_logits)
         results, gradients = carry
-        gradients = self.added(rows, gradients, grad_products, grad_weights)
+        if self.needs_grad.bias:
+            gradients = gradients._replace(bias=gradients.bias + jnp.sum(grad_products, 0))
+        if self.needs_grad.target_weights:
+            filled = gradients.target_weights.at[rows].set(grad_weights, mode="drop")
+            gradients = gradients._replace(target_weights=filled)
         return x, (_scatter_rows(rows, results, values), gradients), grad_products
 
-    def one_group(self, rows: Array, carry: Any) -> tuple[Any, "_Group"]:
+    def one_group(self, rows: Array, carry: Any) -> tuple[Any, _Group]:
         """The carry as in `one_tile`, and the operands of the matmuls for the gradients."""
         if self.tile.one_pass:
             return self.one_pass(rows, carry)
@@ -132,7 +150,7 @@ class _Gradients(NamedTuple):
         x, ignored = _gather_rows(rows, (self.layer.features, self.operands.ignored), self.config)
         return carry, _Group(jnp.where(ignored, 0, x), kept, kept)
 
-    def one_pass(self, rows: Array, carry: Any) -> tuple[Any, "_Group"]:
+    def one_pass(self, rows: Array, carry: Any) -> tuple[Any, _Group]:
         """The same with exponentials instead of logits; the matmuls of the gradients multiply them by their factors."""
         layer, config = self.layer, self.config
         assert config.head.factors is not None
@@ -156,19 +174,6 @@ class _Gradients(NamedTuple):
         results = _scatter_rows(rows, results, config.head.values(t, statistics, 1))
         return (results, gradients), _Group(x, for_features, for_kernel)
 
-    def to_features(self, group: "_Group") -> Array:
-        contracted = (((1,), (self.config.class_axis,)), ((), ()))
-        gradient = lax.dot_general(
-            group.for_features, self.layer.kernel, contracted, preferred_element_type=compute_dtype(self.dtype)
-        )
-        return gradient.astype(self.features_dtype)
-
-    def to_kernel(self, group: "_Group") -> Array:
-        x, grad_products = group.x, group.for_kernel
-        first, second = (x, grad_products) if self.config.class_axis == 1 else (grad_products, x)
-        contracted = (((0,), (0,)), ((), ()))
-        return lax.dot_general(first, second, contracted, preferred_element_type=compute_dtype(self.dtype))
-
     def init(self) -> tuple[Results, DiffArgs]:
         """Values and gradients before the first tile, typed as varying like the tiles' contributions."""
         wide = compute_dtype(self.dtype)
@@ -185,41 +190,6 @@ class _Gradients(NamedTuple):
         gradients = DiffArgs(*map(zeros, diff_args(self.layer, self.operands), self.needs_grad, dtypes))
         return _init_output(self.layer, self.operands, self.config), gradients
 
-    def added(self, rows: Array, gradients: DiffArgs, grad_products: Array, grad_weights: Array | None) -> DiffArgs:
-        """The gradients to bias and target weights, with a tile's contribution added."""
-        if self.needs_grad.bias:
-            gradients = gradients._replace(bias=gradients.bias + jnp.sum(grad_products, 0))
-        if self.needs_grad.target_weights:
-            filled = gradients.target_weights.at[rows].set(grad_weights, mode="drop")
-            gradients = gradients._replace(target_weights=filled)
-        return gradients
-
-
-class _Group(NamedTuple):
-    """The operands of the matmuls for the gradients to features and kernel."""
-
-    x: Array
-    for_features: Array  # the gradients to the group's logits before bias and cap, in the features' dtype
-    for_kernel: Array
-
-
-def _summed(loop: _Gradients) -> tuple[Results, DiffArgs]:
-    """Values and gradients; each group of tiles computes its part of the features' and the kernel's gradients."""
-
-    def step(rows: Array, carry: Any) -> Any:
-        values, gradients = carry
-        small = gradients._replace(features=None, kernel=None)
-        (values, small), group = loop.one_group(rows, (values, small))
-        gradients = small._replace(features=gradients.features, kernel=gradients.kernel)
-        if loop.needs_grad.features:
-            filled = gradients.features.at[rows].set(loop.to_features(group), mode="drop")
-            gradients = gradients._replace(features=filled)
-        if loop.needs_grad.kernel:
-            gradients = gradients._replace(kernel=gradients.kernel + loop.to_kernel(group))
-        return values, gradients
-
-    return _over_tiles(loop.device, loop.tile.group_rows, loop.operands, loop.config, step, loop.init())
-
 
 def diff_args(layer: LinearParams, operands: Any) -> DiffArgs:
     """The arguments that may be differentiated."""
@@ -228,8 +198,8 @@ def diff_args(layer: LinearParams, operands: Any) -> DiffArgs:
 
 def as_values(config: HeadConfig, results: Results) -> Values:
     """A flat tuple of results as differentiable values and constants."""
-    variable, _ = config.head.init_output(1, jnp.float32)
-    return results[: len(variable)], results[len(variable) :]
+    count = len(config.head.widths)
+    return results[:count], results[count:]
 
 
 def _scanned_gradients(
@@ -240,12 +210,11 @@ def _scanned_gradients(
     wide = compute_dtype(layer.features.dtype)
     given = diff_args(layer._replace(kernel=layer.kernel.astype(wide)), operands)
 
-    def total(chosen: DiffArgs) -> tuple[Array, Values]:
+    def total(chosen: DiffArgs) -> tuple[Any, Values]:
         x, w, b, weights = (old if new is None else new for new, old in zip(chosen, given, strict=True))
         changed = layer._replace(features=x, kernel=w, bias=b), operands._replace(target_weights=weights)
         values = _scanned_values(evaluate, *changed, config)
-        products = (jnp.sum(c * value) for c, value in zip(cotangents, values[0], strict=True))
-        return functools.reduce(operator.add, products), values
+        return sum(jnp.sum(c * value) for c, value in zip(cotangents, values[0], strict=True)), values
 
     chosen = DiffArgs(*(v if needed else None for v, needed in zip(given, needs_grad, strict=True)))
     gradients, values = jax.grad(total, has_aux=True)(chosen)
@@ -280,7 +249,7 @@ def _first_classes(layer: LinearParams, config: HeadConfig) -> LinearParams:
 def _init_output(layer: LinearParams, operands: Any, config: HeadConfig) -> Results:
     """The values of ignored positions, typed as varying like the others' values."""
     axes = axes_after_psum(manual_axes((layer, operands)), config.axis_name)
-    values = config.head.init_output(layer.features.shape[0], compute_dtype(layer.features.dtype))
+    values = config.head.ignored_values(layer.features.shape[0], compute_dtype(layer.features.dtype))
     return pvary(tuple(jax.tree.leaves(values)), axes)
 
 
@@ -369,10 +338,14 @@ def _scatter_rows(rows: Array, results: Results, values: Values) -> Results:
 
 def _products(features: Array, layer: LinearParams, config: HeadConfig) -> Array:
     """x·W + b of a tile."""
-    contracted = (((1,), (1 - config.class_axis,)), ((), ()))
-    dtype = compute_dtype(features.dtype)
-    products = lax.dot_general(features, layer.kernel, contracted, preferred_element_type=dtype)
+    products = _matmul(features, layer.kernel, (1, 1 - config.class_axis))
     return products if layer.bias is None else products + layer.bias[None, :]
+
+
+def _matmul(first: Array, second: Array, axes: tuple[int, int]) -> Array:
+    """The sums over one axis of each matrix, in the dtype to compute in."""
+    contracted = (((axes[0],), (axes[1],)), ((), ()))
+    return lax.dot_general(first, second, contracted, preferred_element_type=compute_dtype(first.dtype))
 
 
 def _capped_in_scans(products: Array, soft_cap: Array) -> Array:

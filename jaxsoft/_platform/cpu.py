@@ -24,18 +24,7 @@ from jaxsoft._platform.dispatch import Axes, Program
 
 SWITCH = "JAXSOFT_NATIVE"  # 0: no kernels; 1: kernels wherever they can run; or the file of another library
 LIBRARY = "libjaxsoft_native"
-NAMES = (
-    "statistics",
-    "moments",
-    "gradient",
-    "loss",
-    "total",
-    "softmax",
-    "log_softmax",
-    "softmax_vjp",
-    "log_softmax_vjp",
-)
-
+NAMES: set[str] = set()  # of the kernels; `_program` adds them
 DTYPES = (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
 
 Type = Array | jax.ShapeDtypeStruct  # anything with a shape and a dtype
@@ -128,14 +117,6 @@ def _like_first(axes: Axes, first: Type, *others: Type | None) -> Types:
     return (first,)
 
 
-def _of_loss(axes: Axes, logits: Type, *targets: Type | None) -> Types:
-    return _position(logits, axes), logits
-
-
-def _of_log_softmax(axes: Axes, logits: Type) -> Types:
-    return logits, _position(logits, axes), _position(logits, axes)
-
-
 def _program(name: str, roles: str, results: Callable[..., Types], *, in_place: bool = False) -> Program:
     """The kernel `name` as the program of a plain function of the same arrays; absent results are None.
 
@@ -161,6 +142,7 @@ def _program(name: str, roles: str, results: Callable[..., Types], *, in_place: 
         outputs = kernel(*operands, first=np.int64(axes[0]), last=np.int64(axes[-1]))
         return tuple(output for output, result in zip(outputs, expected, strict=True) if result is not None)
 
+    NAMES.add(name)
     return choose
 
 
@@ -169,10 +151,11 @@ moments = _program("moments", "", _of_moments)
 OF_GRADIENT = "position position mask label" + 4 * " position" + " weights"
 gradient = _program("gradient", OF_GRADIENT, _like_first)
 gradient_in_place = _program("gradient", OF_GRADIENT, _like_first, in_place=True)
-loss = _program("loss", "label position position position weights number", _of_loss)
+OF_LOSS = "label position position position weights number"
+loss = _program("loss", OF_LOSS, lambda axes, logits, *targets: (_position(logits, axes), logits))
 total = _program("total", "", lambda axes, numbers: (_position(numbers, axes),))
 softmax = _program("softmax", "", _like_first)
-log_softmax = _program("log_softmax", "", _of_log_softmax)
+log_softmax = _program("log_softmax", "", lambda axes, logits: (logits, *2 * (_position(logits, axes),)))
 softmax_vjp = _program("softmax_vjp", "like", _like_first)
 log_softmax_vjp = _program("log_softmax_vjp", "position position like", _like_first)
 

@@ -41,6 +41,24 @@ def with_platform_impl(**programs: Program) -> Callable[[Function], Function]:
     return decorate
 
 
+def with_local_impl(**programs: Program) -> Callable[[Callable[..., Results]], Callable[..., Results]]:
+    """As `with_platform_impl`, for a `plain(arrays, axes, axis_name)` that may sum over the shards of `axis_name`.
+
+    Then the arrays are blocks of the classes, and have no other program. `axes` may be counted from either end.
+    """
+
+    def decorate(plain: Callable[..., Results]) -> Callable[..., Results]:
+        seam = with_platform_impl(**programs)(plain)
+
+        @functools.wraps(plain)
+        def call(arrays: Any, axes: Axes, axis_name: Any = None) -> Results:
+            return seam(arrays, from_end(axes, arrays[0])) if axis_name is None else plain(arrays, axes, axis_name)
+
+        return call
+
+    return decorate
+
+
 def by_platform(formula: Function) -> Callable[[Callable[[Device, Any, Any], Results]], Function]:
     """Tell `plain(device, arrays, static)` the kind of device for which it is compiled.
 

@@ -300,7 +300,7 @@ def test_the_loops_of_an_accelerator_are_those_of_a_cpu(of, wanted, skips, class
     hot[5] = 0  # of a class that weighs nothing
     x = np.where(hot == 0, np.float32(np.nan), x).astype(dtype)
     layer = args.LinearParams(x, (w if class_axis else w.T).astype(dtype), b, None, None)
-    targets = Targets(label, hot, None, share)
+    targets = Targets(label, hot, share)
     config = args.HeadConfig(class_axis, None, None, None, (), may_ignore=skips)
     arrays = layer, targets, (rng.normal(size=(positions, 1)).astype(np.float32),)
     tile = tiles._tile(Device("gpu"), layer, targets, config)
