@@ -4,14 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike
 
-from jaxsoft._arrays.checks import refuse_mask, refuse_strings, refuse_values
+from jaxsoft._arrays.checks import MARKERS, refuse_mask, refuse_strings, refuse_values
 from jaxsoft._doctor.comparison import TOLERANCE
 from jaxsoft._doctor.problem import Vectors
 from jaxsoft._jax_internals import Tracer
-
-# Labels that by custom mark ignored positions: in Keras and scikit-learn, in PyTorch, in images of 8 and 16 bits, and
-# the least int32.
-IGNORED = (-1, -100, 255, 65535, -(2**31))
 
 
 def concrete(name: str, value: ArrayLike) -> np.ndarray:
@@ -81,7 +77,7 @@ def read_targets(t: np.ndarray, shape: tuple[int, ...], axis: int, ignore_index:
 
 def _read_labels(labels: np.ndarray, classes: int, ignore_index: int | None) -> tuple[Vectors, bool]:
     inside = (labels >= 0) & (labels < classes)
-    ignored = np.isin(labels, IGNORED) & ~inside if ignore_index is None else labels == ignore_index
+    ignored = np.isin(labels, MARKERS) & ~inside if ignore_index is None else labels == ignore_index
     live = labels[~ignored]
     counted_from_one = bool(live.size and live.min() >= 1 and live.max() == classes)
     if not counted_from_one:
