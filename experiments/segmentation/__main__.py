@@ -22,6 +22,7 @@ weight, and the network is deeper. `python -m experiments.segmentation.streets` 
 """
 
 import math
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,25 @@ def run(config: Config) -> dict[str, Any]:
     return learn(config)
 
 
+def check_resumed(config: Chosen) -> None:
+    """Before any data are read, raise an error if --resume comes with other data than the run's.
+
+    Without --data the digits would be trained on, silently if the run has no checkpoint yet.
+    """
+    if not config.resume or (config.out / "summary.json").exists():
+        return
+    step = latest_whole(config.out / CHECKPOINTS)
+    if step is None:
+        print(f"{config.out}: no checkpoint to resume from: starting at step 1, on {config.data}", file=sys.stderr)
+        return
+    data = read_record(config.out / CHECKPOINTS, step)["options"].get("data", config.data)
+    if data != config.data:
+        raise InputError(
+            f"--data: {config.out} is a run on {data}, got {config.data}: --resume needs the same options, "
+            f"here --data {data}"
+        )
+
+
 def check_continued(config: Chosen, options: dict[str, Any]) -> None:
     """Raise an error if --resume cannot continue the run."""
     step = latest_whole(config.out / CHECKPOINTS) if config.resume else None
@@ -205,6 +225,7 @@ def learn(config: Config) -> dict[str, Any]:
     """Train, write the results to `config.out` and return the summary."""
     config = choose(config)
     check(config)
+    check_resumed(config)
     digits, crop = config.data == "digits", config.crop
     coding = read_coding(config)
     train_on, test, names = read_data(config, coding)
