@@ -1,4 +1,4 @@
-"""What the documentation says holds, and every public name is in it. Building the site is CI's."""
+"""The documentation's statements hold, and every public name is in it. CI builds the site."""
 
 import csv
 import inspect
@@ -114,7 +114,7 @@ def test_docstrings_become_markdown():
                 )
 
 
-def test_formulas_become_mathml_that_says_the_same():
+def test_formulas_become_equivalent_mathml():
     as_mathml = runpy.run_path(str(DOCS / "formulas.py"))["as_mathml"]
     formulas = [
         inspect.getdoc(fn) or "" for name in jaxsoft.__all__ if inspect.isfunction(fn := getattr(jaxsoft, name))
@@ -137,7 +137,7 @@ def test_the_experiments_table_is_the_listing():
 
 
 @pytest.mark.x32
-def test_the_table_of_margins_is_what_comes_out():
+def test_the_table_of_margins_matches_computed_values():
     rows = re.findall(r"^\| (\d+) \| (\S+) \| (\S+) \| \S+ \|$", PAGES["exactness.md"], re.MULTILINE)
     assert [margin for margin, *_ in rows] == ["10", "16", "20", "40", "80"]
     for margin, true, ours in rows:
@@ -145,7 +145,7 @@ def test_the_table_of_margins_is_what_comes_out():
         assert f"{float(cross_entropy(jnp.array([float(margin), 0, 0]), jnp.array(0))):.4e}" == ours
 
 
-def test_the_figures_of_speed_are_those_of_the_committed_results():
+def test_the_figures_of_speed_match_the_committed_results():
     text = " ".join(PAGES["performance.md"].split())
     assert headline() in PAGES["performance.md"]
     tables = [read_table(RESULTS / f"cpu-jax{version}.csv") for version in VERSIONS]
@@ -153,7 +153,7 @@ def test_the_figures_of_speed_are_those_of_the_committed_results():
     assert f"Iris loop makes {loops} times the steps per second of the NumPy loop" in text
 
 
-def test_the_figures_of_the_compiled_programs_are_those_of_the_committed_results():
+def test_the_figures_of_the_compiled_programs_match_the_committed_results():
     with (ROOT / "experiments/compile/results/h100.csv").open() as file:
         rows = {
             (row["case"], row["shape"], row["dtype"], row["implementation"]): row
