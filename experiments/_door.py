@@ -1,4 +1,4 @@
-"""Common to all scripts: options from the command line, errors in one line, results in a folder."""
+"""What all scripts share: options from the command line, errors in one line, results in a folder."""
 
 import json
 import sys
@@ -100,7 +100,7 @@ def check_seed(seed: int) -> None:
 
 
 def check_training(config: Training, *counts: str) -> None:
-    """Refuse options of a training out of range, before any long work; `counts` names further ones that count."""
+    """Refuse training options out of range, before any long work; `counts` names more options that count."""
     check_counts(config, "steps", *counts)
     if not 0 < config.learning_rate < float("inf"):
         raise InputError(f"--learning-rate: expected a positive number, got {config.learning_rate}")
@@ -110,7 +110,7 @@ def check_training(config: Training, *counts: str) -> None:
 
 
 def keep_finished(config: Training) -> None:
-    """Refuse to replace a finished run unasked."""
+    """Refuse to replace a finished run without --overwrite."""
     if (config.out / "summary.json").exists() and not config.overwrite:
         raise InputError(f"{config.out}: holds a finished run: replace it with --overwrite, or choose another --out")
 

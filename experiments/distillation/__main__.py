@@ -27,7 +27,7 @@ from experiments.vocabulary.training import held_out_batches
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table as printed."""
     lines = [
-        "| learnt from | bytes a word | perplexity | loss | entropy | accuracy |",
+        "| learnt from | bytes per token | perplexity | loss | entropy | accuracy |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:

@@ -1,6 +1,6 @@
 """The network, its loss through the fused head, and its training.
 
-The network is that of Y. Bengio et al., "A neural probabilistic language model" (2003).
+The network is from Y. Bengio et al., "A neural probabilistic language model" (2003).
 """
 
 import bisect
@@ -74,7 +74,8 @@ def check(config: Training) -> None:
     check_options(config, "context", "features")
     if config.vocabulary < 2:
         raise InputError(f"--vocabulary: expected at least 2 classes, got {config.vocabulary}")
-    plan_of(config, config.vocabulary, "cpu")  # too little is too little anywhere; to ask would start JAX's devices
+    # A budget that is too small on a CPU is too small on any device, and asking for the device would start JAX's.
+    plan_of(config, config.vocabulary, "cpu")
 
 
 def plan_of(config: Training, vocabulary: int, platform: Literal["cpu"] | None = None) -> Plan:
@@ -140,7 +141,7 @@ def loss_of(
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """The sum of the losses over the known targets, and the number of these.
 
-    An unknown word is no target: the network would learn that something rare comes, which says nothing
+    An unknown token is no target: the network would learn that something rare comes, which says nothing
     of what. As part of a context it is a word like any other.
     """
     head, targets = params["head"], jnp.asarray(batch.targets)
@@ -172,7 +173,7 @@ def train_step(optimizer: optax.GradientTransformation, loss_of: Loss, state, ba
 
 
 class Layout(NamedTuple):
-    """Where the arrays of a run are: by default all on one device."""
+    """Where the arrays of a run are stored: by default all on one device."""
 
     loss_of: Loss = loss_of
     shardings: Callable[[Any], Any] = lambda state: None
@@ -225,7 +226,7 @@ def evaluate(params, text: Text, held_out: Sequence[Batch], loss_of: Loss, layou
     targets = np.concatenate([batch.targets for batch in held_out])
     known = targets[targets != UNKNOWN]
     frequencies = text.counts[1:] / text.counts[1:].sum()
-    with np.errstate(over="ignore"):  # infinite where the loss has grown beyond measure
+    with np.errstate(over="ignore"):  # infinite if the loss is huge
         perplexity = float(np.exp(loss))
     return {
         "loss": loss,
