@@ -5,6 +5,7 @@ import inspect
 import math
 import re
 import runpy
+import types
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -58,6 +59,18 @@ def test_links_lead_somewhere(page):
             assert (ROOT / (path[1] or "")).exists(), link
         elif not link.startswith(("http", "#")):
             assert ((DOCS / page).parent / target).is_file(), link
+
+
+def test_a_copied_function_ends_with_an_empty_line_which_the_prompt_of_python_needs():
+    prompt, more = '<span class="gp">&gt;&gt;&gt; </span>', '<span class="gp">... </span>'
+    shown = (
+        f"{prompt}def f(\n{more}    x,\n{more}):\n{more}    return x\n{prompt}f(\n{more}    1\n{more})\n{prompt}f(2)\n"
+    )
+    page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="start.md"))
+    content = runpy.run_path(str(DOCS / "hooks.py"))["on_page_content"](shown, page)
+    copied = re.sub(r'<span class="gp">.*?</span>', "", content.replace('<span class="copied">\n</span>', "\n"))
+    assert copied == "def f(\n    x,\n):\n    return x\n\nf(\n    1\n)\nf(2)\n"
+    assert re.sub(r'<span class="copied">\n</span>', "", content) == shown
 
 
 @pytest.mark.parametrize("page", PAGES)

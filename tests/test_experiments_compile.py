@@ -347,7 +347,7 @@ def test_another_peak_is_stated():
     assert (target.half, round(target.single / target.half, 2), target.bandwidth) == (5e14, 0.5, 3.35e12)
     text = markdown(pd.DataFrame([], columns=COLUMNS), target, "", {})
     assert "500 TFLOP/s for bfloat16 matmuls" in text
-    assert "products: as given" in text
+    assert "matmuls: as given" in text
     with pytest.raises(InputError, match="--peak: expected a positive number"):
         run(Config(peak=0))
 

@@ -1059,7 +1059,7 @@ def test_grey_photographs_of_16_bits_keep_the_upper_8(tmp_path, ending):
 
 def test_photographs_of_32_bits_are_one_line(tmp_path):
     Image.fromarray(np.ones((5, 7), np.float32)).save(tmp_path / "0.tif")
-    with pytest.raises(InputError, match=r"0.tif: expected 8 or 16 bits a channel, got 32: save the photograph with"):
+    with pytest.raises(InputError, match=r"0.tif: expected 8 or 16 bits per channel, got 32: save the photograph with"):
         read_photograph(tmp_path / "0.tif")
 
 
