@@ -38,14 +38,14 @@ def each(quantity: str, stated: Sequence[float], computed: ArrayLike, digits: in
 
 
 def report(numbers: Sequence[Number], out: Path) -> dict[str, float]:
-    """Print and save the table; fail if a stated number does not match."""
+    """Save and print the table; fail if a stated number does not match."""
+    summary = {number.quantity: float(number.computed) for number in numbers}
+    write_json(out / "summary.json", summary)
     width = max(len(number.quantity) for number in numbers)
     print(f"{'':{width}} {'stated':>13} {'computed':>16}")
     for number in numbers:
         verdict = "" if number.holds else "  differs"
         print(f"{number.quantity:{width}} {number.stated:>13} {float(number.computed):>16.10g}{verdict}")
-    summary = {number.quantity: float(number.computed) for number in numbers}
-    write_json(out / "summary.json", summary)
     failed = [number.quantity for number in numbers if not number.holds]
     if failed:
         raise ScriptError(f"{len(failed)} of {len(numbers)} stated numbers do not match: {'; '.join(failed)}")

@@ -5,7 +5,7 @@ python -m experiments.distributed --processes 2
 This is the training of `experiments.vocabulary`, compiled by plain `jax.jit`, on a grid of devices: the batch is
 sharded over its first axis and the head's classes over its second, which `jaxsoft.linear_cross_entropy` learns from
 batch_axes="data", axis_name="vocabulary". Every array of the state is sharded over the first axis too (fully sharded
-data parallelism), and gathered for use. --processes starts so many processes on this machine, with one CPU device each.
+data parallelism), and gathered for use. --processes N starts N processes on this machine, with one CPU device each.
 On a cluster run the same command once per process, with --coordinator, --processes and --process-id; under SLURM or
 Open MPI without these. If a process dies the others end too, within a minute and with an error; the same command with
 --resume continues, on any number of processes. Only process 0 uses the folder of results.

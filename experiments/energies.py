@@ -44,7 +44,7 @@ class Config:
     """Options of the experiment."""
 
     seed: int = 0
-    """Draws the patterns, the chains and the training points."""
+    """Seed for the patterns, the chains and the training points."""
     chains: int = 50_000
     """Independent Gibbs chains, all started at zero."""
     steps: int = 20

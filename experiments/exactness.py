@@ -2,10 +2,11 @@
 
 python -m experiments.exactness
 
-The label's logit is the largest other logit plus a margin. Losses of jaxsoft and other libraries in float32, and
-their derivatives with respect to that logit, are compared with the same float32 logits in float64, where the loss
-is log1p of the sum over the other classes. The difference of two logits is rounded before the exponential, which alone
-gives an error of up to the margin times half the machine epsilon. At a relative error of 1 loss and gradient are 0.
+The label's logit is the largest other logit plus a margin. Losses of jaxsoft and other libraries in float32, and their
+derivatives with respect to that logit, are compared with the same float32 logits in float64, where the loss is log1p of
+the sum over the other classes. The difference of two logits is rounded before the exponential, which alone gives an
+error of up to the margin times half the machine epsilon. A relative error of 1 means that the loss or the gradient is
+0.
 """
 
 from collections.abc import Callable
@@ -42,7 +43,7 @@ class Config:
     draws: int = 64
     """Draws of the other logits, from a normal distribution; the worst draw counts."""
     seed: int = 0
-    """Draws the logits."""
+    """Seed for the logits."""
     out: Path = Path("out/exactness")
     """Folder for summary.json and the picture."""
 

@@ -1,4 +1,4 @@
-"""How does Caffe take softmax's gradient along any axis of one flat buffer, and which layouts get it wrong?
+"""How does Caffe compute softmax's gradient along any axis of one flat buffer, and which layouts get it wrong?
 
 python -m experiments.flat_buffer
 
@@ -46,7 +46,7 @@ class Config:
     """Options of the experiment."""
 
     seed: int = 0
-    """Draws scores and cotangent. The two errors are stated for seed 0 and only printed for others."""
+    """Seed for scores and cotangent. The two errors are stated for seed 0, and only printed for other seeds."""
     out: Path = Path("out/flat_buffer")
     """Folder for summary.json and the picture."""
 

@@ -40,7 +40,7 @@ class Config:
     """Options of the experiment."""
 
     seed: int = 0
-    """Draws the scene and the random images."""
+    """Seed for the scene and the random images."""
     scenes: int = 100
     """Random images, for each blur, whose mean losses are compared with the exact effective number."""
     out: Path = Path("out/spatial")

@@ -1,5 +1,8 @@
 """The command line that all scripts share: its usage, and the one line in which each ends."""
 
+import dataclasses
+import errno
+import os
 import re
 import runpy
 import signal
@@ -21,12 +24,17 @@ pytestmark = pytest.mark.x32
 SCRIPTS = [name for name, *_ in listing.scripts()]
 TRAININGS = ["iris", "segmentation", "vocabulary", "distributed", "distillation"]
 RESUMED = [*TRAININGS[1:], "benchmark"]
-# What a script needs to be told before it looks at its folder of results.
+# The options that a script needs before it looks at its folder of results.
 NEEDED = {
     "vocabulary": ["--corpus={corpus}", "--vocabulary=3", "--compare-sizes"],
     "distributed": ["--corpus={corpus}", "--vocabulary=3", "--processes=1"],
     "distillation": ["--corpus={corpus}", "--vocabulary=3", "--k=1"],
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class NoOptions:
+    """The options of a script without any."""
 
 
 @pytest.fixture
@@ -46,6 +54,25 @@ def ended(tmp_path, monkeypatch, capsys):
         return end.value.code, *capsys.readouterr()
 
     return run
+
+
+def test_a_reader_that_has_seen_enough_ends_the_script_quietly(monkeypatch, capsys):
+    """As in `python -m experiments.delta | head -2`; another broken pipe is an error."""
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "argv", ["script"])
+    with open(write, "w") as unread, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", unread)
+        with pytest.raises(SystemExit) as end:
+            _door.enter(NoOptions, lambda _: print("a table"), "A question.")
+    assert (end.value.code, capsys.readouterr().err) == (128 + signal.SIGPIPE, "")
+
+    def lose(_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with pytest.raises(SystemExit) as end:
+        _door.enter(NoOptions, lose, "A question.")
+    assert (end.value.code, capsys.readouterr().err) == (1, "error: system: Broken pipe\n")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -2,10 +2,10 @@
 
 python -m experiments.benchmark
 
-The result of every implementation of a case is compared with jaxsoft's, then all are timed in a new random
-order in each round. On a CPU, if available, separate processes repeat this with huge pages and with an allocator
-that keeps its memory, and time jaxsoft without its kernels. A time is a call's until its result is ready; ratios above one mean that jaxsoft is
-faster. How to read the table, and how to run on a GPU: experiments/benchmark/README.md.
+The result of every implementation of a case is compared with jaxsoft's, then all are timed in a new random order in
+each round. On a CPU, if available, separate processes repeat this with huge pages and with an allocator that keeps its
+memory, and time jaxsoft without its kernels. A time is a call's until its result is ready; ratios above one mean that
+jaxsoft is faster. How to read the table, and how to run on a GPU: experiments/benchmark/README.md.
 """
 
 import contextlib
@@ -53,13 +53,13 @@ class Config:
     suite: Literal["quick", "full"] = "quick"
     """The cases: quick takes some minutes on two cores."""
     sweep: int = 0
-    """Instead of the suite, time so many random cases, after the worst known ones, against jax.nn and optax."""
+    """Instead of the suite, time this many random cases, after the worst known ones, against jax.nn and optax."""
     only: str = ""
     """Run the cases whose name, shape and dtype, as the table writes them, contain this: "softmax (150, 3) float32"."""
     seconds: float = 1.0
     """Time each case for about this long, in at least 5 and at most 401 rounds."""
     seed: int = 0
-    """Draws the inputs, the order of the implementations, and the cases of a sweep."""
+    """Seed for the inputs, the order of the implementations, and the cases of a sweep."""
     compare: Path | None = None
     """A results.csv of an earlier run: rows whose ratio has fallen by more than a tenth are flagged."""
     resume: bool = False

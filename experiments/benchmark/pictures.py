@@ -66,7 +66,7 @@ def rows_of(
 
 
 def plot_ratios(table: pd.DataFrame, path: Path) -> None:
-    """For each case a bar to the fastest other library, with the middle half of the rounds, and a mark for every one."""
+    """For each case a bar to the fastest other library, the middle half of the rounds, and a mark for every library."""
     others = timed_others(table)
     figure, axis, rows = rows_of(others, ["shape", "dtype"])
     for row, group in rows:

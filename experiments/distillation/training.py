@@ -46,7 +46,7 @@ class Config(vocabulary.Training):
     student_steps: int = 400
     """Gradient steps of each student, on the same batches as the teacher's first steps, and then on further batches."""
     student_features: int = 32
-    """Features of a student: per token, and per context at the head."""
+    """Features of a student: width of the embedding of a token, and of the features at the head."""
     k: int = 16
     """Classes whose teacher probabilities are stored, for every token that the students are trained on."""
     checkpoint_every: int = 200

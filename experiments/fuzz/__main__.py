@@ -29,7 +29,7 @@ class Config:
     """Options of the experiment."""
 
     seed: int = 0
-    """Draws the programs and their values."""
+    """Seed for the programs and their values."""
     configurations: int = 200_000
     """How many configurations to try."""
     minutes: float = 60.0

@@ -1,4 +1,4 @@
-"""Does a small fully convolutional network learn to name every pixel, and go on exactly where it was killed?
+"""Does a small fully convolutional network learn to label every pixel, and continue exactly where it was killed?
 
 python -m experiments.segmentation --seed 0
 
@@ -18,7 +18,8 @@ The folder has one of three layouts, and optionally classes.txt with one class n
     masks/NAME.png or labels/NAME.png            is held out
 
 Photographs are mirrored, scaled and brightened at random, their colours are normalised, rare classes get a higher
-weight, and the network is deeper. `python -m experiments.segmentation.streets` draws a folder of synthetic scenes.
+weight, and the network is deeper than for digits. `python -m experiments.segmentation.streets` draws a folder of
+synthetic scenes.
 """
 
 import math
@@ -98,7 +99,7 @@ class Config:
     """Pixels along each side of a scene, or of the window of a photograph, that is trained on; by default 64 for digits
     and 192 for photographs."""
     seed: int = 0
-    """Draws the held-out images if no list names them, the scenes, their order and the initial weights."""
+    """Seed for the scenes, their order, the initial weights and, if no list names them, the held-out images."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     resume: bool = False
@@ -106,7 +107,7 @@ class Config:
     overwrite: bool = False
     """Replace the run in the folder of results."""
     start: Path | None = None
-    """Folder of a finished run with as many classes, from whose parameters to start."""
+    """Folder of a finished run with the same number of classes, from whose parameters to start."""
     predict: tuple[Path, ...] = ()
     """Photographs whose pixels the finished run in --out labels, in its folder predictions; nothing is trained."""
     out: Path = Path("out/segmentation")

@@ -47,7 +47,7 @@ class Config:
     val: int = 20
     """Images to hold out."""
     seed: int = 0
-    """Draws the images."""
+    """Seed for the images."""
     out: Path = Path("out/streets")
     """Folder for the images."""
 

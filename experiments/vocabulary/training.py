@@ -39,7 +39,7 @@ class Training:
     context: int = 8
     """Tokens from which the next is predicted."""
     features: int = 128
-    """Features per token, and per context at the head."""
+    """Width of the embedding of a token, and of the features at the head."""
     memory_budget: int = 64
     """MiB that one tile's logits and their gradient may take."""
     steps: int = 1000
@@ -49,7 +49,7 @@ class Training:
     learning_rate: float = 0.002
     """Largest step size of AdamW, reached after a tenth of the steps and then falling to 0 as a cosine."""
     seed: int = 0
-    """Draws the held-out documents, the batches and the initial weights."""
+    """Seed for the held-out documents, the batches and the initial weights."""
     checkpoint_every: int = 250
     """Steps between checkpoints."""
     resume: bool = False
