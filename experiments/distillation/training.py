@@ -147,7 +147,7 @@ def learn(config: Config, options: dict[str, Any], kind: Kind, lesson_of: Callab
         return state, (float(value), int(count))
 
     state = init(jax.random.key(config.seed), config.vocabulary, config.context, config.features)
-    (params, _), seconds = _runs.train(config, COLUMNS, options, state, advance, "word")
+    (params, _), seconds = _runs.train(config, COLUMNS, options, state, advance, "token")
     return params, seconds
 
 
@@ -217,7 +217,7 @@ def knowledge(k: int, memory_budget: int, teacher: Any, contexts: Int[Array, "wo
 def write(config: Config, text: Text, read: Callable[..., tuple[Array, ...]], paths: Sequence[Path]) -> None:
     """Batch after batch to NumPy's files, so that no more than one is in memory."""
     files = [path.open("wb") for path in paths]
-    with tqdm(total=config.student_steps * config.batch_size, unit="word", unit_scale=True, desc="storing") as bar:
+    with tqdm(total=config.student_steps * config.batch_size, unit="token", unit_scale=True, desc="storing") as bar:
         for n in range(1, config.student_steps + 1):
             arrays = [np.asarray(array) for array in read(training_batch(text, config, n).contexts)]
             for file, array in zip(files, arrays, strict=True):

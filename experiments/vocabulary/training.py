@@ -210,7 +210,7 @@ def fit(config: Training, text: Text, layout: Layout = Layout()) -> dict[str, An
         state, loss, count = compiled(state, layout.put(training_batch(text, config, n)))
         return state, (float(loss), int(count))
 
-    (params, _), seconds = train(config, COLUMNS, all_it_depends_on(config, text), state, advance, "word")
+    (params, _), seconds = train(config, COLUMNS, all_it_depends_on(config, text), state, advance, "token")
     return {
         **evaluate(params, text, held_out_batches(text, config), jax.jit(loss), layout),
         "steps": config.steps,
