@@ -15,20 +15,20 @@ from experiments.benchmark.report import timed_others
 
 
 class Mark(NamedTuple):
-    """How an implementation is drawn: ten need more than colours."""
+    """The style of an implementation: ten need more than colours."""
 
     color: str
     shape: str
 
 
-# By the beginning of an implementation's name.
+# The keys are beginnings of implementations' names.
 MARKS = {
     "jaxsoft": Mark(BLUE, "o"), "jax.nn": Mark(ORANGE, "s"), "optax": Mark(GREEN, "D"), "formula": Mark(PINK, "v"),
     "PyTorch": Mark(RED, "^"), "NumPy": Mark(GREY, "X"), "jax-cce": Mark(SKY, "P"), "tokamax": Mark(BLACK, "*"),
     "Liger": Mark(GREY, "<"), "QuACK": Mark(BLACK, ">"),
 }  # fmt: skip
 SMALL = 1.0
-"""Megabytes below which a call's fixed cost, not the machine's ceilings, is most of its time."""
+"""Below this many megabytes the fixed cost of a call, not the machine's ceilings, is most of its time."""
 
 
 def mark(implementation: str) -> Mark:
