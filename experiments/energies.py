@@ -19,7 +19,7 @@ from experiments._style import BLACK, BLUE, GREEN, GREY, ORANGE, RED, SKY, WIDE,
 from jaxsoft import cross_entropy, energy
 
 COLORS = BLUE, ORANGE, GREEN
-TABULATED = "in the table of numbers"  # those of `summary.json`, which a run compares with these curves
+TABULATED = "in the table of numbers"  # the table in `summary.json`, which a run compares with these curves
 # Probability of a unit of 0 and 1 at field 1, by temperature.
 UNIT = {0.1: 0.9999546, 0.5: 0.8807971, 1.0: 0.7310586, 2.0: 0.6224593, 10.0: 0.5249792}
 # Energies (1, 2, 3): probabilities and (1/β)·NLL of the first, by inverse temperature.

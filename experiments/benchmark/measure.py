@@ -159,7 +159,7 @@ def measure(
 
 
 def make_ready(case: Case, seeds: list[int], ours_alone: bool) -> tuple[dict[str, dict[str, Any]], float]:
-    """Compile the implementations in this process, and compare them with ours: what there is to say of each by name,
+    """Compile the implementations in this process, and compare them with jaxsoft: the findings for each by name,
     and how many bytes the case moves.
     """
     _timers.clear()
