@@ -1,4 +1,4 @@
-"""Of every page: version, citation and licence at its foot; formulas; tracebacks as output, which no copy has."""
+"""Give every page a footer with version, citation and licence; typeset formulas; prepare examples for the copy button."""
 
 import html
 import re
@@ -10,6 +10,10 @@ HERE = Path(__file__).parent
 as_mathml = runpy.run_path(str(HERE / "formulas.py"))["as_mathml"]
 TRACEBACK = re.compile(
     r'(<span class="gt">.*?)(?=\n<span class="gp">|\n?</code>)', re.DOTALL
+)
+# The last line of a function or another block, before the next statement.
+BLOCK_END = re.compile(
+    r'(<span class="gp">\.\.\. </span> {4}.*\n)(?=<span class="gp">&gt;)'
 )
 FORMULA = re.compile(
     r'<pre class="formula"><code>(.*?)</code></pre>', re.DOTALL
@@ -31,6 +35,7 @@ def on_config(config):
 
 def on_page_content(content, page, **_):
     content = TRACEBACK.sub(r'<span class="go">\1</span>', content)
+    content = BLOCK_END.sub(r'\1<span class="copied">\n</span>', content)
     content = FORMULA.sub(_as_formula, content)
     if page.file.src_uri.endswith(".py"):
         name = Path(page.file.src_uri).name

@@ -1,6 +1,6 @@
 """Checkpoints of a training run: complete or absent; if the latest is damaged, the one before it is used.
 
-A folder for each, named by its step: state.npz with the arrays by their paths, record.json, and the SHA-256 of both.
+Each is a folder, named by its step, with state.npz (the arrays by their paths), record.json, and the SHA-256 of both.
 """
 
 import hashlib

@@ -1,6 +1,9 @@
-"""Common to all scripts: options from the command line, errors in one line, results in a folder."""
+"""What all scripts share: options from the command line, errors in one line, results in a folder."""
 
 import json
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,12 +50,26 @@ def enter(config: type[Config], run: Callable[[Config], object], description: st
     chosen = tyro.cli(config, prog=command(), description=description)
     try:
         run(chosen)
+        sys.stdout.flush()
     except BaseException as error:
+        if isinstance(error, BrokenPipeError) and is_unread():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would report the pipe again
+            sys.exit(128 + signal.SIGPIPE)
         end = end_of(error, chosen)
         if end is None:
             raise
         print(end.line, file=sys.stderr)
         sys.exit(end.status)
+
+
+def is_unread() -> bool:
+    """Whether nobody reads stdout any more, such as after `| head`."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout, 0)
+    except OSError:  # stdout is no file
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def command() -> str | None:
@@ -100,7 +117,7 @@ def check_seed(seed: int) -> None:
 
 
 def check_training(config: Training, *counts: str) -> None:
-    """Refuse options of a training out of range, before any long work; `counts` names further ones that count."""
+    """Refuse training options out of range, before any long work; `counts` names more options that count."""
     check_counts(config, "steps", *counts)
     if not 0 < config.learning_rate < float("inf"):
         raise InputError(f"--learning-rate: expected a positive number, got {config.learning_rate}")
@@ -110,7 +127,7 @@ def check_training(config: Training, *counts: str) -> None:
 
 
 def keep_finished(config: Training) -> None:
-    """Refuse to replace a finished run unasked."""
+    """Refuse to replace a finished run without --overwrite."""
     if (config.out / "summary.json").exists() and not config.overwrite:
         raise InputError(f"{config.out}: holds a finished run: replace it with --overwrite, or choose another --out")
 

@@ -12,7 +12,7 @@ from experiments._door import ScriptError, write_json
 
 
 class Number(NamedTuple):
-    """A number as stated, to all its digits or with < or > as a bound, and as computed."""
+    """A stated number, with all its digits or as a bound with < or >, and the computed number."""
 
     quantity: str
     stated: str
@@ -20,7 +20,7 @@ class Number(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether both match, within half a unit of the last digit (and 2 % of that for rounding)."""
+        """Whether both match, within half a unit of the last stated digit (plus 2 % of it for rounding)."""
         value = float(self.computed)
         if self.stated[0] in "<>":
             bound = float(self.stated[1:])
@@ -32,21 +32,21 @@ class Number(NamedTuple):
 
 
 def each(quantity: str, stated: Sequence[float], computed: ArrayLike, digits: int) -> list[Number]:
-    """The entries of a vector, stated to so many decimals."""
+    """The entries of a vector, stated with this many decimals."""
     pairs = zip(stated, np.asarray(computed), strict=True)
     return [Number(f"{quantity}[{n}]", f"{s:.{digits}f}", c) for n, (s, c) in enumerate(pairs)]
 
 
 def report(numbers: Sequence[Number], out: Path) -> dict[str, float]:
-    """Print and save the table; fail if a stated number does not match."""
+    """Save and print the table; fail if a stated number does not match."""
+    summary = {number.quantity: float(number.computed) for number in numbers}
+    write_json(out / "summary.json", summary)
     width = max(len(number.quantity) for number in numbers)
     print(f"{'':{width}} {'stated':>13} {'computed':>16}")
     for number in numbers:
         verdict = "" if number.holds else "  differs"
         print(f"{number.quantity:{width}} {number.stated:>13} {float(number.computed):>16.10g}{verdict}")
-    summary = {number.quantity: float(number.computed) for number in numbers}
-    write_json(out / "summary.json", summary)
     failed = [number.quantity for number in numbers if not number.holds]
     if failed:
-        raise ScriptError(f"{len(failed)} of {len(numbers)} stated numbers did not come out: {'; '.join(failed)}")
+        raise ScriptError(f"{len(failed)} of {len(numbers)} stated numbers do not match: {'; '.join(failed)}")
     return summary

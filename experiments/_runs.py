@@ -1,6 +1,6 @@
 """A training run in a folder: one row per step, checkpoints, and continuing exactly where it was killed.
 
-Where several processes train together, the first alone reads and writes the folder.
+If several processes train together, only the first one reads and writes the folder.
 """
 
 import math
@@ -40,7 +40,7 @@ class Loader(Protocol):
 
 
 def check_options(config: Options, *counts: str) -> None:
-    """Refuse options out of range: those of every run, and the further ones that count something."""
+    """Refuse options out of range; `counts` names further options that count something."""
     if config.resume and config.overwrite:
         raise InputError("--overwrite: expected without --resume, which continues the existing run")
     check_training(config, "batch_size", "checkpoint_every", *counts)
@@ -59,15 +59,15 @@ def train(
 
     Args:
         config: the options of the script.
-        columns: what the rows of metrics.csv say: the step, its loss, and whatever else.
-        options: by name, all that the run depends on; a checkpoint is gone on from with the same alone.
-        state: what the run starts with, as arrays on their devices.
-        advance: takes a state and the step to take; returns the state after it and its row without the step.
-        unit: what a batch consists of.
-        loader: where `advance` takes its batches from, unless the step says which they are.
+        columns: the columns of metrics.csv: the step, its loss, and others.
+        options: by name, all that the run depends on; a checkpoint continues only with the same options.
+        state: the state at the start, as arrays on their devices.
+        advance: takes a state and the number of the step; returns the next state, and the row without the step.
+        unit: the name of a batch's entries, for the progress bar.
+        loader: the source of `advance`'s batches, unless the step determines them.
 
     Returns:
-        The state after the last step, and the seconds all steps took.
+        The state after the last step, and the seconds that all steps took.
     """
     first, size = jax.process_index() == 0, config.batch_size
     fresh = Checkpoint(0, state, {"options": options, "position": loader and loader.get_state(), "seconds": 0.0})
@@ -104,10 +104,10 @@ def train(
 
 
 def begin(config: Options, columns: tuple[str, ...], fresh: Checkpoint) -> Checkpoint:
-    """Where every process starts, from the first process's folder."""
+    """The checkpoint from which every process starts, read by the first process."""
     begun = start_or_resume(config, columns, fresh) if jax.process_index() == 0 else fresh
     if jax.process_count() > 1:
-        assert fresh.record["position"] is None  # because it is not sent to the other processes
+        assert fresh.record["position"] is None  # a position is not sent to the other processes
         begun = begun._replace(step=int(multihost_utils.broadcast_one_to_all(np.int32(begun.step))))
         if begun.step:
             begun = begun._replace(state=jax.tree.map(from_first, begun.state))
@@ -115,7 +115,7 @@ def begin(config: Options, columns: tuple[str, ...], fresh: Checkpoint) -> Check
 
 
 def start_or_resume(config: Options, columns: tuple[str, ...], fresh: Checkpoint) -> Checkpoint:
-    """Where to start; rows after that are removed from metrics.csv."""
+    """The checkpoint to start from; later rows are removed from metrics.csv."""
     checkpoints = config.out / "checkpoints"
     metrics, summary = config.out / "metrics.csv", config.out / "summary.json"
     header = ",".join(columns) + "\n"
@@ -158,7 +158,7 @@ def append(path: Path, row: Row) -> None:
 def from_first(array: np.ndarray | jax.Array) -> np.ndarray:
     """The first process's array, in every process."""
     values = array if isinstance(array, np.ndarray) else np.zeros(array.shape, array.dtype)
-    # It is added to the others' zeros as bits: adding numbers would turn -0 into 0.
+    # The broadcast adds the other processes' zeros: as bits, because adding numbers would turn -0 into 0.
     sent = multihost_utils.broadcast_one_to_all(np.frombuffer(values.tobytes(), np.uint8))
     return np.frombuffer(sent.tobytes(), values.dtype).reshape(values.shape)
 

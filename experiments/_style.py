@@ -1,4 +1,4 @@
-"""One style for all pictures: legible at 800 pixels' width, in colours that the colour-blind tell apart.
+"""One style for all pictures: legible at a width of 800 pixels, in colours that colour-blind readers can tell apart.
 
 A picture is at most `WIDE` inches wide, of which 800 pixels show 100 each: its smallest letters are 12 pixels high.
 """
@@ -48,7 +48,7 @@ plt.rcParams.update(
 
 
 def mix(color: str, ground: str, share: float) -> str:
-    """A mixture of a colour with a share of another."""
+    """A colour mixed with a share of another."""
     red, green, blue = share * np.array(to_rgb(color)) + (1 - share) * np.array(to_rgb(ground))
     return to_hex((red, green, blue))
 

@@ -42,7 +42,7 @@ class Config:
 
 
 class Candidate(NamedTuple):
-    """An error at the output, and the loss of logits and target whose gradient it is."""
+    """An error at the output, and the loss, a function of logits and target, whose gradient it is."""
 
     formula: str
     delta: Callable[[Vector, Vector], Vector]
@@ -79,7 +79,7 @@ def asymmetry(candidate: Candidate, logits: Vector, target: Vector) -> Float[Arr
 
 def explicit_product(gap: float) -> Float[np.ndarray, "3 1"]:
     """J·(−y/o) in float32 as a programmer writes it, the label `gap` below the leading class."""
-    with np.errstate(all="ignore"):  # overflow is what it shows
+    with np.errstate(all="ignore"):  # the overflow is shown on purpose
         o = numpy_classifier.softmax(np.array([[0], [-gap], [-1]], np.float32))
         y = np.array([[0], [1], [0]], np.float32)
         return numpy_classifier.jacobians(o)[..., 0] @ (-y / o)
@@ -110,7 +110,7 @@ def run(config: Config) -> dict[str, float]:
 
 
 def example_numbers() -> list[Number]:
-    """The worked example, one output."""
+    """The worked example for one output."""
     o, t = jnp.array(OUTPUT), jnp.array(TARGET)
     matrix = softmax_jacobian(o)
     product = matrix @ (-t / o)
@@ -145,7 +145,7 @@ def stack_numbers(o: Float[Array, "3 100"], y: Float[Array, "3 100"], stack: Flo
 
 
 def candidate_numbers(o: Float[Array, "3 100"], y: Float[Array, "3 100"]) -> list[Number]:
-    """Which function each error is the gradient of, over all columns; log o are logits of o."""
+    """The function whose gradient each error is, over all columns; log o are logits of o."""
     z = jnp.log(o)
     numbers = []
     for name, candidate in CANDIDATES.items():
@@ -188,7 +188,7 @@ def breakdown_numbers() -> list[Number]:
 
 
 def plot_jacobians(stack: Float[Array, "3 3 100"], y: Float[Array, "3 100"], path: Path) -> None:
-    """One Jacobian with its numbers, and a hundred: each column of the right picture is one flattened."""
+    """One Jacobian with its numbers, and a hundred: each column of the right picture is one Jacobian, flattened."""
     one = np.asarray(softmax_jacobian(jnp.array(OUTPUT)))
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 3.5), width_ratios=(1, 1.8))
     colors = {"cmap": "RdBu_r", "vmin": -0.25, "vmax": 0.25}  # no entry of any Jacobian is larger
@@ -203,7 +203,7 @@ def plot_jacobians(stack: Float[Array, "3 3 100"], y: Float[Array, "3 100"], pat
     right.set_yticks(range(9), [f"∂o{i}/∂z{j}" for i in (1, 2, 3) for j in (1, 2, 3)])
     for border in np.flatnonzero(np.diff(np.argmax(y, axis=0))):
         right.axvline(border + 0.5, color="black", linewidth=1)
-    right.set(title="one Jacobian a column: 50 setosa, then 50 virginica", xlabel="flower")
+    right.set(title="one Jacobian per column: 50 setosa, then 50 virginica", xlabel="flower")
     figure.colorbar(image, ax=right, label="derivative")
     save(figure, path)
 

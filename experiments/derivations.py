@@ -191,7 +191,7 @@ def through_the_output_in_float32() -> list[Number]:
 
 
 def misprints() -> list[Number]:
-    """Formulas as printed, each with the right one."""
+    """Formulas as printed, each with the right formula."""
     z = INPUTS @ WEIGHTS + BIASES
     o = np.asarray(softmax(z))
     t = np.array([0.0, 1.0, 0.0])
@@ -199,7 +199,7 @@ def misprints() -> list[Number]:
     numbers += each("truth, o - t", (0.046, -0.826, 0.780), o - t, 3)
     numbers.append(Number("truth: its sum", "<1e-15", abs((o - t).sum())))
     numbers.append(Number("misprint -t (1 - o): its sum, so not shift invariant", ">0.8", abs((-t * (1 - o)).sum())))
-    # A gradient's own derivative is symmetric. With all t_j alike that of -t (1 - o) would be; with others not.
+    # The derivative of a gradient is symmetric. For -t (1 - o) it is symmetric only if all t_j are equal.
     t = np.array([0.2, 0.5, 0.3])
     matrix = np.asarray(jax.jacrev(lambda z: -t * (1 - softmax(z)))(z))
     numbers.append(
@@ -255,7 +255,7 @@ def plot_toy(path: Path) -> None:
         for label, (x, y) in nodes.items():
             axes.scatter(x, y, 1250, color="white", edgecolor="black", zorder=3)
             axes.text(x, y, label.replace("-", "−"), ha="center", va="center", fontsize=8.5, zorder=4)
-        # On its edge, the one of both colours.
+        # On the edge, the mixture of both colours.
         axes.text(0.68, 1.21, "w₂₁", ha="center", va="center", zorder=4, bbox={"color": "white", "pad": 1})
         sign = "−" if by_second < 0 else "+"
         total = f"{signed(by_first)} {sign} {abs(by_second):.6g} = {signed(by_first + by_second)}"

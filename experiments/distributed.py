@@ -5,7 +5,7 @@ python -m experiments.distributed --processes 2
 This is the training of `experiments.vocabulary`, compiled by plain `jax.jit`, on a grid of devices: the batch is
 sharded over its first axis and the head's classes over its second, which `jaxsoft.linear_cross_entropy` learns from
 batch_axes="data", axis_name="vocabulary". Every array of the state is sharded over the first axis too (fully sharded
-data parallelism), and gathered for use. --processes starts so many processes on this machine, with one CPU device each.
+data parallelism), and gathered for use. --processes N starts N processes on this machine, with one CPU device each.
 On a cluster run the same command once per process, with --coordinator, --processes and --process-id; under SLURM or
 Open MPI without these. If a process dies the others end too, within a minute and with an error; the same command with
 --resume continues, on any number of processes. Only process 0 uses the folder of results.
@@ -81,7 +81,7 @@ def check_cluster(config: Config) -> None:
 
 
 def grid(config: Config, devices: int) -> tuple[int, int]:
-    """Devices along the batch and along the vocabulary, which divide them evenly."""
+    """The numbers of devices along the batch and along the vocabulary, which must divide evenly."""
     data, vocabulary = shape = config.mesh or (1, devices)
     if min(shape) < 1 or math.prod(shape) != devices:
         raise InputError(
@@ -97,7 +97,7 @@ def grid(config: Config, devices: int) -> tuple[int, int]:
 
 
 def spread(mesh: Mesh) -> Layout:
-    """The batch along one axis, the head's classes along the other, and all that is kept along the first as it goes."""
+    """Shard the batch over one axis, the head's classes over the other, and all state over the first if it divides."""
 
     def spec(path: tuple, leaf: Any) -> P:
         in_head = jax.tree_util.DictKey("head") in path
@@ -141,7 +141,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def start(config: Config) -> None:
-    """Start processes on this machine, or be one of a cluster, or all there is."""
+    """Start processes on this machine, or be one process of a cluster, or the only process."""
     check_cluster(config)
     if config.processes is not None and config.coordinator is None:
         watch(config, config.processes)
@@ -170,7 +170,7 @@ def meet(config: Config, bind_address: str | None = None) -> bool:
         coordinator_bind_address=bind_address,
     )
     try:
-        meeting.result()  # unlike the meeting itself, this hears Ctrl-C
+        meeting.result()  # unlike the meeting itself, this reacts to Ctrl-C
     except ValueError as error:
         if "coordinator_address" not in str(error):
             raise
@@ -205,7 +205,7 @@ def end_at_once(config: Config, tell: Callable[[str], None]) -> Iterator[None]:
         end = end_of(error, config)
         if end is None:
             line = " ".join(str(error).split())
-            if re.match(r"[A-Z_]+: ", line):  # a status of JAX's runtime
+            if re.match(r"[A-Z_]+: ", line):  # a status in a message of JAX's runtime
                 line = f"another process has ended, or the runtime failed ({line[:200]}); start all again with --resume"
             else:
                 traceback.print_exc()
@@ -227,8 +227,9 @@ def watch(config: Config, count: int) -> None:
         spawn.Process(target=follow, args=(replace(config, coordinator=address, process_id=n), sender), daemon=True)
         for n, (_, sender) in enumerate(pipes)
     ]
-    resource_tracker.ensure_running()  # or the first start would do this, which lifts the mask
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C reaches all: the watcher alone decides
+    resource_tracker.ensure_running()  # otherwise the first start would start it, which unblocks the signals
+    # Ctrl-C reaches all processes, but only the watcher decides.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         for process, (_, sender) in zip(processes, pipes, strict=True):
             process.start()
@@ -243,7 +244,7 @@ def watch(config: Config, count: int) -> None:
                 process.join()
                 codes[n] = process.exitcode
             failed = [n for n in codes if codes[n]]
-            if failed:  # of several at once, the one that a signal killed: the others noticed it
+            if failed:  # of several at once, report the one that a signal killed: the others only noticed
                 first = min(failed, key=codes.__getitem__)
                 raise ScriptError(last_words(first, count, codes[first], pipes[first][0]))
     finally:
@@ -257,7 +258,7 @@ def watch(config: Config, count: int) -> None:
 
 
 def last_words(n: int, count: int, exitcode: int, told: connection.Connection) -> str:
-    """Why a process failed: in its own words, or by its exit."""
+    """Why a process failed: its own message, or its exit status."""
     try:
         return told.recv().removeprefix("error: ")
     except EOFError:
@@ -266,11 +267,11 @@ def last_words(n: int, count: int, exitcode: int, told: connection.Connection) -
 
 
 def follow(config: Config, sender: connection.Connection) -> None:
-    """Be one of the processes that `watch` started."""
+    """Run as one of the processes that `watch` started."""
     watcher = multiprocessing.parent_process()
     assert watcher is not None
 
-    def end_with_it():  # or they would go on writing where the next run begins
+    def end_with_it():  # otherwise they would write where the next run begins
         connection.wait([watcher.sentinel])
         os._exit(1)
 
@@ -279,9 +280,9 @@ def follow(config: Config, sender: connection.Connection) -> None:
         log = os.open(config.out / f"process-{config.process_id}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
-    tqdm.set_lock(threading.RLock())  # its own one is shared between processes, and reported as leaked by a kill
+    tqdm.set_lock(threading.RLock())  # its own lock is shared between processes, and a kill leaks it
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        del os.environ[name]  # through which gRPC would look for this machine itself
+        del os.environ[name]  # gRPC would look for this machine through the proxy
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 1)
     with end_at_once(config, lambda line: sender.send(line)):

@@ -1,4 +1,4 @@
-"""Do the energies behind softmax do what is said of them: descend, sample, normalise, overfit?
+"""Do the energies behind softmax do what texts say: descend, sample, normalise, overfit?
 
 python -m experiments.energies --chains 50000
 """
@@ -19,7 +19,7 @@ from experiments._style import BLACK, BLUE, GREEN, GREY, ORANGE, RED, SKY, WIDE,
 from jaxsoft import cross_entropy, energy
 
 COLORS = BLUE, ORANGE, GREEN
-TABULATED = "in the table of numbers"  # those of `summary.json`, which a run compares with these curves
+TABULATED = "in the table of numbers"  # the table in `summary.json`, which a run compares with these curves
 # Probability of a unit of 0 and 1 at field 1, by temperature.
 UNIT = {0.1: 0.9999546, 0.5: 0.8807971, 1.0: 0.7310586, 2.0: 0.6224593, 10.0: 0.5249792}
 # Energies (1, 2, 3): probabilities and (1/β)·NLL of the first, by inverse temperature.
@@ -44,7 +44,7 @@ class Config:
     """Options of the experiment."""
 
     seed: int = 0
-    """Draws the patterns, the chains and the training points."""
+    """Seed for the patterns, the chains and the training points."""
     chains: int = 50_000
     """Independent Gibbs chains, all started at zero."""
     steps: int = 20
@@ -59,7 +59,7 @@ class Config:
 def descend(
     weights: Float[Array, "units units"], state: Float[Array, " units"], order: Int[Array, " visits"]
 ) -> tuple[Float[Array, " units"], dict[str, Float[Array, " visits"]]]:
-    """The final state, and at each visit the energy afterwards, its change, and −Δs·field."""
+    """The final state, and for each visit the energy after it, its change, and −Δs·field."""
 
     def visit(state, unit):
         field = energy.hopfield_field(state, weights)
@@ -82,7 +82,7 @@ def descend_and_sweep(
 
 @jax.jit
 def orbits_of_two() -> tuple[Float[Array, "steps 2"], ...]:
-    """The states of two units from (1, 1) on, one a row: of each kind of `ORBITS`."""
+    """For each kind in `ORBITS`, the states of two units that start at (1, 1), one per row."""
 
     def orbit(update, weights):
         return jax.lax.scan(lambda state, _: (update(state, weights), state), jnp.ones(2), length=9)[1]
@@ -95,13 +95,13 @@ def orbits_of_two() -> tuple[Float[Array, "steps 2"], ...]:
 
 
 def cycle_length(states: np.ndarray) -> int:
-    """After how many steps the last state was there before."""
+    """The number of steps since the last state occurred before."""
     back = (states[-2::-1] == states[-1]).all(axis=1)
     return int(back.argmax()) + 1
 
 
 def hopfield(seed: int, path: Path) -> list[Number]:
-    """Store four patterns in 128 units; descend from them, a tenth of the units turned, and from anywhere."""
+    """Store four patterns in 128 units; descend from them with a tenth of the units flipped, and from random states."""
     units, patterns, starts = 128, 4, 12
     rng = np.random.default_rng(seed)
     stored = rng.choice([-1.0, 1.0], (patterns, units))
@@ -120,7 +120,7 @@ def hopfield(seed: int, path: Path) -> list[Number]:
         ),
         Number("Hopfield: descents that settled", str(len(begin)), np.all(final == swept, axis=1).sum()),
         Number("Hopfield: damaged patterns recalled", str(patterns), (final[:patterns] == stored).all(axis=1).sum()),
-        Number("Hopfield: highest less lowest final energy: minima are local", ">1e-6", ends.max() - ends.min()),
+        Number("Hopfield: highest minus lowest final energy: minima are local", ">1e-6", ends.max() - ends.min()),
         *(
             Number(f"Hopfield: cycle length, {name}", stated, cycle_length(orbits[name]))
             for name, stated in zip(orbits, "214", strict=True)
@@ -210,7 +210,7 @@ def restricted_boltzmann(config: Config, path: Path) -> list[Number]:
     seen = frequency.reshape(-1, 8, 4)
     apart = np.abs(seen - joint).sum((1, 2)) / 2
     apart_visible = np.abs(seen.sum(2) - marginal).sum(1) / 2
-    # What as many independent draws leave: the mean deviation of each frequency, normal by the central limit theorem.
+    # The mean deviation of each frequency for as many independent draws, normal by the central limit theorem.
     chance = np.sqrt(joint * (1 - joint) / (2 * np.pi * config.chains)).sum()
     plot_samples(marginal, seen[-1].sum(1), apart, apart_visible, float(chance), path)
     return [

@@ -2,10 +2,11 @@
 
 python -m experiments.exactness
 
-The label's logit is the largest of the others plus a margin. Losses of jaxsoft and other libraries in float32, and
-their derivatives with respect to that logit, are compared with the same float32 logits in float64, where the loss
-is log1p of the sum over the other classes. The difference of two logits is rounded before the exponential, which alone
-gives an error of up to the margin times half the machine epsilon. At a relative error of 1 loss and gradient are 0.
+The label's logit is the largest other logit plus a margin. Losses of jaxsoft and other libraries in float32, and their
+derivatives with respect to that logit, are compared with the same float32 logits in float64, where the loss is log1p of
+the sum over the other classes. The difference of two logits is rounded before the exponential, which alone gives an
+error of up to the margin times half the machine epsilon. A relative error of 1 means that the loss or the gradient is
+0.
 """
 
 from collections.abc import Callable
@@ -26,8 +27,8 @@ from jaxsoft import cross_entropy
 
 MARGINS = np.arange(-20, 80.5, 0.5)
 MAX_CLASSES = 10_000
-FLOOR = 1e-9  # errors below are drawn here
-LINES = (GREY, "-"), (ORANGE, "--"), (BLUE, "-"), (SKY, "--")  # where two are one, both are seen
+FLOOR = 1e-9  # smaller errors are drawn here
+LINES = (GREY, "-"), (ORANGE, "--"), (BLUE, "-"), (SKY, "--")  # so that two curves are visible where they coincide
 
 Logits = Float[np.ndarray, "margins draws classes"]
 Curves = dict[str, Float[np.ndarray, " margins"]]
@@ -42,7 +43,7 @@ class Config:
     draws: int = 64
     """Draws of the other logits, from a normal distribution; the worst draw counts."""
     seed: int = 0
-    """Draws the logits."""
+    """Seed for the logits."""
     out: Path = Path("out/exactness")
     """Folder for summary.json and the picture."""
 
@@ -111,7 +112,7 @@ def measure(logits: Logits) -> tuple[Curves, Curves]:
 
 
 def worst(computed: np.ndarray, true: np.ndarray) -> Float[np.ndarray, " margins"]:
-    """What is NaN or infinite, and is neither in truth, has no digit right."""
+    """The worst relative error of the draws; an error that is not finite counts as 1, no right digit."""
     error = np.abs(computed / true - 1)
     return np.where(np.isfinite(error), error, 1).max(1)
 

@@ -1,4 +1,4 @@
-"""How does Caffe take softmax's gradient along any axis of one flat buffer, and which layouts get it wrong?
+"""How does Caffe compute softmax's gradient along any axis of one flat buffer, and which layouts get it wrong?
 
 python -m experiments.flat_buffer
 
@@ -27,7 +27,7 @@ from experiments._numbers import Number, report
 from experiments._style import BLUE, GREEN, GREY, ORANGE, RED, WIDE, plt, save, tint
 from jaxsoft import softmax, softmax_vjp
 
-SHAPE = (2, 3, 2, 2)  # of the picture
+SHAPE = (2, 3, 2, 2)  # for the picture
 PIXEL = (1, 3)
 COLORS = tuple(tint(color, 0.45) for color in (BLUE, ORANGE, GREEN))
 # Largest error of the gradient after each slip, by axis, for seed 0.
@@ -46,7 +46,7 @@ class Config:
     """Options of the experiment."""
 
     seed: int = 0
-    """Draws scores and cotangent. The two errors are stated for seed 0 and only printed for others."""
+    """Seed for scores and cotangent. The two errors are stated for seed 0, and only printed for other seeds."""
     out: Path = Path("out/flat_buffer")
     """Folder for summary.json and the picture."""
 
@@ -64,13 +64,13 @@ def class_indices(i: int, j: int, classes: int, inner: int) -> Int[np.ndarray, "
 def gemm(
     alpha: float, a: Float[np.ndarray, "m k"], b: Float[np.ndarray, "k n"], beta: float, c: Float[np.ndarray, "m n"]
 ) -> None:
-    """C ← βC + αAB, into C's own memory, as the BLAS routine of that name."""
+    """C ← βC + αAB, into C's own memory, as in the BLAS routine of this name."""
     c *= beta
     c += alpha * (a @ b)
 
 
 def dots(x: Buffer, y: Buffer, start: int, classes: int, inner: int, *, stride: int) -> Float[np.ndarray, "1 inner"]:
-    """⟨x, y⟩ of the pixels of one i, `classes` numbers `stride` apart for each."""
+    """⟨x, y⟩ for each pixel of one i, over `classes` numbers that are `stride` apart."""
     reach = stride * (classes - 1) + 1
     pairs = ((x[at : at + reach : stride], y[at : at + reach : stride]) for at in range(start, start + inner))
     return np.array([[u @ v for u, v in pairs]])
@@ -107,7 +107,7 @@ def run(config: Config) -> dict[str, float]:
 
 
 def index_numbers() -> list[Number]:
-    """The index map against NumPy's own, along every axis, and the pixel of the picture."""
+    """Compare the index map with NumPy's, along every axis; return the pixel of the picture."""
     wrong = 0
     for axis in range(len(SHAPE)):
         outer, classes, inner = split(SHAPE, axis)
@@ -130,7 +130,7 @@ def index_numbers() -> list[Number]:
 
 
 def gradient_numbers(seed: int) -> list[Number]:
-    """The walk over the buffer and its two slips against softmax_vjp, along every axis of (2, 3, 4, 5)."""
+    """Compare the loop over the buffer and its two mistakes with softmax_vjp, along every axis of (2, 3, 4, 5)."""
     shape = (2, 3, 4, 5)
     x, g = np.random.default_rng(seed).normal(size=(2, *shape))
     numbers = []

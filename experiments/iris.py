@@ -45,7 +45,7 @@ class Config:
     """Options of the experiment."""
 
     seed: int = 42
-    """Draws the five parts of the flowers and the initial weights."""
+    """Seed for the five parts of the flowers and the initial weights."""
     steps: int = 300
     """Gradient steps of each network, each on all of its training flowers."""
     optimizer: Literal["adam", "sgd", "momentum"] = "adam"

@@ -38,7 +38,7 @@ class Config:
     """Options of the experiment."""
 
     largest: float = 800.0
-    """Inputs run from minus this to this."""
+    """Inputs range from minus this number to this number."""
     step: float = 0.05
     """Distance between inputs."""
     out: Path = Path("out/logistic")

@@ -195,9 +195,9 @@ SETUPS = {
     "A": Setup("A: as written"),
     "B": Setup("B: times the Jacobian", delta3="jacobian"),
     "C": Setup("C: times o(1 − o)", delta3="hadamard"),
-    "D": Setup("D: one bias a unit", shared=True),
+    "D": Setup("D: one bias per unit", shared=True),
     "E": Setup("E: a bias for every flower", typo=False),
-    "H": Setup("H: one bias a unit", typo=False, shared=True),
+    "H": Setup("H: one bias per unit", typo=False, shared=True),
     "scaled": Setup("H, standardised", typo=False, shared=True, scaled=True),
     "normal": Setup("H, normal weights (alternates)", typo=False, shared=True, normal=True),
     "both": Setup("H, standardised, normal weights", typo=False, shared=True, scaled=True, normal=True),
@@ -325,12 +325,12 @@ def memory_numbers(flower: dict[str, History], unit: dict[str, History]) -> list
     answers = forward(new_flower, real.weights, real.biases)[2].argmax(axis=0)
     change = np.abs(real.loss - blank.loss).max()
     return [
-        Number("a bias a flower: change of the loss by measurements of 0", "<.001", change),
-        Number("a bias a flower: accuracy with measurements of 0", "1.000", blank.accuracy[-1]),
-        Number("a bias a flower: accuracy on shuffled labels", "1.000", shuffled.accuracy[-1]),
-        Number("a bias a flower: different answers for one flower", "3", np.unique(answers).size),
-        Number("a bias a unit: loss with measurements of 0 (ln 3)", "1.098612", unit_blank.loss[-1]),
-        Number("a bias a unit: loss on shuffled labels", ">.8", unit_shuffled.loss[-1]),
+        Number("a bias per flower: change of the loss by measurements of 0", "<.001", change),
+        Number("a bias per flower: accuracy with measurements of 0", "1.000", blank.accuracy[-1]),
+        Number("a bias per flower: accuracy on shuffled labels", "1.000", shuffled.accuracy[-1]),
+        Number("a bias per flower: different answers for one flower", "3", np.unique(answers).size),
+        Number("a bias per unit: loss with measurements of 0 (ln 3)", "1.098612", unit_blank.loss[-1]),
+        Number("a bias per unit: loss on shuffled labels", ">.8", unit_shuffled.loss[-1]),
     ]
 
 

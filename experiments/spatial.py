@@ -32,7 +32,7 @@ HEIGHT, WIDTH, CLASSES, FEATURES = 300, 500, 21, 16
 PIXELS = HEIGHT * WIDTH
 VOID = 255
 DIFFERENCE = math.sqrt(2)  # deviation of the difference of two scores of deviation 1
-EFFECTIVE = {0: "150000", 5: "1286", 20: "86"}  # by the deviation of the blur in pixels
+EFFECTIVE = {0: "150000", 5: "1286", 20: "86"}  # the key is the deviation of the blur in pixels
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Config:
     """Options of the experiment."""
 
     seed: int = 0
-    """Draws the scene and the random images."""
+    """Seed for the scene and the random images."""
     scenes: int = 100
     """Random images, for each blur, whose mean losses are compared with the exact effective number."""
     out: Path = Path("out/spatial")
@@ -146,8 +146,8 @@ def pixelwise(scene: Scene, path: Path) -> list[Number]:
     ignored = scene.labels[0] == VOID
     plot_scene(scene.labels[0], scores[0], losses[0], path)
     return [
-        Number("1 × 1 convolution against one product a pixel", "<1e-13", np.abs(scores - by_pixel).max()),
-        Number("losses of the image against one a pixel", "<1e-12", np.abs(losses.reshape(-1) - one_by_one).max()),
+        Number("1 × 1 convolution against one product per pixel", "<1e-13", np.abs(scores - by_pixel).max()),
+        Number("losses of the image against pixel by pixel", "<1e-12", np.abs(losses.reshape(-1) - one_by_one).max()),
         Number("ignored pixels", ">1000", ignored.sum()),
         Number("ignored pixels: largest loss", "0", losses[0][ignored].max()),
         Number("ignored pixels: largest gradient", "0", np.abs(gradient[0][:, ignored]).max()),
@@ -161,7 +161,7 @@ def plot_scene(
     losses: Float[np.ndarray, "h w"],
     path: Path,
 ) -> None:
-    """The losses large, below what they compare; the ignored pixels in a colour that no loss has."""
+    """Labels and predictions above the losses, which are larger; ignored pixels have a colour that no loss has."""
     void = labels == VOID
     figure, axes = plt.subplot_mosaic(
         [["labels", "scores"], ["losses", "losses"]], figsize=(WIDE, 7.2), height_ratios=(1, 1.9)
@@ -259,7 +259,7 @@ def independent(rng: np.random.Generator, scenes: int, path: Path) -> list[Numbe
         name = f"effective pixels, blur σ = {sigma} px"
         numbers += [
             Number(name, stated, exact),
-            Number(f"{name}: exact over random images', less 1", f"<{allowed:.3f}", error),
+            Number(f"{name}: exact over random images', minus 1", f"<{allowed:.3f}", error),
         ]
     plot_effective(simulated, math.sqrt(2 / scenes), path)
     return numbers
@@ -288,7 +288,7 @@ def plot_effective(simulated: dict[int, float], error: float, path: Path) -> Non
 
 
 def normalisers(scene: Scene) -> list[Number]:
-    """NONE at rate η is VALID at rate η·n; so the published settings for batches of 1 and of 20 are one scale."""
+    """NONE at rate η equals VALID at rate η·n, so the published settings for batches of 1 and of 20 agree."""
     features, kernel, labels = scene.features[:, :, ::10, ::10], scene.kernel, scene.labels[:, ::10, ::10]
     count, rate, momentum = int((labels != VOID).sum()), 0.1, 0.9
     ends = {
@@ -302,8 +302,8 @@ def normalisers(scene: Scene) -> list[Number]:
             np.abs(ends["NONE"] - ends["VALID"]).max(),
         ),
         Number("the same: how far the weights went", ">.1", np.abs(ends["VALID"]).max()),
-        Number("rate a loss, sum: 1e-10 · 187,500 / (1 − .99)", ".001875", 1e-10 * 375 * 500 / (1 - 0.99)),
-        Number("rate a loss, mean: 1e-4 / (1 − .9)", ".001", 1e-4 / (1 - 0.9)),
+        Number("rate per loss, sum: 1e-10 · 187,500 / (1 − .99)", ".001875", 1e-10 * 375 * 500 / (1 - 0.99)),
+        Number("rate per loss, mean: 1e-4 / (1 − .9)", ".001", 1e-4 / (1 - 0.9)),
     ]
 
 

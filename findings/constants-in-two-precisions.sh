@@ -2,8 +2,9 @@
 # Can one compiled function be called in float64 mode and outside of it, if it uses a float64 NumPy array?
 #
 # Guess: yes. JAX traces it again for each mode, and outside of float64 mode the array becomes float32.
-# Seen with jax 0.10.2 and 0.12.0.1: whichever mode is first works. In the other one an array that is no argument raises
-# "Cannot lower jaxpr with verifier errors", as if it kept the dtype of the first mode. As an argument it works in both.
+# Seen with jax 0.10.2 and 0.12.0.1: the first call works in either mode. A call in the other mode raises
+# "Cannot lower jaxpr with verifier errors", as if the array kept the dtype of the first mode. If the array is an argument,
+# both calls work.
 # Fails if that changes.
 set -euo pipefail
 

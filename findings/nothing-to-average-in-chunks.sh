@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# What gradient has PyTorch's linear_cross_entropy of a batch that is padding alone, with options and without?
+# Which gradient does PyTorch's linear_cross_entropy give for a batch of padding only, with options and without?
 #
-# Guess: 0 in both, as cross_entropy's. Seen with torch 2.13.0 on a CPU: the value is NaN, a mean over nothing, in both; the
-# gradient is 0 without options, and NaN with LinearCrossEntropyOptions, which spoils the weights. Fails if that changes.
+# Guess: 0 in both cases, as in cross_entropy. Seen with torch 2.13.0 on a CPU: in both cases the value is NaN, a mean over
+# nothing; the gradient is 0 without options, and NaN with LinearCrossEntropyOptions, so that a step makes the weights NaN.
+# Fails if that changes.
 set -euo pipefail
 
 folder=$(mktemp -d)

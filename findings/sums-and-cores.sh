@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Is the sum of one array the same number, whatever the number of cores that a process may use?
 #
-# Guess: yes, as is the sum of its columns one by one. Seen with jax 0.10.2 on Linux x86-64: the sum of all 600,000 float32
-# numbers of a (200000, 3) array has other last bits on two cores than on one, that of a column has not; with 0.12.0.1 both
-# are the same. Needs two cores. Fails if that changes.
+# Guess: yes, and so is the sum of each column. Seen with jax 0.10.2 on Linux x86-64: the sum of all 600,000 float32 numbers
+# of a (200000, 3) array has different last bits on one core and on two, but the sum of a column is the same; with 0.12.0.1
+# both are the same. Needs two cores. Fails if that changes.
 set -euo pipefail
 
 folder=$(mktemp -d)

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from jaxsoft import _softmax
-from jaxsoft._arrays.checks import as_axis, as_floating, as_integer, check_values, refuse_mask
+from jaxsoft._arrays.checks import as_axis, as_floating, as_integer, check_labels, check_values, refuse_mask
 from jaxsoft._arrays.dtypes import at_least_int32, compute_dtype, nan_unless
 from jaxsoft._cross_entropy import cross_entropy
 from jaxsoft._formula.targets import equals
@@ -269,12 +269,11 @@ def _read_labels(labels: Labels, shape: tuple[int, ...], axis: int, ignore_label
     else:
         raise TypeError(f"labels: expected real numbers, got dtype {given.dtype}")
     inside = (y >= 0) & (y < classes)
-    ignored, allowed = xp.zeros(y.shape, bool), f"a label in [0, {classes})"
+    ignored = xp.zeros(y.shape, bool)
     if ignore_label is not None:
         index = as_integer("ignore_label", ignore_label)
         ignored = equals(y, index) if xp is jnp and integers else y == (index if integers else float(index))
-        allowed += f" or ignore_label={ignore_label}"
-    check_values("labels", given, inside | ignored, allowed)
+    check_labels("labels", given, inside | ignored, classes, ignore_label, "ignore_label")
     label = xp.where(inside, y, 0).astype(np.int32)  # NO_CLASS does not fit into every dtype
     label = xp.where(ignored, IGNORED, xp.where(inside, label, NO_CLASS))
     return jnp.asarray(label).reshape(positions)

@@ -54,7 +54,7 @@ def loss_and_gradient(logits, labels, loss_weight=1.0, **options):
 
 
 def losses_and_gradients(logits, labels, layer=caffe.softmax_with_loss, **options):
-    """Of each normalization, in one program that is compiled once: losses, gradients and the probabilities."""
+    """For each normalization losses, gradients and probabilities, from one compiled program."""
 
     def losses(z):
         found = [layer(z, labels, normalization=name, **options) for name in NORMALIZATIONS]
@@ -66,7 +66,7 @@ def losses_and_gradients(logits, labels, layer=caffe.softmax_with_loss, **option
 
 
 def check_derivatives(fn, x, tolerance):
-    """Of first and second order along a random direction, against differences; backwards, and forwards over backwards."""
+    """First and second derivatives along a random direction, against differences; reverse, and forward over reverse."""
     gradient, h = jax.grad(fn), 1e-4
 
     @jax.jit
@@ -310,7 +310,7 @@ def test_an_ignored_label_that_no_label_can_be():
         assert loss == pytest.approx(np.log(3), rel=1e-6)
 
 
-def test_a_label_that_is_not_a_number_is_never_the_ignored_one():
+def test_a_nan_label_is_never_the_ignored_one():
     @jax.jit
     def losses(z):
         cases = itertools.product((np.nan, np.inf), (-1, -2))
@@ -327,7 +327,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_an_ignored_position_may_hold_anything(name):
-    """NaN and infinite logits there: loss and gradient are those of Caffe's loops, which skip it."""
+    """With NaN and infinite logits there, loss and gradient equal Caffe's loops, which skip the position."""
     logits, labels = RNG.normal(size=(5, 3)), np.array([0, 255, 2, 255, 255])
     spoiled = logits.copy()
     spoiled[1, 0], spoiled[3, 1], spoiled[4] = np.nan, np.inf, -np.inf
@@ -341,7 +341,7 @@ def test_an_ignored_position_may_hold_anything(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_an_ignored_position_has_no_gradient_whatever_comes_back(name):
+def test_an_ignored_position_has_no_gradient_whatever_the_cotangent(name):
     """Loss weights and cotangents that are not finite stay with the positions that are not ignored."""
     loss, labels = LOSSES[name], np.array([0, 255])
 
@@ -359,8 +359,8 @@ def test_an_ignored_position_has_no_gradient_whatever_comes_back(name):
     np.testing.assert_array_equal(of_root, 0)
 
 
-def test_an_ignored_position_sees_no_gains():
-    """Not those of class 0 either, whose row may be bad."""
+def test_infogain_does_not_change_an_ignored_position():
+    """Not class 0's row either, which may hold NaN."""
     gains = np.where(np.arange(3)[:, None] == 0, np.inf, GAINS)
     logits, labels = RNG.normal(size=(2, 3)), np.array([1, 255])
     loss, gradient = jax.jit(jax.value_and_grad(lambda z: caffe.infogain_loss(z, labels, gains, ignore_label=255)[0]))(
@@ -388,7 +388,7 @@ WIDE = {  # each a class, or one that is ignored, in its lower bits
 
 @pytest.mark.x32
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_label_wider_than_jax_s_is_no_class(name):
+def test_a_label_wider_than_32_bits_is_out_of_range(name):
     """NaN there and right elsewhere; `checked` names the label as it was given."""
     logits = np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)
 
@@ -415,8 +415,8 @@ def test_multinomial_logistic_loss_of_a_wide_label_is_nan():
 
 @pytest.mark.x32
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_label_wider_than_jax_s_is_ignored(name):
-    """And the class in its lower bits is not."""
+def test_a_label_wider_than_32_bits_can_be_ignored(name):
+    """The class in its lower 32 bits is not ignored."""
     logits = np.linspace(-1, 1, 9, dtype=np.float32).reshape(3, 3)
     loss = checked(
         jax.jit(jax.value_and_grad(lambda z: LOSSES[name](z, np.array([2**33, 0, 2]), ignore_label=2**33)[0]))
@@ -459,7 +459,7 @@ def test_labels_of_any_dtype():
             np.testing.assert_allclose(loss, expected, rtol=1e-13, err_msg=dtype)
 
 
-def test_labels_lie_at_i_inner_plus_j():
+def test_labels_are_stored_at_i_inner_plus_j():
     """S3.31: Any shape of the right size whose first dimension is the batch, read in memory's order."""
     logits, labels = problem((2, 3, 2, 2))
     shapes = (2, 2, 2), (2, 1, 2, 2), (2, 4), (2, 4, 1, 1)
@@ -518,7 +518,7 @@ def test_infogain_loss(shape, axis):
 
 
 def test_infogain_clamp_is_1e_20_and_its_gradient_ignores_it():
-    """20 log 10 a class, −inf included; the gradient is that of τo − t."""
+    """20 log 10 per class, also at −inf; the gradient is τo − t."""
     logits = np.array([[0.0, -100.0, -np.inf]])
     loss, gradient = jax.jit(jax.value_and_grad(lambda z: caffe.infogain_loss(z, np.array([0]), np.ones((3, 3)))[0]))(
         logits
@@ -645,7 +645,7 @@ def test_works_in_default_mode():
         assert value.dtype == gradient.dtype == jnp.float32, name
 
 
-def test_softmax_is_the_library_s_with_another_default_axis():
+def test_softmax_equals_jaxsoft_softmax_with_another_default_axis():
     x = RNG.normal(size=(2, 3, 4))
     ours, expected = jax.jit(
         lambda x: ([caffe.softmax(x), caffe.softmax(x, -1)], [jaxsoft.softmax(x, 1), jaxsoft.softmax(x)])

@@ -43,7 +43,7 @@ def test_gradient_of_one_sample():
     close(gradient(X, np.array(2)), TRUTH)
 
 
-def test_gradient_at_the_label_off_it_and_where_ignored_and_as_printed():
+def test_gradient_at_the_label_at_other_classes_and_if_ignored_and_as_printed():
     """S3.20, E3.8."""
     label, other, ignored = P[2] - 1, P[:2], 0.0
     close(gradient(X, np.array(2)), [*other, label])

@@ -48,6 +48,36 @@ def test_the_first_offender_is_named_and_the_ignored_label_allowed():
         checked(jax.jit(lambda z, y: cross_entropy(z, y, ignore_index=255)))(LOGITS, labels)
 
 
+@pytest.mark.parametrize(
+    ("label", "hint"),
+    [
+        (4, "; labels are 0 to 3: if yours are 1 to 4, subtract 1"),
+        (-100, "; to ignore this label, pass ignore_index=-100"),
+        (255, "; to ignore this label, pass ignore_index=255"),
+        (7, ""),
+    ],
+)
+def test_an_error_says_what_to_do_with_a_usual_label_out_of_range(label, hint):
+    labels = with_label((0, 1), label)
+    labels[1, 1] = 4
+    for given in (labels, labels.astype(np.int16)):
+        with pytest.raises(
+            ValueError, match=re.escape(f"targets[0, 1] is {label}: expected a label in [0, 4){hint}") + "$"
+        ):
+            checked(jax.jit(cross_entropy))(LOGITS, given)
+    wide = np.where(np.arange(6).reshape(2, 3) == 5, 2**40, labels)
+    with pytest.raises(
+        ValueError, match=re.escape(f"targets[0, 1] is {label}: expected a label in [0, 4){hint}") + "$"
+    ):
+        checked(cross_entropy)(LOGITS, wide)
+
+
+def test_another_label_than_the_ignored_one_gets_no_hint_to_ignore_it():
+    call = checked(jax.jit(lambda z, y: cross_entropy(z, y, ignore_index=255)))
+    with pytest.raises(ValueError, match=r"or ignore_index=255$"):
+        call(LOGITS, with_label((0, 0), -100))
+
+
 def test_arrays_and_options_given_by_keyword():
     bad = with_label((1, 0), 5)
     options = {"ignore_index": 0, "label_smoothing": 0.1, "reduction": "none"}

@@ -1,5 +1,8 @@
 """The command line that all scripts share: its usage, and the one line in which each ends."""
 
+import dataclasses
+import errno
+import os
 import re
 import runpy
 import signal
@@ -21,12 +24,17 @@ pytestmark = pytest.mark.x32
 SCRIPTS = [name for name, *_ in listing.scripts()]
 TRAININGS = ["iris", "segmentation", "vocabulary", "distributed", "distillation"]
 RESUMED = [*TRAININGS[1:], "benchmark"]
-# What a script needs to be told before it looks at its folder of results.
+# The options that a script needs before it looks at its folder of results.
 NEEDED = {
     "vocabulary": ["--corpus={corpus}", "--vocabulary=3", "--compare-sizes"],
     "distributed": ["--corpus={corpus}", "--vocabulary=3", "--processes=1"],
     "distillation": ["--corpus={corpus}", "--vocabulary=3", "--k=1"],
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class NoOptions:
+    """The options of a script without any."""
 
 
 @pytest.fixture
@@ -48,6 +56,25 @@ def ended(tmp_path, monkeypatch, capsys):
     return run
 
 
+def test_a_reader_that_has_seen_enough_ends_the_script_quietly(monkeypatch, capsys):
+    """As in `python -m experiments.delta | head -2`; another broken pipe is an error."""
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "argv", ["script"])
+    with open(write, "w") as unread, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", unread)
+        with pytest.raises(SystemExit) as end:
+            _door.enter(NoOptions, lambda _: print("a table"), "A question.")
+    assert (end.value.code, capsys.readouterr().err) == (128 + signal.SIGPIPE, "")
+
+    def lose(_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with pytest.raises(SystemExit) as end:
+        _door.enter(NoOptions, lose, "A question.")
+    assert (end.value.code, capsys.readouterr().err) == (1, "error: system: Broken pipe\n")
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_usage_is_the_command(ended, script):
     status, usage, _ = ended(script, "--help")
@@ -56,7 +83,7 @@ def test_the_usage_is_the_command(ended, script):
 
 
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "diagnose"])
-def test_a_file_for_a_folder_of_results_is_one_line(ended, tmp_path, script):
+def test_a_file_in_place_of_the_results_folder_is_one_line(ended, tmp_path, script):
     (tmp_path / "file").write_text("kept")
     status, _, said = ended(script, f"--out={tmp_path}/file")
     assert status == 1
@@ -107,7 +134,7 @@ def test_the_demonstration_replaces_its_last_run_unless_told_otherwise(ended, tm
 
 
 @pytest.mark.parametrize("script", TRAININGS[1:])
-def test_to_replace_a_run_and_to_go_on_with_it_is_a_contradiction(ended, tmp_path, script):
+def test_overwrite_and_resume_together_are_refused(ended, tmp_path, script):
     status, _, said = ended(script, f"--out={tmp_path}", "--overwrite", "--resume")
     assert (status, said) == (
         1,
@@ -115,7 +142,7 @@ def test_to_replace_a_run_and_to_go_on_with_it_is_a_contradiction(ended, tmp_pat
     )
 
 
-def test_memory_that_is_not_there_is_one_line():
+def test_too_little_memory_is_one_line():
     with pytest.raises(MemoryError) as in_numpy:
         np.empty(2**59)
     with pytest.raises(jax.errors.JaxRuntimeError) as in_jax:
@@ -127,14 +154,14 @@ def test_memory_that_is_not_there_is_one_line():
         assert "\n" not in line
 
 
-def test_a_fault_of_the_script_keeps_its_traceback():
+def test_a_bug_in_a_script_keeps_its_traceback():
     assert end_of(ValueError("a fault"), None) is None
     assert end_of(jax.errors.JaxRuntimeError("INTERNAL: a fault"), None) is None
     assert end_of(InputError("a slip"), None) == ("error: a slip", 1)
     assert end_of(FileNotFoundError(2, "No such file", "x"), None) == ("error: x: No such file", 1)
 
 
-def test_a_loss_that_has_grown_is_said(capsys):
+def test_a_loss_that_has_grown_gives_a_warning(capsys):
     say_growth(Iris(learning_rate=7, steps=3), 1.0, 1.0)
     assert capsys.readouterr() == ("", "")
     say_growth(Iris(learning_rate=7, steps=3), 1.0, 1.25)

@@ -55,7 +55,7 @@ TRIPLES = [case for case in reference.covering(3, *FACTORS) if case not in PAIRS
 
 @functools.cache
 def problem_and_result(is_spatial, kind, is_weighted, smoothing, reduction):
-    """Targets of (12, ...), the options, how both are arranged, and what cross_entropy and its gradient give."""
+    """Targets of (12, ...), the options, the layout of both, and the results of cross_entropy and its gradient."""
     kind, ignore_index = kind
     targets = LABELS if kind == "labels" else DISTRIBUTION
     if ignore_index == -100:
@@ -68,7 +68,7 @@ def problem_and_result(is_spatial, kind, is_weighted, smoothing, reduction):
 
 @functools.partial(jax.jit, static_argnums=4)
 def naive_gradient(z, q, weights, denominator, reduction, cotangent):
-    """By autodiff of the reference's losses, weighted and reduced."""
+    """The gradient of the reference's losses, weighted and reduced, by automatic differentiation."""
 
     def naive(z):
         losses = weights * reference.losses(z, q)
@@ -180,7 +180,7 @@ for classes in map(int, sys.argv[1:]):
 
 
 @pytest.mark.parametrize("classes", ["2 3 8 15 16", pytest.param("2 3 5 8 11 15 16 21", marks=pytest.mark.exhaustive)])
-def test_float32_of_few_classes_after_fewer(classes):
+def test_float32_of_few_classes_after_a_call_with_fewer(classes):
     """XLA's CPU reductions compute a float32 iota wrongly in jaxlib 0.11.2 and 0.12.0.1.
 
     Of fewer than 16 elements they fill only as many as an earlier program had, and leave the rest uninitialised.
@@ -280,7 +280,7 @@ OTHERS = [case for case in itertools.product(range(3), (0, 0.1), (0, 0.1)) if ca
 
 
 @pytest.mark.parametrize("cases", [SOME, pytest.param(OTHERS, marks=pytest.mark.exhaustive)], ids=["some", "others"])
-def test_nothing_to_average(cases):
+def test_every_position_ignored(cases):
     @compiled
     def run(z, targets):
         both = jax.value_and_grad(cross_entropy)
@@ -355,7 +355,7 @@ def test_z_loss_that_cancels_the_target_mass_leaves_the_target():
     np.testing.assert_allclose(run(np.array([-1.0])), [[-1.0]] * 3, rtol=1e-14)
 
 
-def test_where_removes_classes():
+def test_where_masks_classes():
     mask = np.random.default_rng(5).random((12, 5)) < 0.6
     mask[np.arange(12), LABELS] = True
     poisoned = np.where(mask, LOGITS, np.nan)
@@ -372,8 +372,8 @@ def test_where_removes_classes():
 
 
 @pytest.mark.parametrize("kind", ["labels", "distribution"])
-def test_a_mask_is_that_of_the_classes_left(kind):
-    """One mask for all positions equals removing its classes: loss, gradient and the gradient to a distribution."""
+def test_a_mask_equals_leaving_the_classes_out(kind):
+    """One mask for all positions equals leaving its classes out: loss, gradient and the gradient to a distribution."""
     kept, mask = np.array([0, 2, 3]), np.array([True, False, True, True, False])
     targets = kept[LABELS % 3] if kind == "labels" else DISTRIBUTION
     of_kept = LABELS % 3 if kind == "labels" else DISTRIBUTION[:, kept]
@@ -399,7 +399,7 @@ def test_a_mask_is_that_of_the_classes_left(kind):
         np.testing.assert_array_equal(gradient[:, ~mask], 0)
 
 
-def test_a_removed_label_costs_infinity_with_finite_gradients():
+def test_a_masked_label_has_an_infinite_loss_and_finite_gradients():
     logits, label, mask = np.array([[1.0, 2.0, 3.0]]), np.array([1]), np.array([[True, False, True]])
     run = compiled(jax.value_and_grad(cross_entropy))
     for targets in (label, np.array([[0.0, 1.0, 0.0]])):
@@ -411,7 +411,7 @@ def test_a_removed_label_costs_infinity_with_finite_gradients():
     np.testing.assert_array_equal(gradient, 0)
 
 
-def test_positions_that_take_no_part_may_hold_anything():
+def test_ignored_positions_may_hold_anything():
     labels, options = np.array([0, 255]), {"ignore_index": 255, "label_smoothing": 0.1, "z_loss": 0.1}
     weights, distribution = np.array([1.0, 0.0]), np.array([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]])
 
@@ -431,7 +431,7 @@ def test_positions_that_take_no_part_may_hold_anything():
     checked(lambda z: cross_entropy(z, labels, ignore_index=255))(np.array([[1.0, 2.0], [np.nan, 0.0]]))
 
 
-def test_positions_without_any_possible_class():
+def test_positions_whose_classes_are_all_masked():
     def loss(z, scale=1.0):
         return scale * cross_entropy(z, np.array([0]))
 
@@ -486,7 +486,7 @@ def test_half_precision_gradients(dtype, tolerance):
         np.testing.assert_allclose(gradient.astype(float), expected, rtol=0, atol=2 * tolerance)
 
 
-def test_impossible_classes_without_target_weight_cost_nothing():
+def test_masked_classes_of_target_0_add_no_loss():
     one_hot, mask = np.array([0.0, 0.0, 1.0]), np.array([True, False, True])
 
     @compiled
@@ -501,7 +501,7 @@ def test_impossible_classes_without_target_weight_cost_nothing():
     assert np.isfinite(to_targets).all()
 
 
-def test_an_impossible_class_of_class_weight_0_has_no_gradient_to_its_target():
+def test_a_masked_class_of_class_weight_0_has_no_gradient_to_its_target():
     def loss(targets):
         return cross_entropy(np.array([1.0, -np.inf, 2.0]), targets, class_weights=np.array([1.0, 0.0, 3.0]))
 
@@ -571,8 +571,8 @@ def test_mixed_second_derivatives_of_logits_and_targets():
 
 
 @pytest.mark.parametrize("loss", [cross_entropy, lambda z, y: linear_cross_entropy(z, np.eye(3, dtype=z.dtype), y)])
-def test_the_values_tangent_where_the_label_leads(loss):
-    """Σ_j p_j (ż_j − ż_label), also where the others' sum is 0: a maximum there has half a derivative on each side."""
+def test_the_loss_tangent_at_a_confident_prediction(loss):
+    """Σ_j p_j (ż_j − ż_label), also if the others' sum is 0, where a maximum would halve the derivative."""
     tangent = np.array([1.0, -0.5, 2.0])
 
     @compiled
@@ -598,7 +598,7 @@ def test_vmap_over_a_batch_of_problems():
     np.testing.assert_allclose(mapped, expected, rtol=1e-14)
 
 
-def test_only_the_logits_and_a_few_numbers_a_position_are_saved():
+def test_only_the_logits_and_a_few_numbers_per_position_are_saved():
     logits, labels = np.zeros((64, 1000), np.float32), np.zeros(64, np.int32)
     for smoothing in (0.0, 0.1):
         loss = lambda z, y, e=smoothing: cross_entropy(z, y, label_smoothing=e, ignore_index=3)  # noqa: E731

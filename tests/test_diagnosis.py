@@ -32,7 +32,7 @@ exhaustive = pytest.mark.exhaustive
 
 
 def problem(n, classes, dtype=np.float64, seed=0, scale=2.0):
-    """Logits, labels, probabilities and one-hot targets, the probabilities computed in the dtype."""
+    """Logits, labels, one-hot targets, and probabilities that are computed in the dtype."""
     rng = np.random.default_rng([seed, n, classes])
     z = (rng.normal(size=(n, classes)) * scale).astype(dtype)
     e = np.exp(z - z.max(1, keepdims=True))
@@ -67,11 +67,13 @@ MISTAKES = {
     "off-diagonal terms missing": lambda z, o, t: -t * (1 - o),
     "Jacobian once too often": lambda z, o, t: jacobian_times(o, o - t),
     "elementwise derivative": lambda z, o, t: (o - t) * o * (1 - o),
+    "multiplied by the output": lambda z, o, t: (o - t) * o,
     "derivative of softmax alone": lambda z, o, t: o * (1 - o),
     "gradient to the probabilities": lambda z, o, t: -t / o,
     "label not subtracted": lambda z, o, t: o,
     "labels shifted by one": lambda z, o, t: o - np.roll(t, 1, axis=1),
     "sigmoid in place of softmax": lambda z, o, t: 1 / (1 + np.exp(-z)) - t,
+    "squared error of sigmoids": lambda z, o, t: (1 / (1 + np.exp(-z)) - t) * np.exp(-z) / (1 + np.exp(-z)) ** 2,
     "softmax over the wrong axis": lambda z, o, t: softmax(z, 0) - t,
     "log2 in place of ln": lambda z, o, t: (o - t) / np.log(2).astype(z.dtype),
     "log10 in place of ln": lambda z, o, t: (o - t) / np.log(10).astype(z.dtype),
@@ -266,7 +268,7 @@ def test_the_loss_of_another_function_of_the_label_s_probability_is_not_called_w
     assert (diagnosis.correct, diagnosis.verdict) == (False, "a function of the label's probability")
 
 
-def test_of_two_classes_weights_are_not_told_from_mistakes():
+def test_with_two_classes_weights_cannot_be_told_from_mistakes():
     z, labels, o, t = problem(9, 2)
     weights = np.random.default_rng(0).uniform(0.1, 2, (9, 1))
     diagnosis = diagnose_gradient(z, labels, weights * (o - t))
@@ -313,7 +315,7 @@ def test_probabilities_passed_as_logits():
         assert diagnose_gradient(o, targets, o - t).verdict == "probabilities passed as logits"
 
 
-def test_smoothing_of_targets_that_do_not_sum_to_one_is_ours_too():
+def test_jaxsoft_s_smoothing_of_targets_that_do_not_sum_to_one_is_recognised():
     z, _, _, t = problem(12, 5)
     for smoothing in (0.1, 0.3):
         gradient = jax.grad(lambda z, e=smoothing: cross_entropy(z, 0.5 * t, label_smoothing=e, reduction="sum"))(z)
@@ -322,18 +324,27 @@ def test_smoothing_of_targets_that_do_not_sum_to_one_is_ours_too():
         assert f"ε/C over the C classes with ε = {smoothing}," in str(diagnosis)
 
 
-def test_a_number_that_nobody_has_is_no_explanation():
-    """A z-loss of 4, a temperature at the end of what is tried."""
+def test_an_unlikely_number_is_no_explanation():
+    """A z-loss of 4, and a temperature at the end of the tried range."""
     z, labels, o, t = problem(12, 5)
     lse = np.log(np.exp(z).sum(1, keepdims=True))
     assert diagnose_gradient(z, labels, o - t + 8 * lse * o).verdict == "wrong"
     assert diagnose_gradient(z / 8, labels, softmax(z * 40 / 8) - t).verdict == "wrong"
 
 
-def test_a_sum_of_probabilities_is_nothing_but_rounding():
+def test_the_gradient_of_a_sum_of_probabilities_is_only_rounding_error():
     z, labels, o, _ = problem(12, 5)
     nothing = (o * (1 - o.sum(1, keepdims=True))).astype(float) + 1e-17
     assert diagnose_gradient(z, labels, nothing).verdict == "all zero"
+
+
+def test_nan_at_a_label_that_the_loss_was_not_told_to_ignore():
+    z, labels, *_ = problem(7, 3)
+    labels[[1, 5]] = -100
+    gradient = jax.grad(cross_entropy)(jnp.asarray(z), jnp.asarray(labels))
+    diagnosis = diagnose_gradient(z, labels, gradient)
+    assert diagnosis.verdict == "not finite"
+    assert "pass it as ignore_index" in str(diagnosis)
 
 
 def test_the_jacobian_itself_and_the_gradient_to_weights():
@@ -377,8 +388,8 @@ def test_labels_with_an_axis_of_length_one_and_whole_floats_are_labels():
     assert diagnose_gradient(images, labels.reshape(3, 1, 2, 2).astype(np.float32), gradient, 1).correct
 
 
-def test_columns_of_which_each_class_is_the_label_once_at_most():
-    """Then the sums over the samples are 0 and 1, as they are where positions are ignored."""
+def test_columns_in_which_each_class_is_the_label_at_most_once():
+    """Then sums over the samples are 0 or 1, like the sums of ignored and other positions."""
     z, _, o, _ = problem(4, 5)
     t = np.eye(5)[[2, 0, 4, 1]]
     diagnosis = diagnose_gradient(z.T, t.T, (o - t).T)
@@ -412,7 +423,7 @@ def test_finite_differences_in_float32():
     assert (diagnosis.correct, diagnosis.verdict) == (False, "finite differences")
 
 
-def test_a_mistake_is_named_where_the_label_leads_too():
+def test_a_mistake_is_named_at_confident_predictions_too():
     z = np.array([[9.0, 0.0, 1.0]], np.float32)
     t = np.array([[1, 0, 0]], np.float32)
     o = softmax(z)
@@ -431,7 +442,7 @@ def test_a_mistake_is_named_only_where_every_vector_has_it():
 
 
 def test_one_number_is_not_explained_by_one_unknown():
-    """Some temperature gives any length to the one vector that it changes."""
+    """For one vector some temperature gives any length."""
     z, labels = np.array([[1.0, 0.0], [3.0, 0.0]]), np.array([0, 0])
     wrong = (softmax(z / 2) - np.eye(2)[labels]) / 2
     assert diagnose_gradient(z, labels, wrong).verdict == "temperature"
@@ -440,14 +451,14 @@ def test_one_number_is_not_explained_by_one_unknown():
     assert diagnose_gradient(z, labels, wrong).verdict == "right up to weights"
 
 
-def test_less_decay_than_none_has_no_name():
+def test_negative_weight_decay_has_no_name():
     z, labels, o, t = problem(7, 3)
     assert diagnose_gradient(z, labels, o - t + z / 8).verdict == "weight decay left in"
     assert diagnose_gradient(z, labels, o - t - z / 8).verdict == "wrong"
 
 
-def test_a_temperature_is_found_where_few_of_many_vectors_tell_it():
-    """All but ten vectors are equal logits."""
+def test_a_temperature_is_found_if_only_a_few_of_many_vectors_show_it():
+    """All except ten vectors have equal logits."""
     z, labels, _, t = problem(VERY_MANY, 3)
     z[:-10] = 0
     diagnosis = diagnose_gradient(z, labels, softmax(z / 3) - t)
@@ -483,7 +494,7 @@ def test_an_error_averaged_over_the_first_axis_or_all_and_perhaps_again(over, di
     assert "multiplied" not in str(diagnosis) or over == (0,)
 
 
-def test_what_a_mistake_has_for_a_number_is_said():
+def test_the_number_of_a_mistake_is_stated():
     z, labels, o, t = problem(7, 3)
     said = {
         "T = 3, with that division": (softmax(z / 3) - t) / 3,
@@ -498,8 +509,8 @@ def test_what_a_mistake_has_for_a_number_is_said():
 
 
 @pytest.mark.parametrize("seeds", [range(15), pytest.param(range(15, 40), marks=exhaustive)], ids=["few", "many"])
-def test_what_is_small_relative_to_the_truth_is_not_given_a_cause(seeds):
-    """Noise of 2e-4 has some direction; with three numbers, any is near that of some mistake."""
+def test_a_small_difference_from_the_truth_gets_no_cause(seeds):
+    """Noise of 2e-4 has some direction; with three numbers, every direction is near some mistake's."""
     for seed in seeds:
         z, labels, o, t = problem(1, 3, seed=seed)
         noise = np.random.default_rng(seed).normal(size=z.shape)
@@ -684,7 +695,7 @@ def test_all_zero():
     assert diagnose_gradient(z, labels, np.zeros_like(z)).verdict == "all zero"
 
 
-def test_a_vector_that_the_model_is_sure_of_is_judged_too():
+def test_a_vector_of_a_confident_prediction_is_judged_too():
     z, labels, *_ = problem(7, 3)
     z[2] = np.where(np.arange(3) == labels[2], 16.0, 0.0)
     right = np.array(our_gradient(z, labels))
@@ -717,8 +728,8 @@ def test_each_vector_is_judged_by_its_own_rounding(dtype, level, spoil, leading)
     assert not diagnose_gradient(logits.astype(dtype), labels, np.array(wrong).astype(dtype)).correct
 
 
-def test_what_rounding_would_hide_of_a_mistake_does_not_give_it_that_name():
-    """The second vector, of the wrong sign, is nothing relative to 1; the first is any multiple of the truth."""
+def test_a_vector_hidden_by_rounding_does_not_name_a_mistake():
+    """The second vector has the wrong sign but is negligible relative to 1; the first is a multiple of the truth."""
     z, q = np.array([[0, 0], [16, 0]], np.float32), 1 / (1 + np.exp(16))
     gradient = np.array([[-0.5, 0.5], [q, -q]], np.float32)
     assert diagnose_gradient(z, np.array([0, 0]), gradient).verdict == "wrong"
@@ -740,7 +751,7 @@ def test_a_factor_is_seen_however_small_or_large_the_targets(dtype, weight, soft
         assert not diagnose_gradient(arrays[0], arrays[1], (1.5 * right[one]).astype(dtype)).correct
 
 
-def test_a_vector_whose_square_is_no_number_is_judged_too():
+def test_a_vector_whose_square_overflows_is_judged_too():
     z, p = np.array([[500.0, 0, 0]]), np.exp(-500)
     exact = np.array([[-2 * p, p, p]])
     assert diagnose_gradient(z, np.array([0]), exact).correct
@@ -777,7 +788,7 @@ def test_a_mean_in_float16_over_very_many_positions_that_is_wrong():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
-def test_a_distribution_already_learned_leaves_the_rounding_of_the_difference(dtype):
+def test_a_learned_distribution_leaves_only_rounding_error(dtype):
     """Every method subtracts t from τo, so the remaining noise is no mistake."""
     z = problem(7, 3)[0].astype(dtype)
     targets = softmax(z.astype(np.float32)).astype(dtype)
@@ -798,7 +809,7 @@ def test_logits_finer_than_the_gradient_may_have_been_rounded_to_it():
 
 
 @pytest.mark.parametrize("margin", [88, 90, 95])
-def test_what_a_device_flushes_to_zero_is_zero_or_right_but_not_something_else(margin):
+def test_entries_that_a_device_flushes_must_be_zero_or_right(margin):
     """Below the smallest normal number of float32."""
     z = np.array([[margin, 0.0, 1.0]], np.float32)
     p = np.exp([0.0, -margin, 1.0 - margin])
@@ -847,7 +858,7 @@ def test_the_exponent_is_rounded_in_half_precision(dtype):
     assert diagnose_gradient(z, np.zeros(7, int), right).correct
 
 
-def test_p_minus_one_that_loses_little_is_right_and_that_loses_much_is_said_to_be_lost():
+def test_p_minus_one_is_right_if_it_loses_little_and_lost_to_rounding_if_it_loses_much():
     labels = np.array([0, 1, 0])
     for margin, correct in ((9.0, True), (11.0, True), (15.0, False)):
         z = np.array([[margin, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], np.float32)
@@ -948,7 +959,7 @@ FEW_LEADS = [16, 40, 80, 87, 88, 104, 200], *LEADS[1:]
 @pytest.mark.parametrize(
     ("margin", "dtype", "one_hot"), with_the_rest_exhaustive(reference.covering(2, *FEW_LEADS), *LEADS)
 )
-def test_a_label_that_leads_by_far_is_judged_by_its_tail(margin, dtype, one_hot):
+def test_a_label_with_a_large_margin_is_judged_by_the_other_classes(margin, dtype, one_hot):
     """The other classes' sum, by hand: also in float64 the truth must not be p − 1."""
     z = np.array([[margin, 0, 0]], dtype)
     targets = np.eye(3)[[0]] if one_hot else np.array([0])
@@ -1002,7 +1013,7 @@ def test_class_axis():
     ("examples", "sizes"), [(7, [7]), pytest.param(80, [1, 16], marks=exhaustive)], ids=["few", "many"]
 )
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, jnp.bfloat16, np.float16])
-def test_law_our_own_gradient_is_called_right_and_with_one_vector_spoilt_is_not(dtype, examples, sizes):
+def test_law_jaxsoft_s_gradient_is_called_right_and_with_one_wrong_vector_is_not(dtype, examples, sizes):
     limits = jnp.finfo(dtype)
 
     @jax.jit

@@ -43,7 +43,7 @@ def corpus(tmp_path_factory):
     scope="module", params=[("labels", "tail", "head"), pytest.param(STUDENTS, marks=pytest.mark.exhaustive)]
 )
 def students(request):
-    """Those that are trained: all, or one of each kind of stored knowledge, since each takes seconds to compile."""
+    """The students to train: all, or one per kind of stored outputs, since each takes seconds to compile."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "STUDENTS", request.param)
         yield request.param
@@ -51,14 +51,14 @@ def students(request):
 
 @pytest.fixture(scope="module")
 def whole(corpus, students, tmp_path_factory):
-    """A run that was left alone."""
+    """A run without interruption."""
     out = tmp_path_factory.mktemp("whole")
     return run(config(corpus, out)), out
 
 
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
-    """But for the one run of the fixture `whole`, which is there before."""
+    """No pictures, except from the fixture `whole`, whose run comes before."""
     monkeypatch.setattr(distillation, "plot_students", lambda *_: None)
 
 
@@ -68,7 +68,7 @@ def text(corpus):
 
 
 def network(out, steps):
-    """The last parameters, from the file alone."""
+    """The last parameters, read from the file only."""
     found = parameters(out, steps)
     return {
         "embedding": found["0/embedding"],
@@ -108,7 +108,7 @@ def test_the_top_k_of_the_teacher_is_stored_for_every_training_word(whole, corpu
         np.testing.assert_allclose(np.take_along_axis(log_p, indices[n], 1), log_probs[n], atol=1e-5)
 
 
-def test_bytes_a_word_are_those_of_the_files(whole, students):
+def test_bytes_per_token_are_the_sizes_of_the_files(whole, students):
     summary, out = whole
     words = STUDENT_STEPS * BATCH
     head = 4 * V * (WIDTH + 1)
@@ -131,7 +131,7 @@ def test_bytes_a_word_are_those_of_the_files(whole, students):
 
 @pytest.fixture(scope="module")
 def lesson(corpus, text, tmp_path_factory):
-    """A student, a batch, and a teacher's log p, with what each kind of student is told of it."""
+    """A student, a batch, a teacher's log p, and the targets that each kind of student gets from it."""
     init = jax.jit(init_network, static_argnums=(1, 2, 3))
     student, teacher = init(jax.random.key(1), V, 3, STUDENT_WIDTH), init(jax.random.key(2), V, 3, WIDTH)
     batch = training_batch(text, config(corpus, tmp_path_factory.mktemp("lesson")), 1)
@@ -142,7 +142,7 @@ def lesson(corpus, text, tmp_path_factory):
 
 
 def naive_losses(params, batch, log_t):
-    """Of every kind, written on all logits; what is among the teacher's K is found again."""
+    """The losses of every kind, written with all logits; the teacher's K classes are computed again."""
     log_p, known = log_probs_of(params, batch.contexts), batch.targets != UNKNOWN
     p, t = jnp.exp(log_p), jnp.exp(log_t)
     among = log_t >= jnp.sort(log_t, -1)[:, -K, None]
@@ -169,7 +169,7 @@ def naive(lesson):
 
 @pytest.fixture(scope="module")
 def ours(lesson):
-    """Of every kind the loss, the count and the gradient of a batch, and of one without known words: one program."""
+    """For every kind the loss, the count and the gradient of a batch, and of a batch without known tokens: one program."""
     params, batch, _, told = lesson
     unknown = Batch(batch.contexts, np.full_like(batch.targets, UNKNOWN))
 
@@ -213,7 +213,7 @@ def test_scores_are_those_of_the_last_parameters(whole, students, corpus, text):
         assert row["accuracy"] == pytest.approx((log_p.argmax(1) == labels).mean())
 
 
-def test_a_loss_beyond_measure_has_a_perplexity_all_the_same(lesson):
+def test_a_huge_loss_has_an_infinite_perplexity(lesson):
     params, batch, *_ = lesson
     head = {"kernel": params["head"]["kernel"] * 1e6, "bias": params["head"]["bias"]}
     assert score(params | {"head": head}, [batch], 2**20)["perplexity"] == np.inf
@@ -222,7 +222,7 @@ def test_a_loss_beyond_measure_has_a_perplexity_all_the_same(lesson):
 # Runs.
 
 
-def test_students_are_alike_but_for_what_they_learn_from(whole, students):
+def test_students_differ_only_in_their_targets(whole, students):
     """Equal first weights, hence equal first losses of the same kind; and the table is printed from these files."""
     summary, out = whole
     table = pd.read_csv(out / "students.csv")
@@ -239,7 +239,7 @@ def test_students_are_alike_but_for_what_they_learn_from(whole, students):
 
 
 def assert_same(found, expected, students):
-    """Tables, curves, parameters and what was stored, to the bit, of the teacher and of these students."""
+    """Tables, curves, parameters and stored outputs of the teacher and these students are equal to the bit."""
     (summary, out), (known, whole) = found, expected
     names = (TEACHER, *students)
     rows = (whole / "students.csv").read_text().splitlines()
@@ -261,7 +261,7 @@ class Stopped(Exception):
 
 
 def stopped_at(monkeypatch, options, network, step):
-    """Run and stop as if killed when that row of a network has been written."""
+    """Run a network and stop, as if killed, after it wrote this row."""
     append = _runs.append
 
     def stop(path, row):
@@ -276,7 +276,7 @@ def stopped_at(monkeypatch, options, network, step):
 
 
 def killed_while_it_stored(whole, out):
-    """A run to the last student, then set back."""
+    """A run up to the last student, then reset."""
     shutil.copytree(whole[1], out)
     (out / "teacher/stored").rename(out / "teacher/stored.unfinished")
     (out / "teacher/stored.unfinished/indices.npy").write_bytes(b"half")
@@ -286,7 +286,7 @@ def killed_while_it_stored(whole, out):
 def test_a_run_killed_while_it_stored_and_then_while_a_student_learnt_resumes_bit_for_bit(
     corpus, whole, students, tmp_path, monkeypatch
 ):
-    """It stores again, and goes on: here with one student."""
+    """It stores the outputs again and continues, here with one student."""
     out, student = tmp_path / "out", students[-1]
     killed_while_it_stored(whole, out)
     monkeypatch.setattr(training, "STUDENTS", (student,))
@@ -299,7 +299,7 @@ def test_a_run_killed_while_it_stored_and_then_while_a_student_learnt_resumes_bi
 
 @pytest.mark.exhaustive
 def test_a_killed_run_resumes_bit_for_bit(corpus, whole, students, tmp_path):
-    """In a process of its own, which teaches all students."""
+    """In a separate process, which trains all students."""
     options = config(corpus, tmp_path)
     end_held("experiments.distillation", options, tmp_path / "tail" / "metrics.csv", 3, signal.SIGKILL)
     assert_same((run(dataclasses.replace(options, resume=True)), tmp_path), whole, students)
@@ -325,7 +325,7 @@ def test_a_replaced_run_keeps_nothing_of_the_one_before(corpus, whole, students,
 
 
 @pytest.mark.exhaustive
-def test_a_replaced_run_ends_with_students_of_its_own(corpus, whole, students, tmp_path):
+def test_a_replaced_run_trains_its_own_students(corpus, whole, students, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(whole[1], out)
     run(config(corpus, out, student_steps=2, k=1, overwrite=True))

@@ -101,7 +101,7 @@ class Process:
         self.pid = self.process.pid
 
     def output(self):
-        """What it wrote to stdout and to stderr, once it and all that could write there have ended."""
+        """Its output on stdout and stderr, after it and all other writers have ended."""
         self.process.join(PATIENCE)
         self.process.kill()
         self.process.join()
@@ -127,7 +127,7 @@ class Reader(threading.Thread):
 
 
 def be(arguments, environ, gate, method, out, err):
-    """What `python -m experiments.distributed` does."""
+    """Run what `python -m experiments.distributed` runs."""
     os.setsid()  # for Ctrl-C, which reaches a command with all its processes
     for number, end in enumerate((out, err), 1):
         os.dup2(end.fileno(), number)
@@ -147,7 +147,7 @@ def be(arguments, environ, gate, method, out, err):
 
 
 class Forking:
-    """Starts processes as `spawn` does, with no more than their own end of a pipe, but by a fork."""
+    """Start processes as `spawn` does, with only their own end of a pipe, but by a fork."""
 
     def __init__(self, method):
         assert method == "spawn"
@@ -169,7 +169,7 @@ class Forking:
 
 
 class Gate:
-    """Where processes wait, each telling its number and its id, until they are let through or killed."""
+    """A gate where processes wait, after sending their numbers and ids, until they are let through or killed."""
 
     def __init__(self, step=None):
         """Before this step, or before they read the text."""
@@ -186,7 +186,7 @@ class Gate:
             each.close()
 
     def wait_for(self, count):
-        """The ids of the processes that have come, by their numbers."""
+        """The ids of the processes that have arrived, by their numbers."""
         pids = {}
         for _ in range(count):
             connection, _ = self.server.accept()
@@ -204,7 +204,7 @@ class Gate:
 
 
 def wait_at(gate):
-    """Wait there in this process."""
+    """Wait at the gate in this process."""
     address, step = gate
     owner, name = (distributed, "read_text") if step is None else (training, "training_batch")
     function = getattr(owner, name)
@@ -221,7 +221,7 @@ def wait_at(gate):
 
 @dataclasses.dataclass
 class Follow:
-    """What a process that the command spawns does."""
+    """Run what a spawned process of the command runs."""
 
     gate: tuple
 
@@ -232,7 +232,7 @@ class Follow:
 
 @pytest.fixture
 def port():
-    """Taken by a socket that others may share, so that none but the coordinator is given it."""
+    """A port held by a shareable socket, so that only the coordinator gets it."""
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", 0))
@@ -260,7 +260,7 @@ def alone(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pair(corpus, method, tmp_path_factory):
-    """Two processes that the command started and that were left alone, and what they wrote to stdout."""
+    """Two processes that the command started, without interruption, and their output on stdout."""
     out = tmp_path_factory.mktemp("pair")
     options = config(corpus, out, processes=2)
     if method == "spawn":
@@ -310,14 +310,14 @@ def test_two_processes_train_as_one(pair, alone):
 
 
 def test_the_result_alone_is_on_stdout(pair):
-    """Not what Gloo has to say of its connections."""
+    """Gloo's messages about its connections are not on stdout."""
     (line,) = pair[1].splitlines()
     assert line.startswith(f"{STEPS} steps, ")
     assert line.endswith(f"; see {pair[0]}")
 
 
 def test_the_processes_of_schedulers_find_each_other(corpus, alone, tmp_path, port, method):
-    """The first believes that SLURM started it, the second that Open MPI did. Here they share the batch, not the words."""
+    """The first process has SLURM's environment, the second Open MPI's. Here they share the batch, not the tokens."""
     schedulers = [
         {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
         {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
@@ -332,7 +332,7 @@ def test_the_processes_of_schedulers_find_each_other(corpus, alone, tmp_path, po
     assert [len(stdout.splitlines()) for stdout, _ in said] == [1, 0]
 
 
-def test_a_run_goes_on_with_another_number_of_processes(corpus, alone, tmp_path, pair):
+def test_a_run_resumes_with_another_number_of_processes(corpus, alone, tmp_path, pair):
     shutil.copytree(pair[0], tmp_path / "half")
     shutil.rmtree(tmp_path / "half" / "checkpoints" / str(STEPS))
     run(config(corpus, tmp_path / "half", resume=True, mesh=(4, 2)))
@@ -343,7 +343,7 @@ def test_a_run_goes_on_with_another_number_of_processes(corpus, alone, tmp_path,
 
 
 def killed(options, step, method, victim):
-    """Start a cluster and kill one of its two processes there: what the other says, and its exit status."""
+    """Start a cluster and kill one of its two processes at the gate: the other's message and exit status."""
     with Gate(step) as gate:
         processes = [Process(part, method, gate.place if n == victim else None) for n, part in enumerate(options)]
         os.kill(gate.wait_for(1)[victim], signal.SIGKILL)
@@ -355,7 +355,7 @@ def killed(options, step, method, victim):
 def test_a_cluster_of_which_one_was_killed_ends_with_an_error_and_resumes_bit_for_bit(
     corpus, pair, tmp_path, port, method
 ):
-    """In the other's own words, not in those of the runtime."""
+    """The other process prints its own message, not the runtime's."""
     options = cluster(config(corpus, tmp_path), port)
     told, status = killed(options, 11, method, victim=1)
     assert status == 1
@@ -372,7 +372,7 @@ def test_a_cluster_of_which_one_was_killed_ends_with_an_error_and_resumes_bit_fo
 
 @pytest.mark.parametrize("step", [None, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (3, 11))])
 def test_killing_the_coordinator_ends_the_other(corpus, tmp_path, port, step, method):
-    """By an abort of JAX's own, or by our error."""
+    """By an abort inside JAX, or by the script's error."""
     _, status = killed(cluster(config(corpus, tmp_path), port), step, method, victim=0)
     assert status != 0
     assert not (tmp_path / "summary.json").exists()
@@ -382,7 +382,7 @@ ENDINGS = ["first", "second", "Ctrl-C", "command"]
 
 
 def end(options, step, method, ending):
-    """Start processes and end them there: one of them, all by Ctrl-C, or the command alone."""
+    """Start processes and end them at the gate: one of them, all by Ctrl-C, or only the command."""
     with Gate(step) as gate:
         process = Process(options, method, gate.place)
         children = gate.wait_for(2)
@@ -411,7 +411,7 @@ def end(options, step, method, ending):
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_all_processes_end_together(corpus, tmp_path, method, ending):
-    """Here before they have compiled anything."""
+    """Here before they compile anything."""
     end(config(corpus, tmp_path, processes=2), None, method, ending)
 
 
@@ -428,7 +428,7 @@ def test_a_run_of_many_ends_resumes_bit_for_bit(corpus, pair, tmp_path, method):
 
 
 def test_ctrl_c_ends_a_process_that_waits_for_others(corpus, tmp_path, method):
-    """For whom it would wait for minutes in JAX, which does not hear it. Here it has reached one who says nothing."""
+    """JAX would wait for minutes without reacting to Ctrl-C. Here the process reached a coordinator that says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(PATIENCE)
         options = cluster(config(corpus, tmp_path), silent.getsockname()[1])[1]
@@ -447,7 +447,7 @@ def test_processes_of_different_options_all_end_with_an_error(corpus, tmp_path, 
     parts = cluster(config(corpus, tmp_path), port)
     processes = [Process(dataclasses.replace(part, seed=n), method) for n, part in enumerate(parts)]
     said = "".join(process.output()[1] for process in processes)
-    assert f"error: expected every process to have the same options and corpus, here {corpus}, 2408 words" in said
+    assert f"error: expected every process to have the same options and corpus, here {corpus}, 2408 tokens" in said
     assert all(process.returncode for process in processes)
 
 
@@ -459,20 +459,20 @@ def error_of(options, method):
     return line
 
 
-def test_the_error_of_started_processes_is_that_of_the_command(tmp_path, method):
+def test_the_error_of_started_processes_becomes_the_error_of_the_command(tmp_path, method):
     options = config(tmp_path / "nowhere", tmp_path / "out", processes=2)
     assert error_of(options, method) == f"error: {tmp_path}/nowhere: No such file or directory"
 
 
 @pytest.mark.exhaustive
-def test_the_error_of_a_started_process_is_that_of_the_command(corpus, pair, method):
-    """For which the other waits."""
+def test_the_error_of_a_started_process_becomes_the_error_of_the_command(corpus, pair, method):
+    """The other process waits for the failed one."""
     expected = f"error: --seed: {pair[0]}/checkpoints was written with 0, got 1: --resume needs the same options"
     assert error_of(config(corpus, pair[0], processes=2, resume=True, seed=1), method) == expected
 
 
 def test_a_port_in_use_is_one_line(corpus, tmp_path, method):
-    """Where JAX ends by a segmentation fault."""
+    """JAX itself would end with a segmentation fault."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         process = Process(cluster(config(corpus, tmp_path), port)[0], method)

@@ -1,10 +1,11 @@
-"""What the documentation says holds, and every public name is in it. Building the site is CI's."""
+"""The documentation's statements hold, and every public name is in it. CI builds the site."""
 
 import csv
 import inspect
 import math
 import re
 import runpy
+import types
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -58,6 +59,18 @@ def test_links_lead_somewhere(page):
             assert (ROOT / (path[1] or "")).exists(), link
         elif not link.startswith(("http", "#")):
             assert ((DOCS / page).parent / target).is_file(), link
+
+
+def test_a_copied_function_ends_with_an_empty_line_which_the_prompt_of_python_needs():
+    prompt, more = '<span class="gp">&gt;&gt;&gt; </span>', '<span class="gp">... </span>'
+    shown = (
+        f"{prompt}def f(\n{more}    x,\n{more}):\n{more}    return x\n{prompt}f(\n{more}    1\n{more})\n{prompt}f(2)\n"
+    )
+    page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="start.md"))
+    content = runpy.run_path(str(DOCS / "hooks.py"))["on_page_content"](shown, page)
+    copied = re.sub(r'<span class="gp">.*?</span>', "", content.replace('<span class="copied">\n</span>', "\n"))
+    assert copied == "def f(\n    x,\n):\n    return x\n\nf(\n    1\n)\nf(2)\n"
+    assert re.sub(r'<span class="copied">\n</span>', "", content) == shown
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -114,7 +127,7 @@ def test_docstrings_become_markdown():
                 )
 
 
-def test_formulas_become_mathml_that_says_the_same():
+def test_formulas_become_equivalent_mathml():
     as_mathml = runpy.run_path(str(DOCS / "formulas.py"))["as_mathml"]
     formulas = [
         inspect.getdoc(fn) or "" for name in jaxsoft.__all__ if inspect.isfunction(fn := getattr(jaxsoft, name))
@@ -137,7 +150,7 @@ def test_the_experiments_table_is_the_listing():
 
 
 @pytest.mark.x32
-def test_the_table_of_margins_is_what_comes_out():
+def test_the_table_of_margins_matches_computed_values():
     rows = re.findall(r"^\| (\d+) \| (\S+) \| (\S+) \| \S+ \|$", PAGES["exactness.md"], re.MULTILINE)
     assert [margin for margin, *_ in rows] == ["10", "16", "20", "40", "80"]
     for margin, true, ours in rows:
@@ -145,7 +158,7 @@ def test_the_table_of_margins_is_what_comes_out():
         assert f"{float(cross_entropy(jnp.array([float(margin), 0, 0]), jnp.array(0))):.4e}" == ours
 
 
-def test_the_figures_of_speed_are_those_of_the_committed_results():
+def test_the_figures_of_speed_match_the_committed_results():
     text = " ".join(PAGES["performance.md"].split())
     assert headline() in PAGES["performance.md"]
     tables = [read_table(RESULTS / f"cpu-jax{version}.csv") for version in VERSIONS]
@@ -153,7 +166,7 @@ def test_the_figures_of_speed_are_those_of_the_committed_results():
     assert f"Iris loop makes {loops} times the steps per second of the NumPy loop" in text
 
 
-def test_the_figures_of_the_compiled_programs_are_those_of_the_committed_results():
+def test_the_figures_of_the_compiled_programs_match_the_committed_results():
     with (ROOT / "experiments/compile/results/h100.csv").open() as file:
         rows = {
             (row["case"], row["shape"], row["dtype"], row["implementation"]): row

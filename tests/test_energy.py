@@ -61,7 +61,7 @@ def hopfield_energy_by_hand(s, w, b):
 
 
 def orbit(update, state, weights, length):
-    """The states an update passes through, as tuples."""
+    """The states that an update passes through, as tuples."""
     states = []
     for _ in range(length):
         states.append(tuple(np.asarray(state).tolist()))
@@ -209,7 +209,7 @@ def test_plus_half_the_printed_product_is_the_perceptron_criterion():
     np.testing.assert_allclose(jax.jit(energy.perceptron_criterion)(h, y), h * (np.sign(h) - y) / 2)
 
 
-def test_perceptron_criterion_learns_from_zero_weights_and_passes_nan_on():
+def test_perceptron_criterion_learns_from_zero_weights_and_propagates_nan():
     gradients = jax.jit(jax.value_and_grad(energy.perceptron_criterion, argnums=(0, 1)))
     assert [float(gradients(0.0, y)[1][0]) for y in (-1.0, 1.0)] == [1, -1]
     assert np.isnan(gradients(np.nan, 1.0)[0])
@@ -359,7 +359,7 @@ def test_binary_states_count():
 
 @functools.cache
 def at_levels():
-    """Of each β: the probabilities, log Z, (1/β) NLL of state 0 and its gradient."""
+    """For each β the probabilities, log Z, (1/β) NLL of state 0 and its gradient."""
 
     def at(energies, beta):
         def loss(energies):
@@ -417,7 +417,7 @@ def test_the_printed_formula_reverses_the_ranking(beta):
 
 
 def test_derivatives_by_energies_and_beta():
-    """Of first and second order along a random direction, against differences."""
+    """First and second derivatives along a random direction, against differences."""
     random = np.random.default_rng(3)
     cotangent, h = random.normal(size=5), 1e-4
 
@@ -452,8 +452,8 @@ def test_forbidden_states_have_no_probability_and_no_gradient_at_any_beta():
     assert np.isnan(run(np.array([1.0, np.nan, 2.0]), 1.0)[0]).all()
 
 
-def test_forbidden_states_pass_nothing_on_and_take_nothing():
-    """A cotangent at one, NaN as that of p log p, does not reach the others; an infinite one does not reach it."""
+def test_forbidden_states_neither_send_nor_receive_a_gradient():
+    """A NaN cotangent at a forbidden state, as from p log p, does not reach the others, and an infinite one does not reach it."""
 
     @jax.jit
     def run(e):
@@ -503,7 +503,7 @@ def test_every_function_is_called_here():
 
 @pytest.mark.parametrize("states", [np.array([1, -1, 1, 1, -1, 1, 1]), np.ones(7, np.int8)])
 def test_integer_states_take_the_dtype_of_the_weights(states):
-    """Where a default dtype would have them promoted."""
+    """A default dtype would promote them."""
     w = W.astype(np.float32)
 
     @jax.jit
@@ -522,7 +522,7 @@ def test_integer_states_take_the_dtype_of_the_weights(states):
 
 @pytest.mark.x32
 def test_a_visit_to_no_unit_changes_nothing_in_any_dtype():
-    """Its lower bits are a unit that would move."""
+    """Its lower bits are the number of a unit that would move."""
     state = np.ones(2, np.float32)
     orders = [2**32 + 1], [1 - 2**32], np.array([2**63 + 1], np.uint64), np.array([3], np.uint8), jnp.array([3], jnp.int8)  # fmt: skip
     visit = lambda s, order: energy.hopfield_asynchronous(s, SYMMETRIC, order=order)  # noqa: E731
@@ -535,7 +535,7 @@ def test_a_visit_to_no_unit_changes_nothing_in_any_dtype():
 
 
 def test_visits_wider_and_narrower_than_32_bits():
-    """2³² + 1 is not unit 1, nor is a dtype too narrow that cannot count the units."""
+    """2³² + 1 is not unit 1, and a dtype that cannot count the units is not too narrow."""
     state = np.ones(2)
     np.testing.assert_array_equal(asynchronous(state, SYMMETRIC, order=np.array([2**32 + 1])), state)
     down = asynchronous(np.ones(200), np.zeros((200, 200)), -np.ones(200), order=np.array([3], np.int8))

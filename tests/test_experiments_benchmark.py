@@ -1,4 +1,4 @@
-"""experiments.benchmark: all compute the same, the counts are right, and what is wrong is not timed."""
+"""experiments.benchmark: all libraries compute the same, the counts are right, and wrong results are not timed."""
 
 import dataclasses
 import importlib.util
@@ -55,7 +55,7 @@ SHRUNK += [Case(task, (6, 1, 4, 7), "bfloat16", axis, swept=True) for task in TA
 
 
 def with_one_of_each_kind(cases):
-    """The cases; exhaustive are those of a task, options, layout and dtype that others before them have."""
+    """The cases; a case is exhaustive if an earlier one has its task, options, layout and dtype."""
     seen = set()
     for case in sorted(cases, key=lambda case: (-case.axis, -len(case.shape), case.label)):
         layout = case.is_linear or case.is_loss, case.axis, case.swept, len(case.shape) > 2
@@ -71,7 +71,7 @@ def rows_of(case, **options):
 
 @pytest.fixture(scope="module", autouse=True)
 def few_calls():
-    """One compilation, one call a turn and few rounds, under ceilings that are given: no time here is of interest."""
+    """One compilation, one call per turn, few rounds and given ceilings, because times do not matter here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "TURN", 1e-9)
         patch.setattr(measuring, "FEWEST", 2)
@@ -97,7 +97,7 @@ def copy(whole, tmp_path):
 
 
 @pytest.mark.parametrize("case", [*with_one_of_each_kind(SHRUNK)])
-def test_every_installed_peer_computes_what_ours_does(case):
+def test_every_installed_library_computes_the_same_as_jaxsoft(case):
     rows = rows_of(case)
     not_timed = {name: row["not timed"] for name, row in rows.items() if "not timed" in row}
     # tokamax counts what it pads so small a vocabulary with, and has to be found out.
@@ -136,7 +136,7 @@ def test_the_iris_loops_descend_alike():
         (lambda z, axis: z.no_such_method(), "no_such_method"),
     ],
 )
-def test_a_wrong_peer_is_named_and_not_timed(monkeypatch, broken, said):
+def test_a_library_with_wrong_results_is_named_and_not_timed(monkeypatch, broken, said):
     monkeypatch.setattr(jax.nn, "softmax", broken)
     rows = rows_of(Case("softmax", (6, 5)))
     assert said in rows["jax.nn"]["not timed"]
@@ -144,13 +144,13 @@ def test_a_wrong_peer_is_named_and_not_timed(monkeypatch, broken, said):
     assert rows["jaxsoft"]["ratio"] == 1
 
 
-def test_a_fault_of_ours_is_raised(monkeypatch):
+def test_an_error_in_jaxsoft_is_raised(monkeypatch):
     monkeypatch.setattr(jaxsoft, "softmax", lambda z, axis: z.no_such_method())
     with pytest.raises(AttributeError, match="no_such_method"):
         rows_of(Case("softmax", (6, 5)))
 
 
-def test_peers_that_are_not_installed_are_named(monkeypatch):
+def test_libraries_that_are_not_installed_are_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert {**missing()}.keys() == peers.PACKAGES.keys()
     assert [peer.name for peer in peers_of(Case("softmax", (6, 5)))] == ["jaxsoft", "jax.nn"]
@@ -159,7 +159,7 @@ def test_peers_that_are_not_installed_are_named(monkeypatch):
 # Counts and times.
 
 
-def test_what_is_counted_is_what_is_read_and_written():
+def test_the_bytes_read_and_written_are_counted():
     """Each input once, each output once: 30 logits, 6 labels and a loss, of 4 bytes or 2."""
     expected = {
         Case("softmax", (6, 5)): (60 * 4, 5 * 30),
@@ -182,8 +182,8 @@ def test_labels_are_ignored_in_the_share_stated():
     assert set(np.unique(labels)) == {-100, 0, 1, 2}
 
 
-def test_temporaries_are_those_of_the_compiled_call():
-    """An array of 4 MB that is summed both ways has to be held."""
+def test_temporary_memory_is_of_the_compiled_call():
+    """An array of 4 MB that is summed along both axes must be stored."""
     x = jnp.ones((1000, 1000))
     _, _, said = prepare(Peer("", lambda x: jnp.sort(x, 0)[::2].sum() + jnp.sort(x, 1)[:, ::2].sum()), [(x,)])
     assert said["temporaries MB"] >= 4
@@ -228,7 +228,7 @@ def test_each_result_is_waited_for_but_on_a_gpu_only_the_last(monkeypatch, gpu, 
 
 
 def test_ceilings_count_what_is_moved_and_multiplied(monkeypatch):
-    """In a millisecond each: 2²⁶ floats read and written, and 2048³ products added up."""
+    """In one millisecond each: 2²⁶ floats read and written, and 2048³ multiplications and additions."""
     monkeypatch.setattr(measuring, "fastest", lambda call: 1e-3 if jax.eval_shape(call).size else 0)
     ceilings = measure_ceilings(["float32", "bfloat16"])
     assert ceilings.copy == pytest.approx(2 * 2**26 * 4 * 1e3)
@@ -241,7 +241,7 @@ def test_the_fastest_of_ten_is_taken(monkeypatch):
     assert measuring.fastest(None) == 2
 
 
-def test_peers_that_were_given_other_data_or_not_timed_do_not_count():
+def test_libraries_with_other_data_or_without_times_do_not_count():
     rows = [("a", "jaxsoft", 1), ("a", "p", 3), ("a", "q", 2), ("a", "r, data class-last", 1.5), ("b", "p", np.nan)]
     rows += [("a", "jaxsoft (pure)", 2), ("a", "jaxsoft, huge pages", 1), ("a", "p, huge pages", 2)]
     rows += [("a", "r, data class-last, huge pages", 1), ("a", "q, memory kept", 2), ("a", "jaxsoft, memory kept", 1)]
@@ -304,7 +304,7 @@ def test_one_place_is_this_process():
         assert opened[""](os.getpid) == os.getpid()
 
 
-def test_places_that_say_nothing_here_are_named(monkeypatch, tmp_path):
+def test_places_without_a_meaning_on_this_machine_are_named(monkeypatch, tmp_path):
     pages = tmp_path / "enabled"
     pages.write_text("always [madvise] never\n")
     monkeypatch.setattr(places, "PAGES", pages)
@@ -453,7 +453,7 @@ def test_bad_options_are_refused(options, message, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "case,shape\nsoftmax,3\n", "\0\n1,2\n3,4,5\n"])
-def test_an_old_table_that_is_none_is_refused(tmp_path, content):
+def test_a_file_that_is_not_a_table_is_refused(tmp_path, content):
     (tmp_path / "old.csv").write_text(content)
     with pytest.raises(InputError, match=r"old\.csv: expected a results\.csv of this benchmark, got "):
         run(Config(only=TWO, compare=tmp_path / "old.csv", out=tmp_path))

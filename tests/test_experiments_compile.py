@@ -1,4 +1,4 @@
-"""experiments.compile: what is read out of a compiled program is what it does, and what is ours moves the least."""
+"""experiments.compile: the numbers read from a compiled program are right, and jaxsoft moves the fewest bytes."""
 
 import dataclasses
 import importlib.util
@@ -107,7 +107,7 @@ def test_a_loop_runs_as_often_as_its_integers_say(bound, stated, trips):
     assert trip_count(module, "main", module.computations["main"].instructions["loop"]) == trips
 
 
-def test_what_a_loop_does_counts_as_often_as_it_runs():
+def test_a_loop_s_kernels_count_as_often_as_it_runs():
     found = {kernel.name: kernel for kernel in kernels(loop(CONSTANT), on_chip={1, 6})}
     # A copy into the vector memory; a reduction there; a slice that is read and written where it lies.
     assert {name: (k.nbytes, k.times) for name, k in found.items() if name != "n.2"} == {
@@ -121,7 +121,7 @@ def test_what_a_loop_does_counts_as_often_as_it_runs():
     assert {k.name: k.nbytes for k in kernels(loop(CONSTANT))}["reduced"] == 2 * TILE
 
 
-def test_sums_say_which_collectives_are_in_loops_and_what_is_unknown():
+def test_sums_state_collectives_in_loops_and_unknown_counts():
     target = TARGETS["tpu-v5p"]
     known = summary(kernels(loop(CONSTANT), target.on_chip), target)
     assert (known["kernels"], known["launches"]) == (3, 21)
@@ -223,7 +223,7 @@ ENTRY %main (x: f32[4], k: s32[], table: bf16[100,8], index: s32[3], u.1: bf16[8
 """
 
 
-def test_each_kind_of_kernel_is_counted_by_what_it_touches():
+def test_each_kind_of_kernel_is_counted_by_the_bytes_it_touches():
     found = {kernel.name: kernel for kernel in kernels(parse(PARTS))}
     longer_branch, called = {"m", "o"}, {"beside"}
     others = {"some", "added", "mixed", "all-gather-start", "conv", "dot", "lib", "kept", "total"}
@@ -259,7 +259,7 @@ def test_a_pass_reads_and_writes_once():
     assert sum(kernel.nbytes for kernel in found_in(lambda x: jnp.exp(x) + 1, x)) == 2 * x.nbytes
 
 
-def test_products_in_a_loop_are_counted_with_it():
+def test_matmuls_in_a_loop_are_counted_with_the_loop():
     x, w = jnp.ones((6, 32, 64)), jnp.ones((64, 48))
     ran = found_in(lambda x, w: jax.lax.map(lambda row: row @ w, x), x, w)
     assert sum(sum(k.products.values()) * k.times for k in ran) == 6 * 2 * 32 * 64 * 48
@@ -323,7 +323,7 @@ def test_cases_are_chosen_by_part_of_their_name(here, tmp_path):
         run(Config(only="nothing", out=tmp_path))
 
 
-def test_the_least_is_that_of_one_device():
+def test_the_least_time_is_for_one_device():
     alone, model = TINY[-3], TINY[-1]
     assert alone.least_bytes == 2 * (16 * 8 + 8 * 40) * 2 + 16 * 4
     assert model.least_bytes == 2 * (16 * 8 / 2 + 8 * 40 / 2) * 2 + 16 * 4 / 2
@@ -331,7 +331,7 @@ def test_the_least_is_that_of_one_device():
     assert Placed(cases(DENSE[1:2], [(6, 50)], BOTH)[1]).least_bytes == 4 * 6 * 50 * 2
 
 
-def test_a_peer_that_does_not_compile_is_named_and_a_fault_of_ours_raised(monkeypatch):
+def test_a_library_that_does_not_compile_is_named_and_an_error_in_jaxsoft_raised(monkeypatch):
     placed, target, devices = TINY[0], TARGETS["h100"], jax.devices()[:4]
     monkeypatch.setattr(jax.nn, "softmax", lambda z, axis: z.no_such_method())
     ours, theirs = measure(placed, target, devices)
@@ -342,17 +342,17 @@ def test_a_peer_that_does_not_compile_is_named_and_a_fault_of_ours_raised(monkey
         measure(placed, target, devices)
 
 
-def test_another_peak_is_said():
+def test_another_peak_is_stated():
     target = with_peak(TARGETS["h100"], 500)
     assert (target.half, round(target.single / target.half, 2), target.bandwidth) == (5e14, 0.5, 3.35e12)
     text = markdown(pd.DataFrame([], columns=COLUMNS), target, "", {})
-    assert "500 TFLOP/s for products of bfloat16" in text
-    assert "products: as given" in text
+    assert "500 TFLOP/s for bfloat16 matmuls" in text
+    assert "matmuls: as given" in text
     with pytest.raises(InputError, match="--peak: expected a positive number"):
         run(Config(peak=0))
 
 
-def test_what_is_unknown_is_called_so():
+def test_unknown_counts_are_called_unknown():
     target = TARGETS["tpu-v5p"]
     row = dict.fromkeys(COLUMNS[:5], "x") | summary(kernels(loop(UNKNOWN), target.on_chip), target)
     refused = dict.fromkeys(COLUMNS[:5], "x") | {"not compiled": "why"}
@@ -390,7 +390,7 @@ def compiled(request, tmp_path_factory):
     return run(Config(device=request.param, suite="small", out=out)).set_index(["case", "mesh", "implementation"])
 
 
-def test_logits_are_read_no_oftener_than_promised(compiled):
+def test_logits_are_read_no_more_often_than_promised(compiled):
     passes = compiled["passes"].dropna()
     ours = passes.xs("jaxsoft", level="implementation").droplevel("mesh")
     promised = {

@@ -1,4 +1,4 @@
-"""The derivations, and what becomes of a stated number that does not come out."""
+"""The derivations, and the error for a stated number that does not match."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from experiments._door import ScriptError
 from experiments._numbers import Number, each, report
 
 
-def test_every_stated_number_comes_out(tmp_path):
+def test_every_stated_number_matches(tmp_path):
     numbers = derivations.run(derivations.Config(out=tmp_path))
     assert len(numbers) > 20
     assert (tmp_path / "summary.json").exists()
@@ -23,11 +23,11 @@ def test_every_stated_number_comes_out(tmp_path):
         (".125", float("nan"), False),
     ],
 )  # fmt: skip
-def test_a_number_holds_to_all_its_digits(stated, computed, holds):
+def test_a_number_must_match_in_all_its_digits(stated, computed, holds):
     assert Number("it", stated, computed).holds is holds
 
 
-def test_a_number_that_does_not_come_out_ends_the_script(tmp_path, capsys):
-    with pytest.raises(ScriptError, match=r"1 of 3 stated numbers did not come out: v\[1\]"):
+def test_a_number_that_does_not_match_ends_the_script(tmp_path, capsys):
+    with pytest.raises(ScriptError, match=r"1 of 3 stated numbers do not match: v\[1\]"):
         report([Number("right", "1.0", 1.0), *each("v", (0.5, 0.25), [0.5, 0.3], 2)], tmp_path)
     assert "differs" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""experiments.energies and experiments.logistic: the numbers they print and what they leave behind."""
+"""experiments.energies and experiments.logistic: the numbers they print and the files they write."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def test_e3_3_descent_never_rises_and_the_cycles_have_length_two_and_four(energy
 def test_damaged_patterns_are_recalled_and_other_minima_exist(energy_run):
     numbers, _ = energy_run
     assert numbers["Hopfield: damaged patterns recalled"] == 4
-    assert numbers["Hopfield: highest less lowest final energy: minima are local"] > 1
+    assert numbers["Hopfield: highest minus lowest final energy: minima are local"] > 1
 
 
 @pytest.mark.parametrize(
@@ -161,9 +161,9 @@ def test_table_summary_and_pictures_are_written(energy_run, logistic_run):
         assert json.loads((out / "summary.json").read_text()) == numbers
 
 
-def test_a_number_that_does_not_come_out_ends_in_an_error_after_the_table(tmp_path, capsys, monkeypatch):
+def test_a_number_that_does_not_match_ends_in_an_error_after_the_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(logistic, "SIGMOID", "0.66818778")
-    with pytest.raises(ScriptError, match=r"did not come out: sigmoid at x = 0.7; gradient of label 1 at x = 0.7"):
+    with pytest.raises(ScriptError, match=r"do not match: sigmoid at x = 0.7; gradient of label 1 at x = 0.7"):
         logistic.run(logistic.Config(largest=40, out=tmp_path))
     assert "sigmoid at x = 0.7" in capsys.readouterr().out
     assert (tmp_path / "summary.json").exists()

@@ -1,4 +1,4 @@
-"""experiments.frameworks: what is installed equals our calls, and what is missing or fails says so in one line."""
+"""experiments.frameworks: installed frameworks equal jaxsoft's calls, and missing or failing ones give one line."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ def missing(name):
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in BY_DEFAULT else pytest.mark.exhaustive) for n in FRAMEWORKS]
 )
-def test_what_is_installed_equals_our_calls(name, tmp_path, monkeypatch, capsys):
+def test_installed_frameworks_equal_jaxsoft_s_calls(name, tmp_path, monkeypatch, capsys):
     if missing(name):
         pytest.skip(f"{name} is not installed")
     framework, cases = FRAMEWORKS[name], 5
@@ -50,7 +50,7 @@ def test_what_is_installed_equals_our_calls(name, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
-def test_every_worker_is_there_and_knows_every_call(name):
+def test_every_worker_exists_and_has_every_call(name):
     framework = FRAMEWORKS[name]
     text = (WORKERS / framework.worker).read_text()
     compile(text, framework.worker, "exec")
@@ -87,7 +87,7 @@ def fake(tmp_path, monkeypatch):
     return Framework("fake", "numpy", ("numpy",), "of_fake.py", "float64", tuple(variants))
 
 
-def test_a_case_that_fails_loses_no_other(fake):
+def test_a_case_that_fails_does_not_stop_the_others(fake):
     told = []
     rows = measure.measure(fake, sys.executable, 8, 0, told.append)
     assert [row["call"] for row in rows] == ["dies", "right", "wrong", "fails"]
@@ -113,7 +113,7 @@ def test_a_framework_that_cannot_be_imported_or_is_missing_is_one_line(fake, tmp
     cannot = fake._replace(name="cannot", module="no_such_framework", python="2.0")
     monkeypatch.setattr(script, "FRAMEWORKS", {"cannot": cannot})
     run(Config(out=tmp_path / "again", cache=tmp_path / "cache", install=("cannot",)))
-    reason = "cannot: needs Python 2.0, which is not here\n"
+    reason = "cannot: needs Python 2.0, which was not found\n"
     assert capsys.readouterr().err.count(reason) == 1
     assert f"- {reason}" in (tmp_path / "again" / "results.md").read_text()
 
@@ -129,11 +129,11 @@ def test_a_later_run_keeps_the_rows_of_other_frameworks(tmp_path):
 
 def test_an_installation_that_fails_says_why(tmp_path, monkeypatch):
     bad = FRAMEWORKS["mxnet"]._replace(python="2.0")
-    with pytest.raises(environments.NotInstalled, match=r"needs Python 2\.0, which is not here"):
+    with pytest.raises(environments.NotInstalled, match=r"needs Python 2\.0, which was not found"):
         environments.install(bad, tmp_path)
 
 
-def test_an_environment_that_is_whole_is_kept_and_another_is_made_anew(tmp_path, monkeypatch):
+def test_a_complete_environment_is_kept_and_an_unfinished_one_is_made_again(tmp_path, monkeypatch):
     commands, answers = [], [""]
 
     def made(command, **_):
@@ -175,7 +175,7 @@ def test_options_out_of_range_are_refused(options, message, tmp_path):
         run(Config(out=tmp_path, **options))
 
 
-def test_cases_have_what_is_asked_for_and_can_be_sent():
+def test_cases_have_the_requested_options_and_can_be_stored():
     rng = np.random.default_rng(0)
     case = draw(rng, "call", ("images!", "mark!", "weights!", "smoothing!", "sum"), "float32")
     assert case.z.shape == (3, 2, 3, 5)
@@ -186,22 +186,22 @@ def test_cases_have_what_is_asked_for_and_can_be_sent():
     json.dumps(case.options)
 
 
-def test_differences_are_of_the_larger_number_and_see_what_is_no_number():
+def test_differences_are_relative_to_the_larger_number_and_detect_nan():
     assert difference(np.array([100.0]), np.array([101.0])) == pytest.approx(1 / 101)
     assert difference(np.array([np.nan]), np.array([1.0])) == np.inf
     assert difference(np.array([np.nan, 1.0]), np.array([np.nan, 1.5])) == pytest.approx(0.5 / 1.5)
     assert difference(np.zeros((3, 1)), np.zeros(3)) == 0
 
 
-def test_our_calls_are_those_of_the_table_of_conventions():
-    """Its example: the divisor of a mean over [2, −100, 1], and smoothing over the others."""
+def test_jaxsoft_s_calls_equal_the_table_of_conventions():
+    """The page's example: the divisor of a mean over [2, −100, 1], and smoothing over the other classes."""
     z = np.array([[1.0, 2, 3], [0, 0, 0], [3, 1, 2]])
     case = Case("", {"logits": z, "labels": np.array([2, -100, 1])}, {"ignore_index": -100, "reduction": "mean"})
     assert ours.negative_ignored(case, z) == pytest.approx(0.9384, abs=5e-5)
     assert ours.as_pytorch(case, z) == pytest.approx(1.4076, abs=5e-5)
 
 
-def test_the_committed_results_are_of_all_that_runs():
+def test_the_committed_results_cover_every_framework_that_runs():
     table = pd.read_csv(RESULTS, keep_default_na=False)
     assert set(table["framework"]) <= set(FRAMEWORKS)
     assert table["framework"].nunique() >= 15

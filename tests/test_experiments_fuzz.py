@@ -1,4 +1,4 @@
-"""The fuzz finds nothing, and what is planted; it says how to see it again; and its tolerances hold."""
+"""The fuzz finds no failure except planted ones, prints the command that repeats them, and its tolerances hold."""
 
 import re
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.scripts
     ],
     ids=["seconds", "a minute"],
 )
-def test_nothing_is_found(tmp_path, options, numbers):
+def test_no_failure_is_found(tmp_path, options, numbers):
     report = script.run(script.Config(out=tmp_path, **options))
     assert report.configurations >= options["configurations"]
     assert report.wrong == 0
@@ -75,10 +75,10 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_what_is_wrong_is_found_and_can_be_repeated(what, monkeypatch, tmp_path, capsys):
+def test_a_wrong_result_is_found_and_can_be_repeated(what, monkeypatch, tmp_path, capsys):
     seed, function, fn = WRONG[what]
     monkeypatch.setattr(jaxsoft, fuzz.programs.SPARSE.get(function, function), fn)
-    with pytest.raises(ScriptError, match="1 of 1 programs were wrong or refused"):
+    with pytest.raises(ScriptError, match="1 of 1 programs gave wrong results or errors"):
         script.run(script.Config(seed=seed, only=function, out=tmp_path, configurations=1, sets=16))
     told = (tmp_path / "failures.txt").read_text()
     found = re.search(rf"--seed {seed} --sets 16 --program (\d+) --case (\d+)\n(.*)\n", told)
@@ -91,7 +91,7 @@ def test_what_is_wrong_is_found_and_can_be_repeated(what, monkeypatch, tmp_path,
     assert "is wrong" in printed
 
 
-def test_a_refused_call_is_a_failure(monkeypatch, tmp_path):
+def test_an_exception_is_a_failure(monkeypatch, tmp_path):
     def refuse(*args, **options):
         raise TypeError("not today")
 
@@ -122,7 +122,7 @@ def test_a_seed_draws_the_same_programs_and_values():
 
 
 def sparse_edges(program):
-    """Which edges of sparse targets some position of a program's values has."""
+    """The edge cases of sparse targets that occur in a program's values."""
     values = fuzz.values.draw_values(program)
     frame = fuzz.values.Frame(program, program.arrays["target_indices"])
     indices, probs = (frame.rows(values.inputs[name]) for name in ("target_indices", "target_probs"))
@@ -152,7 +152,7 @@ def sparse_edges(program):
         yield "neither", (np.abs(gap) < 1).any()
 
 
-def test_sparse_targets_are_drawn_with_their_edges():
+def test_sparse_targets_are_drawn_with_their_edge_cases():
     first, turn = script.FUNCTIONS.index("sparse_cross_entropy"), len(script.FUNCTIONS)
     draws = [fuzz.programs.draw_program(0, first + n % 2 + turn * (n // 2), 8) for n in range(80)]
     small = [program for program in draws if program.count * program.classes * program.sizes["k"] < 20_000]
@@ -164,7 +164,7 @@ def test_sparse_targets_are_drawn_with_their_edges():
 
 @pytest.mark.parametrize("margin", [0.5, 10.0, 80.0])
 def test_a_bound_holds_in_float32_and_is_tight(margin):
-    """log(1 + Σ exp(−margin·u)) as float32 computes it is within its bound, and the bound within a part in 10^4."""
+    """log(1 + Σ exp(−margin·u)) computed in float32 is within its bound, and the bound is tight to 1e-4."""
     terms = -margin * np.random.default_rng(0).uniform(0.5, 1, (1000, 7)).astype(np.float32)
     measured = log1p(exp(Measured(terms.astype(np.float64), 0, Unit.of(np.float32))).sum())
     computed = np.log1p(np.exp(terms).sum(-1, dtype=np.float32))

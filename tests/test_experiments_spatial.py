@@ -1,4 +1,4 @@
-"""experiments.flat_buffer and experiments.spatial: the numbers they print and what they leave behind."""
+"""experiments.flat_buffer and experiments.spatial: the numbers they print and the files they write."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def test_s3_36_strided_dot_and_matrix_product_give_the_gradient_along_every_axis
 @pytest.mark.parametrize("axis", range(4))
 @pytest.mark.parametrize("slip", ["dot at stride 1", "broadcast as [inner, classes]"])
 def test_s3_39_wrong_layouts_are_wrong_where_a_pixel_has_neighbours(buffer_run, axis, slip):
-    """By more than the .31 and .94 of another array; along the last axis they coincide with the right one."""
+    """They are off by more than .31 and .94; along the last axis they equal the right gradient."""
     error = buffer_run[0][f"axis {axis}: error of a {slip}"]
     assert error < 1e-15 if axis == 3 else error > 0.94
 
@@ -56,7 +56,7 @@ def test_s3_38_the_matrix_product_is_that_of_blas():
 
 
 def test_s3_28_an_image_is_150_000_losses(spatial_run):
-    """Mean log 21 and sum 456,678.366 at zero scores; a stored Jacobian a pixel takes 264.6 MB."""
+    """Mean log 21 and sum 456,678.366 at zero scores; a stored Jacobian per pixel takes 264.6 MB."""
     numbers, _ = spatial_run
     assert numbers["losses of one image"] == 150_000
     assert numbers["zero scores: mean loss, log 21"] == pytest.approx(np.log(21), rel=1e-14)
@@ -66,8 +66,8 @@ def test_s3_28_an_image_is_150_000_losses(spatial_run):
 
 def test_s3_29_a_1x1_convolution_is_the_inner_product_of_each_pixel(spatial_run):
     numbers, _ = spatial_run
-    assert numbers["1 × 1 convolution against one product a pixel"] < 1e-13
-    assert numbers["losses of the image against one a pixel"] < 1e-12
+    assert numbers["1 × 1 convolution against one product per pixel"] < 1e-13
+    assert numbers["losses of the image against pixel by pixel"] < 1e-12
 
 
 def test_ignored_pixels_have_no_loss_and_no_gradient(spatial_run):
@@ -98,7 +98,7 @@ def test_loss_correlation_against_drawn_pairs():
         assert value == pytest.approx(np.corrcoef(*losses)[0, 1], abs=0.01)
 
 
-def test_smooth_fields_correlate_as_said(monkeypatch):
+def test_smooth_fields_correlate_as_stated(monkeypatch):
     """exp(−distance²/4σ²), and deviation 1 up to the border."""
     monkeypatch.setattr(spatial, "HEIGHT", 40)
     monkeypatch.setattr(spatial, "WIDTH", 50)
@@ -116,8 +116,8 @@ def test_e3_14_none_at_a_rate_is_valid_at_the_rate_times_the_pixels(spatial_run)
     numbers, _ = spatial_run
     assert numbers["NONE at η against VALID at η·n, 50 steps with momentum"] < 1e-13
     assert numbers["the same: how far the weights went"] > 0.1
-    assert numbers["rate a loss, sum: 1e-10 · 187,500 / (1 − .99)"] == pytest.approx(1.875e-3)
-    assert numbers["rate a loss, mean: 1e-4 / (1 − .9)"] == pytest.approx(1e-3)
+    assert numbers["rate per loss, sum: 1e-10 · 187,500 / (1 − .99)"] == pytest.approx(1.875e-3)
+    assert numbers["rate per loss, mean: 1e-4 / (1 − .9)"] == pytest.approx(1e-3)
 
 
 def test_table_summary_and_pictures_are_written(buffer_run, spatial_run):

@@ -1,4 +1,4 @@
-"""Programs that are stored: by `jax.export` with our types as arguments and results, and compiled."""
+"""Stored programs: by `jax.export` with jaxsoft's types as arguments and results, and compiled ones."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ LABELS = rng.integers(0, 5, 6)
 
 
 @pytest.mark.parametrize("outside", ["tail", pytest.param("renormalise", marks=pytest.mark.exhaustive)])
-def test_our_types_as_arguments_and_results_of_a_stored_program(outside):
+def test_jaxsoft_s_types_as_arguments_and_results_of_a_stored_program(outside):
     def teach(x, w, labels):
         top = linear_top_k(x, w, 2)
         return top, linear_log_probs(x, w, labels, entropy=True), top.as_targets(outside)
@@ -52,7 +52,7 @@ def test_types_without_labels_and_entropy():
 
 
 def fresh(program, *args):
-    """What a program prints in a process of its own."""
+    """The output of a program in a separate process."""
     done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True, env=os.environ.copy())
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -64,7 +64,7 @@ def test_importing_starts_no_backend():
     ]
 
 
-def test_a_compiled_program_with_kernels_runs_elsewhere_once_they_are_there(tmp_path):
+def test_a_compiled_program_with_kernels_runs_in_another_process_once_they_are_registered(tmp_path):
     if not jaxsoft.native_kernels().loaded:
         pytest.skip("without kernels a compiled program calls none")
     stored = tmp_path / "program"

@@ -138,7 +138,7 @@ def test_forward_mode_under_every_transformation(name):
 
 @pytest.mark.parametrize("name", by_default("softmax", "mean", "linear mean"))
 def test_second_and_third_derivatives_in_every_order_of_modes(name):
-    """Each is that of reverse mode alone."""
+    """Each result equals the result of reverse mode alone."""
     fn, variables = CALLS[name]
     u = directions(name, 3)
 
@@ -247,7 +247,7 @@ def unsharded(fn, y, name):
 @pytest.mark.x32
 @pytest.mark.optimized
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_forward_product_of_a_tiled_head_keeps_to_its_memory_budget(reduction):
+def test_the_jvp_of_a_tiled_head_keeps_to_its_memory_budget(reduction):
     positions, width, classes, budget = 1024, 64, 8192, 4 << 20
     x, w = jnp.zeros((positions, width)), jnp.zeros((width, classes))
     y = jnp.zeros(positions, int)
@@ -285,7 +285,7 @@ def test_an_ignored_position_has_no_tangent_whatever_its_logits_and_their_tangen
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_the_weight_of_a_removed_class_has_an_infinite_derivative_and_costs_nothing_where_it_stays(reduction):
+def test_the_weight_of_a_masked_class_has_an_infinite_derivative_but_adds_no_loss(reduction):
     z = np.array([[0.3, -np.inf, 1.0], [0.1, 0.2, 0.3]])
     q = np.array([[0.5, 0.0, 0.5], [0.2, 0.3, 0.5]])
     loss = functools.partial(cross_entropy, reduction=reduction)

@@ -1,4 +1,4 @@
-"""Packages that go forward, each with an example of its own kind: with our functions as with those they replace.
+"""Packages that use forward mode, each with a typical example: jaxsoft's functions give the same as the ones they replace.
 
 Equal to a relative 1e-8 in float64, but what an iteration or a sampler amplifies, whose tolerance stands with it.
 """
@@ -79,7 +79,7 @@ def penalised(of, kernel):
 
 
 def misfit(of, kernel):
-    """The residuals of probabilities that a kernel is to give."""
+    """The difference of a kernel's probabilities from the wanted ones."""
     return (of.softmax(X @ kernel.reshape(KERNEL.shape)) - of_teacher()).reshape(-1)
 
 
@@ -121,7 +121,7 @@ def test_optimistix_root_of_a_gradient(solver):
 
 @pytest.mark.exhaustive
 def test_optimistix_gradient_of_a_fixed_point():
-    """By the implicit function theorem, which goes forward at the fixed point."""
+    """By the implicit function theorem, in forward mode at the fixed point."""
     optx = load("optimistix")
 
     def example(of):
@@ -235,7 +235,7 @@ def test_jaxopt_least_squares(solver):
 
 @pytest.mark.exhaustive
 def test_laplax_gauss_newton_product_of_a_network_with_a_softmax_inside():
-    """Attention in the network, which the product goes through forward, and the loss at its end."""
+    """The product goes in forward mode through attention in the network and through the loss."""
     load("laplax")
     ggn = load("laplax.curv.ggn")
     enums = importlib.import_module("laplax.enums")
@@ -254,7 +254,7 @@ def test_laplax_gauss_newton_product_of_a_network_with_a_softmax_inside():
 
 
 @pytest.mark.exhaustive
-def test_laplax_gauss_newton_product_with_the_hessian_of_our_loss():
+def test_laplax_gauss_newton_product_with_the_hessian_of_a_jaxsoft_loss():
     """With the loss as a function, whose Hessian laplax takes by `jvp` of `grad`."""
     load("laplax")
     ggn = load("laplax.curv.ggn")

@@ -185,7 +185,7 @@ def options_of(name, p):
 
 
 def value_and_vjp(fn, variables, seed=0):
-    """Under a random cotangent for each number."""
+    """Under a random cotangent."""
     values, pullback = jax.vjp(fn, *variables)
     rng = np.random.default_rng(seed)
     return values, pullback(jax.tree.map(lambda v: jnp.asarray(rng.normal(size=v.shape), v.dtype), values))
@@ -361,7 +361,7 @@ def test_log_probabilities_and_entropies_of_nearly_certain_rows():
         np.testing.assert_allclose(slope, want.astype(float), rtol=2e-5, atol=1e-37)
 
 
-def test_what_lies_outside_of_sparse_targets_has_its_digits():
+def test_the_classes_outside_of_sparse_targets_stay_accurate():
     """1 − p is 0 in float32, whose logarithm is −inf."""
     z, q = np.array([[25, 22, 0, 1, -1]], np.float32), np.array([[0.9, 0.05]], np.float32)
     p = np.exp(np.float64(z[0]) - 25)
@@ -372,7 +372,7 @@ def test_what_lies_outside_of_sparse_targets_has_its_digits():
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
-def test_divergences_keep_their_digits():
+def test_divergences_stay_accurate():
     rng = np.random.default_rng(3)
     z = np.tile(rng.normal(size=(4, 50)).astype(np.float32), (4, 1, 1))
     scales = np.float32([1e-4, 1e-2, 1, 30])[:, None, None]
@@ -402,7 +402,7 @@ def test_divergences_keep_their_digits():
 
 @pytest.mark.x32
 @pytest.mark.parametrize("outside", ["tail", "nothing"])
-def test_one_certain_class_is_the_label(outside):
+def test_one_class_of_probability_one_equals_the_label(outside):
     p = problem(*SIZES[0])
     x, w, b, _ = on_variables(p, np.float32)
     options = {"z_loss": 0.1, "weights": np.linspace(0, 2, 37, dtype=np.float32)}
@@ -499,7 +499,7 @@ def test_sparse_targets_far_from_all_other_classes_in_other_dtypes(dtype):
     np.testing.assert_allclose(slope.astype(float), [0.5, *-others], rtol=4e-3 if dtype == jnp.bfloat16 else 1e-14)
 
 
-def test_as_many_indices_as_classes_may_leave_others():
+def test_as_many_indices_as_classes_may_leave_out_some_classes():
     """If some are padding, or occur twice."""
     z, given = np.array([0.0, 1, 2]), {"plain": ([0, 1], [0.5, 0.2]), "padded": ([0, 1, -1], [0.5, 0.2, 0.0])}
     given["twice"] = [0, 1, 1], [0.5, 0.1, 0.1]
@@ -513,7 +513,7 @@ def test_as_many_indices_as_classes_may_leave_others():
 
 
 @pytest.mark.parametrize("outside", OUTSIDE)
-def test_a_value_moves_with_a_probability_of_zero(outside):
+def test_a_probability_of_zero_has_a_gradient(outside):
     z, q, direction = np.array([0.0, 1, 2]), np.array([0.5, 0.0]), np.array([0.0, 1.0])
 
     @jax.jit
@@ -528,7 +528,7 @@ def test_a_value_moves_with_a_probability_of_zero(outside):
 
 
 @pytest.mark.parametrize("outside", OUTSIDE)
-def test_a_class_that_is_none_alone_has_no_gradient_but_nan(outside):
+def test_only_an_index_out_of_range_has_a_nan_gradient(outside):
     z, targets = np.array([0.0, 1, 2]), SparseTargets(np.array([5]), np.array([1.0]), outside)
     for options in ({}, {"z_loss": 1.0}):
         value, gradient = jax.value_and_grad(functools.partial(cross_entropy, targets=targets, **options))(z)
@@ -536,7 +536,7 @@ def test_a_class_that_is_none_alone_has_no_gradient_but_nan(outside):
         assert np.isnan(gradient).all()
 
 
-def test_all_classes_are_the_distribution():
+def test_sparse_targets_of_all_classes_equal_the_distribution():
     p = problem(*SIZES[0])
     x, w, b, _ = on_variables(p, np.float32)
     rng = np.random.default_rng(1)
@@ -573,7 +573,7 @@ def test_sparse_targets_along_any_axis():
         np.testing.assert_allclose(got, last, rtol=1e-12)
 
 
-def test_only_the_tail_has_its_least_where_the_student_is_the_teacher():
+def test_only_the_tail_is_minimal_if_the_student_equals_the_teacher():
     """With the other values of `outside`, the optimal student is not the teacher."""
 
     @jax.jit
@@ -627,7 +627,7 @@ def test_ignored_positions():
     assert np.isfinite(to_w).all()
 
 
-def test_weights_of_zero_leave_a_position_out():
+def test_weights_of_zero_ignore_a_position():
     p = problem(*SIZES[0])
     x, w, b, q = on_variables(p, np.float64)
     taking, weights = p.weights[:, None] != 0, p.weights
@@ -651,7 +651,7 @@ def test_weights_of_zero_leave_a_position_out():
         np.testing.assert_allclose(slope, np.where(taking, of_whole, 0), rtol=1e-10, atol=1e-15)
 
 
-def test_a_label_out_of_range_is_nan_and_nothing_else():
+def test_only_a_label_out_of_range_gives_nan():
     p = problem(*SIZES[0])
     x, w, b, q = on_variables(p, np.float64)
     labels, indices = p.labels.copy(), p.indices.copy()
@@ -679,7 +679,7 @@ def test_a_label_out_of_range_is_nan_and_nothing_else():
         checked(lambda: linear_cross_entropy(x, w, SparseTargets(indices, q), b))()
 
 
-def test_removed_classes():
+def test_masked_classes():
     """Every class masked, a masked label, fewer classes than k."""
     x, w, labels = np.ones((2, 1)), np.array([[1.0, 2.0, 3.0]]), np.array([0, 2])
 
@@ -708,14 +708,14 @@ def test_removed_classes():
     assert slopes[0][0, 1] == 0
 
 
-def test_a_removed_class_has_no_part_in_an_entropy():
+def test_a_masked_class_adds_nothing_to_an_entropy():
     value, slope = jax.jit(jax.value_and_grad(entropy))(np.array([1, 2, -np.inf]))
     left, of_left = jax.jit(jax.value_and_grad(entropy))(np.array([1.0, 2]))
     np.testing.assert_allclose(value, left, rtol=1e-14)
     np.testing.assert_allclose(slope, [*of_left, 0], rtol=1e-14)
 
 
-def test_removed_classes_of_a_divergence():
+def test_masked_classes_of_a_divergence():
     @jax.jit
     def of_kinds(student, teacher):
         fn = jax.value_and_grad(functools.partial(kl_divergence, beta=0.3))
@@ -748,7 +748,7 @@ def test_removed_classes_of_a_divergence():
         assert (slope == 0).all()
 
 
-def test_equal_logits_come_by_their_index():
+def test_equal_logits_are_ordered_by_their_index():
     x, five, three = np.ones((1, 1)), np.array([[1.0, 3.0, 3.0, 3.0, 1.0]]), np.array([[1.0, 3.0, 3.0]])
     top, found = jax.jit(lambda x: (linear_top_k(x, five, 3), linear_log_probs(x, three, np.array([0]))))(x)
     np.testing.assert_array_equal(top.indices, [[1, 2, 3]])
@@ -805,20 +805,20 @@ def test_checked_sees_sums_above_one_and_a_class_that_comes_twice(loss, indices,
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float32])
-def test_rounding_of_as_many_probabilities_as_there_are_is_no_sum_above_one(dtype):
+def test_rounding_many_probabilities_is_no_sum_above_one(dtype):
     probs = np.full((1, 63), 1 / 63, dtype)
     checked(cross_entropy)(np.zeros((1, 70)), SparseTargets(np.arange(63)[None], probs))
 
 
 @pytest.mark.parametrize("jit", [jax.jit, lambda fn: fn])
-def test_log_probabilities_are_no_probabilities(jit):
+def test_log_probabilities_are_refused_as_probabilities(jit):
     targets = SparseTargets(np.array([[1, 4]]), np.log(np.array([[0.5, 0.25]])))
     message = r"targets.probs: expected probabilities of at least 0, got -1.38629; .*SparseTargets.from_log_probs"
     with pytest.raises(ValueError, match=message):
         jit(lambda: cross_entropy(np.zeros((1, 7)), targets))()
 
 
-def test_probs_of_half_precision_leave_no_mass_by_rounding():
+def test_rounding_probs_in_half_precision_leaves_no_remainder():
     z, indices, probs = np.array([[0, 1, -np.inf]]), np.array([[0, 1]]), np.array([[0.9, 0.1]], jnp.bfloat16)
     rounded, exact = jax.jit(
         lambda z: (
@@ -896,7 +896,7 @@ def test_no_positions():
 @pytest.mark.parametrize(
     "several", [({"label_smoothing": 0.1, "z_loss": 0.1}, {"reduction": "none"}), exhaustive(({},))], ids=str
 )
-def test_statistics_beside_the_loss(several):
+def test_statistics_in_addition_to_the_loss(several):
     p = problem(*SIZES[0])
     x, w, b, q = on_variables(p, np.float64)
     labels = np.where(np.arange(37) % 5 == 0, -100, p.labels)
@@ -938,7 +938,7 @@ def products(fn, *variables):
     return len(re.findall(r"stablehlo\.dot_general", jax.jit(fn).lower(*variables).as_text()))
 
 
-def test_no_more_products_than_there_must_be():
+def test_no_more_matmuls_than_needed():
     p = problem(*SIZES[0])
     x, w, b, q = on_variables(p, jnp.float32)
     loss = functools.partial(linear_cross_entropy, bias=b)
@@ -1059,7 +1059,7 @@ def test_inside_a_shard_map(name):
 
 
 @pytest.mark.x32
-def test_blocks_that_are_masked_as_low_as_a_number_can_be():
+def test_blocks_masked_with_the_lowest_number():
     mesh = jax.make_mesh((4,), ("classes",), axis_types=(AxisType.Auto,))
     z = np.arange(16, dtype=np.float32).reshape(2, 8)
     z[:, 6:] = np.finfo(np.float32).min
@@ -1075,7 +1075,7 @@ def test_blocks_that_are_masked_as_low_as_a_number_can_be():
 
 
 @pytest.mark.x32
-def test_more_of_the_largest_than_a_block_has():
+def test_k_larger_than_a_block():
     mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
     x, w, b, _ = on_variables(WIDE, np.float32)
     top = functools.partial(linear_top_k, k=20)

@@ -40,7 +40,7 @@ def linear(x, w, b, targets, **options):
 
 
 def each(*calls):
-    """The loss of (x, w, b) and its gradients of each (loss, options), from one program."""
+    """For each (loss, options) the loss of (x, w, b) and its gradients, from one program."""
 
     def results(*variables):
         losses = [functools.partial(loss, **options) for loss, options in calls]
@@ -114,14 +114,14 @@ def test_a_traced_option_of_the_program_names_the_remedy(name):
         jax.jit(lambda n: cross_entropy(Z, LABELS, **{name: n}))(1)
 
 
-def test_a_kernel_may_have_its_classes_first():
+def test_a_kernel_may_have_its_classes_on_the_first_axis():
     def transposed(x, w, b):
         return linear_cross_entropy(x, w.T, LABELS, b, kernel_axis=0)
 
     assert_equal(*each((transposed, {}), (linear, {"targets": LABELS})))
 
 
-def test_a_kernel_with_its_classes_first_is_not_copied():
+def test_a_kernel_with_its_classes_on_the_first_axis_is_not_copied():
     def loss(x, w):
         return linear_cross_entropy(x, w, LABELS, kernel_axis=0)
 
@@ -139,7 +139,7 @@ def test_a_kernel_with_its_classes_first_is_not_copied():
         ((4, 5), -1, r"kernel: expected shape \(3, classes\) with at least one class, got \(4, 5\)$"),
     ],
 )
-def test_a_transposed_kernel_is_said_to_be_one(shape, axis, message):
+def test_an_error_says_that_a_kernel_is_transposed(shape, axis, message):
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(X, np.zeros(shape), LABELS, kernel_axis=axis)
 
@@ -154,7 +154,7 @@ def test_a_temperature_divides_the_capped_logits():
 
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
 @pytest.mark.parametrize("targets", [LABELS % 4, rng.dirichlet(np.ones(5), 6)], ids=["labels", "distributions"])
-def test_smoothing_shares_among_the_classes_of_a_padded_vocabulary(targets, soft_cap):
+def test_smoothing_is_shared_among_the_unmasked_classes_of_a_padded_vocabulary(targets, soft_cap):
     left = np.array([True, True, True, True, False])
     options = {"label_smoothing": 0.1, "z_loss": 0.01}
     t = targets * left if targets.ndim > 1 else targets
@@ -249,7 +249,7 @@ def test_masked_labels_are_refused_and_the_remedy_named(call, name, option, x64)
         (lambda: checked(cross_entropy(Z, LABELS)), r"checked: expected a function, got \w+: write checked\(function\)\(...\)"),
     ],
 )  # fmt: skip
-def test_what_is_no_array_is_named(call, message):
+def test_an_argument_that_is_not_an_array_is_named(call, message):
     with pytest.raises(TypeError, match=message):
         call()
 
@@ -262,13 +262,13 @@ def test_what_is_no_array_is_named(call, message):
         (np.zeros((6, 5)), LABELS[:4], "(?!;)"),
     ],
 )
-def test_labels_of_another_shape_are_told_what_fits(logits, labels, remedy):
+def test_the_error_for_labels_of_another_shape_says_which_axis_fits(logits, labels, remedy):
     with pytest.raises(ValueError, match=r"got \([0-9, ]+\)" + remedy):
         cross_entropy(logits, labels)
 
 
 @pytest.mark.parametrize("axis", [(0, 2), (2, 0), (-1, 0), (1, 2), None])
-def test_several_class_axes_are_those_of_an_array_reshaped(axis):
+def test_several_class_axes_equal_a_reshaped_array(axis):
     z, other = np.random.default_rng(1).normal(size=(2, 2, 3, 4))
     where, probs = z > -1, np.array(softmax(other, axis))
     axes = sorted(n % 3 for n in range(3)) if axis is None else sorted(n % 3 for n in axis)
@@ -316,7 +316,7 @@ def test_several_class_axes_over_shards_are_refused():
 
 @pytest.mark.optimized  # what is compiled is looked at
 def test_labels_that_are_constants_are_not_sorted_by_the_compiler():
-    """It would take seconds for tens of thousands."""
+    """Sorting tens of thousands would take seconds."""
     labels = np.arange(4096) % 7 - 1
     loss = jax.jit(jax.grad(lambda w: linear_cross_entropy(np.ones((4096, 3)), w, labels, ignore_index=-1)))
     assert " sort(" in loss.lower(np.ones((3, 6))).compile().as_text()
@@ -378,18 +378,18 @@ def test_the_argument_of_eight_bits_is_named(name, dtype):
         linear_cross_entropy(targets=LABELS, **arrays)
 
 
-def test_checked_sees_a_bias_that_is_no_number():
+def test_checked_sees_a_nan_bias():
     with pytest.raises(ValueError, match=r"bias\[2\] is nan: expected a number"):
         checked(jax.jit(linear))(X, W, B * np.where(np.arange(5) == 2, np.nan, 1), LABELS)
 
 
-def test_checked_sees_a_product_that_is_no_number():
+def test_checked_sees_a_nan_product():
     x = np.array([[np.inf, np.inf]])
     with pytest.raises(ValueError, match=r"logits\[0, 0\] is nan: expected numbers: features @ kernel \+ bias is none"):
         checked(jax.jit(linear_cross_entropy))(x, np.array([[1.0, 2.0], [-1.0, 1.0]]), np.array([0]))
 
 
 @pytest.mark.x32
-def test_wide_unsigned_labels_are_no_class():
+def test_wide_unsigned_labels_are_out_of_range():
     labels = np.array([2**32 - 1, 0, 1, 2, 3, 4], np.uint32)
     assert np.isnan(jax.jit(lambda: cross_entropy(Z, labels, reduction="none"))()[0])

@@ -1,4 +1,4 @@
-"""The fused head in the libraries that people write networks with, its arrays sharded over four devices."""
+"""The fused head in network libraries, with arrays sharded over four devices."""
 
 import equinox as eqx
 import flax.linen as nn
@@ -84,7 +84,7 @@ def of_equinox():
 
 
 def train(params, features_and_head, losses, lay=lambda leaf: leaf, place=lambda tokens: tokens):
-    """By each of the losses from the same parameters: what they were at each step, and the parameters at the end."""
+    """For each loss, from the same parameters: its values at each step, and the final parameters."""
     optimizer = optax.adam(0.05)
 
     def descend(loss, params, moments, tokens, labels):
@@ -116,7 +116,7 @@ def unfused(features, kernel, bias, labels):
     "network", [of_nnx, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (plain, of_linen, of_equinox))]
 )
 def test_a_network_trains_as_with_full_logits_on_four_devices_too(network):
-    """Batch over two devices, and with everything that is kept divided over them; the vocabulary over two."""
+    """The batch over two devices, also with all state sharded over them; the vocabulary over two."""
     params, features_and_head = network()
     (expected, losses), _ = train(params, features_and_head, [unfused, mean_loss])
     np.testing.assert_allclose(losses, expected, rtol=2e-5)
@@ -138,7 +138,7 @@ def test_a_network_trains_as_with_full_logits_on_four_devices_too(network):
     assert all(leaf.sharding.spec[0] == "data" for leaf in kept)
 
 
-def test_tied_embeddings_in_half_precision_with_gradients_accumulated_and_computed_again():
+def test_tied_embeddings_in_half_precision_with_accumulation_and_checkpointing():
     """The embedding as the kernel, without a copy; a batch in two parts under `jax.checkpoint`."""
     params = rng.normal(size=(WORDS, WIDTH)).astype(jnp.bfloat16)
     tokens, labels = TOKENS[0].reshape(2, -1), LABELS[0].reshape(2, -1)

@@ -27,7 +27,7 @@ def write(path, rows):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
-    """What the script does outside its loop is a program for each function."""
+    """Outside its loop the script compiles one program per function."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("measure", "logits_of"):
             patch.setattr(iris, name, jax.jit(getattr(iris, name)))
@@ -141,7 +141,7 @@ def test_bad_options(tmp_path, options, message):
     assert message in str(caught.value)
 
 
-def test_a_loss_that_has_grown_is_said(tmp_path, capsys, without_pictures):
+def test_a_loss_that_has_grown_gives_a_warning(tmp_path, capsys, without_pictures):
     # So large that every step overshoots, and far too small for a product of two layers' weights to overflow.
     summary = run(Config(learning_rate=1e6, out=tmp_path))
     assert 10 < summary["train_loss"] < float("inf")
@@ -149,7 +149,7 @@ def test_a_loss_that_has_grown_is_said(tmp_path, capsys, without_pictures):
 
 
 def test_the_bar_counts_the_steps_and_not_the_compilation(tmp_path, monkeypatch, without_pictures):
-    """Its steps per second are those of the run: nothing is compiled while it shows, and it averages over all of them."""
+    """Its steps per second exclude compilation and average over all steps."""
     bars, compiled = [], []
 
     class Bar(tqdm):
@@ -179,7 +179,7 @@ def test_the_command_ends_with_one_line_and_no_traceback(tmp_path, monkeypatch, 
 
 
 @pytest.mark.exhaustive
-def test_the_command_does_so_in_a_process_of_its_own(tmp_path):
+def test_the_command_does_so_in_a_separate_process(tmp_path):
     command = [sys.executable, "-m", "experiments.iris", f"--data={tmp_path}/flowers.csv", f"--out={tmp_path}/out"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 1

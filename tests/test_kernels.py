@@ -88,7 +88,7 @@ def test_a_loss_with_its_gradient_is_one_kernel(dtype, options):
 
 @pytest.mark.parametrize("shape", [(4096, 7), (4096, 100), (300, 3000), (40, 21, 130), (200, 5, 6)], ids=str)
 def test_the_bits_of_a_row_do_not_depend_on_its_batch(shape, rng):
-    """Alone, in batches of 2 and 7, and in the whole: every dense function and its gradient."""
+    """Alone, in batches of 2 and 7, and in the full batch: every dense function and its gradient."""
     axis = 1
     z = rng.normal(size=shape).astype(np.float32) * 5
     y = rng.integers(0, shape[axis], shape[:axis] + shape[axis + 1 :])
@@ -147,14 +147,14 @@ def test_exported_programs_hold_no_foreign_call():
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_accelerators_know_nothing_of_them(platform):
+def test_programs_for_accelerators_contain_no_cpu_kernel(platform):
     traced = jax.jit(jax.value_and_grad(jaxsoft.cross_entropy)).trace(np.zeros((150, 300)), np.zeros(150, int))
     assert "jaxsoft_" not in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.parametrize("in_axes", [(0, 0), (None, 0), (0, None), (2, 1)], ids=str)
 def test_under_vmap(in_axes, rng):
-    """Five examples of four positions, or of what all have in common."""
+    """Five examples of four positions, or arrays that all examples share."""
     of_z, of_y = in_axes
     z = rng.normal(size={None: (4, 420), 0: (5, 4, 420), 2: (4, 420, 5)}[of_z])
     y = rng.integers(0, 420, {None: 4, 0: (5, 4), 1: (4, 5)}[of_y])
@@ -176,7 +176,7 @@ def test_under_vmap(in_axes, rng):
 @pytest.mark.parametrize(
     ("axis", "kind"), [(1, AxisType.Auto), (1, AxisType.Explicit), (2, AxisType.Auto), (2, AxisType.Explicit)]
 )
-def test_sharded_arrays_are_left_to_xla_which_gathers_none(axis, kind, rng):
+def test_sharded_arrays_are_left_to_xla_without_gathering(axis, kind, rng):
     """A foreign call would make it gather them.
 
     One that tells XLA how to lay it has to know the devices: programs for abstract or several meshes would not compile.
@@ -243,7 +243,7 @@ print(jaxsoft.softmax(np.zeros((100, 200)))[0, 0], jaxsoft.native_kernels())
 """
 
 
-def test_the_switch_and_a_library_that_is_refused():
+def test_the_environment_variable_and_a_refused_library():
     switches = "0", "1", __file__, "yes"
     run = subprocess.run([sys.executable, "-c", SWITCHED, *switches], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

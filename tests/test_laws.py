@@ -46,7 +46,7 @@ FUNCTIONS = {
 
 
 def at(array, index, value):
-    """A copy with some other entries."""
+    """A copy with some entries replaced."""
     array = array.copy()
     array[index] = value
     return array
@@ -72,7 +72,7 @@ def test_a_pullback_is_linear_in_its_cotangent_at_zero_too(name):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), derivative, expected)
 
 
-def test_weights_that_are_0_can_be_learnt():
+def test_weights_of_0_have_a_gradient():
     """The gradient of Σ ε_i·loss_i has a derivative with respect to each ε at 0: learning to reweight starts there."""
     z, y = np.array([[2.0, -1.0, 0.5], [0.0, 1.0, 3.0]]), np.array([1, 0])
     direction = np.random.default_rng(1).normal(size=z.shape)
@@ -86,7 +86,7 @@ def test_weights_that_are_0_can_be_learnt():
 
 
 @pytest.mark.parametrize("kind", ["label", "distribution", "linear", "linear distribution"])
-def test_a_masked_position_has_no_gradient_whatever_reaches_it(kind):
+def test_an_ignored_position_has_no_gradient_whatever_the_cotangent(kind):
     """Its own cotangent may be infinite, as for √loss at 0, and its logits may be anything."""
     weights, of_distribution = np.array([1.0, 0, 1, 1, 1, 1]), "distribution" in kind
     clean, *others = (X, W) if kind.startswith("linear") else (Z,)
@@ -112,7 +112,7 @@ def test_a_masked_position_has_no_gradient_whatever_reaches_it(kind):
             assert not np.any(np.asarray(gradients[0])[1])
 
 
-def test_a_label_where_no_class_is_left_costs_infinity_on_every_platform():
+def test_a_label_among_masked_classes_has_an_infinite_loss_on_every_platform():
     """Without compiling only the plain formula runs, whose log1p, unlike the CPU's program, must not meet −1."""
     nothing_left = np.array([[0.0] * 3, [-np.inf] * 3])
     with jax.disable_jit():
@@ -120,7 +120,7 @@ def test_a_label_where_no_class_is_left_costs_infinity_on_every_platform():
     np.testing.assert_allclose(losses, [np.log(3), np.inf], rtol=1e-6)
 
 
-def test_no_class_left_has_no_gradient_whatever_reaches_it():
+def test_a_position_whose_classes_are_all_masked_has_no_gradient():
     gradient = jax.jit(lambda z, g: jax.vjp(logsumexp, z)[1](g)[0])(np.full((2, 3), -np.inf), np.array([np.inf, 1.0]))
     np.testing.assert_array_equal(gradient, np.zeros((2, 3)))
 
@@ -152,7 +152,7 @@ def test_smoothing_of_1_leaves_the_targets_no_gradient():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_log_softmax_pulls_back_to_what_sums_to_zero(dtype):
+def test_log_softmax_pulls_back_to_gradients_that_sum_to_zero(dtype):
     """In half precision too, where the exponentials of the rounded result do not sum to one."""
     first = [np.eye(1, classes, dtype=dtype)[0] for classes in (50_257, 2**17)]
     for gradient in jax.jit(lambda first: [jax.vjp(log_softmax, 0 * g)[1](g)[0] for g in first])(first):
@@ -165,8 +165,8 @@ def test_log_softmax_pulls_back_to_what_sums_to_zero(dtype):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_a_masked_position_stays_out_of_the_transposed_pullback(reduction):
-    """Of a distribution, too: its padding may be NaN."""
+def test_an_ignored_position_stays_out_of_the_transposed_pullback(reduction):
+    """Also for a distribution, whose padding may be NaN."""
     rng = np.random.default_rng(5)
     z, v = rng.normal(size=(2, 4, 5))
     t, u = rng.dirichlet(np.ones(5), 4), rng.normal(size=(4, 5))
@@ -216,7 +216,7 @@ def test_the_tangent_of_a_loss_under_a_saturated_soft_cap_is_its_gradient(reduct
     np.testing.assert_allclose(tangent, (right * v).sum(), rtol=1e-5)
 
 
-def test_a_removed_class_of_a_capped_layer_has_no_second_derivative():
+def test_a_masked_class_of_a_capped_layer_has_no_second_derivative():
     bias, left = at(B, 2, -np.inf), [0, 1, 3, 4]
     options = {"soft_cap": 3.0, "z_loss": 0.1, "label_smoothing": 0.1}
     labels, narrow = np.array([0, 1, 3, 4, 4, 0]), np.array([0, 1, 2, 3, 3, 0])
@@ -258,7 +258,7 @@ def test_a_target_without_class_weight_is_no_variable():
 @pytest.mark.x32
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize(("targets", "atol"), [(np.array([0]), 1e-38), (np.eye(3, dtype=np.float32)[:1], 3e-7)])
-def test_the_tangent_of_a_loss_stays_accurate_where_the_label_leads(targets, atol, linear):
+def test_the_tangent_of_a_loss_stays_accurate_at_confident_predictions(targets, atol, linear):
     """Σ p_j (v_j − v_label) over the other classes; for a label never the difference of two numbers near 1."""
     eye, v = np.eye(3, dtype=np.float32), np.array([[0.7, -0.4, 1.1]], np.float32)
 
@@ -296,7 +296,7 @@ def test_the_tangent_of_an_infinite_loss_is_finite(kind, linear):
     np.testing.assert_allclose(moved, np.vdot(gradient, v), rtol=1e-12)
 
 
-def test_the_tangent_of_logsumexp_where_no_class_is_left():
+def test_the_tangent_of_logsumexp_if_every_class_is_masked():
     z = np.array([[-np.inf, -np.inf], [1.0, 2.0]])
     _, moved = jax.jit(lambda z: jax.jvp(lambda z: jax.vjp(logsumexp, z)[0], (z,), (jnp.ones((2, 2)),)))(z)
     np.testing.assert_allclose(moved, [0, 1])
@@ -354,7 +354,7 @@ def test_the_kernels_gradient_stays_accurate_over_a_million_positions():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_second_derivatives_where_any_label_may_be_ignored(reduction):
+def test_second_derivatives_if_any_label_may_be_ignored(reduction):
     """−2³¹, the lowest label, is no class either."""
 
     @functools.partial(jax.jit, static_argnums=1)
@@ -379,7 +379,7 @@ def assert_padding_keeps_still(moved):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15), found, expected)
 
 
-def test_a_masked_position_is_still_in_second_derivatives():
+def test_an_ignored_position_has_second_derivatives_of_0():
     weights, v = np.array([1.0, 0, 1, 1, 1, 1]), np.random.default_rng(3).normal(size=Z.shape)
 
     def moved(z, g):
@@ -389,7 +389,7 @@ def test_a_masked_position_is_still_in_second_derivatives():
     assert_padding_keeps_still(lambda z: jax.grad(moved, (0, 1))(z, jnp.ones(6)))
 
 
-def test_the_targets_of_padding_are_still_in_second_derivatives():
+def test_the_targets_of_padding_have_second_derivatives_of_0():
     weights = np.array([1.0, 0, 1, 1, 1, 1])
 
     def moved(t, z):
@@ -400,7 +400,7 @@ def test_the_targets_of_padding_are_still_in_second_derivatives():
 
 
 @pytest.mark.parametrize("targets", [LABELS, DISTRIBUTION], ids=["labels", "distributions"])
-def test_padding_is_still_in_second_derivatives_inside_a_scan(targets):
+def test_padding_has_second_derivatives_of_0_inside_a_scan(targets):
     """Inside a scan JAX drops a `custom_jvp` after reverse mode, so padding is not frozen by such a rule."""
     weights = np.array([1.0, 0, 1, 1, 1, 1])
 
@@ -416,7 +416,7 @@ def test_padding_is_still_in_second_derivatives_inside_a_scan(targets):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_gradients_inside_a_scan_have_derivatives_where_positions_may_be_left_out(reduction):
+def test_gradients_inside_a_scan_have_derivatives_if_positions_may_be_ignored(reduction):
     """Loops over as many tiles as positions are not ignored, whose number is unknown when they are traced."""
     x, labels = X.reshape(2, 3, 3), LABELS.reshape(2, 3)
     weights = np.array([[1.0, 0, 2], [0.5, 0, 0]])
@@ -476,7 +476,7 @@ def tails(margin, classes, second):
         ),
     ],
 )
-def test_a_distribution_keeps_its_tail_as_a_label_does(classes, second):
+def test_a_distribution_is_as_accurate_as_a_label(classes, second):
     """Loss and gradient at the most likely class, where 1 − p and the others' weight would be lost in rounding 1."""
     margins = np.linspace(-60, 80, 15)
     z, q, losses, gradients = map(np.stack, zip(*(tails(m, classes, second) for m in margins), strict=True))

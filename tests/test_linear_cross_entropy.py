@@ -137,7 +137,7 @@ def float64_problem(positions=21):
 
 
 def unfused(x, w, targets, b=0.0, *, soft_cap=None, **options):
-    """From all logits, by `cross_entropy`."""
+    """The loss of all logits, by `cross_entropy`."""
     z = jnp.dot(x, w) + b
     return cross_entropy(z if soft_cap is None else soft_cap * jnp.tanh(z / soft_cap), targets, **options)
 
@@ -252,7 +252,7 @@ def test_mapped_over_sequences(options):
     [(None, 0, None), (0, 0, 0), pytest.param((0, 0, None), marks=pytest.mark.exhaustive), (None, None, 0)],
     ids=str,
 )
-def test_mapped_over_whatever(in_axes):
+def test_mapped_over_any_of_the_arguments(in_axes):
     """If the examples do not share their layer, or share their features, JAX's own `vmap` is used."""
     x, w, _, labels, _ = float64_problem()
     stacks = np.stack([x, -x, 2 * x]), np.stack([w, 2 * w, -w]), np.stack([labels, labels[::-1], labels])
@@ -344,7 +344,7 @@ def test_second_derivatives_of_half_precision_are_summed_in_float32():
         assert relative(got, want) < 2.0**-7
 
 
-def test_a_label_out_of_range_is_nan_and_nothing_else():
+def test_only_a_label_out_of_range_gives_nan():
     x, w, b, labels, _ = float64_problem()
     options = {"ignore_index": -100, "memory_budget": 8 * 16 * 13}
 
@@ -363,7 +363,7 @@ def test_a_label_out_of_range_is_nan_and_nothing_else():
             call(wrong)
 
 
-def test_nothing_to_average():
+def test_every_position_ignored():
     x, w, b, labels, _ = float64_problem()
     loss = lambda x, w, b: linear_cross_entropy(x, w, 0 * labels, b, ignore_index=0)  # noqa: E731
     for array in jax.tree.leaves(compiled(jax.value_and_grad(loss, (0, 1, 2)))(x * np.nan, w, b)):  # of padding
@@ -380,7 +380,7 @@ def gemms(fn, *variables):
     return len(re.findall(r"stablehlo\.dot_general", text))
 
 
-def test_products_that_nobody_asked_for_are_not_taken():
+def test_unneeded_matmuls_are_not_computed():
     x, w, _b, labels, _ = float64_problem()
     y = np.maximum(labels, 0)
 
@@ -458,7 +458,7 @@ def test_padding_may_be_nan_to_second_order(reduction):
 
 
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
-def test_a_bias_of_minus_infinity_removes_a_class(soft_cap):
+def test_a_bias_of_minus_infinity_masks_a_class(soft_cap):
     x, w, b, labels, _ = float64_problem()
     labels, options = np.maximum(labels, 0) % 12, {"soft_cap": soft_cap, "z_loss": 0.1}
 
@@ -503,7 +503,7 @@ def test_checked_names_the_first_nan():
         call(padded, with_nan(w, 0, 3))
 
 
-def test_products_are_taken_in_the_dtype_of_the_inputs():
+def test_matmuls_run_in_the_dtype_of_the_inputs():
     x, w = np.ones((40, 8), jnp.bfloat16), np.ones((8, 5), jnp.bfloat16)
     gradient = jax.jit(jax.grad(lambda x, w: linear_cross_entropy(x, w, np.zeros(40, int)), (0, 1)))
     products = re.findall(r"stablehlo\.dot_general.* : \((.*)\) ->", gradient.lower(x, w).as_text())
@@ -511,8 +511,8 @@ def test_products_are_taken_in_the_dtype_of_the_inputs():
     assert all(operands.count("bf16") == 2 for operands in products)
 
 
-def test_no_class_left():
-    """Targets of weight 0 cost nothing, and the z-loss has no lse to reduce."""
+def test_every_class_masked():
+    """Targets of weight 0 add no loss, and there is no lse for the z-loss."""
     x, w, b, *_ = float64_problem()
     loss = lambda x, w, t, b: linear_cross_entropy(x, w, t, b, z_loss=0.1)  # noqa: E731
     fn = compiled(jax.value_and_grad(loss, (0, 1)))
@@ -557,7 +557,7 @@ def test_mapping_over_sequences_keeps_one_gradient_of_the_kernel():
     assert compiled.memory_analysis().temp_size_in_bytes <= budget + 2 * kernel.nbytes + 4 * x.nbytes
 
 
-def test_the_loop_ends_with_the_last_position_that_takes_part():
+def test_the_loop_ends_with_the_last_position_that_is_not_ignored():
     """The bound of the loop over tiles is a value of the program, not its length."""
     x, w, _b, labels, _ = float64_problem()
     fn = jax.jit(lambda y: linear_cross_entropy(x, w, y, ignore_index=-100, memory_budget=8 * 8 * 13))
@@ -587,10 +587,10 @@ def test_the_plan_follows_the_kind_of_device_and_says_so():
     rows = {kind: plan(device_kind=kind).rows for kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x")}
     assert rows == dict.fromkeys(rows, 4096)
     assert plan(device_kind="NVIDIA H100 80GB HBM3").rows == 512
-    tomorrow = plan(device_kind="TPU of tomorrow")
-    assert tomorrow[:-1] == plan(platform="tpu")[:-1] == plan(device_kind="TPU v6 lite")[:-1]
+    any_tpu = plan(platform="tpu")
+    assert any_tpu[:-1] == plan(device_kind="TPU v6 lite")[:-1]
     once = "in one pass, where the kernel's gradient is written once"
-    assert str(tomorrow).endswith(f"; for any TPU within a third of 16 GB, {once}")
+    assert str(any_tpu).endswith(f"; for any TPU within a third of 16 GB, {once}")
     small = plan(device_kind="TPU7x", memory_budget=2**29)
     assert (small.groups, small.rows, small.tile_bytes <= 2**29, small.kept_bytes) == (2, 2048, True, 0)
     assert small.reason == "for TPU7x within the budget, in one pass, where the kernel's gradient is written 2 times"
@@ -599,9 +599,13 @@ def test_the_plan_follows_the_kind_of_device_and_says_so():
         plan(platform="gpu", device_kind="TPU7x")
     with pytest.raises(TypeError, match="device_kind: expected a string, got 7"):
         plan(device_kind=7)
+    for unknown in ("H100", "TPU of tomorrow"):
+        known = "'TPU v5 lite', 'TPU v5', .*'NVIDIA B200'"
+        with pytest.raises(ValueError, match=f"begins with one of {known}, got '{unknown}'; .* platform alone"):
+            plan(device_kind=unknown)
 
 
-def test_to_plan_for_a_platform_no_device_is_needed():
+def test_a_plan_for_a_platform_needs_no_device():
     """A process of a cluster has no devices before it has met the others."""
     program = (
         "from jaxsoft import plan_linear_cross_entropy as plan; from jax._src import xla_bridge; "

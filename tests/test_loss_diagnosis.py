@@ -91,7 +91,7 @@ def case(rng, soft=None, **needs):
 
 
 def mean(s, losses):
-    """As PyTorch's."""
+    """As in PyTorch."""
     return losses.sum() / (s.w * s.cy).sum()
 
 
@@ -299,7 +299,7 @@ def two_mistakes(rng):
 
 
 def as_given(rng, value):
-    """As a program has it: in float64 or float32."""
+    """The value as a program computes it, in float64 or float32."""
     return np.float32(value) if rng.random() < 0.5 else value
 
 
@@ -312,7 +312,7 @@ def trial(rng, name):
 
 
 def shares(seed, count):
-    """How many of the trials named the mistake, and which called a right loss wrong."""
+    """The number of trials that named the mistake, and the trials that called a right loss wrong."""
     rng = np.random.default_rng(seed)
     names = [*CONVENTIONS, *MISTAKES]
     missed, wronged = [], []
@@ -331,7 +331,7 @@ def test_every_convention_and_mistake_is_named():
 
 
 @pytest.mark.exhaustive
-def test_of_a_thousand_nearly_all_are_named_and_no_right_loss_is_called_wrong():
+def test_nearly_all_of_a_thousand_losses_are_named_and_no_right_loss_is_called_wrong():
     missed, wronged = shares(1, 1000)
     assert len(missed) <= 20, missed
     assert not wronged
@@ -352,12 +352,12 @@ def test_pairs_of_mistakes_are_named():
 
 
 @pytest.mark.exhaustive
-def test_of_many_pairs_four_fifths_are_named():
+def test_four_fifths_of_many_pairs_of_mistakes_are_named():
     missed = pairs_missed(1, 200)
     assert len(missed) <= 40, missed
 
 
-def test_the_same_number_of_several_conventions_is_said_with_what_tells_them_apart():
+def test_conventions_that_give_the_same_number_are_listed_with_a_distinguishing_input():
     diagnosis = diagnose_loss(Z, IGNORING, cross_entropy(Z, IGNORING, ignore_index=-100))
     assert diagnosis.found == ("mean over valid positions", "mean of the classes' means")
     assert "tell them apart: a position that is ignored; classes that occur unequally often" in str(diagnosis)
@@ -365,7 +365,7 @@ def test_the_same_number_of_several_conventions_is_said_with_what_tells_them_apa
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, jnp.bfloat16])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_our_own_losses_are_right(dtype, reduction):
+def test_jaxsoft_s_own_losses_are_right(dtype, reduction):
     rng = np.random.default_rng(0)
     z, y, w = rng.normal(size=(50, 7)).astype(dtype), rng.integers(-1, 7, 50), rng.uniform(0, 2, 50).astype(np.float32)
     for options in ({}, {"label_smoothing": 0.1}, {"class_weights": np.arange(1.0, 8)}, {"weights": w}):
@@ -382,7 +382,7 @@ def test_the_nearest_of_the_sum_and_the_means_is_named_with_its_distance():
     assert diagnose_loss(Z, Y, np.inf).error == np.inf
 
 
-def test_what_it_returns_beside_the_verdict():
+def test_results_other_than_the_verdict():
     diagnosis = diagnose_loss(Z, Y, 2.8, class_weights=[1, 2, 3])
     losses = cross_entropy(Z, Y, class_weights=np.array([1.0, 2, 3]), reduction="none")
     np.testing.assert_allclose(diagnosis.true_loss, losses, rtol=1e-12)
@@ -395,7 +395,7 @@ def test_what_it_returns_beside_the_verdict():
     ("value", "verdict", "correct"),
     [(np.nan, "correct: NaN of nothing", True), (0.0, "correct: 0 of nothing", True), (1.5, "wrong", False)],
 )
-def test_nothing_to_average(value, verdict, correct):
+def test_every_position_ignored(value, verdict, correct):
     diagnosis = diagnose_loss(Z, np.full(3, -100), value)
     assert (diagnosis.verdict, diagnosis.correct) == (verdict, correct)
 
@@ -425,7 +425,7 @@ def test_labels_counted_from_one_and_probabilities_in_place_of_logits():
     assert diagnose_loss(softmax(z), y, right).verdict == "probabilities passed as logits"
 
 
-def test_one_number_a_position_tells_any_multiple_and_a_constant():
+def test_one_number_per_position_determines_any_multiple_and_a_constant():
     z = np.random.default_rng(0).normal(size=(9, 4))
     y = np.arange(9) % 4
     losses = cross_entropy(z, y, reduction="none")
@@ -447,7 +447,7 @@ def test_one_number_a_position_tells_any_multiple_and_a_constant():
         ((np.zeros((0, 3)), np.zeros(0, int), 1.0), {}, "logits: expected at least one position"),
     ],
 )
-def test_what_cannot_be_judged_is_refused(arguments, options, message):
+def test_losses_that_cannot_be_judged_are_refused(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         diagnose_loss(*arguments, **options)
 

@@ -1,4 +1,4 @@
-"""`python -m jaxsoft` says what an installation has."""
+"""`python -m jaxsoft` prints what is installed."""
 
 import os
 import subprocess
@@ -26,14 +26,14 @@ def test_versions_devices_and_kernels_are_those_of_this_process():
 
 
 @pytest.mark.x32
-def test_the_command_says_it_in_any_terminal():
+def test_the_command_prints_in_any_terminal():
     result = run(JAXSOFT_NATIVE="0", JAX_PLATFORMS="cpu", PYTHONIOENCODING="ascii")
     assert (result.returncode, result.stderr) == (0, "")
     assert "devices: 1 ? cpu (cpu)\nnative CPU kernels: none, turned off by JAXSOFT_NATIVE=0" in result.stdout
 
 
 @pytest.mark.x32
-def test_a_platform_that_is_not_there_is_one_line():
+def test_a_missing_platform_is_one_line():
     result = run(JAX_PLATFORMS="nowhere")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("error: ")

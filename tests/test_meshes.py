@@ -30,7 +30,7 @@ OF_FEATURES, OF_KERNEL = normal(POSITIONS, WIDTH), normal(WIDTH, CLASSES)
 
 
 def of_targets(positions, classes):
-    """Labels, most of those at one end ignored; a distribution, weights, class weights, and a mask of none of their classes."""
+    """Labels, most of them ignored at one end; a distribution, weights, class weights, and a mask without any of their classes."""
     labels = rng.integers(0, classes - 4, positions).astype(np.int32)
     labels.reshape(-1)[: labels.size // 3] = -1
     mask = np.arange(classes) != classes - 2
@@ -55,7 +55,7 @@ OPTIONS = {
 
 
 def each_loss(loss, targets):
-    """Functions for the losses of all options, by name, of labels and of distributions."""
+    """Functions that compute losses with all options, by name, for labels and for distributions."""
     numbers = {"label_smoothing": 0.1, "z_loss": 0.05}
     losses = {}
     for kind, name, reduction in itertools.product(TARGETS, OPTIONS, REDUCTIONS):
@@ -70,7 +70,7 @@ def each_loss(loss, targets):
 
 
 def derivative(functions, name, arrays, primals, tangents):
-    """Of one of `functions(*arrays)` the value, gradients under a cotangent for each number, and the tangents of these."""
+    """For one of `functions(*arrays)` the value, gradients under a random cotangent, and the tangents of these."""
 
     def weighed(*primals):
         value = functions(*arrays)[name](*primals)
@@ -206,7 +206,7 @@ def linear(targets, bias, **layout):
 
 @pytest.fixture(scope="module")
 def head_of_one_device():
-    """Of logits that are computed before."""
+    """From logits that are computed before."""
     return of_one_device(unfused, (LINEAR, BIAS), (FEATURES, KERNEL), (OF_FEATURES, OF_KERNEL))
 
 
@@ -234,7 +234,7 @@ def place_head(mesh, rows, of_kernel, of_bias):
 
 
 def automatic(kind, rows, of_kernel):
-    """The arguments by which a user names axes that types do not state."""
+    """The arguments that name axes which types do not state."""
     if kind == AxisType.Explicit:
         return {}
     by_class = "model" if of_kernel[1:] == ("model",) else None
@@ -268,7 +268,7 @@ def plain_of_one_device():
 
 
 @pytest.mark.parametrize("of_kernel", [P(), P("data"), P(None, "model")])
-def test_the_fused_head_without_a_word_on_automatic_axes(plain_of_one_device, of_kernel):
+def test_the_fused_head_without_arguments_on_automatic_axes(plain_of_one_device, of_kernel):
     mesh = make_mesh(AxisType.Auto, (4, 2))
     specs = P("data"), of_kernel, P("data")
     placed = (place(mesh, a, s) for a, s in zip(PLAIN, specs, strict=True))
@@ -276,7 +276,7 @@ def test_the_fused_head_without_a_word_on_automatic_axes(plain_of_one_device, of
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_inside_a_shard_map_what_it_leaves_is_one_line(kind):
+def test_inside_a_shard_map_an_unreduced_axis_is_one_line(kind):
     mesh = make_mesh(kind, (4, 2))
     more = {} if kind == AxisType.Explicit else {"batch_axes": "model"}
 
@@ -318,7 +318,7 @@ def test_mapped_over_sequences(sequences_of_one_device, kind):
 
 
 def test_mapped_over_the_axis_that_is_sharded():
-    """Class weights for each example, whose other axes are sharded over nothing."""
+    """Class weights for each example; the other axes are not sharded."""
     weights = LINEAR["class_weights"] * np.arange(1, 9, dtype=np.float32)[:, None]
     arrays = FEATURES[:8], np.abs(LINEAR["labels"][:8]), weights
 
@@ -331,7 +331,7 @@ def test_mapped_over_the_axis_that_is_sharded():
         close(losses(*(place(mesh, array, P("data")) for array in arrays)), expected)
 
 
-def test_batch_axes_join_what_types_say(plain_of_one_device):
+def test_batch_axes_are_added_to_the_axes_in_the_types(plain_of_one_device):
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Explicit, AxisType.Auto))
     with jax.set_mesh(mesh):
         placed = [place(mesh, a, s) for a, s in zip(PLAIN, (P("data"), P(), P("data")), strict=True)]
@@ -342,7 +342,7 @@ def test_batch_axes_join_what_types_say(plain_of_one_device):
     assert f"tensor<{POSITIONS // 4}x{WIDTH}xf32>" not in of_device
 
 
-def test_the_axis_that_a_spec_names_is_to_be_divided():
+def test_an_axis_that_does_not_divide_is_an_error():
     with jax.set_mesh(make_mesh(AxisType.Auto, (8,))):
         loss = functools.partial(linear_cross_entropy, kernel=KERNEL, batch_axes=P(None, "data"))
         assert np.isfinite(loss(FEATURES[:24].reshape(3, 8, -1), targets=LINEAR["labels"][:24].reshape(3, 8) * 0))
@@ -426,7 +426,7 @@ def collectives(text):
         pytest.param(AxisType.Explicit, "both", marks=pytest.mark.exhaustive),
     ],
 )
-def test_devices_share_the_work_and_tell_each_other_no_more_than_they_must(kind, layout):
+def test_devices_share_the_work_and_exchange_no_more_than_needed(kind, layout):
     shape, of_positions, of_kernel, _ = LAYOUTS[layout]
     found = collectives(compiled(kind, shape, of_positions, of_kernel))
     positions, width, classes = BIG.values()

@@ -259,7 +259,7 @@ SLOW_EAGERLY = {
 
 
 def program(name):
-    """The result and the gradients of a random cotangent to every floating argument, as a function, and these."""
+    """A function for the result and the gradients under a random cotangent, and its floating arguments."""
     fn, *arguments = CALLS[name]
     arguments = jax.tree.map(np.asarray, arguments)
     if name in HOST or name in OTHERS:
@@ -287,7 +287,7 @@ def outcome(name, compiled=True):
 
 @functools.cache
 def outcomes(names, modes):
-    """{name: outcome}, from one program: it takes as long to compile as a few of them."""
+    """{name: outcome}, from one program, which compiles as fast as a few separate ones."""
     programs = {name: program(name) for name in names}
     together = jax.jit(lambda given: {name: fn(*given[name]) for name, (fn, _) in programs.items()})
     with within(modes):
@@ -313,7 +313,7 @@ def nonfinite(name):
 
 @functools.cache
 def expected(name):
-    """In the default mode, to which these modes add errors alone."""
+    """The results in the default mode; these modes only add errors."""
     if name in HOST:
         return jax.tree.map(np.asarray, outcome(name))
     return outcomes(family(name), (*STRICT, NANS, *nonfinite(name)))[name]
@@ -347,7 +347,7 @@ def assert_equal(name, result, expected, same_dtypes):
     ],
 )
 def test_one_call_of_each_function_has_its_result_in_float64_mode_too(names):
-    """And none has another rank or dtype promoted, in either width."""
+    """No call promotes another rank or dtype, in either width."""
     names = tuple(name for name in names if name in ONE_OF_EACH or name in REMOVED)
     for name, result in outcomes(names, (X64, *STRICT, NANS, *nonfinite(names[0]))).items():
         assert_equal(name, result, expected(name), same_dtypes=False)

@@ -186,7 +186,7 @@ def test_accuracy_of_the_loop_as_written(steps):
     ],
 )
 def test_repairs_with_standardised_measurements(name, step, loss, accuracy):
-    """E1.4: One bias a unit."""
+    """E1.4: One bias per unit."""
     assert follow(name, step).loss[step] == pytest.approx(loss, rel=0, abs=5e-5)
     assert follow(name, step).accuracy[step] == pytest.approx(accuracy, rel=0, abs=5e-4)
 
@@ -335,7 +335,7 @@ def test_held_out_accuracy_does_not_expose_a_wrong_error(steps, delta3, accuracy
     assert classifier.held_out_accuracy(delta3, steps) == pytest.approx(accuracy, abs=5e-4)
 
 
-def test_delta_states_only_what_comes_out(tmp_path, capsys):
+def test_delta_states_only_computed_numbers(tmp_path, capsys):
     """The script ends well, and leaves its table and picture."""
     numbers = delta.run(delta.Config(out=tmp_path))
     assert numbers["example: eigenvalue 3 of J"] == pytest.approx(0.334403, abs=5e-7)
@@ -345,7 +345,7 @@ def test_delta_states_only_what_comes_out(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("steps", [1000, pytest.param(5000, marks=exhaustive)])
-def test_numpy_classifier_ends_with_an_error_where_a_number_differs(steps, tmp_path, monkeypatch, capsys):
+def test_numpy_classifier_ends_with_an_error_if_a_number_differs(steps, tmp_path, monkeypatch, capsys):
     """With one digit of its table changed; all else comes out and both pictures are drawn."""
     monkeypatch.setattr(classifier, "follow", functools.partial(follow, steps=steps))
     monkeypatch.setattr(classifier, "controls", functools.partial(controls, steps=steps))

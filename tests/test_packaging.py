@@ -1,4 +1,4 @@
-"""What the package says of itself."""
+"""The package's metadata."""
 
 import runpy
 import tomllib
@@ -19,11 +19,11 @@ def test_every_file_states_the_version():
 
 
 @pytest.mark.parametrize("tag", ["v0.0.1", "0.0.1", "v"])
-def test_a_tag_that_is_not_the_version_is_refused(tag, capsys):
+def test_a_tag_that_differs_from_the_version_is_refused(tag, capsys):
     assert RELEASE["main"](tag)
     assert f"error: pyproject.toml: expected {tag.removeprefix('v')} for the tag {tag}" in capsys.readouterr().err
 
 
-def test_the_core_needs_jax_and_jaxtyping_alone():
+def test_the_core_needs_only_jax_and_jaxtyping():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert [need.split(">=")[0] for need in project["dependencies"]] == ["jax", "jaxlib", "jaxtyping"]

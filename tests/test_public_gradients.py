@@ -1,4 +1,4 @@
-"""Gradients as people wrote them in public questions and reports, told anew on random numbers: what is each?
+"""Gradients that people wrote in public questions and reports, on new random numbers, with the doctor's verdict.
 
 The verdicts were written down from the mathematics before the doctor saw the gradients.
 """
@@ -51,7 +51,7 @@ def loss(z, t):
 
 
 def differences(s, forward, backward):
-    """The mean loss with each logit a little more and a little less, over the distance."""
+    """Central differences of the mean loss."""
     g = np.empty_like(s.z)
     for index in np.ndindex(*s.z.shape):
         step = np.zeros_like(s.z)

@@ -1,4 +1,4 @@
-"""PyTorch's own samples of softmax, its logarithm, logsumexp and the cross-entropies, through our functions."""
+"""PyTorch's own samples of softmax, log_softmax, logsumexp and the cross-entropies, with jaxsoft's functions."""
 
 import itertools
 import warnings
@@ -33,7 +33,7 @@ def as_array(tensor):
 
 
 def compare(theirs, ours, inputs):
-    """The value, and the gradients to the inputs under a cotangent for each number."""
+    """The value, and the gradients to the inputs under a random cotangent."""
     value = theirs()
     cotangent = torch.cos(torch.arange(value.numel(), dtype=value.dtype)).reshape(value.shape)
     expected = torch.autograd.grad(value, inputs, cotangent)

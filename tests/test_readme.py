@@ -1,4 +1,4 @@
-"""What the README says holds."""
+"""The README's statements hold."""
 
 import re
 import tomllib
@@ -24,11 +24,11 @@ def test_the_usage_example_runs_as_printed(capsys):
     assert capsys.readouterr().out.strip() == re.search(r"# (\S+), where chance", block)[1]
 
 
-def test_the_table_of_speed_is_that_of_the_committed_results():
+def test_the_table_of_speed_shows_the_committed_results():
     assert headline() in README
 
 
-def test_it_is_short():
+def test_the_readme_is_short():
     assert len(README.split()) <= 1000
 
 

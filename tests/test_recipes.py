@@ -1,4 +1,4 @@
-"""The recipes against the same losses on all logits, and what is known of them by hand."""
+"""The recipes against the same losses on all logits, and against results known by hand."""
 
 import ast
 import functools
@@ -80,7 +80,7 @@ def test_every_recipe_has_an_example_and_is_short():
         assert body[-1].end_lineno - body[0].lineno < 25
 
 
-def test_the_recipes_import_nothing_of_the_library_but_its_public_functions():
+def test_the_recipes_import_only_public_functions_of_jaxsoft():
     for node in ast.walk(ast.parse(inspect.getsource(losses))):
         if isinstance(node, ast.ImportFrom):
             assert node.module in ("typing", "jax", "jaxtyping", "jaxsoft")
@@ -108,7 +108,7 @@ def test_a_row_packed_or_apart_has_the_same_loss():
     np.testing.assert_allclose(packed, -np.concatenate(apart).mean(), rtol=1e-12)
 
 
-def test_what_is_said_of_ignored_tokens_does_not_count():
+def test_values_at_ignored_tokens_do_not_count():
     x, w, labels, old, reference, rewards = arguments_of(losses.grpo_loss, seed=3)
     ignored = np.asarray(labels) == IGNORED
     assert ignored.any()

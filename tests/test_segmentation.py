@@ -60,7 +60,7 @@ RNG = np.random.default_rng(0)
 
 @pytest.fixture(scope="module", autouse=True)
 def small():
-    """Networks compiled in seconds. Equal optimizers are the same one, so that runs share what is compiled."""
+    """Networks that compile in seconds. Equal optimizers are one object, so that runs share compiled programs."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("WIDTHS", "DEEPER"):
             patch.setattr(segmentation, name, SMALL)
@@ -71,7 +71,7 @@ def small():
 
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
-    """But for the one run of the fixture `whole`, which is there before."""
+    """No pictures, except from the fixture `whole`, whose run comes before."""
     for name in PICTURES:
         monkeypatch.setattr(segmentation, name, lambda *_: None)
 
@@ -101,13 +101,13 @@ def voc(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(voc, tmp_path_factory):
-    """A run on the folder that was left alone."""
+    """A run on the folder without interruption."""
     out = tmp_path_factory.mktemp("whole")
     return run(config(out, data=str(voc))), out
 
 
 def parameters(out, step=STEPS):
-    """What NumPy reads back with no help from the experiment, as bytes."""
+    """The parameters, read back by NumPy without the experiment's code, as bytes."""
     assert sorted(path.name for path in (out / "checkpoints").iterdir())[-1] == str(step)
     with np.load(out / "checkpoints" / str(step) / "state.npz") as state:
         return {name: array.tobytes() for name, array in state.items()}
@@ -187,7 +187,7 @@ def test_crops_are_windows_and_small_images_are_padded_with_void():
 
 
 def test_views_keep_image_and_labels_together_mirrored_and_scaled():
-    """A ramp from left to right, as labels and as grey levels, which its light moves all alike."""
+    """A ramp from left to right, as labels and as grey levels, all of which the brightness changes equally."""
     ramp = np.tile(np.arange(200, dtype=np.uint8), (200, 1))
     pair, directions, widths = Pair(np.stack([ramp] * 3, -1), ramp), set(), set()
     for seed in range(20):
@@ -203,7 +203,7 @@ def test_views_keep_image_and_labels_together_mirrored_and_scaled():
     assert max(widths) > 80
 
 
-def test_classes_count_by_the_root_of_their_rarity_and_colours_by_their_moments():
+def test_classes_are_weighted_by_the_root_of_their_rarity_and_colours_normalised():
     labels = np.repeat(np.uint8([0, 1, VOID]), [90, 10, 20]).reshape(12, 10)
     image = RNG.integers(0, 256, (12, 10, 3), np.uint8)
     mean, deviation, weights = recipe_of([Pair(image, labels)], 3)
@@ -266,7 +266,7 @@ def test_void_pixels_have_gradient_exactly_zero(params, scene):
     assert (gradient[scene.labels != VOID] != 0).all()
 
 
-def test_a_batch_of_void_alone_moves_nothing(params, scene):
+def test_a_batch_of_void_pixels_changes_no_parameter(params, scene):
     void = Pair(scene.image, np.full_like(scene.labels, VOID))
     for leaf in jax.tree.leaves(judge(params, void)[3]):
         assert (np.asarray(leaf) == 0).all()
@@ -348,7 +348,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(voc, whole, tmp_path, monkeypatc
 
 @pytest.mark.exhaustive
 def test_the_network_for_photographs_learns_and_resumes_bit_for_bit(voc, tmp_path, monkeypatch):
-    """Of its own size, in a process of its own that Ctrl-C ends."""
+    """At its own size, in a separate process that Ctrl-C ends."""
     monkeypatch.setattr(segmentation, "DEEPER", DEEPER)
     options = [config(tmp_path / name, data=str(voc)) for name in ("whole", "interrupted")]
     whole = run(options[0]), options[0].out
@@ -424,8 +424,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capfd, damag
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, empty])
-def test_nothing_is_lost_where_every_checkpoint_is_damaged(voc, tmp_path, monkeypatch, damage):
-    """Neither begun again over the rows that are there, nor are the checkpoints deleted; --overwrite does both."""
+def test_nothing_is_deleted_if_every_checkpoint_is_damaged(voc, tmp_path, monkeypatch, damage):
+    """The run does not restart over existing rows, and no checkpoint is deleted; --overwrite does both."""
     options = config(tmp_path, data=str(voc))
     stopped_at(monkeypatch, options, 6)
     rows = (tmp_path / "metrics.csv").read_bytes()
@@ -443,8 +443,8 @@ def test_nothing_is_lost_where_every_checkpoint_is_damaged(voc, tmp_path, monkey
 
 
 @pytest.mark.parametrize(("owner", "last"), [(_checkpoints, "checksums"), (pathlib.Path, "rename")])
-def test_a_checkpoint_cut_short_is_none(tmp_path, monkeypatch, owner, last):
-    """By Ctrl-C or a kill, here before its checksums or its name: what is there gives way to the next."""
+def test_a_truncated_checkpoint_is_damaged(tmp_path, monkeypatch, owner, last):
+    """By Ctrl-C or a kill, here before its checksums or its name; the next checkpoint replaces it."""
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -466,7 +466,7 @@ def test_a_run_resumes_bit_for_bit_from_the_checkpoint_before_a_damaged_one(voc,
     assert_same((run(config(tmp_path, data=str(voc), resume=True)), tmp_path), whole)
 
 
-def test_resume_starts_where_there_is_no_checkpoint_and_rests_where_all_is_done(voc, whole, tmp_path, monkeypatch):
+def test_resume_starts_without_a_checkpoint_and_stops_at_the_last_step(voc, whole, tmp_path, monkeypatch):
     stopped_at(monkeypatch, config(tmp_path, data=str(voc)), 2)
     for _ in range(2):
         assert_same((run(config(tmp_path, data=str(voc), resume=True)), tmp_path), whole)
@@ -486,7 +486,21 @@ def test_an_unfinished_run_is_neither_overwritten_nor_continued_with_other_optio
         run(dataclasses.replace(options, resume=True))
 
 
-def test_a_finished_run_is_replaced_where_that_is_asked_for(voc, whole, tmp_path):
+def test_resume_without_the_data_of_the_run_does_not_fall_back_to_the_digits(voc, tmp_path, monkeypatch, capsys):
+    stopped_at(monkeypatch, config(tmp_path, data=str(voc)), 3)
+    message = f"--data: {tmp_path} is a run on {voc}, got digits: --resume needs the same options, here --data {voc}"
+    for steps in (STEPS, None):
+        with pytest.raises(InputError) as caught:
+            run(config(tmp_path, resume=True, steps=steps))
+        assert str(caught.value) == message
+    capsys.readouterr()
+    stopped_at(monkeypatch, config(tmp_path / "none", resume=True), 1)
+    assert (
+        f"{tmp_path / 'none'}: no checkpoint to resume from: starting at step 1, on digits" in capsys.readouterr().err
+    )
+
+
+def test_a_finished_run_is_replaced_only_with_overwrite(voc, whole, tmp_path):
     run(config(tmp_path, data=str(voc), seed=1))
     before = (tmp_path / "metrics.csv").read_bytes()
     with pytest.raises(InputError, match="holds a finished run: replace it with --overwrite, or choose another --out"):
@@ -499,7 +513,7 @@ def test_a_finished_run_is_replaced_where_that_is_asked_for(voc, whole, tmp_path
     assert parameters(tmp_path) == parameters(whole[1])
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path, capfd):
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path, capfd):
     """A limit on the size of files in place of the disk's: writing fails in the same way."""
     save(tmp_path, Checkpoint(1, {"x": jnp.arange(4.0)}, {"n": 0.1}))
     noise = jnp.asarray(np.random.default_rng(0).random((8, 100_000)))
@@ -582,7 +596,7 @@ def test_more_steps_are_refused_and_begun_with_the_parameters_of_the_run(voc, wh
         run(config(tmp_path / "third", data=str(voc), start=tmp_path / "other"))
 
 
-def test_a_run_of_an_earlier_version_does_not_go_on(voc, tmp_path, monkeypatch):
+def test_a_run_of_an_earlier_version_is_not_resumed(voc, tmp_path, monkeypatch):
     options = config(tmp_path, data=str(voc))
     stopped_at(monkeypatch, options, 3)
     record = read_record(tmp_path / "checkpoints", 2)
@@ -593,7 +607,9 @@ def test_a_run_of_an_earlier_version_does_not_go_on(voc, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("predicting", [False, True])
-def test_an_interruption_before_the_first_checkpoint_is_not_gone_on_from(voc, tmp_path, monkeypatch, capfd, predicting):
+def test_an_interruption_before_the_first_checkpoint_says_that_resume_begins_again(
+    voc, tmp_path, monkeypatch, capfd, predicting
+):
     def interrupt(*_):
         signal.raise_signal(signal.SIGINT)
 
@@ -634,7 +650,7 @@ def test_a_run_predicts_photographs(whole, voc, tmp_path, capsys):
         np.testing.assert_array_equal(state["0/score/0"], trained.params["score"][0])
 
 
-def test_predicted_masks_have_the_values_and_colours_that_were_learnt_from(tmp_path, masks_of):
+def test_predicted_masks_have_the_values_and_colours_of_the_training_masks(tmp_path, masks_of):
     folder = masks_of(0, 255)
     run(config(tmp_path / "out", data=str(folder), values=(0, 255)))
     photograph = folder / "JPEGImages/0.png"
@@ -686,14 +702,14 @@ def save_mask(pixels):
         (MASK, save_mask(np.zeros((40, 64), np.uint8)), "JPEGImages/1.png, 40×64, got 64×40"),
         (MASK, save_mask(np.full((64, 40), 200, np.uint8)), "expected labels below --classes 3 or 255 (void), got 200"),
         (MASK, save_mask(np.zeros((64, 40, 3), np.uint8)), "expected a palette or 8-bit greyscale mask, got 3 channels of the colours 0 0 0: pass --colours FILE with a line 'R G B name' for each"),
-        (MASK, save_mask(np.zeros((64, 40), np.uint16)), "expected a palette or 8-bit greyscale mask, got Pillow's mode I;16: save it in mode L, 8 bits a pixel"),
+        (MASK, save_mask(np.zeros((64, 40), np.uint16)), "expected a palette or 8-bit greyscale mask, got Pillow's mode I;16: save it in mode L, 8 bits per pixel"),
         (MASK, lambda path: path.unlink(), "no such file, listed in {folder}/ImageSets/Segmentation/train.txt, line 2"),
         (MASK, lambda path: os.truncate(path, 600), "cannot read the image: "),
         (IMAGE, lambda path: path.unlink(), "no such file, listed in {folder}/ImageSets/Segmentation/train.txt, line 1"),
         (IMAGE, lambda path: os.truncate(path, path.stat().st_size // 2), "cannot read the image: "),
         (IMAGE, lambda path: path.write_text("no image"), "cannot read the image: "),
         (LIST, lambda path: path.write_text(" \n"), "expected at least one name, got an empty list"),
-        (LIST, lambda path: path.write_bytes(b"\xff\xfe0"), "expected text, a name a line"),
+        (LIST, lambda path: path.write_bytes(b"\xff\xfe0"), "expected text, one name per line"),
         (LIST.replace("train", "val"), lambda path: path.write_text(""), "expected at least one name, got an empty list"),
     ],
 )  # fmt: skip
@@ -710,16 +726,16 @@ def test_bad_folders_are_one_line_naming_the_file(broken, tmp_path, file, spoil,
 @pytest.mark.parametrize(
     ("present", "message"),
     [
-        (None, "{0}: no such folder, asked for with --data"),
+        (None, "{0}: no such folder, given by --data"),
         ([], "{0}: expected {1}; got nothing"),
         (["a/x.jpg", "b.png", ".hidden"], "{0}: expected {1}; got a/, b.png"),
         ([f"{n}.png" for n in range(9)], "{0}: expected {1}; got 0.png, 1.png, 2.png, 3.png, 4.png, 5.png and 3 more"),
         (["train.txt"], "{0}/train.txt: expected at least one name, got an empty list"),
         (["val.txt"], "{0}/train.txt: no such list; train.txt and val.txt say what to train on and what to hold out"),
-        (["images/x.png", "masks/.DS_Store"], "{0}/images: expected a file of the same name in {0}/masks for each, got x here alone"),
-        (["images/x.png", "masks/x.png", "masks/y.gif"], "{0}/masks: expected a file of the same name in {0}/images for each, got y here alone"),
+        (["images/x.png", "masks/.DS_Store"], "{0}/images: expected a file of the same name in {0}/masks for each, got none for x"),
+        (["images/x.png", "masks/x.png", "masks/y.gif"], "{0}/masks: expected a file of the same name in {0}/images for each, got none for y"),
         (["images/x.png", "masks/x.png"], "{0}/images: expected two photographs or more, one to be held out, got 1"),
-        (["images/x.txt", "labels/x.png"], "{0}/labels: expected a file of the same name in {0}/images for each, got x here alone"),
+        (["images/x.txt", "labels/x.png"], "{0}/labels: expected a file of the same name in {0}/images for each, got none for x"),
     ],
 )  # fmt: skip
 def test_folders_of_no_layout_are_one_line(tmp_path, present, message):
@@ -735,7 +751,7 @@ def test_folders_of_no_layout_are_one_line(tmp_path, present, message):
 
 
 def lay_out(folder, files, lists):
-    """Photographs and masks by their paths, each of two classes, the photograph as dark as it is its number."""
+    """Write photographs and masks with these paths, each mask with two classes; a photograph's grey level is its number."""
     for n, (image, mask) in enumerate(files):
         for path, pixels in ((image, np.full((20, 30, 3), n, np.uint8)), (mask, np.eye(20, 30, dtype=np.uint8))):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -779,7 +795,7 @@ def test_a_pair_that_is_missing_is_one_line(tmp_path):
 def test_without_lists_a_fifth_is_held_out_by_the_seed(tmp_path, capsys, masks):
     lay_out(tmp_path, [(f"images/{n:02}.png", f"{masks}/{n:02}.png") for n in range(11)], {})
     drawn = [read_folder(tmp_path, seed=seed) for seed in (0, 0, 1)]
-    assert capsys.readouterr().out.splitlines()[0] == "9 photographs to train on, 2 held out, as --seed 0 draws them"
+    assert capsys.readouterr().out.splitlines()[0] == "9 photographs to train on, 2 held out, drawn by --seed 0"
     first, again, other = ((numbers(train), numbers(test)) for train, test, _ in drawn)
     assert first == again != other
     assert sorted(first[0] + first[1]) == sorted(other[0] + other[1]) == list(range(11))
@@ -795,7 +811,7 @@ def test_the_layouts_stand_in_the_help_and_in_the_docs(monkeypatch, capsys):
             assert name in text
 
 
-def test_masks_of_void_alone_are_refused(broken):
+def test_masks_with_only_void_are_refused(broken):
     for n in (3, 4):
         path = broken / f"SegmentationClass/{n}.png"
         Image.fromarray(np.full_like(read_mask(path), VOID)).save(path)
@@ -803,7 +819,7 @@ def test_masks_of_void_alone_are_refused(broken):
         read_folder(broken)
 
 
-def test_names_are_those_of_the_folder_or_of_voc(broken):
+def test_names_come_from_the_folder_or_from_voc(broken):
     assert class_names(broken, 3) == ("0", "1", "2")
     assert class_names(broken, 21)[15] == "person"
     (broken / "classes.txt").write_text("sky\nroad\ntree\n")
@@ -811,11 +827,11 @@ def test_names_are_those_of_the_folder_or_of_voc(broken):
     with pytest.raises(InputError, match=r"classes.txt: expected the names of 4 classes, one per line, got 3"):
         class_names(broken, 4)
     (broken / "classes.txt").write_bytes(b"\xff")
-    with pytest.raises(InputError, match=r"classes.txt: expected text, a name a line"):
+    with pytest.raises(InputError, match=r"classes.txt: expected text, one name per line"):
         class_names(broken, 3)
 
 
-def test_the_palette_is_vocs():
+def test_the_palette_equals_the_one_of_voc():
     colors = voc_palette()
     assert colors[[0, 1, 2, 15, VOID]].tolist() == [
         [0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [224, 224, 192]
@@ -874,14 +890,14 @@ TRAIN = "ImageSets/Segmentation/train.txt: its masks hold"
         ((0, 255), {"classes": 2}, f"{TRAIN} the values 0 (class 0) and 255 (void), fewer than two classes: where each value is a class, pass --values 0 255"),
         ((0, 255), {}, f"{TRAIN} the values 0 (class 0) and 255 (void), fewer than two classes: where each value is a class, pass --values 0 255"),
         ((0, 1), {"void": (0,)}, f"{TRAIN} the values 0 (void) and 1 (class 0), fewer than two classes: where each value is a class, pass --values 0 1"),
-        ((3,), {}, f"{TRAIN} the value 3 (class 3), fewer than two classes: all that is not the class has to be labelled too"),
+        ((3,), {}, f"{TRAIN} the value 3 (class 3), fewer than two classes: label everything that is not the class, too"),
         ((0, 1, 9), {"values": (0, 1)}, "0.png: expected --values 0 1 or 255 (void), got 9"),
         ((0, 255), {"values": (0, 1), "void": (7,)}, "0.png: expected --values 0 1 or 7 (void), got 255"),
         ((0, 9), {"values": (0, 255)}, "0.png: expected --values 0 255, got 9"),
         ((0, 1, 2, 3), {"classes": 2, "void": (0,)}, "0.png: expected labels below --classes 2 or 0 (void), got 3, which is class 2 without 0"),
     ],
 )  # fmt: skip
-def test_masks_that_tell_nothing_apart_are_one_line(tmp_path, masks_of, values, options, message):
+def test_masks_with_one_class_are_one_line(tmp_path, masks_of, values, options, message):
     with pytest.raises(InputError) as caught:
         run(config(tmp_path / "out", data=str(masks_of(*values)), **options))
     assert str(caught.value).endswith(message)
@@ -897,7 +913,7 @@ def test_masks_that_tell_nothing_apart_are_one_line(tmp_path, masks_of, values, 
         ((0, 7, 9, 8), {"void": (0, 9), "values": (8, 7)}, (VOID, 1, VOID, 0), ("8", "7")),
     ],
 )
-def test_values_are_classes_or_void_as_is_asked_for(masks_of, values, options, labels, names):
+def test_values_are_classes_or_void_as_the_options_say(masks_of, values, options, labels, names):
     train, _, found = read_folder(masks_of(*values), Coding(**options))
     np.testing.assert_array_equal(train[0].labels[0, ::8], labels)
     assert found == names
@@ -925,13 +941,13 @@ def test_black_and_white_masks_train_both_classes(tmp_path, masks_of):
         ((0, 1, 2), {}, "3 of 3 classes occur; 0.0% of the pixels are void (255)"),
     ],
 )  # fmt: skip
-def test_classes_that_never_occur_are_said(masks_of, capsys, values, options, line):
+def test_classes_that_never_occur_are_listed(masks_of, capsys, values, options, line):
     classes = options.pop("classes", None)
     read_folder(masks_of(*values), Coding(**options), classes)
     assert capsys.readouterr().out == f"{line}\n"
 
 
-def test_classes_that_are_held_out_alone_are_said(masks_of, tmp_path, capsys):
+def test_classes_only_in_held_out_images_are_listed(masks_of, tmp_path, capsys):
     masks_of(0, 1)
     write_pair(tmp_path / "data", "1", np.tile(np.uint8([0, 1, 2]), (3, 1)))
     (tmp_path / "data/ImageSets/Segmentation/val.txt").write_text("1\n")
@@ -945,7 +961,7 @@ BLACK, RED, GREEN, BLUE = (0, 0, 0), (128, 0, 0), (0, 128, 0), (0, 0, 128)
 
 
 def write_coloured(folder, *colours, table, mode="RGB"):
-    """As `masks_of` has it, with the table of colours beside it."""
+    """As in `masks_of`, with the table of colours next to it."""
     columns = np.repeat(np.uint8(colours), 8, 0)
     write_pair(
         folder / "data",
@@ -973,7 +989,7 @@ def test_coloured_masks_are_read_by_their_table(tmp_path, mode):
     ("colours", "table", "message"),
     [
         ((BLACK, BLUE), "0 0 0 a\n0 128 0 b\n", "0.png: expected only the colours of --colours, got 0 0 128 in row 0, column 8, and 320 such pixels"),
-        ((BLACK, BLUE), "0 0 0 void\n0 0 128 b\n1 1 1 c\n", "train.txt: its masks hold the colours 0 0 0 (void) and 0 0 128 (class 0), fewer than two classes: all that is not the class has to be labelled too"),
+        ((BLACK, BLUE), "0 0 0 void\n0 0 128 b\n1 1 1 c\n", "train.txt: its masks hold the colours 0 0 0 (void) and 0 0 128 (class 0), fewer than two classes: label everything that is not the class, too"),
         ((BLACK,), "0 0 0\n0 0 300 b\n", "colours.txt, line 2: expected 'R G B name', three integers from 0 to 255, got '0 0 300 b'"),
         ((BLACK,), "0 0\n", "colours.txt, line 1: expected 'R G B name', three integers from 0 to 255, got '0 0'"),
         ((BLACK,), "0 0 0\n0 0 0 b\n", "colours.txt, line 2: expected each colour once, got 0 0 0 again"),
@@ -987,7 +1003,7 @@ def test_bad_colours_are_one_line(tmp_path, colours, table, message):
     assert str(caught.value).endswith(message)
 
 
-def test_colours_go_with_no_other_coding(tmp_path):
+def test_colours_exclude_other_codings(tmp_path):
     options = write_coloured(tmp_path, BLACK, RED, table="0 0 0\n128 0 0\n")
     with pytest.raises(InputError, match="--colours: expected without --values and --void: its lines say what is void"):
         run(config(tmp_path / "out", **options, void=(0,)))
@@ -999,7 +1015,7 @@ def test_colours_go_with_no_other_coding(tmp_path):
 
 
 def turned(orientation):
-    """What a camera notes that is held so."""
+    """The EXIF orientation of a camera held in this way."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     return exif
@@ -1011,7 +1027,7 @@ def turned(orientation):
 )
 @pytest.mark.parametrize("ending", ["jpg", "png"])
 def test_photographs_are_upright(tmp_path, orientation, turn, ending):
-    """As every viewer shows them: what is stored, turned as EXIF says."""
+    """As every viewer shows them: the stored pixels, rotated by EXIF."""
     stored = Image.fromarray(np.repeat(np.arange(0, 240, 10, dtype=np.uint8), 16).reshape(16, 24)).convert("RGB")
     stored.save(tmp_path / f"0.{ending}", exif=turned(orientation), quality=100, subsampling=0)
     seen = stored if turn is None else stored.transpose(turn)
@@ -1021,7 +1037,7 @@ def test_photographs_are_upright(tmp_path, orientation, turn, ending):
     np.testing.assert_allclose(found[[0, -1]].mean((1, 2)), np.asarray(seen)[[0, -1]].mean((1, 2)), atol=5)
 
 
-def test_a_mask_of_a_photograph_as_it_is_stored_is_one_line(tmp_path):
+def test_a_mask_that_is_not_rotated_like_its_photograph_is_one_line(tmp_path):
     stored = Image.new("RGB", (40, 32))
     write_pair(tmp_path, "0", Image.fromarray(RNG.integers(0, 2, (32, 40), np.uint8)))
     stored.save(tmp_path / "JPEGImages/0.png", exif=turned(6))
@@ -1030,7 +1046,7 @@ def test_a_mask_of_a_photograph_as_it_is_stored_is_one_line(tmp_path):
         read_folder(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path}/SegmentationClass/0.png: expected the size of {tmp_path}/JPEGImages/0.png, 32×40, got 40×32: "
-        "its EXIF orientation turns the photograph, and has to turn the mask"
+        "the photograph's EXIF orientation rotates it, so rotate the mask too"
     )
 
 
@@ -1043,12 +1059,12 @@ def test_grey_photographs_of_16_bits_keep_the_upper_8(tmp_path, ending):
 
 def test_photographs_of_32_bits_are_one_line(tmp_path):
     Image.fromarray(np.ones((5, 7), np.float32)).save(tmp_path / "0.tif")
-    with pytest.raises(InputError, match=r"0.tif: expected 8 or 16 bits a channel, got 32: save the photograph with"):
+    with pytest.raises(InputError, match=r"0.tif: expected 8 or 16 bits per channel, got 32: save the photograph with"):
         read_photograph(tmp_path / "0.tif")
 
 
 def write_grey(path, values, bits):
-    """PNG as its specification has it, for Pillow takes the labels to be stretched on the way out as well."""
+    """A PNG written by its specification, because Pillow would scale the labels when writing."""
     height, width = values.shape
     shifts = np.arange(bits - 1, -1, -1)
     rows = np.packbits((values[..., None] >> shifts & 1).reshape(height, -1), 1)
@@ -1071,11 +1087,11 @@ def test_grey_masks_of_few_bits_hold_their_labels(tmp_path, bits):
 
 
 @pytest.mark.parametrize(("form", "ending"), [("JPEG", "jpg"), ("JPEG", "png"), ("WEBP", "webp")])
-def test_masks_with_losses_are_one_line(tmp_path, form, ending):
+def test_lossy_masks_are_one_line(tmp_path, form, ending):
     Image.fromarray(np.zeros((9, 13), np.uint8)).save(tmp_path / f"0.{ending}", form)
     with pytest.raises(InputError) as caught:
         read_mask(tmp_path / f"0.{ending}")
     assert str(caught.value) == (
-        f"{tmp_path}/0.{ending}: expected a mask that is stored without loss, as PNG is, got {form}, whose values are "
-        "others than were drawn: export the mask anew"
+        f"{tmp_path}/0.{ending}: expected a mask in a lossless format such as PNG, got {form}, which changes "
+        "the values: export the mask again"
     )

@@ -59,7 +59,7 @@ def close(actual, expected):
 
 
 def value_and_vjp(name, axis, logits, cotangent, **options):
-    """Those of a softmax function; of a cotangent of each class logsumexp takes the sum."""
+    """The value and the VJP of a softmax function; for logsumexp the cotangents of all classes are summed."""
     value, pullback = jax.vjp(lambda z: getattr(jaxsoft, name)(z, axis, **options), logits)
     return value, pullback(cotangent)[0]
 
@@ -74,7 +74,7 @@ def of_softmax(name, axis):
 
 @pytest.fixture(scope="module")
 def whole_softmax():
-    """Of each function and axis, as one program."""
+    """For each function and axis, as one program."""
     cases = [(name, axis) for name in SOFTMAX for axis in (0, 1)]
     return jax.jit(lambda: {case: value_and_vjp(*case, *of_softmax(*case)) for case in cases})()
 
@@ -123,7 +123,7 @@ def variables_of(case, linear):
 
 @pytest.fixture(scope="module")
 def whole_losses():
-    """Of each case with logits and with a linear layer, whose logits are computed before, as one program."""
+    """For each case, with logits and with a linear layer whose logits are computed before, as one program."""
 
     def value_and_grad(case, linear):
         options, targets, variables = of_losses(case, linear)
@@ -194,7 +194,7 @@ def slope(z, y, **options):
 
 @pytest.fixture(scope="module")
 def whole_second_order():
-    """The gradients of sums of sines of gradients: of logits, and of a kernel by way of its features and it."""
+    """The gradients of sums of sines of gradients: for logits, and for features and kernel of a layer."""
 
     def of_kernel(x, w):
         def loss(w):
@@ -223,7 +223,7 @@ ALONG = np.ones_like(FAR), np.cos(FAR)
 
 
 def bend(name, z, g, v, *arguments, **more):
-    """The gradient along a direction of the product of a cotangent with what is differentiated."""
+    """The gradient of the directional derivative of a cotangent's product with the result."""
     options = {"reduction": "none"} if arguments else {}
 
     def gradient(z):
@@ -233,7 +233,7 @@ def bend(name, z, g, v, *arguments, **more):
 
 
 def of_bend(name):
-    """A cotangent of each result, and labels where the function takes such: those of the largest logits."""
+    """A cotangent for each result, and labels if the function takes any: the classes of the largest logits."""
     return COTANGENT if "softmax" in name else COTANGENT[:, 0], (LOGITS.argmax(1),) if name == "cross_entropy" else ()
 
 
@@ -242,7 +242,7 @@ BENT = [*SOFTMAX, "cross_entropy"]
 
 @pytest.fixture(scope="module")
 def whole_bend():
-    """Along both, of each function, in float64."""
+    """Along both axes, for each function, in float64."""
 
     def of_one(name):
         g, arguments = of_bend(name)
@@ -261,7 +261,7 @@ def whole_bend():
     ],
     indirect=["mesh"],
 )
-def test_second_order_far_below_the_leading_class(whole_bend, mesh, name):
+def test_second_order_far_below_the_largest_class(whole_bend, mesh, name):
     """Accurate to the rounding of s, however small, also if the terms of a class cancel: along a constant direction.
 
     They would not if one of them had exp(z_j − m) by way of the largest logit of its shard.
@@ -381,7 +381,7 @@ def test_errors_say_where_the_name_must_come_from():
 
 
 @pytest.mark.parametrize("linear", [False, True])
-def test_the_tangent_of_the_value_where_a_whole_block_has_targets_of_0(linear):
+def test_the_tangent_of_the_value_if_a_whole_block_has_targets_of_0(linear):
     """One-hot rows: seven of eight blocks have weight 0, but their targets have tangents."""
     mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
     targets = np.eye(40, dtype=np.float32)[np.arange(12) * 3]
@@ -403,7 +403,7 @@ def test_the_tangent_of_the_value_where_a_whole_block_has_targets_of_0(linear):
     np.testing.assert_allclose(sharded(*arrays), jax.jit(tangent_of_the_value)(*arrays), rtol=2e-5)
 
 
-def test_a_block_of_removed_classes_far_below_the_others_costs_nothing():
+def test_a_block_of_masked_classes_far_below_the_others_adds_no_loss():
     """The lowest number, relative to which a block without classes is summed, minus 1e32 is −∞ in float32."""
     mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
     logits, targets = np.full((1, 16), -np.inf, np.float32), np.zeros((1, 16), np.float32)
@@ -435,7 +435,7 @@ def test_a_maximum_that_is_rounded_differently_when_it_is_read_again_counts_once
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
-def test_no_class_left_has_no_second_derivative():
+def test_a_position_whose_classes_are_all_masked_has_no_second_derivative():
     mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
     whole = PartitionSpec(None, "classes")
     logsumexp = over_shards(mesh, functools.partial(jaxsoft.logsumexp, axis_name="classes"), whole, PartitionSpec())
@@ -446,7 +446,7 @@ def test_no_class_left_has_no_second_derivative():
 
 
 @pytest.mark.parametrize("other", [np.inf, 0.0])
-def test_a_logit_that_is_nan_in_one_block_is_not_passed_over_in_another(other):
+def test_a_nan_logit_in_one_block_reaches_the_other_blocks(other):
     """For some orders of the devices, XLA's CPU takes the number as the maximum of a number and NaN."""
     mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
     spec = PartitionSpec(None, "classes")

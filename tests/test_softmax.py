@@ -128,8 +128,8 @@ def test_half_precision_is_summed_in_float32():
 
 
 @pytest.mark.x32
-def test_logsumexp_near_zero_keeps_its_digits():
-    """Its accuracy is that of the largest logit or of the logarithm of the sum, whichever is lower."""
+def test_logsumexp_near_zero_stays_accurate():
+    """It is as accurate as the largest logit or the logarithm of the sum, whichever is less accurate."""
     z = np.full((8, 2, 3), -np.inf, np.float32)
     z[:, 1, 2] = [0, -1e-7, 0, 0, -1e-3, -0.5, 3, 0]
     z[:, 0, 1] = [-20, -16, 0, -60, -7, -0.9, -20, -np.inf]
@@ -152,7 +152,7 @@ def test_logsumexp_near_zero_keeps_its_digits():
         assert (error <= 1e-6 * np.abs(expected) + 6e-8 * np.abs(wide[:, -1])).all(), error
 
 
-def test_softmax_saves_its_output_alone():
+def test_softmax_saves_only_its_output():
     logits = normal(8, (16, 32)).astype(np.float32)
     value, pullback = jax.vjp(softmax, logits)
     saved = [leaf for leaf in jax.tree.leaves(pullback) if isinstance(leaf, jax.Array)]
@@ -160,8 +160,8 @@ def test_softmax_saves_its_output_alone():
     np.testing.assert_array_equal(saved[0], value)
 
 
-def test_the_shift_is_each_vectors_own_maximum():
-    """Large logits are shifted, and not by the largest of the whole array, which makes 0/0 of the second row."""
+def test_each_vector_is_shifted_by_its_own_maximum():
+    """Large logits are shifted, but not by the maximum of the whole array, with which the second row would be 0/0."""
     rows = np.array([[1000.0, 1001.0, 1002.0], [0.0, 1.0, 2.0]])
     for found, alone, shift in zip(values(rows), values(rows[1]), (0, 0, 1000), strict=True):
         assert np.isfinite(found).all()
@@ -169,7 +169,7 @@ def test_the_shift_is_each_vectors_own_maximum():
         np.testing.assert_allclose(found[0], alone + shift, rtol=1e-13)
 
 
-def test_removed_classes_poison_nothing():
+def test_masked_classes_may_hold_nan():
     logits = np.array([[1.0, poison, 2.0] for poison in (np.nan, np.inf, -np.inf, 1e300)])
     given = np.tile([1.0, 5.0, 0.0], (4, 1))
     of_softmax, of_log_softmax, of_logsumexp = pulled(logits, [given, given, np.ones(4)], np.array([True, False, True]))
@@ -181,7 +181,7 @@ def test_removed_classes_poison_nothing():
     np.testing.assert_allclose(of_logsumexp[0], np.log(np.e + np.e**2), rtol=1e-14)
 
 
-def test_a_mask_is_that_of_the_classes_left():
+def test_a_mask_equals_leaving_the_classes_out():
     """Masking the input protects the value from masked logits; masking the output protects the gradient."""
     poison = np.array([0.0, 700.0, np.nan, np.inf, -np.inf])[:, None, None]
     kept, mask = np.array([0, 2, 3]), np.array([True, False, True, True, False])
@@ -199,7 +199,7 @@ def test_a_mask_is_that_of_the_classes_left():
             np.testing.assert_array_equal(its_gradient[:, ~mask], 0)
 
 
-def test_no_class_left():
+def test_every_class_masked():
     given = normal(10, (2, 3))
     found = pulled(normal(9, (2, 3)), [given, given, np.ones(2)], np.array([[False] * 3, [True] * 3]))
     (probs, gradient), (log_probs, _), (lse, slope) = found
@@ -229,7 +229,7 @@ def test_every_logit_minus_infinity(shape):
             assert np.isfinite(hessian).all()
 
 
-def test_cotangents_at_removed_classes_are_dropped():
+def test_cotangents_at_masked_classes_are_ignored():
     logits, mask = np.tile([1.0, 2.0, 3.0], (4, 1)), np.array([True, True, False])
     given = np.array([[1.0, -0.5, poison] for poison in (1.0, np.nan, np.inf, -np.inf)])
     found = pulled(logits, [given, given, np.ones(4)], mask)[:2]
@@ -252,7 +252,7 @@ def test_infinite_and_nan_logits():
 
 
 def test_derivatives_of_second_order():
-    """Forward over reverse, reverse over reverse, and so of what `jax.checkpoint` computes again."""
+    """Forward over reverse, reverse over reverse, and both under `jax.checkpoint`."""
     logits, mix = normal(11, 5), normal(12, 5)
 
     def hessians(ours, scalar):
@@ -278,7 +278,7 @@ def test_derivatives_of_second_order():
         np.testing.assert_allclose(matrix, reference.jacobian(probs), rtol=1e-12, atol=1e-14)
 
 
-def test_softmax_vjp_is_the_product_with_the_jacobian_and_so_is_forward_mode():
+def test_softmax_vjp_and_forward_mode_are_the_product_with_the_jacobian():
     logits, vector = normal(13, 6), normal(14, 6)
 
     @jax.jit
@@ -294,7 +294,7 @@ def test_softmax_vjp_is_the_product_with_the_jacobian_and_so_is_forward_mode():
 
 
 def exact_pullbacks(z, g):
-    """Of softmax and log_softmax along axis 1, with their sizes if no terms cancel; the others of a class are summed."""
+    """The VJPs of softmax and log_softmax along axis 1, and their sizes without cancellation; other classes are summed."""
     z, g = z.astype(np.longdouble), g.astype(np.longdouble)
     p = np.exp(z - z.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
@@ -313,8 +313,8 @@ def exact_pullbacks(z, g):
 @pytest.mark.skipif(not native_kernels().loaded, reason="of the CPU's kernels, see docs/exactness.md")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", [(60, 2, 1), (60, 5, 1), (9, 5, 40), (60, 70, 1), (20, 1000, 1)])
-def test_pullbacks_keep_their_digits_at_a_class_of_probability_one(shape, dtype):
-    """By kernels, for every margin: no 1 − s is a difference. Half-precision probabilities do not sum to 1 closely."""
+def test_pullbacks_stay_accurate_at_a_class_of_probability_one(shape, dtype):
+    """With kernels, for every margin: 1 − s is never a difference. Half-precision probabilities do not sum to 1 accurately."""
     rng = np.random.default_rng(23)
     z, g = rng.normal(size=(2, *shape))
     z[:, :1] = z[:, 1:].max(1, keepdims=True) + np.linspace(-60, 80, z[:, :1].size).reshape(z[:, :1].shape)

@@ -1,4 +1,4 @@
-"""Every function exported with sizes that nobody knows yet, then called with some."""
+"""Every function exported with symbolic sizes, then called with actual ones."""
 
 import functools
 import itertools
@@ -138,7 +138,7 @@ def value_and_gradients(name, arrays):
 
 @functools.cache
 def exported(of):
-    """A family from one program for all platforms and sizes; its arguments, and the function itself."""
+    """A family of functions from one program for all platforms and sizes; its arguments, and the function itself."""
     scope = export.SymbolicScope()
 
     def argument(shape):
@@ -167,7 +167,7 @@ SLOW_TO_COMPILE = {
         for of, n in itertools.product(FAMILIES, range(len(SIZES)))
     ],
 )
-def test_exported_with_symbolic_shapes_it_is_the_direct_call(of, sizes):
+def test_exported_with_symbolic_shapes_it_equals_the_direct_call(of, sizes):
     """The value and every gradient."""
     of_any_size, arguments, results = exported(of)
     rng = np.random.default_rng(0)

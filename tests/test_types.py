@@ -1,4 +1,4 @@
-"""What a user's type checker says: programs and examples of README and documentation pass pyright's and mypy's strict modes."""
+"""Type checkers on a user's code: all programs of README and documentation pass pyright's and mypy's strict modes."""
 
 import doctest
 import json
@@ -59,7 +59,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reports(files):
-    """What pyright says of each program."""
+    """pyright's reports on each program."""
     folder = next(iter(files.values())).parent
     (folder / "pyrightconfig.json").write_text(json.dumps(RULES | {"extraPaths": [str(ROOT)]}))
     command = [PYRIGHT, "--outputjson", "--pythonpath", sys.executable, "-p", folder]

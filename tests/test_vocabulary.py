@@ -1,4 +1,4 @@
-"""The language model: its words, its batches, its loss, and runs that are killed."""
+"""The language model: its tokens, its batches, its loss, and runs that are killed."""
 
 import collections
 import dataclasses
@@ -63,7 +63,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
-    """A run that was left alone."""
+    """A run without interruption."""
     out = tmp_path_factory.mktemp("whole")
     return run(config(corpus, out)), out
 
@@ -80,7 +80,7 @@ def text(corpus):
 
 
 def environment():
-    """In which a process compiles as the tests do, and shares what they have compiled."""
+    """The environment in which a process compiles as the tests do, and shares their compiled programs."""
     return {
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -132,7 +132,7 @@ def end_held(module, options, metrics, step, number):
 
 
 def parameters(out, step=STEPS):
-    """What NumPy reads back with no help from the experiment."""
+    """The parameters, read back by NumPy without the experiment's code."""
     assert max(int(path.name) for path in (out / "checkpoints").iterdir()) == step
     with np.load(out / "checkpoints" / str(step) / "state.npz") as state:
         return dict(state)
@@ -157,7 +157,7 @@ def write(folder, **documents):
     return str(folder)
 
 
-def test_the_commonest_words_of_the_training_documents_are_classes_and_the_rest_is_unknown(tmp_path):
+def test_the_most_frequent_tokens_of_the_training_documents_are_classes_and_the_rest_is_unknown(tmp_path):
     folder = write(tmp_path, a="x y x z y x", b="q q q q y x", c="z new x y")
     for seed in range(5):
         found = read_text(folder, vocabulary=3, context=2, seed=seed)
@@ -216,7 +216,7 @@ def test_the_standard_library_is_without_the_packages_and_installed_with_them(mo
     assert len(set(all_of_them)) == len(all_of_them)
 
 
-def test_a_vocabulary_of_more_words_than_there_are_is_refused_with_both_numbers(tmp_path):
+def test_a_vocabulary_larger_than_the_text_is_refused_with_both_numbers(tmp_path):
     folder = write(tmp_path, a="one two", b="one two", c="one two")
     assert read_text(folder, 3, 1, 0).classes == ("unknown", "one", "two")
     with pytest.raises(InputError, match=r"--vocabulary: expected at most 3, the distinct tokens .* of .*, got 4$"):
@@ -250,7 +250,7 @@ def test_bad_texts_are_one_line(tmp_path, files, message):
     assert not out.exists()
 
 
-def test_a_corpus_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):
+def test_a_missing_corpus_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["vocabulary", f"--corpus={tmp_path}/nowhere", f"--out={tmp_path}/out"])
     with pytest.raises(SystemExit) as ended:
         enter(Config, run, None)
@@ -286,7 +286,7 @@ def test_batches_depend_on_seed_and_step_alone(text, corpus, tmp_path):
 
 
 @pytest.mark.parametrize(("batch_size", "batches"), [(32, 10), (301, 1), (1000, 1)])
-def test_each_held_out_word_is_met_once(text, corpus, tmp_path, batch_size, batches):
+def test_each_held_out_token_is_scored_once(text, corpus, tmp_path, batch_size, batches):
     found = held_out_batches(text, config(corpus, tmp_path, batch_size=batch_size))
     assert [batch.contexts.shape for batch in found] == [(batch_size, 3)] * batches
     targets = np.concatenate([batch.targets for batch in found])
@@ -294,7 +294,7 @@ def test_each_held_out_word_is_met_once(text, corpus, tmp_path, batch_size, batc
     assert (targets[301:] == UNKNOWN).all()
 
 
-def test_a_long_held_out_text_is_met_at_equal_distances(text, corpus, tmp_path, monkeypatch):
+def test_a_long_held_out_text_is_scored_at_equal_distances(text, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "HELD_OUT_BATCHES", 5)
     found = held_out_batches(text, config(corpus, tmp_path, batch_size=30))
     targets = np.concatenate([batch.targets for batch in found])
@@ -315,7 +315,7 @@ LOSS = jax.jit(jax.value_and_grad(loss_of, has_aux=True), static_argnums=2)
 
 
 def naive_losses(params, batch):
-    """−log softmax of each target, and which of them count."""
+    """−log softmax of each target, and a mask of the counted ones."""
     head = jax.tree.map(lambda leaf: np.asarray(leaf, float), params["head"])
     logits = np.asarray(FEATURES(params, batch.contexts), float) @ head["kernel"] + head["bias"]
     losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(logits)), batch.targets]
@@ -340,7 +340,7 @@ def test_features_are_the_perceptron_of_the_words_in_their_order(params):
         np.testing.assert_allclose(found, np.tanh(x @ first["kernel"]) @ second["kernel"], atol=1e-5)
 
 
-def test_a_batch_of_unknown_targets_moves_nothing(params, text, corpus, tmp_path):
+def test_a_batch_of_unknown_targets_changes_no_parameter(params, text, corpus, tmp_path):
     batch = training_batch(text, config(corpus, tmp_path), 1)
     unknown = Batch(batch.contexts, np.full_like(batch.targets, UNKNOWN))
     for leaf in jax.tree.leaves(LOSS(params, unknown, 2**20)[1]):
@@ -415,7 +415,7 @@ def test_a_killed_run_resumes_bit_for_bit(corpus, whole, tmp_path, without_pictu
     assert {**summary, "seconds": 0} == {**whole[0], "seconds": 0}
 
 
-def test_a_loss_that_grew_is_said(corpus, tmp_path, capfd, without_pictures):
+def test_a_loss_that_grew_gives_a_warning(corpus, tmp_path, capfd, without_pictures):
     run(config(corpus, tmp_path, learning_rate=20.0))
     losses = pd.read_csv(tmp_path / "metrics.csv")["loss"].to_numpy()
     assert losses[-1] > losses[0]
@@ -431,7 +431,7 @@ def test_resume_takes_the_same_text(corpus, whole, tmp_path):
     document.write_text("word1 " + before)
     try:
         with pytest.raises(
-            InputError, match=r"--corpus: .* was written with .*, 2408 words, checksum .*, got .*, 2409 words"
+            InputError, match=r"--corpus: .* was written with .*, 2408 tokens, checksum .*, got .*, 2409 tokens"
         ):
             run(config(corpus, out, resume=True))
     finally:

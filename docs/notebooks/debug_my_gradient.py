@@ -103,7 +103,7 @@ for name, error in ATTEMPTS.items():
 # %% [markdown]
 # ## Two more common mistakes
 #
-# Labels may count from 1, and positions may have been trained on that should be ignored:
+# Labels may count from 1, or the gradient may include positions that should be ignored:
 
 # %%
 shifted = np.eye(4)[labels + 1][:, 1:]

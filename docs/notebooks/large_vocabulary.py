@@ -23,7 +23,7 @@ POSITIONS, FEATURES = 4096, 64
 
 
 # %% [markdown]
-# There are two ways to compute the same loss: a matmul and a loss of its logits, or both in one call.
+# There are two ways to compute the same loss: a matmul followed by a loss of its logits, or both in one call.
 
 
 # %%
@@ -111,7 +111,7 @@ for name, numbers in measured.items():
     )
 
 # %% [markdown]
-# With the small budget, what remains is the tile and the kernel's gradient in float32, which grows with the
+# With the small budget the remaining memory is one tile and the kernel's gradient in float32, which grows with the
 # vocabulary in any case.
 
 # %% [markdown]

@@ -16,8 +16,8 @@ HEIGHT, WIDTH, CLASSES, VOID = 300, 500, 21, 255
 
 
 # %% [markdown]
-# The scene is synthetic: discs of several classes on a background, with a void border around each, and logits like those
-# of a network that is mostly right. The classes are on axis 1, as in the output of such networks.
+# The scene is synthetic: discs of several classes on a background, with a void border around each. The logits
+# resemble the output of a network that is mostly right. The classes are on axis 1, as in the output of such networks.
 
 # %%
 rng = np.random.default_rng(0)
@@ -126,7 +126,7 @@ print(f"softmax and its VJP: {temporary:.0f} MB of temporary memory")
 # ## How many losses are 150,000 worth?
 #
 # The mean of n independent losses has the variance σ²/n. Pixels are not independent: neighbouring pixels resemble each
-# other. So compute how many independent losses would have a mean of the same variance: σ² divided by the variance of
+# other. So compute how many independent losses have a mean with the same variance: σ² divided by the variance of
 # the mean. Here the images have 60 × 100 pixels and two classes, and scores are blurred over some pixels:
 
 

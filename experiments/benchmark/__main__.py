@@ -2,11 +2,10 @@
 
 python -m experiments.benchmark
 
-The result of every implementation of a case is compared with jaxsoft's, then all are timed in a new random
-order in each round. On a CPU, if available, separate processes repeat this with huge pages and with an
-allocator that keeps its memory, and time jaxsoft without its kernels. A time is a call's until its result is
-ready; ratios above one mean that jaxsoft is faster. How to read the table, and how to run on a GPU:
-experiments/benchmark/README.md.
+The result of every implementation of a case is compared with jaxsoft's, then all are timed in a new random order in
+each round. On a CPU, if available, separate processes repeat this with huge pages and with an allocator that keeps its
+memory, and time jaxsoft without its kernels. A time is a call's until its result is ready; ratios above one mean that
+jaxsoft is faster. How to read the table, and how to run on a GPU: experiments/benchmark/README.md.
 """
 
 import contextlib
@@ -38,13 +37,13 @@ from experiments.benchmark.sweep import sweep
 from jaxsoft import native_kernels
 
 NAMED = ["jaxsoft", "jax", "jaxlib", "numpy", "optax", "torch", "jax-cce", "tokamax", "liger-kernel", "quack-kernels"]
-"""Distributions whose versions the table states."""
+"""Packages whose versions the table states."""
 OPTIONS = "suite", "sweep", "only", "seconds", "seed"
-"""What the results depend on."""
+"""The settings on which the results depend."""
 BUSY = 0.5
 """The load average of the last minute above which a run warns."""
 WAITING = "OMP_WAIT_POLICY"
-"""What PyTorch's threads do between two loops."""
+"""The behaviour of PyTorch's threads between two loops."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,13 @@ class Config:
     suite: Literal["quick", "full"] = "quick"
     """The cases: quick takes some minutes on two cores."""
     sweep: int = 0
-    """Instead of the suite, time so many random cases, after the worst known ones, against jax.nn and optax."""
+    """Instead of the suite, time this many random cases, after the worst known ones, against jax.nn and optax."""
     only: str = ""
     """Run the cases whose name, shape and dtype, as the table writes them, contain this: "softmax (150, 3) float32"."""
     seconds: float = 1.0
     """Time each case for about this long, in at least 5 and at most 401 rounds."""
     seed: int = 0
-    """Draws the inputs, the order of the implementations, and the cases of a sweep."""
+    """Seed for the inputs, the order of the implementations, and the cases of a sweep."""
     compare: Path | None = None
     """A results.csv of an earlier run: rows whose ratio has fallen by more than a tenth are flagged."""
     resume: bool = False
@@ -73,7 +72,7 @@ def run(config: Config) -> pd.DataFrame:
     """Time the chosen cases and write the table and the pictures."""
     # A GPU's memory is shared with PyTorch in this process. JAX reads this when it first looks for devices.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    # PyTorch's threads would spin for milliseconds after each call, on the cores of whoever comes next.
+    # PyTorch's threads would spin for milliseconds after each call, on the cores of the next implementation.
     os.environ.setdefault(WAITING, "passive")
     if not 0 < config.seconds < float("inf"):
         raise InputError(f"--seconds: expected a positive number, got {config.seconds}")
@@ -102,7 +101,7 @@ def run(config: Config) -> pd.DataFrame:
             if reason := obstacle(case, ceilings, len(places)):
                 left_out[case.label] = reason
             elif (case.name, str(case.shape), case.dtype) not in done:
-                # A generator for each case, which so draws the same whichever cases were timed before it.
+                # A generator for each case, so that it draws the same numbers whichever cases were timed before it.
                 rows += measure(case, ceilings, config.seconds, np.random.default_rng([config.seed, n]), places)
                 pd.DataFrame(rows, columns=COLUMNS).to_csv(out / "unfinished.csv", index=False)
                 (out / "unfinished.csv").replace(out / "results.csv")
@@ -117,7 +116,7 @@ def run(config: Config) -> pd.DataFrame:
 
 
 def begin(config: Config, dtypes: Iterable[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What there is to say of the run, with its ceilings, and the rows to go on from."""
+    """A description of the run, with its ceilings, and the rows to continue from."""
     given = {name: value for name, value in asdict(config).items() if value != getattr(Config(), name)}
     given = [f"--{name} {shlex.quote(str(given[name]))}" for name in OPTIONS if name in given]
     about: dict[str, Any] = {
@@ -152,7 +151,7 @@ def installed() -> dict[str, str]:
 
 
 def device() -> str:
-    """What JAX calls the device; of a CPU the model, where the system tells."""
+    """JAX's name of the device; for a CPU its model, if the system states it."""
     kind = jax.devices()[0].device_kind
     if kind != "cpu":
         return f"{jax.device_count()} × {kind}"

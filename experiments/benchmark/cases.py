@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-IGNORE = -100  # the default of PyTorch and of code written for it
+IGNORE = -100  # the default ignored label of PyTorch, and of code written for it
 IGNORED, SMOOTHING, Z_LOSS = 0.05, 0.1, 1e-4
 
 
-# FLOPs per logit, and in a linear head per feature of a logit; an exponential is one.
+# FLOPs per logit, and for a linear head per feature of a logit; an exponential counts as one.
 OPERATIONS = {
     "softmax": 5, "softmax + VJP": 9, "log_softmax": 5, "log_softmax + VJP": 9, "logsumexp": 4, "logsumexp + VJP": 6,
     "cross-entropy": 4, "cross-entropy + gradient": 6,
@@ -25,13 +25,13 @@ OPERATIONS = {
 class Case:
     """One row group of the table."""
 
-    task: str  # of OPERATIONS
+    task: str  # a key of OPERATIONS
     shape: tuple[int, ...]  # of the logits; (positions, features, classes) of a linear head
     dtype: str = "float32"
     axis: int = -1
     ignored: bool = False
     smooth: bool = False  # with label smoothing and z-loss
-    swept: bool = False  # a case of a sweep, compared only with jax.nn and optax on the data as they are
+    swept: bool = False  # a case of a sweep, compared only with jax.nn and optax, on unchanged data
 
     @property
     def name(self) -> str:
@@ -73,11 +73,11 @@ class Case:
 
     @property
     def memory(self) -> int:
-        """Bytes for the inputs, two results of their size to compare, and four float32 temporaries."""
+        """Bytes of the inputs, of two results of their size to compare, and of four float32 temporaries."""
         return 3 * self.size + 4 * 4 * math.prod(self.shape) // (self.shape[1] if self.is_linear else 1)
 
     def draw(self, key: jax.Array) -> tuple[jax.Array, ...]:
-        """The variables, then the labels or the cotangent where there are any."""
+        """The variables, then the labels or the cotangent if there are any."""
         if self.is_training:
             return ()
         first, second, third = jax.random.split(key, 3)

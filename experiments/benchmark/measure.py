@@ -1,4 +1,4 @@
-"""Time implementations: checked against ours, interleaved, and compared with the ceilings of this machine."""
+"""Time implementations: checked against jaxsoft, interleaved, and compared with the ceilings of this machine."""
 
 import functools
 import itertools
@@ -22,7 +22,7 @@ FEWEST, MOST = 5, 401
 LONGEST = 10.0
 """Seconds that a call may take."""
 TURN, CALLS = 1e-2, 200
-"""Seconds that an implementation has before the next one's turn, in at most so many calls."""
+"""Seconds of an implementation's turn, in at most this many calls."""
 COMPILATIONS = 2
 """Of each implementation; the faster one counts."""
 KEY = ["case", "shape", "dtype", "implementation"]
@@ -65,7 +65,7 @@ def fastest(call: Function) -> float:
 
 
 def obstacle(case: Case, ceilings: Ceilings, places: int = 1) -> str:
-    """Why a case is left out on this machine; empty if it is not."""
+    """The reason to leave a case out on this machine; empty if there is none."""
     stats = jax.devices()[0].memory_stats()
     total = stats["bytes_limit"] if stats else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     memory = case.memory + (places - 1) * case.size  # each place holds the inputs
@@ -76,7 +76,7 @@ def obstacle(case: Case, ceilings: Ceilings, places: int = 1) -> str:
 
 
 def prepare(peer: Peer, sets: list[Arrays]) -> tuple[Arrays, Function, dict[str, float]]:
-    """The first result, laid out as ours; the call to time, on each set of inputs in turn; what compiling it says."""
+    """The first result in jaxsoft's layout; the call to time, on each set of inputs in turn; the compiler's numbers."""
     inputs = [peer.before(arrays) for arrays in sets]
     run, said = compile_ahead(peer.fn, inputs[0]) if peer.by_jax else (peer.fn, {})
     result = run(*inputs[0])
@@ -87,7 +87,7 @@ def prepare(peer: Peer, sets: list[Arrays]) -> tuple[Arrays, Function, dict[str,
 
 def compile_ahead(fn: Function, inputs: Arrays) -> tuple[Function, dict[str, float]]:
     """The function to run, the time that tracing and compiling it takes, and its temporaries."""
-    # JAX would find the first program of the same function again.
+    # JAX would reuse the first program of the same function.
     runs, least = [jax.jit(lambda *arrays: fn(*arrays)) for _ in range(COMPILATIONS)], math.inf
     for run in runs:
         start = time.perf_counter()
@@ -125,8 +125,8 @@ def tolerance(case: Case) -> float:
 def measure(
     case: Case, ceilings: Ceilings, seconds: float, rng: np.random.Generator, places: Places = ALONE
 ) -> list[dict[str, Any]]:
-    """A row for each implementation in each place, ours first. What agrees with ours is timed, in a new order every
-    round: one implementation at a time, in its own place, while the others sleep.
+    """A row for each implementation in each place, jaxsoft first. Implementations that agree with jaxsoft are timed, in
+    a new order every round: one at a time, in its own place, while the others sleep.
     """
     # On a GPU successive calls have different inputs, more than the cache holds.
     count = min(64, math.ceil(2**28 / case.size)) if on_gpu() and case.size else 1
@@ -159,7 +159,7 @@ def measure(
 
 
 def make_ready(case: Case, seeds: list[int], ours_alone: bool) -> tuple[dict[str, dict[str, Any]], float]:
-    """Compile the implementations in this process, and compare them with ours: what there is to say of each by name,
+    """Compile the implementations in this process, and compare them with jaxsoft: the findings for each by name,
     and how many bytes the case moves.
     """
     _timers.clear()
@@ -172,7 +172,7 @@ def make_ready(case: Case, seeds: list[int], ours_alone: bool) -> tuple[dict[str
             error = max(float(relative_error(a, b)) for a, b in zip(results, ours or results, strict=True))
             if not error < tolerance(case):
                 raise ValueError(f"differs from ours by {error:.1e}")
-        except Exception as error:  # a peer may fail in any way, ours may not
+        except Exception as error:  # another library may fail in any way, jaxsoft may not
             if not ours:
                 raise
             reason = f"{str(error).strip().partition(chr(10))[0] or type(error).__name__:.80}"
@@ -183,7 +183,7 @@ def make_ready(case: Case, seeds: list[int], ours_alone: bool) -> tuple[dict[str
 
 
 def turn(name: str, calls: int) -> float:
-    """Seconds a call, after one that wakes the threads and fills the caches, where that is not all there is."""
+    """Seconds per call, after a first one that wakes the threads and fills the caches, if a turn has several."""
     if calls > 1:
         timed(*_timers[name])
     return timed(*_timers[name], calls)

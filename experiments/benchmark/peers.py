@@ -19,7 +19,7 @@ Arrays = tuple[Any, ...]
 Function = Callable[..., Any]
 
 CLASS_LAST = ", data class-last"
-"""The end of the name of a peer that is given other data than the case has."""
+"""The end of the name of an implementation whose data differ from the case's."""
 PACKAGES = {"PyTorch": "torch", "jax-cce": "jax_cce", "tokamax": "tokamax", "Liger": "liger_kernel", "QuACK": "quack"}
 # Kernels for NVIDIA GPUs, called from PyTorch on arrays of two axes: module and function.
 LIGER = "liger_kernel.transformers.functional"
@@ -38,7 +38,7 @@ def same(arrays: Any) -> Any:
 
 
 def lazily(module: str, name: str, **options: Any) -> Function:
-    """Import on the first call: a package that cannot be imported is a peer that fails, not the end of the run."""
+    """Import on the first call, so that a package that cannot be imported fails alone and does not end the run."""
     return lambda *args: getattr(import_module(module), name)(*args, **options)
 
 
@@ -47,9 +47,9 @@ class Peer:
     """One implementation of a case."""
 
     name: str
-    fn: Function  # of a case's inputs: the value, with the gradients where the case has them
-    before: Callable[[Arrays], Arrays] = same  # lays out the inputs as this peer has them, outside the timed call
-    after: Callable[[Arrays], Arrays] = same  # lays out its results as ours
+    fn: Function  # a function of a case's inputs: the value, and the gradients if the case has them
+    before: Callable[[Arrays], Arrays] = same  # converts the inputs to its layout, outside the timed call
+    after: Callable[[Arrays], Arrays] = same  # converts its results to jaxsoft's layout
     wait: Callable[[Any], Any] = jax.block_until_ready  # for a result
     by_jax: bool = True  # to be compiled
 
@@ -59,13 +59,13 @@ def on_gpu() -> bool:
 
 
 def missing() -> dict[str, str]:
-    """The peers that are not available, and why."""
+    """The libraries that are not available, and why."""
     reasons = {name: "not installed" for name, package in PACKAGES.items() if not importlib.util.find_spec(package)}
     return reasons | ({} if on_gpu() else dict.fromkeys(("Liger", "QuACK"), "needs an NVIDIA GPU"))
 
 
 def peers_of(case: Case) -> Iterator[Peer]:
-    """Ours first, then every peer that offers the case."""
+    """jaxsoft first, then every other library that offers the case."""
     if case.is_training:
         yield from iris_training(int(case.task.split()[1]))
         return
@@ -111,7 +111,7 @@ def jax_dense(case: Case) -> Iterator[Peer]:
 
 
 def layouts(case: Case, name: str, fn: Function) -> Iterator[Peer]:
-    """The classes where the case has them; and last, moved inside the timed call or before it."""
+    """The classes on the case's axis; and on the last axis, moved inside the timed call or before it."""
     yield Peer(name, jax_mode(case, functools.partial(fn, axis=case.axis)))
     if case.axis != -1 and not case.swept:
         last = functools.partial(fn, axis=-1)
@@ -226,10 +226,10 @@ def torch_functions(torch: Any, case: Case, absent: dict[str, str]) -> Iterator[
 
     yield "PyTorch", plain
     if on_gpu():
-        torch.compiler.reset()  # it gives up, silently, on a function that it has compiled for eight cases
+        torch.compiler.reset()  # it silently stops compiling a function that it has compiled for eight cases
         yield "PyTorch, compiled", torch.compile(plain)
     if case.is_linear and hasattr(functional, "linear_cross_entropy"):
-        # The chunks that it chooses itself make it three times slower on two cores.
+        # With chunks of its own choice it is three times slower on two cores.
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=None if on_gpu() else 512)
         yield "PyTorch, chunked", functools.partial(functional.linear_cross_entropy, options=options)
     for (name, task), (module, function) in KERNELS.items():

@@ -15,20 +15,20 @@ from experiments.benchmark.report import timed_others
 
 
 class Mark(NamedTuple):
-    """How an implementation is drawn: ten need more than colours."""
+    """The style of an implementation: ten need more than colours."""
 
     color: str
     shape: str
 
 
-# By the beginning of an implementation's name.
+# The keys are beginnings of implementations' names.
 MARKS = {
     "jaxsoft": Mark(BLUE, "o"), "jax.nn": Mark(ORANGE, "s"), "optax": Mark(GREEN, "D"), "formula": Mark(PINK, "v"),
     "PyTorch": Mark(RED, "^"), "NumPy": Mark(GREY, "X"), "jax-cce": Mark(SKY, "P"), "tokamax": Mark(BLACK, "*"),
     "Liger": Mark(GREY, "<"), "QuACK": Mark(BLACK, ">"),
 }  # fmt: skip
 SMALL = 1.0
-"""Megabytes below which a call's fixed cost, not the machine's ceilings, is most of its time."""
+"""Below this many megabytes the fixed cost of a call, not the machine's ceilings, is most of its time."""
 
 
 def mark(implementation: str) -> Mark:
@@ -66,7 +66,7 @@ def rows_of(
 
 
 def plot_ratios(table: pd.DataFrame, path: Path) -> None:
-    """For each case a bar to the fastest other library with the middle half of the rounds, and a mark for each."""
+    """For each case a bar to the fastest other library, the middle half of the rounds, and a mark for every library."""
     others = timed_others(table)
     figure, axis, rows = rows_of(others, ["shape", "dtype"])
     for row, group in rows:

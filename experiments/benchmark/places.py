@@ -18,7 +18,7 @@ from jaxsoft import native_kernels
 
 PURE, HUGE, KEPT = " (pure)", ", huge pages", ", memory kept"
 KEEP = {"MALLOC_MMAP_THRESHOLD_": 2**33, "MALLOC_TRIM_THRESHOLD_": 2**34, "MALLOC_TOP_PAD_": 2**28}
-"""What makes glibc reuse the memory of large arrays instead of returning it to the operating system, in bytes."""
+"""Thresholds in bytes with which glibc reuses the memory of large arrays instead of returning it to the system."""
 ENVIRONMENTS = {
     "": {},
     PURE: {"JAXSOFT_NATIVE": "0"},
@@ -41,7 +41,7 @@ ALONE: Places = {"": here}
 
 
 def unused() -> dict[str, str]:
-    """The places that mean nothing on this machine, and why."""
+    """The places that have no meaning on this machine, and why."""
     if jax.default_backend() != "cpu":
         return dict.fromkeys((PURE, HUGE, KEPT), "for a CPU")
     library, release = platform.libc_ver()
@@ -68,7 +68,7 @@ def open_places(suffixes: Iterable[str]) -> Iterator[Places]:
 
 @contextlib.contextmanager
 def process(environment: dict[str, str]) -> Iterator[Ask]:
-    """A separate process that sleeps until it is asked."""
+    """A separate process that sleeps until it gets a request."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), attend) as pool:
         with mock.patch.dict("os.environ", environment):
             pool.submit(int).result()  # the process starts with the first request

@@ -47,7 +47,7 @@ def cell(value: float | str) -> str:
 
 
 def summary(table: pd.DataFrame) -> list[str]:
-    """The time of the fastest other library divided by jaxsoft's in all cases, and the cases in which it is less."""
+    """The fastest other library's time divided by jaxsoft's over all cases, and the cases in which it is below 1."""
     lines = ["| ratio | geometric mean | cases | below 1 | below 0.9 | least | where | most |", "|" + "---|" * 8]
     for kind, ratios in ratios_by_kind(table).items():
         if len(ratios):

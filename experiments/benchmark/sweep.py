@@ -27,7 +27,7 @@ CLIFFS = [
     Case("cross-entropy", (1, 32000, 23), "float32", 1, swept=True),
     Case("cross-entropy", (2, 36121), "float32", 0, swept=True),
 ]
-"""Where an earlier version was many times slower than jax.nn or optax."""
+"""Cases in which an earlier version was many times slower than jax.nn or optax."""
 
 
 def sweep(count: int, seed: int) -> list[Case]:

@@ -1,1 +1,1 @@
-"""What compilers make of jaxsoft and other libraries for devices that are not there."""
+"""Compiled programs of jaxsoft and other libraries, for devices that this machine does not have."""

@@ -1,4 +1,4 @@
-"""What do compilers make of this library and of others, for a GPU or TPU that is not there?
+"""What programs do compilers make of this library and of others for a GPU or TPU that you do not have?
 
 python -m experiments.compile --for h100
 
@@ -39,7 +39,7 @@ class Config:
     only: str = ""
     """Compile the cases whose name, shape, dtype and mesh contain this: "softmax (8192, 1000) float32"."""
     peak: float | None = None
-    """TFLOP/s of matmuls in bfloat16 to assume instead of the data sheet's; those in float32 change in proportion."""
+    """TFLOP/s of matmuls in bfloat16 to assume instead of the data sheet's; matmuls in float32 change in proportion."""
     out: Path | None = None
     """Folder for results.csv, results.md and the pictures; out/compile/DEVICE by default."""
 

@@ -52,7 +52,7 @@ class Placed:
         return sum(inputs) + results + sum(gradients)
 
     def parts(self, argument: int) -> int:
-        """Into how many parts an argument is sharded."""
+        """The number of parts into which an argument is sharded."""
         sizes = dict(self.mesh)
         parts = 1
         for name in filter(None, self.specs[argument] if self.mesh else ()):
@@ -66,7 +66,7 @@ class Placed:
 
 
 def implementations(placed: Placed, mesh: Mesh | None) -> Iterator[Peer]:
-    """Ours first, then every peer that offers the case."""
+    """jaxsoft first, then every other library that offers the case."""
     case = placed.case
     if mesh is not None:
         yield Peer("jaxsoft", jax_mode(case, over_mesh(mesh)))
@@ -85,7 +85,7 @@ def full_logits(dtype, features: jax.Array, kernel: jax.Array, labels: jax.Array
 
 
 def over_mesh(mesh: Mesh):
-    """Every device takes its positions, and its block of classes if these are sharded."""
+    """Each device has its own positions, and its own block of classes if the classes are sharded."""
     by_class = "model" if "model" in mesh.shape else None
 
     def loss(features: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:

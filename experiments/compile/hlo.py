@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jaxsoft._linear.one_pass import SECOND_ATTEMPT
 
 MOST_TRIPS = 10_000
-"""A loop is followed for at most so many iterations."""
+"""A loop is followed for at most this many iterations."""
 
 ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
@@ -31,7 +31,7 @@ class Array(NamedTuple):
 
     dtype: str
     dims: tuple[int, ...]
-    space: int  # its memory space, 0 for the device's memory
+    space: int  # the memory space, 0 for the device's memory
 
     @property
     def elements(self) -> int:
@@ -39,7 +39,7 @@ class Array(NamedTuple):
 
     @property
     def itemsize(self) -> float:
-        """In bytes; tokens and the like have none."""
+        """The size in bytes; tokens and similar types have none."""
         bits = re.search(r"\d+", self.dtype)
         return int(bits[0]) / 8 if bits else float(self.dtype == "pred")
 
@@ -54,10 +54,10 @@ class Instruction:
 
     name: str
     opcode: str
-    types: tuple[Array, ...]  # of the result, one array or a tuple's arrays
+    types: tuple[Array, ...]  # the types of the result, one array or a tuple's arrays
     operands: tuple[str, ...]
     argument: str  # the text between the parentheses
-    attributes: str  # the text after them
+    attributes: str  # the text after the parentheses
 
     @property
     def is_scalar(self) -> bool:
@@ -68,7 +68,7 @@ class Instruction:
         return found and found[1]
 
     def called(self, *names: str) -> list[str]:
-        """The computations that these attributes name."""
+        """The computations named by these attributes."""
         return [name for given in names for name in re.findall(r"[\w.\-]+", self.attribute(given) or "")]
 
 
@@ -87,7 +87,7 @@ class Module(NamedTuple):
 
 
 def parse(text: str) -> Module:
-    """Read what `jax.stages.Compiled.as_text` writes."""
+    """Parse the text of `jax.stages.Compiled.as_text`."""
     computations: dict[str, Computation] = {}
     entry = name = root = ""
     body: dict[str, Instruction] = {}
@@ -125,9 +125,9 @@ def read_types(text: str) -> tuple[Array, ...]:
 
 
 def trip_count(module: Module, within: str, loop: Instruction) -> int | None:
-    """How often a loop runs: as the compiler states, or else as its integers show; None if unknown.
+    """How often a loop runs, as the compiler states or as its integers show; None if unknown.
 
-    The library's second attempt, which hardly ever runs, counts as none.
+    jaxsoft's second attempt, which hardly ever runs, is not counted.
     """
     if f"/{SECOND_ATTEMPT}/" in loop.attributes:
         return 0

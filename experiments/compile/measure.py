@@ -23,7 +23,7 @@ COLUMNS = [
 
 
 def measure(placed: Placed, target: Target, devices: list[Any]) -> list[dict[str, Any]]:
-    """The rows of a case, ours first."""
+    """The rows of a case, jaxsoft first."""
     mesh = None
     if placed.mesh:
         names, sizes = zip(*placed.mesh, strict=True)
@@ -43,7 +43,7 @@ def measure(placed: Placed, target: Target, devices: list[Any]) -> list[dict[str
             too_large = "RESOURCE_EXHAUSTED" in str(error)
             if peer.name.startswith("jaxsoft") and not too_large:
                 raise
-            row["not compiled"] = "takes more memory than there is" if too_large else reason(error)
+            row["not compiled"] = "does not fit in the device's memory" if too_large else reason(error)
             continue
         text, memory = compiled.as_text(), compiled.memory_analysis()
         assert text is not None
@@ -89,11 +89,11 @@ def seconds(kernel: Kernel, target: Target) -> float:
 
 
 def collectives(ran: Iterable[Kernel]) -> str:
-    """Such as "16 × all-reduce of 8.2 kB"."""
+    """Collectives as text, such as "16 × all-reduce of 8.2 kB"."""
     found = Counter()
     for kernel in ran:
         if kernel.collective:
-            times = None if math.isnan(kernel.times) else kernel.times  # NaN does not equal itself as a key
+            times = None if math.isnan(kernel.times) else kernel.times  # NaN is no key: it does not equal itself
             found[times, kernel.collective, kernel.carried] += 1
     return ", ".join(
         f"{'unknown' if times is None else f'{n * times:g}'} × {name} of {written(size)}"
@@ -102,7 +102,7 @@ def collectives(ran: Iterable[Kernel]) -> str:
 
 
 def written(nbytes: float) -> str:
-    """Bytes in the unit that suits them."""
+    """Bytes in a suitable unit, as text."""
     for unit in ("B", "kB", "MB"):
         if nbytes < 1000:
             return f"{nbytes:.3g} {unit}"

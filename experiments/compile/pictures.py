@@ -11,7 +11,7 @@ from experiments.benchmark.pictures import handles, mark, rows_of
 from experiments.compile.targets import Target
 
 IN_FLOAT32 = "in float32", "full logits"
-"""The end of the names of peers that convert half-precision logits first."""
+"""The end of the names of implementations that convert half-precision logits first."""
 
 
 def plot_excess(table: pd.DataFrame, target: Target, path: Path) -> None:
@@ -21,7 +21,7 @@ def plot_excess(table: pd.DataFrame, target: Target, path: Path) -> None:
     for row, group in rows:
         axis.axhline(row, color=PALE, linewidth=0.6)
         for over, name in zip(group["over least"], group["implementation"], strict=True):
-            ours = name.startswith("jaxsoft")  # on top, and smaller than a peer beneath it
+            ours = name.startswith("jaxsoft")  # on top, and smaller than the dot of another library beneath it
             color = mark(name).color
             axis.scatter(
                 over, row, 16 if ours else 40, marker=mark(name).shape, zorder=3 + ours, edgecolor=color,

@@ -9,7 +9,7 @@ from experiments.compile.measure import COLUMNS
 from experiments.compile.targets import Target
 
 NAMED = "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "optax", "jax-cce", "tokamax"
-"""Distributions whose versions the table states."""
+"""Packages whose versions the table states."""
 COUNTED = "launches", "MB", "GFLOP", "roofline ms", "over least"
 """Columns that are known for every program whose loops are known."""
 
@@ -21,9 +21,9 @@ def markdown(table: pd.DataFrame, target: Target, command: str, left_out: dict[s
         f"# {target.kind}, compiled for and not run on",
         "",
         f"By `{command}`. Versions: {', '.join(f'{name} {found}' for name, found in versions().items())}.",
-        f"Roofline: {target.bandwidth / 1e12:.3g} TB/s, {target.half / 1e12:.4g} TFLOP/s for products of bfloat16, "
-        f"{target.single / 1e12:.4g} for those of float32 ({target.source}).",
-        "What a compiler made of each program, added up; nothing here was timed.",
+        f"Roofline: {target.bandwidth / 1e12:.3g} TB/s, {target.half / 1e12:.4g} TFLOP/s for bfloat16 matmuls, "
+        f"{target.single / 1e12:.4g} for float32 matmuls ({target.source}).",
+        "Sums over the compiled programs; nothing was run or timed.",
         "",
         f"| {' | '.join(shown)} |",
         "|" + "---|" * len(shown),

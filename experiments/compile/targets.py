@@ -1,4 +1,4 @@
-"""The devices for which programs are compiled without having one, their speed, and how JAX is told of them."""
+"""The devices for which programs are compiled without having one: their speed, and their description for JAX."""
 
 import importlib.util
 import os
@@ -11,19 +11,19 @@ from jax.experimental import topologies
 from experiments._door import InputError
 
 CHIPS = 4
-"""Chips over which a program may be sharded."""
+"""The number of chips over which a program may be sharded."""
 ON_CHIP = frozenset({1, 2, 6})
 """Memory spaces on a TPU's chip: vector memory, semaphores, scalar memory."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A device as its data sheet has it."""
+    """A device and the numbers of its data sheet."""
 
     kind: str
-    bandwidth: float  # bytes a second
-    half: float  # operations a second of dense products of bfloat16
-    single: float  # of float32 at JAX's default precision: tf32 on a GPU, bfloat16 on a TPU
+    bandwidth: float  # bytes per second
+    half: float  # FLOP/s of dense matmuls in bfloat16
+    single: float  # FLOP/s in float32, at JAX's default precision: tf32 on a GPU, bfloat16 on a TPU
     source: str
 
     @property
@@ -46,7 +46,7 @@ TARGETS = {
     "tpu7x": Target("TPU7x", 3.685e12, 1153.5e12, 1153.5e12, "Google Cloud, TPU7x, key chip specifications, halved"),
 }
 
-# What XLA asks of a GPU before it compiles for it, as a protocol buffer in text. Source: the devices' own answers, as
+# What XLA asks a GPU before it compiles for it, as a protocol buffer in text. Source: the devices' own answers, as
 # the OpenXLA project keeps them (openxla/xla, xla/backends/gpu/target_config/specs: h100_sxm, a100_sxm_80 and b200).
 NVIDIA = """
     threads_per_warp: 32
@@ -84,28 +84,28 @@ GPUS = {
 
 
 def with_peak(target: Target, peak: float) -> Target:
-    """The device with other TFLOP/s in products of bfloat16, and in those of float32 in proportion."""
+    """The device with other TFLOP/s for bfloat16 matmuls, and with proportional TFLOP/s for float32."""
     half = peak * 1e12
-    source = f"bandwidth: {target.source}; products: as given"
+    source = f"bandwidth: {target.source}; matmuls: as given"
     return replace(target, half=half, single=target.single * half / target.half, source=source)
 
 
 def missing(target: Target) -> str | None:
-    """What is not installed that compiles for a target, and the command that installs it."""
+    """The missing packages that compile for a target, and the command that installs them."""
     module, extra = ("libtpu", "compile-tpu") if target.is_tpu else ("jax_plugins.xla_cuda13", "compile-gpu")
     try:
         found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # of the package around it
+    except ModuleNotFoundError:  # the parent package is missing
         found = None
     return None if found else f"no compiler for {target.kind} is installed: pip install -e '.[experiments,{extra}]'"
 
 
 def devices_of(target: Target) -> list[Any]:
-    """Four of them, each on a chip of its own, to compile for and for nothing else."""
+    """Four abstract devices, each on a separate chip, which can only be compiled for."""
     if reason := missing(target):
         raise InputError(reason)
     jax.config.update("jax_platforms", "cpu")  # nothing runs: do not look for a device of this machine
-    jax.devices()  # which finds the plugins
+    jax.devices()  # this call finds the plugins
     if not target.is_tpu:
         config = f"""
             platform_name: "CUDA"
@@ -117,9 +117,9 @@ def devices_of(target: Target) -> list[Any]:
     name = "tpu7x" if target.kind == "TPU7x" else target.kind.removeprefix("TPU ")
     os.environ |= {
         "TPU_ACCELERATOR_TYPE": f"{name}-8",
-        "TPU_SKIP_MDS_QUERY": "1",  # it would ask the cloud which machine this is
+        "TPU_SKIP_MDS_QUERY": "1",  # otherwise it would ask the cloud which machine this is
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # a second process would end at the first one's lock
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # otherwise a second process would stop at the first one's lock
     }
     slice_ = "2x2" if name in ("v5e", "v6e") else "2x2x1"
     devices = topologies.get_topology_desc(

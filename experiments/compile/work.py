@@ -1,7 +1,8 @@
 """What a compiled program does on its device: the kernels that run, and what each reads, writes and computes.
 
-A kernel is an instruction of the entry, or of a loop, branch or call within it, that is more than a name for memory; a
-fusion is one. A loop's kernels count as often as it runs; of branches, those of the one that moves most.
+A kernel is an instruction of the entry, or of a loop, branch or call within it, that does more than name memory; a
+fusion is one kernel. A loop's kernels count as often as it runs. Of several branches only the one that moves most bytes
+counts.
 """
 
 import math
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from experiments.compile.hlo import Array, Computation, Instruction, Module, trip_count
 
-# Names for memory, ends of what was counted where it started, and what only calls others.
+# Instructions that only name memory, end what was counted at its start, or call others.
 NO_KERNEL = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "opt-barrier", "domain", "add-dependency", "while", "conditional", "call", "call-start", "call-update", "call-done",
@@ -28,7 +29,7 @@ COLLECTIVES = {
 VIEWS = {"bitcast", "reshape", "transpose", "convert", "copy"}
 SLICES = {"slice", "dynamic-slice", "gather"}
 IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}
-"""What writes into its first operand, and which operand says how much."""
+"""Instructions that write into their first operand, and the operand that states the size."""
 ARITHMETIC = {
     "add", "subtract", "multiply", "divide", "remainder", "maximum", "minimum", "negate", "abs", "sign", "power",
     "exponential", "exponential-minus-one", "log", "log-plus-one", "logistic", "tanh", "sqrt", "rsqrt", "cbrt",
@@ -41,17 +42,17 @@ Types = Callable[[str], tuple[Array, ...]]
 
 @dataclass(frozen=True)
 class Kernel:
-    """One instruction that runs."""
+    """One instruction that runs, as a kernel."""
 
     name: str
     opcode: str
     nbytes: int  # read and written in the device's memory, each time
-    products: dict[str, int]  # operations of its matrix products, by the wider dtype that is multiplied
-    others: int  # operations elsewhere, an exponential as one
+    products: dict[str, int]  # FLOPs of its matmuls, by the wider dtype of the two inputs
+    others: int  # other operations; an exponential counts as one
     collective: str  # the collective that it starts, if any
-    carried: int  # bytes that a device gives to it
-    cycles: int | None  # as the compiler estimates
-    loops: tuple[int | None, ...] = ()  # how often those around it run, outermost first; None where not known
+    carried: int  # bytes that each device contributes to it
+    cycles: int | None  # the compiler's estimate
+    loops: tuple[int | None, ...] = ()  # how often the loops around it run, outermost first; None if unknown
 
     @property
     def times(self) -> float:
@@ -63,14 +64,14 @@ class Kernel:
 
 
 class Cost(NamedTuple):
-    """Operations of an instruction with all that is fused into it."""
+    """Operations of an instruction and of everything fused into it."""
 
     products: Counter[str]
     others: int
 
 
 def kernels(module: Module, on_chip: Collection[int] = ()) -> list[Kernel]:
-    """All that run, in order; `on_chip` are memory spaces whose reads and writes are not counted."""
+    """All kernels that run, in order; `on_chip` are memory spaces whose reads and writes are not counted."""
     return list(visit(module, module.entry, on_chip))
 
 
@@ -87,14 +88,14 @@ def visit(module: Module, name: str, on_chip: Collection[int]) -> Iterator[Kerne
                 named = instruction.called("branch_computations", "true_computation", "false_computation")
                 branches = [list(visit(module, branch, on_chip)) for branch in named]
                 yield from max(branches, key=lambda branch: sum(k.nbytes * k.times for k in branch))
-            case "call" | "call-start" | "async-start":  # those that start are done beside the others
+            case "call" | "call-start" | "async-start":  # asynchronous kernels run next to the others
                 for called in instruction.called("to_apply", "calls"):
                     yield from visit(module, called, on_chip)
         if not is_kernel(instruction, types):
             continue
         cost = cost_of(module, instruction, types)
         collective = collective_of(module, instruction)
-        # More than twelve digits are how the compiler says that it does not know.
+        # An estimate of more than twelve digits means that the compiler does not know.
         cycles = re.search(r'"estimated_cycles":"(\d{1,12})"', instruction.attributes)
         yield Kernel(
             name=instruction.name,
@@ -117,7 +118,7 @@ def is_kernel(instruction: Instruction, types: Types) -> bool:
         return False
     if instruction.opcode == "fusion" or instruction.opcode.removesuffix("-start") in COLLECTIVES:
         return True
-    # Not the single numbers that count and compare, which a TPU's scalar unit takes along.
+    # Leave out single numbers that count and compare, which a TPU's scalar unit computes on the side.
     return any(array.dims for name in (instruction.name, *instruction.operands) for array in types(name))
 
 
@@ -138,7 +139,7 @@ def fused_into(instruction: Instruction) -> list[str]:
 
 
 def bytes_of(module: Module, instruction: Instruction, types: Types, on_chip: Collection[int]) -> int:
-    """What is read and written in memory: operands and results, or what is touched of them."""
+    """The bytes read and written in memory: operands and results, or the parts that are touched."""
 
     def size(arrays: tuple[Array, ...]) -> int:
         return sum(array.nbytes for array in arrays if array.space not in on_chip)
@@ -151,7 +152,7 @@ def bytes_of(module: Module, instruction: Instruction, types: Types, on_chip: Co
     if opcode in IN_PLACE:
         return 2 * size(types(instruction.operands[IN_PLACE[opcode]]))
     if instruction.opcode != opcode and opcode != "all-reduce":
-        # What starts has its operands among its results: a copy after them, the others before.
+        # An asynchronous start lists its operands among its results: a copy after them, others before.
         count = len(instruction.operands)
         return sum(read) + size(instruction.types[:1] if opcode == "copy" else instruction.types[count : 2 * count])
     for name in fused_into(instruction):
@@ -168,27 +169,27 @@ def bytes_of(module: Module, instruction: Instruction, types: Types, on_chip: Co
 
 
 def read_of(inner: Computation, parameter: Instruction, size: Callable[[tuple[Array, ...]], int]) -> int:
-    """What a fusion reads of an operand: slices, if it takes no more; what it changes of an array it writes into."""
+    """The bytes that a fusion reads of an operand, which it may only slice or update in place."""
     names, read = {parameter.name}, 0
     for user in inner.instructions.values():
         if not names & {*user.operands}:
             continue
-        if user.opcode in VIEWS or "output_to_operand_aliasing" in user.attributes:  # in another layout, where it lies
+        if user.opcode in VIEWS or "output_to_operand_aliasing" in user.attributes:  # in another layout, in place
             names.add(user.name)
         elif user.operands[0] in names and not names & {*user.operands[1:]} and user.opcode in SLICES:
-            # In the operand's own dtype, which a view may have changed.
+            # In the operand's own dtype, because a view may have changed it.
             whole = max(1, parameter.types[0].elements)
             read += size(parameter.types) * sum(array.elements for array in user.types) // whole
         elif user.operands[0] in names and not names & {*user.operands[1:]} and user.opcode in IN_PLACE:
             changed = inner.instructions[user.operands[IN_PLACE[user.opcode]]].types
-            read += size(changed) if user.opcode == "scatter" else 0  # which adds to what is there
+            read += size(changed) if user.opcode == "scatter" else 0  # it adds to the existing values
         else:
             return size(parameter.types)
     return read
 
 
 def results_of(computation: Computation) -> Iterator[Instruction]:
-    """What the results of a fusion come from."""
+    """The instructions that compute the results of a fusion."""
     instructions = computation.instructions
     root = instructions[computation.root]
     for result in [instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]:
@@ -220,12 +221,12 @@ def cost_of(module: Module, instruction: Instruction, types: Types) -> Cost:
 
 
 def product_operations(instruction: Instruction, types: Types) -> int:
-    """A multiplication and an addition for each result and each number it is summed from; 0 if this is no product."""
+    """Two FLOPs for each result and each number summed into it; 0 if this is not a matmul."""
     result, attributes = instruction.types[0].elements, instruction.attributes
-    if labels := re.search(r"dim_labels=\w+_(\w+)->", attributes):  # a TPU's products are convolutions
+    if labels := re.search(r"dim_labels=\w+_(\w+)->", attributes):  # on a TPU matmuls are convolutions
         right = types(instruction.operands[1])[0]
         return 2 * result * right.elements // right.dims[labels[1].index("o")]
-    # Of a product itself, or of a call of a library that has one.
+    # Of a matmul itself, or of a call of a library that has one.
     if summed := re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', attributes):
         left = types(instruction.operands[0])[0]
         return 2 * result * math.prod(left.dims[int(n)] for n in re.findall(r"\d+", summed[1]))

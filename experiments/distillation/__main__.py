@@ -7,7 +7,7 @@ A teacher is trained on the tokens of `experiments.vocabulary`, and its top-k an
 stored for the students' batches. Students of the same size and initial weights then learn from labels; from the top-k,
 with the rest of the vocabulary as one class ("tail"), ignored ("renormalise") or with target 0 ("nothing"); from "tail"
 and labels, half and half; and from the teacher's head. A network is calibrated if its entropy equals its loss. A top-k
-does not tell which of the other tokens are likely: while these have much of the probability, labels must.
+does not tell which of the other tokens are likely: while these have much of the probability, labels are needed too.
 After a kill, the same command with --resume gives the same table, bit for bit on a CPU, as an uninterrupted run.
 """
 
@@ -27,7 +27,7 @@ from experiments.vocabulary.training import held_out_batches
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table as printed."""
     lines = [
-        "| learnt from | bytes a word | perplexity | loss | entropy | accuracy |",
+        "| learnt from | bytes per token | perplexity | loss | entropy | accuracy |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:

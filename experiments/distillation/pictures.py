@@ -14,14 +14,14 @@ def plot_students(table: pd.DataFrame, path: Path) -> None:
     left.scatter(table["perplexity"], rows, color=BLUE)
     for row, perplexity in zip(rows, table["perplexity"], strict=True):
         left.annotate(f"{perplexity:.4g}", (perplexity, row), (7, 0), textcoords="offset points", va="center")
-    left.set(title="perplexity of known held-out words", xscale="log", xlim=(None, 3 * table["perplexity"].max()))
+    left.set(title="perplexity of known held-out tokens", xscale="log", xlim=(None, 3 * table["perplexity"].max()))
     stored = table["bytes_a_word"].map(lambda count: "" if pd.isna(count) else f", {count:.0f} bytes")
     left.set_yticks(rows, table["network"] + stored)
     left.invert_yaxis()
     right.hlines(rows, table["loss"], table["entropy"], color=PALE, linewidth=3, zorder=0)
     right.scatter(table["loss"], rows, color=BLUE, label="loss")
     right.scatter(table["entropy"], rows, color=ORANGE, marker="D", label="entropy: the loss it expects")
-    right.set(title="nats per known held-out word", xlim=(0, None))
+    right.set(title="nats per known held-out token", xlim=(0, None))
     figure.legend(loc="outside lower right", ncols=2)
     for axes in (left, right):
         axes.grid(axis="x")

@@ -46,7 +46,7 @@ class Config(vocabulary.Training):
     student_steps: int = 400
     """Gradient steps of each student, on the same batches as the teacher's first steps, and then on further batches."""
     student_features: int = 32
-    """Features of a student: per token, and per context at the head."""
+    """Features of a student: width of the embedding of a token, and of the features at the head."""
     k: int = 16
     """Classes whose teacher probabilities are stored, for every token that the students are trained on."""
     checkpoint_every: int = 200
@@ -64,7 +64,7 @@ class Config(vocabulary.Training):
 
 
 class Stored(NamedTuple):
-    """What is stored of the teacher for each training batch of the students."""
+    """The teacher's stored outputs for each training batch of the students."""
 
     indices: Int[np.ndarray, "steps words k"]
     log_probs: Float[np.ndarray, "steps words k"]
@@ -98,7 +98,7 @@ def loss_of(kind: Kind, memory_budget: int) -> Loss:
     def loss(params, lesson: Lesson):
         head, labels = params["head"], jnp.asarray(lesson.batch.targets)
         features = features_of(params, jnp.asarray(lesson.batch.contexts))
-        # An unknown word is no label, and to compare the kinds nothing is taught in its place.
+        # An unknown token is no label. To keep the kinds comparable, none of them learns at such a position.
         options: dict[str, Any] = {"reduction": "sum", "memory_budget": memory_budget, "weights": labels != UNKNOWN}
 
         def of(targets):
@@ -133,7 +133,7 @@ def init(key: Array, vocabulary: int, context: int, features: int):
 
 @functools.cache
 def step_of(kind: Kind, memory_budget: int, learning_rate: float, steps: int):
-    """The compiled step of a network, found again by a run that goes on in the same process."""
+    """The compiled step of a network, reused when a run continues in the same process."""
     optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0, learning_rate, steps // 10, steps))
     return jax.jit(functools.partial(train_step, optimizer, loss_of(kind, memory_budget)), donate_argnums=0)
 
@@ -147,7 +147,7 @@ def learn(config: Config, options: dict[str, Any], kind: Kind, lesson_of: Callab
         return state, (float(value), int(count))
 
     state = init(jax.random.key(config.seed), config.vocabulary, config.context, config.features)
-    (params, _), seconds = _runs.train(config, COLUMNS, options, state, advance, "word")
+    (params, _), seconds = _runs.train(config, COLUMNS, options, state, advance, "token")
     return params, seconds
 
 
@@ -157,14 +157,14 @@ def fit(config: Config, text: Text) -> tuple[dict[str, Any], dict[str, float], S
     Returns:
         The parameters and the seconds of every network by its name, and what was stored.
     """
-    if config.overwrite:  # with the teacher all that came of it
+    if config.overwrite:  # a new teacher replaces everything that was computed from the old one
         (config.out / "summary.json").unlink(missing_ok=True)
         shutil.rmtree(config.out / STORED, ignore_errors=True)
         for checkpoints in (config.of(name).out / "checkpoints" for name in (TEACHER, *STUDENTS)):
             for step in steps_of(checkpoints):
                 delete(checkpoints, step)
     own = {"student_steps": config.student_steps, "student_features": config.student_features, "k": config.k}
-    options = vocabulary.all_it_depends_on(config, text) | own  # of every network, since the teacher's show in all
+    options = vocabulary.all_it_depends_on(config, text) | own  # of all networks, which the teacher affects
     params, seconds = {}, {}
 
     def teach(name: str, kind: Kind, taught: Callable[[int], Any] = lambda n: ()) -> None:
@@ -190,7 +190,7 @@ def fit(config: Config, text: Text) -> tuple[dict[str, Any], dict[str, float], S
 
 
 def store(config: Config, text: Text, teacher: Any) -> Stored:
-    """What the teacher knows of the students' batches, in files of `config.out`, which are whole or absent."""
+    """The teacher's outputs for the students' batches, in files of `config.out` that are complete or absent."""
     folder, unfinished = config.out / STORED, config.out / f"{STORED}.unfinished"
     paths = [f"{name}.npy" for name in Stored._fields]
     if not folder.exists():
@@ -217,7 +217,7 @@ def knowledge(k: int, memory_budget: int, teacher: Any, contexts: Int[Array, "wo
 def write(config: Config, text: Text, read: Callable[..., tuple[Array, ...]], paths: Sequence[Path]) -> None:
     """Batch after batch to NumPy's files, so that no more than one is in memory."""
     files = [path.open("wb") for path in paths]
-    with tqdm(total=config.student_steps * config.batch_size, unit="word", unit_scale=True, desc="storing") as bar:
+    with tqdm(total=config.student_steps * config.batch_size, unit="token", unit_scale=True, desc="storing") as bar:
         for n in range(1, config.student_steps + 1):
             arrays = [np.asarray(array) for array in read(training_batch(text, config, n).contexts)]
             for file, array in zip(files, arrays, strict=True):

@@ -1,4 +1,4 @@
-"""Does the cross-entropy of every framework equal a call of ours, in value and gradient, and where not, why?
+"""Does the cross-entropy of every framework equal a call of jaxsoft, in value and gradient, and where not, why?
 
 python -m experiments.frameworks
 
@@ -61,7 +61,7 @@ def run(config: Config) -> pd.DataFrame:
                     tqdm.write(f"{framework.name}: {error}", file=sys.stderr)
             table = merged(out / "results.csv", rows)
             table.to_csv(out / "results.part", index=False)
-            (out / "results.part").replace(out / "results.csv")  # a run that is ended leaves a whole table
+            (out / "results.part").replace(out / "results.csv")  # an interrupted run leaves a complete table
     command = f"python -m experiments.frameworks --cases {config.cases} --seed {config.seed}"
     there = {name: why for name, why in missing.items() if name not in set(table["framework"])}
     text = markdown(table, command, there)
@@ -73,7 +73,7 @@ def run(config: Config) -> pd.DataFrame:
 
 
 def install_all(frameworks: list[Framework], cache: Path) -> dict[str, str]:
-    """Install one after another; returns why some cannot be, which is one line each."""
+    """Install one after another; returns one line for each that could not be installed."""
     refused: dict[str, str] = {}
     homes = {framework.home: FRAMEWORKS[framework.home] for framework in frameworks}
     with tqdm(homes.values(), disable=not homes) as bar:
@@ -95,13 +95,13 @@ def check_names(option: str, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def run_one(framework: Framework, config: Config, bar: tqdm) -> list[dict[str, object]]:
-    """The rows of one framework; the progress bar counts its cases, and then ours."""
+    """The rows of one framework; the progress bar counts its cases, and then jaxsoft's."""
     python, done = python_of(framework, config.cache), Counter[str]()
 
     def progress(what: str) -> None:
         done[what] += 1
         bar.set_postfix_str(f"{done[what]} cases {what}", refresh=False)
-        bar.update(0)  # which writes once a second
+        bar.update(0)  # the bar writes once a second
 
     return measure(framework, python, config.cases, config.seed, progress)
 

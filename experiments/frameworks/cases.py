@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-# Few shapes and numbers of classes: each has a program of its own to compile here.
+# Few shapes and numbers of classes, because each one compiles a program here.
 POSITIONS, IMAGES, CLASSES = (12,), (3, 2, 3), 5
 OUT_OF_THE_WAY = 255  # a label that is no class
 
 
 @dataclass(frozen=True)
 class Case:
-    """What both sides get: arrays with the classes last, and options that JSON can hold."""
+    """The inputs of both libraries: arrays with the classes last, and options that JSON can hold."""
 
     variant: str
     arrays: dict[str, np.ndarray]
@@ -38,7 +38,7 @@ class Case:
 
 
 def draw(rng: np.random.Generator, variant: str, takes: Sequence[str], dtype: str) -> Case:
-    """A case with half of the options that the call takes, each at random; "name!" is always there."""
+    """A case with half of the options that the call takes, each at random; "name!" is always included."""
     chosen = {name.rstrip("!") for name in takes if name.endswith("!") or rng.random() < 0.5}
     shape = IMAGES if "images" in chosen else POSITIONS
     z = (rng.normal(size=(*shape, CLASSES)) * rng.choice([1, 3] if "small" in chosen else [1, 3, 8])).astype(dtype)
@@ -58,7 +58,7 @@ def draw(rng: np.random.Generator, variant: str, takes: Sequence[str], dtype: st
             if name in chosen and "ignore_index" not in options:
                 options["ignore_index"] = mark
                 y[rng.random(shape) < 0.3] = mark
-                y.flat[:2] = mark, 0  # something of both is there
+                y.flat[:2] = mark, 0  # at least one position of each kind
     if "class_weights" in chosen:
         arrays["class_weights"] = rng.uniform(0.2, 3, CLASSES).astype(dtype)
     if "weights" in chosen:
@@ -77,5 +77,5 @@ def draw(rng: np.random.Generator, variant: str, takes: Sequence[str], dtype: st
         arrays["bias"] = rng.normal(size=CLASSES).astype(dtype)
     reductions = [name for name in ("mean", "sum", "none") if name in takes]
     options["reduction"] = str(rng.choice(reductions)) if reductions else "mean"
-    arrays["cotangent"] = rng.normal(size=shape).astype(dtype)  # of the losses, where they are not reduced
+    arrays["cotangent"] = rng.normal(size=shape).astype(dtype)  # for losses that are not reduced
     return Case(variant, arrays, options)

@@ -11,7 +11,7 @@ from experiments._door import ScriptError
 from experiments.frameworks.frameworks import Framework
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxsoft" / "frameworks"
-FINISHED = "installed.txt"  # in an environment whose packages are all there, which it names
+FINISHED = "installed.txt"  # written last into a complete environment; names its packages
 WORKERS = Path(__file__).parent / "workers"
 
 
@@ -20,7 +20,7 @@ class NotInstalled(ScriptError):
 
 
 def python_of(framework: Framework, cache: Path) -> Path:
-    """The Python that has the framework: its environment's, or this one."""
+    """The Python that has the framework: its environment's, or the running one."""
     own = cache / framework.home
     python = own / "bin" / "python"
     if (own / FINISHED).exists() and python.exists():
@@ -33,7 +33,7 @@ def python_of(framework: Framework, cache: Path) -> Path:
 
 
 def install(framework: Framework, cache: Path) -> None:
-    """Make the environment of a framework, unless it is there with these packages."""
+    """Create the environment of a framework, unless it exists with these packages."""
     home = cache / framework.home
     python, finished = home / "bin" / "python", home / FINISHED
     names = " ".join([*framework.packages, framework.build]).strip() + "\n"
@@ -56,11 +56,11 @@ def install(framework: Framework, cache: Path) -> None:
 
 
 def find_python(version: str) -> str:
-    """A Python of that version on the path or among pyenv's; this one where none is asked for."""
+    """A Python of this version on PATH or among pyenv's; the running one if no version is given."""
     if not version or sys.version.startswith(f"{version}."):
         return sys.executable
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
     for path in (*sorted(pyenv.glob(f"{version}.*/bin/python")), shutil.which(f"python{version}")):
         if path is not None and subprocess.run([path, "-c", "import venv"], capture_output=True).returncode == 0:
             return str(path)
-    raise NotInstalled(f"needs Python {version}, which is not here")
+    raise NotInstalled(f"needs Python {version}, which was not found")

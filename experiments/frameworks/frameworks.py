@@ -1,4 +1,4 @@
-"""The frameworks, what installs each, and each call with its options, our call, and why they differ where they must."""
+"""The frameworks, the packages of each, and each call with its options, jaxsoft's call, and why both differ."""
 
 from typing import NamedTuple
 
@@ -9,13 +9,13 @@ LABELS = ("mean", "sum", "none")
 
 
 class Variant(NamedTuple):
-    """A call of a framework with the options that it takes, and ours that equals it."""
+    """A call of a framework with the options that it takes, and the call of jaxsoft that equals it."""
 
     name: str
     takes: tuple[str, ...]
     ours: Ours
     differs: str = ""  # why value or gradient cannot be equal
-    precision: str = ""  # if it is not the logits' precision
+    precision: str = ""  # if it differs from the logits' precision
 
 
 class Framework(NamedTuple):
@@ -29,7 +29,7 @@ class Framework(NamedTuple):
     variants: tuple[Variant, ...]
     python: str = ""  # the version that an environment of its own needs
     environment: tuple[tuple[str, str], ...] = ()
-    shares: str = ""  # the framework whose environment has it, too
+    shares: str = ""  # the framework whose environment contains this one too
     build: str = ""  # the worker that builds a framework without a package, in a separate environment
 
     @property
@@ -39,7 +39,7 @@ class Framework(NamedTuple):
 
 WEIGHTED = ("class_weights", "smoothing", "images", *LABELS)
 OLD = ("setuptools<60", "numpy<1.24")
-P_MINUS_T = "the gradient is p − t, which is not that of its value"
+P_MINUS_T = "the gradient is p − t, which is not the gradient of the value"
 NO_GRADIENT = "it gives no gradient"
 FRAMEWORKS = {
     framework.name: framework
@@ -238,7 +238,7 @@ FRAMEWORKS = {
                     "probabilities, Σt ≠ 1",
                     ("sums!",),
                     ours.over_all,
-                    "the value is lse − m − Σ t (z − m), m the largest logit, whose part is missing in the gradient",
+                    "the value is lse − m − Σ t (z − m), m the largest logit; the gradient omits m",
                 ),
             ),
         ),
@@ -340,7 +340,7 @@ FRAMEWORKS = {
             "float32",
             (
                 Variant(
-                    "multi:softprob and our gradient",
+                    "multi:softprob with jaxsoft's gradient",
                     ("every!", "small!", "weights", "sum"),
                     ours.nothing_left,
                     "trees are compared",
@@ -357,7 +357,7 @@ FRAMEWORKS = {
             "float32",
             (
                 Variant(
-                    "multiclass and our gradient",
+                    "multiclass with jaxsoft's gradient",
                     ("every!", "small!", "weights", "sum"),
                     ours.nothing_left,
                     "trees are compared",
@@ -371,7 +371,11 @@ FRAMEWORKS = {
             ("catboost==1.2.10", "numpy"),
             "of_catboost.py",
             "float64",
-            (Variant("MultiClass and our gradient", ("every!", "sum"), ours.nothing_left, "trees are compared"),),
+            (
+                Variant(
+                    "MultiClass with jaxsoft's gradient", ("every!", "sum"), ours.nothing_left, "trees are compared"
+                ),
+            ),
             python="3.12",
         ),
         Framework(
@@ -425,7 +429,7 @@ FRAMEWORKS = {
         ),
     )
 }
-# Those that a search found no way to run here, and why.
+# Frameworks that cannot run here, as far as a search showed, and why.
 NOT_RUN = {
     "megengine, oneflow, jittor, cntk, theano": "no release of them installs with the Pythons at hand",
 }

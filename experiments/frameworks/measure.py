@@ -1,4 +1,4 @@
-"""Run a framework's worker on random cases, and see how far our call is from it."""
+"""Run a framework's worker on random cases, and compare its results with jaxsoft's call."""
 
 import json
 import os
@@ -24,12 +24,12 @@ COLUMNS = (
 )  # fmt: skip
 # Relative to the larger of 1 and the compared numbers: sums of logits up to 30, in the framework's precision.
 TOLERANCES = {"float64": 1e-10, "float32": 2e-5}
-Progress = Callable[[str], object]  # told that one more case was "run", or "compared"
-STALLED = 120  # seconds without a case, the first with its imports and compilations
+Progress = Callable[[str], object]  # called after each case with "run" or "compared"
+STALLED = 120  # seconds allowed per case; the first one includes imports and compilation
 
 
 def measure(framework: Framework, python: Path, count: int, seed: int, progress: Progress) -> list[dict[str, Any]]:
-    """A row for each call of the framework: the largest differences of value and gradient from ours."""
+    """A row for each call of the framework: the largest differences of value and gradient from jaxsoft's."""
     rng = np.random.default_rng([seed, *framework.name.encode()])
     share = -(-count // len(framework.variants))
     with jax.enable_x64(True):
@@ -49,19 +49,19 @@ def measure(framework: Framework, python: Path, count: int, seed: int, progress:
 
 def _drawn(rng: np.random.Generator, variant: Variant, dtype: str) -> Case:
     case = draw(rng, variant.name, variant.takes, dtype)
-    if variant.ours is ours.nothing_left:  # the framework is given our gradient
+    if variant.ours is ours.nothing_left:  # the framework trains with jaxsoft's gradient
         case.arrays["gradient"] = ours.value_and_gradient(ours.weighted_sum, case)[1].astype(dtype)
         case.arrays["probabilities"] = np.asarray(softmax(case.z.astype(np.float64))).astype(dtype)
     return case
 
 
 def run_worker(framework: Framework, python: Path, folder: Path, cases: list[Case], progress: Progress) -> str:
-    """Let the framework compute every case, in a process of its own; returns its version."""
+    """Let the framework compute every case, in a separate process; returns its version."""
     described = [{"variant": case.variant, "options": case.options} for case in cases]
     (folder / "cases.json").write_text(json.dumps(described))
     for n, case in enumerate(cases):
         np.savez(folder / f"{n}.npz", **case.arrays)  # pyright: ignore[reportArgumentType]
-    for _ in cases:  # a case that ends the process is passed over
+    for _ in cases:  # a case that ends the process is skipped
         status = _run_once(framework, python, folder, progress)
         waiting = (
             n for n in range(len(cases)) if not any((folder / f"{n}.out{end}").exists() for end in (".npz", ".txt"))
@@ -91,7 +91,7 @@ def _run_once(framework: Framework, python: Path, folder: Path, progress: Progre
 
 
 def watched(process: subprocess.Popen[str]) -> Iterator[str]:
-    """The lines of a process, which is killed if it does not write for long."""
+    """The lines of a process, which is killed if it writes nothing for too long."""
     assert process.stdout is not None
     while True:
         timer = threading.Timer(STALLED, process.kill)
@@ -106,7 +106,7 @@ def watched(process: subprocess.Popen[str]) -> Iterator[str]:
 def compared(
     variant: Variant, cases: dict[int, Case], folder: Path, tolerance: float, progress: Progress
 ) -> dict[str, Any]:
-    """How far a call's results are from ours, at most, and what failed."""
+    """The largest differences of a call's results from jaxsoft's, and what failed."""
     far: dict[str, list[float]] = {"value": [], "gradient": []}
     failed = []
     for n, case in cases.items():
@@ -133,7 +133,7 @@ def compared(
 
 
 def difference(theirs: np.ndarray, right: np.ndarray) -> float:
-    """The largest difference, relative to the larger of 1 and the largest number; inf if only one is a number."""
+    """The largest difference, relative to the larger of 1 and the largest number; inf where only one is finite."""
     if theirs.shape != right.shape:
         theirs = theirs.reshape(right.shape) if theirs.size == right.size else np.full(right.shape, np.inf)
     theirs = theirs.astype(np.float64)

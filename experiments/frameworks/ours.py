@@ -1,4 +1,4 @@
-"""Our call for each call of a framework, of NumPy arrays with the classes last: what docs/coming-from says, as code."""
+"""The call of jaxsoft for each call of a framework, of NumPy arrays, classes last: docs/coming-from, as code."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ import numpy as np
 from experiments.frameworks.cases import Case
 from jaxsoft import caffe, cross_entropy, entropy, kl_divergence, linear_cross_entropy
 
-Ours = Callable[[Case, jax.Array], jax.Array]  # of a case and its logits
+Ours = Callable[[Case, jax.Array], jax.Array]  # a function of a case and its logits
 
 
 def value_and_gradient(ours: Ours, case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -30,12 +30,12 @@ def smoothing(case: Case) -> float:
 
 
 def over(total: jax.Array, case: Case, count: float) -> jax.Array:
-    """The sum, or what is divided by a count of its own where a mean is asked for."""
+    """The sum; for a mean the caller divides it by the framework's own count."""
     return total / count if case.options["reduction"] == "mean" else total
 
 
 def as_pytorch(case: Case, z: jax.Array) -> jax.Array:
-    """PyTorch's and MindSpore's: the same names."""
+    """PyTorch's and MindSpore's cross-entropy, whose options have the same names."""
     return cross_entropy(
         z,
         case.targets,
@@ -65,7 +65,7 @@ def masked(case: Case, z: jax.Array) -> jax.Array:
 
 
 def over_all(case: Case, z: jax.Array) -> jax.Array:
-    """Keras's and MLX's: with weights a mean is over the number of positions, with ignore_class over the valid ones."""
+    """Keras's and MLX's: a weighted mean divides by the number of all positions, or of valid ones."""
     count: float
     ignored, options = case.get("ignore_index"), {"weights": case.get("weights"), "label_smoothing": smoothing(case)}
     if "probs" in case.arrays:
@@ -78,14 +78,14 @@ def over_all(case: Case, z: jax.Array) -> jax.Array:
 
 
 def over_weights(case: Case, z: jax.Array) -> jax.Array:
-    """The mean over the weights, ours too."""
+    """The mean divided by the weights, which is also jaxsoft's."""
     targets = case.targets
     ignored = case.get("ignore_index") if "labels" in case.arrays else None
     return cross_entropy(z, targets, ignore_index=ignored, weights=case.get("weights"), label_smoothing=smoothing(case))
 
 
 def no_class(case: Case, z: jax.Array) -> jax.Array:
-    """A label that is no class costs 0 in Keras on JAX, and counts."""
+    """In Keras on JAX the loss at a label out of range is 0, and the mean counts it."""
     y = np.where((case.y >= 0) & (case.y < z.shape[-1]), case.y, -1)
     return cross_entropy(z, y, ignore_index=-1, reduction="sum") / y.size
 
@@ -97,7 +97,7 @@ def by_nonzero_weights(case: Case, z: jax.Array) -> jax.Array:
 
 
 def negative_ignored(case: Case, z: jax.Array) -> jax.Array:
-    """PaddlePaddle's for an ignore_index below 0 and without weights: over all positions."""
+    """PaddlePaddle's for an ignore_index below 0 and no weights: the mean divides by all positions."""
     if case.options["reduction"] != "mean" or "class_weights" in case.arrays:
         return as_pytorch(case, z)
     options = {"ignore_index": -100, "label_smoothing": smoothing(case)}
@@ -105,13 +105,13 @@ def negative_ignored(case: Case, z: jax.Array) -> jax.Array:
 
 
 def all_entries(case: Case, z: jax.Array) -> jax.Array:
-    """PaddlePaddle's with smoothing and an ignored label that is a class: nothing is ignored, over N·C."""
+    """PaddlePaddle's with smoothing and an ignored label that is a class: it ignores nothing, and divides by N·C."""
     total = cross_entropy(z, case.y, label_smoothing=smoothing(case), reduction="sum")
     return total / z.size
 
 
 def weight_of_row(case: Case, z: jax.Array) -> jax.Array:
-    """PaddlePaddle's of distributions: a weight Σ_j c_j t_j for each position."""
+    """PaddlePaddle's for distributions: each position has the weight Σ_j c_j t_j."""
     t, c = case.arrays["probs"], case.get("class_weights")
     w = None if c is None else t @ c
     return cross_entropy(z, t, weights=w, reduction=case.options["reduction"])
@@ -129,7 +129,7 @@ def output(divisor: str) -> Ours:
 
     def ours(case: Case, z: jax.Array) -> jax.Array:
         classes, ignored = z.shape[-1], case.get("ignore_index")
-        epsilon = smoothing(case) * classes / (classes - 1)  # ε/(C − 1) to the others
+        epsilon = smoothing(case) * classes / (classes - 1)  # ε/(C − 1) for the other classes
         total = cross_entropy(z, case.y, ignore_index=ignored, label_smoothing=epsilon, reduction="sum")
         counts = {"null": case.y[0].size, "batch": case.y.size, "valid": np.sum(case.y != ignored)}
         return total / counts[divisor]
@@ -138,7 +138,7 @@ def output(divisor: str) -> Ours:
 
 
 def chainers(case: Case, z: jax.Array) -> jax.Array:
-    """Over the valid positions or, without normalize, over the batch size; never over class weights."""
+    """Divided by the valid positions or, without normalize, by the batch size; never by class weights."""
     if "probs" in case.arrays:  # class weights have no effect
         losses = cross_entropy(z, case.arrays["probs"], reduction="none")
         return losses if case.options["reduction"] == "none" else losses.mean()
@@ -151,7 +151,7 @@ def chainers(case: Case, z: jax.Array) -> jax.Array:
 
 
 def tinygrads(case: Case, z: jax.Array) -> jax.Array:
-    """Rows of −1 cost ε·mean(−log p), and count; any other mark is as PyTorch's."""
+    """The loss at a label of −1 is ε·mean(−log p), and the mean counts it; other ignored labels are as in PyTorch."""
     if case.get("ignore_index") != -1:
         return as_pytorch(case, z)
     epsilon = smoothing(case)
@@ -163,12 +163,12 @@ def tinygrads(case: Case, z: jax.Array) -> jax.Array:
 
 
 def negatives_ignored(case: Case, z: jax.Array) -> jax.Array:
-    """nnabla's: every label below 0."""
+    """nnabla's, which ignores every label below 0."""
     return cross_entropy(z, np.where(case.y < 0, -1, case.y), ignore_index=-1, reduction="none")
 
 
 def thincs(case: Case, z: jax.Array) -> jax.Array:
-    """The loss whose gradient Thinc gives, ε/(C − 1) to the others."""
+    """The loss whose gradient Thinc gives; its smoothing gives ε/(C − 1) to each other class."""
     targets = case.targets
     epsilon = smoothing(case) * z.shape[-1] / (z.shape[-1] - 1)
     total = cross_entropy(z, targets, label_smoothing=epsilon, reduction="sum")
@@ -184,22 +184,22 @@ def over_weights_or_sum(case: Case, z: jax.Array) -> jax.Array:
 
 
 def nothing_left(case: Case, z: jax.Array) -> jax.Array:
-    """What differs between a booster's margins by its own objective and by our gradient: nothing."""
+    """The expected difference of a booster's margins by its own objective and by jaxsoft's gradient: zero."""
     return 0 * z
 
 
 def caffes(normalization: caffe.Normalization) -> Ours:
-    """Our layer of the same name."""
+    """jaxsoft's layer of the same name."""
 
     def ours(case: Case, z: jax.Array) -> jax.Array:
-        z = jnp.moveaxis(z, -1, 1)  # the batch is what stands before the class axis
+        z = jnp.moveaxis(z, -1, 1)  # the axes before the class axis are the batch
         return caffe.softmax_with_loss(z, case.y, ignore_label=case.get("ignore_index"), normalization=normalization)[0]
 
     return ours
 
 
 def of_a_layer(case: Case, z: jax.Array) -> jax.Array:
-    """PyTorch's and Liger's, with a z-loss and a soft cap, of logits or of features and a kernel."""
+    """PyTorch's and Liger's, with a z-loss and a soft cap, from logits or from features and a kernel."""
     cap = case.get("soft_cap")
     options = {
         "ignore_index": -100,
@@ -223,6 +223,6 @@ def entropies(case: Case, z: jax.Array) -> jax.Array:
 
 
 def causal(case: Case, z: jax.Array) -> jax.Array:
-    """transformers': the labels are moved by one, and a number of tokens may be given to divide by."""
+    """transformers': labels are shifted by one, and the number of tokens to divide by may be given."""
     losses = {"ignore_index": -100, "reduction": case.options["reduction"]}
     return cross_entropy(z[:-1], case.y[1:], **losses) / (7 if case.options["reduction"] == "sum" else 1)

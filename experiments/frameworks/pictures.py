@@ -1,4 +1,4 @@
-"""One picture: how far each call of each framework is from ours."""
+"""One picture: the difference of each framework's calls from jaxsoft's."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ LEAST = 1e-17  # results that are equal to the last bit are drawn here
 
 
 def plot_differences(table: pd.DataFrame, path: Path) -> None:
-    """A line a framework, a dot for the value and one for the gradient of each of its calls."""
+    """One line per framework, with one dot for the value and one for the gradient of each of its calls."""
     names = list(dict.fromkeys(table["framework"]))
     figure, axes = plt.subplots(figsize=(WIDE, 0.9 + 0.27 * len(names)))
     for name, color, shift in (("value", BLUE, -0.14), ("gradient", ORANGE, 0.14)):
@@ -26,6 +26,6 @@ def plot_differences(table: pd.DataFrame, path: Path) -> None:
     axes.set(xscale="log", xlim=(LEAST / 2, 100), ylim=(len(names) - 0.4, -1.1))
     axes.set_yticks(range(len(names)), names)
     axes.grid(axis="y", color=PALE)
-    axes.set_xlabel("largest difference from our call (hollow: the table has a remark)")
+    axes.set_xlabel("largest difference from jaxsoft (hollow: the table has a remark)")
     axes.legend(loc="lower right")
     save(figure, path)

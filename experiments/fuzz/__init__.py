@@ -1,1 +1,1 @@
-"""Random configurations of every function of classes, against float64 formulas with error bounds of their own."""
+"""Random configurations of every function over classes, compared with float64 formulas that compute error bounds."""

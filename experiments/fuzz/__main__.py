@@ -21,7 +21,7 @@ from experiments.fuzz.programs import FUNCTIONS, draw_program
 from experiments.fuzz.report import Report
 from experiments.fuzz.trial import attempt
 
-DEVICES = 8  # simulated, for the meshes
+DEVICES = 8  # simulated devices, for the meshes
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Config:
     """Options of the experiment."""
 
     seed: int = 0
-    """Draws the programs and their values."""
+    """Seed for the programs and their values."""
     configurations: int = 200_000
     """How many configurations to try."""
     minutes: float = 60.0
-    """Stop after so many minutes at the latest."""
+    """Stop after this many minutes at the latest."""
     sets: int = 256
     """Sets of values per program; fewer if they are large or the transformation is slow."""
     only: str = ""
@@ -41,9 +41,9 @@ class Config:
     program: int | None = None
     """Repeat only this program."""
     case: int | None = None
-    """Print this set of values of the program, and its results."""
+    """Print this set of values of the program given by --program, and its results."""
     shown: int = 40
-    """Print at most so many failed programs; the file has all."""
+    """Print at most this many failed programs; failures.txt has all."""
     out: Path = Path("out/fuzz")
     """Folder for coverage.csv, failures.txt and summary.json."""
 
@@ -67,7 +67,7 @@ def run(config: Config) -> Report:
     else:
         search(config, report)
     if report.failures:
-        raise ScriptError(f"{len(report.failures)} of {report.programs} programs were wrong or refused")
+        raise ScriptError(f"{len(report.failures)} of {report.programs} programs gave wrong results or errors")
     return report
 
 
@@ -89,14 +89,14 @@ def search(config: Config, report: Report) -> None:
             bar.update(min(report.configurations, config.configurations) - bar.n)
             bar.set_postfix(programs=report.programs, failed=len(report.failures))
             if report.programs % 50 == 0:
-                jax.clear_caches()  # no program comes again
+                jax.clear_caches()  # no program is drawn twice
     report.seconds = time.monotonic() - began
     report.write(out)
     print(report)
 
 
 def repeat(config: Config, report: Report) -> None:
-    """One program again, and of one set of values all that goes in and comes out."""
+    """Run one program again; for one set of values, print all inputs and results."""
     assert config.program is not None
     trial = attempt(draw_program(config.seed, config.program, config.sets))
     print(report.add(trial, again(config, config.program)) or "nothing wrong", trial.program, sep="\n")

@@ -1,4 +1,4 @@
-"""A program compiled and called on its values: the derivative inside or outside of the transformation."""
+"""Compile a program and call it on its values, with the derivative inside or outside of the transformation."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +17,7 @@ INSIDE = ("vmap inside", "map inside")
 
 
 def execute(program: Program, values: Values, chosen: slice = slice(None)) -> dict[str, np.ndarray]:
-    """The results by name, the sets first; only those of the chosen calls."""
+    """The results of the chosen calls by name; the first axis counts the sets of values."""
     with jax.enable_x64(program.x64), jax.numpy_dtype_promotion("standard"):
         run = compiled(program)
         calls = [run(*arguments) for arguments in list(batches(program, values))[chosen]]
@@ -124,7 +124,7 @@ def differentiated(program: Program, outputs: Callable) -> Callable:
     def grad(variables, constants, cotangents, tangents):
         def total(variables):
             found = outputs(variables, constants)
-            # Zero cotangents leave an entry out, even where it is not finite.
+            # A zero cotangent removes an entry from the sum, even where it is not finite.
             return sum(jnp.sum(jnp.where(g == 0, 0, f * g)) for f, g in zip(found, cotangents, strict=True)), found
 
         return jax.grad(total, has_aux=True)(variables)[::-1]

@@ -1,4 +1,4 @@
-"""What the contract says about every result of a program, given its values."""
+"""The results that the documentation promises for a program, given its values."""
 
 from functools import cached_property
 from typing import Any
@@ -65,11 +65,11 @@ def case_of(function: str) -> type["Case"]:
 
 
 class Case:
-    """The inputs in long numbers, and what follows from them for one function."""
+    """The inputs in wider numbers, and the expected results of one function."""
 
     def __init__(self, program: Program, values: Values):
         self.program, self.frame = program, Frame(program)
-        # Float64 is judged by the longest numbers that there are.
+        # Float64 results are judged in the widest dtype of the machine.
         self.wide = np.longdouble if program.compute == np.float64 else np.float64
         self.inputs = {name: self.widen(a) for name, a in values.inputs.items()}
         self.cotangents = [self.widen(a) for a in values.cotangents]
@@ -80,7 +80,7 @@ class Case:
         raise NotImplementedError
 
     def pull(self, *, linear: bool) -> Gradients:
-        """The gradients to the cotangents; `linear`: as the derivative of the pullback at a cotangent of 0."""
+        """The gradients for the cotangents; `linear`: as the derivative of the pullback at a cotangent of 0."""
         raise NotImplementedError
 
     def push(self) -> tuple[Expected, ...]:
@@ -98,7 +98,7 @@ class Case:
         return Measured(array, 0, self.unit)
 
     def zero(self, e: Expected) -> Expected:
-        """The pullback of a zero cotangent, where that of another is finite."""
+        """The pullback of a zero cotangent; promised only where the pullback of another cotangent is finite."""
         free = ~np.isfinite(e.number.value) | (e.judged == FREE)
         return Expected(self.measured(np.zeros_like(e.number.value)), np.where(free, FREE, EXACT))
 
@@ -111,7 +111,7 @@ class Case:
         return Expected(e.number.map(lambda a: a.reshape(shape)), e.everywhere.reshape(shape))
 
     def of_positions(self, e: Expected) -> Expected:
-        """A result of every position, or of all, in the shape of the output."""
+        """A result of each position, or of all together, in the shape of the output."""
         return self.shaped(e, self.program.shape(self.program.outputs[0][0]))
 
     @cached_property
@@ -153,18 +153,18 @@ class NormaliserCase(Case):
 
 
 class LossCase(Case):
-    """What both losses make of their options."""
+    """The effect of the options that both losses share."""
 
     loss: PositionLoss
 
     @cached_property
     def of_targets(self) -> str:
-        """What of the targets may be a variable."""
+        """The part of the targets that may be differentiated."""
         return "target_probs" if self.program.is_sparse else "targets"
 
     @cached_property
     def target_frame(self) -> Frame:
-        """That of a distribution, or of the probabilities of sparse targets."""
+        """The frame of a distribution, or of the probabilities of sparse targets."""
         return Frame(self.program, self.program.arrays[self.of_targets])
 
     @cached_property
@@ -175,7 +175,7 @@ class LossCase(Case):
 
     @cached_property
     def weights(self) -> np.ndarray:
-        """Of every position, 0 where it is ignored."""
+        """The weight of each position, 0 where it is ignored."""
         weights = np.ones((self.frame.sets, self.frame.count), self.wide)
         if "weights" in self.inputs:
             weights = self.frame.positions(self.inputs["weights"]).astype(self.wide)
@@ -192,7 +192,7 @@ class LossCase(Case):
 
     def loss_of(self, z: Measured, removed: np.ndarray, dtype: Any) -> PositionLoss:
         part = (self.weights != 0)[..., None]
-        z = Measured(np.where(part, z.value, 0), z.error, self.unit)  # ignored values may be anything
+        z = Measured(np.where(part, z.value, 0), z.error, self.unit)  # values at ignored positions may be anything
         if self.program.is_sparse:
             return self.sparse_loss_of(z, removed, dtype)
         label = None if self.label is None else self.label.astype(np.int64)
@@ -221,12 +221,12 @@ class LossCase(Case):
 
     @property
     def spread(self) -> np.ndarray | None:
-        """The change of a distribution or of probabilities."""
+        """The tangent of a distribution or of probabilities."""
         change = self.tangents.get(self.of_targets)
         return None if change is None else self.target_frame.rows(change)
 
     def to_targets(self, e: Expected) -> Gradients:
-        """The gradient to them, which labels have not."""
+        """The gradient to the targets, which labels do not have."""
         if self.of_targets not in self.program.variables:
             return {}
         frame = self.target_frame
@@ -263,7 +263,7 @@ class LayerCase(LossCase):
         super().__init__(program, values)
         self.flipped = program.arrays["kernel"][0] != "d"
         both = program.dtypes["features"], program.dtypes["kernel"]
-        product = both[0] if both[0] == both[1] else program.compute  # two half precisions meet in float32
+        product = both[0] if both[0] == both[1] else program.compute  # float16 and bfloat16 together promote to float32
         capped = program.has("soft_cap")
         self.layer = Layer(
             self.features(self.inputs["features"]), self.kernel(self.inputs["kernel"]), self.inputs.get("bias"),
@@ -273,12 +273,12 @@ class LayerCase(LossCase):
         if "bias" in self.inputs:
             removed = removed | np.isneginf(self.inputs["bias"])[:, None, :]
         self.loss = self.loss_of(self.layer.z, removed, program.compute)
-        self.loss.broken |= self.layer.spoiled  # also where no class is left
-        if capped:  # a cap makes a logit of what an infinite feature gives, if it is not NaN
+        self.loss.broken |= self.layer.spoiled  # also where no class has a finite logit
+        if capped:  # the cap makes an infinite logit finite, but not NaN
             self.loss.unsaid |= self.layer.spoiled & ~np.isnan(self.features(self.inputs["features"])).any(-1)
 
     def features(self, array: np.ndarray) -> np.ndarray:
-        """(sets, positions, D), 0 at ignored positions."""
+        """Features of shape (sets, positions, D), 0 at ignored positions."""
         rows = array.reshape(self.frame.sets, self.frame.count, self.program.sizes["d"])
         return np.where((self.weights != 0)[..., None], rows, 0)
 
@@ -308,7 +308,7 @@ class LayerCase(LossCase):
     def push(self) -> tuple[Expected, ...]:
         found = self.loss.push(self.along * self.layer.slope, self.spread)
         if self.program.derivative == "transpose" and self.program.options["reduction"] != "none":
-            # Transposed, the change meets a gradient that is kept in the dtype of the products, before any mean.
+            # The transpose multiplies the tangent by a gradient in the dtype of the matmuls, before a mean divides.
             share = self.loss.loss_share.value / np.where(self.weights == 0, 1, self.weights)
             each = share * np.abs(self.along.value).sum(-1)
             found.number.error = found.number.error + Unit.of(self.layer.product).tiny * np.nansum(each, -1)

@@ -1,7 +1,7 @@
-"""Softmax and the losses as their docstrings state them, for rows of classes; written from those, not from the code.
+"""Softmax and the losses as their docstrings state them, for rows of classes, without a look at the code.
 
-Arrays are of shape (sets of values, positions, classes). Where the contract promises nothing for an entry, or only that
-it is finite, `Expected` says so.
+Arrays are of shape (sets of values, positions, classes). Where the documentation promises nothing for an entry,
+or only that it is finite, `Expected` says so.
 """
 
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ import numpy as np
 
 from experiments.fuzz.measured import Measured, exp, log, log1p, where
 
-EXACT, NOT_FINITE, FREE = 0, 1, 2  # how an entry is judged: against value and error, to be NaN or infinite, not at all
+EXACT, NOT_FINITE, FREE = 0, 1, 2  # an entry must equal value ± error, must not be finite, may be anything
 
 
 @dataclass
 class Expected:
-    """What one result has to be."""
+    """What one result must be."""
 
     number: Measured
     judged: np.ndarray | int = EXACT
@@ -28,12 +28,12 @@ class Expected:
 
 
 def some(mask: Any, axis: int = -1, *, keepdims: bool = False) -> np.ndarray:
-    """Whether any entry along an axis."""
+    """Whether any entry along an axis is true."""
     return np.asarray(np.any(mask, axis, keepdims=keepdims))
 
 
 def finite(number: Measured, mask: np.ndarray) -> Measured:
-    """With nothing promised of the masked entries but that they are finite."""
+    """Expect of the masked entries only that they are finite."""
     return Measured(
         np.where(mask, 0, number.value), np.where(mask, np.inf, np.broadcast_to(number.error, number.value.shape)),
         number.unit,
@@ -41,7 +41,7 @@ def finite(number: Measured, mask: np.ndarray) -> Measured:
 
 
 class Rows:
-    """Logits z with classes removed, and their softmax."""
+    """Logits z, some of whose classes are masked, and their softmax."""
 
     def __init__(self, z: Measured, removed: np.ndarray):
         value = np.where(removed, -np.inf, z.value)
@@ -64,11 +64,11 @@ class Rows:
 
     @property
     def surprise(self) -> Measured:
-        """−log p_j, never by a subtraction."""
+        """−log p_j, never from 1 − p_j."""
         return self.log_total - self.below
 
     def label_surprise(self, onehot: np.ndarray) -> Measured:
-        """−log p_label: from the sum over the other classes where the label leads."""
+        """−log p_label: from the sum over the other classes where the label has the largest logit."""
         others = where(onehot, 0.0, self.e).sum(keepdims=True)
         at_label = where(onehot, self.e, 0.0).sum(keepdims=True)
         below = where(onehot, self.below, 0.0).sum(keepdims=True)
@@ -77,7 +77,7 @@ class Rows:
         return where(leads, log1p(others / safe), self.log_total - below)
 
     def label_gradient(self, onehot: np.ndarray) -> Measured:
-        """p − onehot, at the label from the sum over the other classes."""
+        """p − onehot; the label's entry comes from the sum over the other classes."""
         others = where(onehot, 0.0, self.e).sum(keepdims=True)
         return where(onehot, -(others / self.total), self.p)
 
@@ -90,8 +90,8 @@ class Rows:
     def derivative(self, v: Any, dtype: Any, onehot: np.ndarray | None = None) -> Measured:
         """The derivative of p in the direction v: p_j v_j − p_j Σ_k p_k v_k.
 
-        In reverse mode the two terms reach the logits as cotangents of their own, in the logits' dtype. At a label it
-        is that of −Σ_{j≠label} p_j, whose terms are small where the label leads and not where it trails.
+        In reverse mode the two terms reach the logits as separate cotangents in the logits' dtype. The label's entry is
+        the derivative of −Σ_{j≠label} p_j, whose terms are small where the label has the largest logit.
         """
         moved, dot = self.p * v, self.dot(v)
         found = moved.rounded(dtype) - (self.p * dot).rounded(dtype)
@@ -99,7 +99,7 @@ class Rows:
             return found
         others = where(onehot, 0.0, self.e).sum(keepdims=True) / self.total
         at_label = (others * dot).rounded(dtype) - where(onehot, 0.0, moved).sum(keepdims=True).rounded(dtype)
-        # Elsewhere the label's v comes and goes: p_j v_label − p_j v_label Σ_{k≠label} p_k − p_j v_label p_label.
+        # In other entries the label's v cancels: p_j v_label − p_j v_label Σ_{k≠label} p_k − p_j v_label p_label.
         of_label = where(onehot, self.exact(v), 0.0).sum(keepdims=True)
         found.error = found.error + self.p.unit.roundoff * np.abs(self.p.value * of_label.value)
         return where(onehot, at_label, found)

@@ -1,4 +1,4 @@
-"""Results against expectations."""
+"""Compare results with expectations."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,15 @@ import numpy as np
 from experiments.fuzz.formulas import EXACT, FREE, NOT_FINITE, Expected
 from experiments.fuzz.measured import Unit
 
-# Times the bound of the running error analysis, which takes every function for correctly rounded: XLA's exponential and
-# logarithm are off by up to two units in the last place, and a sum of n terms by more than √n roundings now and then.
+# The allowed multiple of the bound of the running error analysis, which assumes that every function rounds correctly.
+# XLA's exponential and logarithm are off by up to two units in the last place, and a sum of n terms is sometimes off by
+# more than √n roundings.
 SLACK = 4.0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one result: which sets are wrong, how near to the bound the others came, how many numbers were compared."""
+    """For one result: the wrong sets, how near the others came to the bound, and how many numbers were compared."""
 
     wrong: np.ndarray
     worst: float

@@ -1,4 +1,4 @@
-"""The contract of Caffe's loss layers, and of the two products with softmax's Jacobian."""
+"""The expected results of Caffe's loss layers, of `softmax_vjp` and of `softmax_jacobian`."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ def at_most(number: Measured, bound: float) -> Measured:
 
 
 class CaffeLoss:
-    """Clamped losses of labels or of rows of a matrix, and the probabilities."""
+    """Clamped losses for labels or for rows of a matrix, and the probabilities."""
 
     def __init__(
         self, z: Measured, label: np.ndarray, ignored: np.ndarray, gains: np.ndarray | None, scale: Any, dtype
@@ -24,12 +24,12 @@ class CaffeLoss:
         self.rows, self.softmax, self.dtype = Rows(z, nothing), Softmax(z, nothing, dtype), dtype
         classes = z.value.shape[-1]
         self.part = ~ignored
-        self.outside = self.part & ~((label >= 0) & (label < classes))  # NaN is no class either
+        self.outside = self.part & ~((label >= 0) & (label < classes))  # NaN is not a class either
         self.onehot = (label[..., None] == np.arange(classes)) & self.part[..., None]
         self.gains = None
         if gains is not None:
             self.gains = np.take_along_axis(gains, np.where(self.outside | ignored, 0, label).astype(int)[..., None], 1)
-        self.scale = self.rows.p.exact(scale)  # (S,): loss weight over the normaliser
+        self.scale = self.rows.p.exact(scale)  # (S,): the loss weight divided by the normaliser
         self.broken = self.part & self.rows.bad
 
     def value(self) -> tuple[Expected, Expected]:
@@ -61,7 +61,7 @@ class CaffeLoss:
     def push(self, v: np.ndarray) -> tuple[Expected, Expected]:
         one = np.ones(len(v))
         slope = self.pull(one, np.zeros_like(v))
-        # Along a logit of −inf the loss is clamped: how it would move is not said.
+        # At a logit of −inf the loss is clamped, and its derivative along that logit is not specified.
         clamped = self.onehot if self.gains is None else self.gains != 0
         infinite = some(np.isinf(self.rows.surprise.value) & clamped & self.part[..., None])
         free = some(some(slope.everywhere == FREE) | self.outside | infinite)
@@ -97,7 +97,7 @@ class MultinomialLogistic:
 
 
 class SoftmaxProduct:
-    """s * (g − s·g), of which s is a variable too."""
+    """s * (g − s·g), also differentiated with respect to s."""
 
     def __init__(self, s: np.ndarray, g: np.ndarray, unit: Unit):
         self.s, self.g = Measured(s, 0, unit), Measured(g, 0, unit)

@@ -1,4 +1,4 @@
-"""The contract of `cross_entropy` and `linear_cross_entropy`: value, gradients, and the derivatives of both."""
+"""The expected results of `cross_entropy` and `linear_cross_entropy`: value, gradients, and the derivatives of both."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from experiments.fuzz.measured import Measured, Unit, tanh, tanh_slope, where
 
 @dataclass
 class Targets:
-    """What the options make of the targets; S sets of values, N positions, C classes."""
+    """The targets as changed by the options; S sets of values, N positions, C classes."""
 
     label: np.ndarray | None  # (S, N), any integer
     distribution: np.ndarray | None  # (S, N, C)
@@ -25,36 +25,36 @@ class Targets:
 
 
 class PositionLoss:
-    """A loss of every position and ζ·lse², weighted and reduced; what the loss is, its heirs say."""
+    """A loss of every position plus ζ·lse², weighted and reduced; subclasses define the loss."""
 
-    has_mass: np.ndarray  # (S, N): where a logit that is no number has to be seen
+    has_mass: np.ndarray  # (S, N): where a NaN logit must make the loss NaN
 
     def __init__(self, rows: Rows, weights: np.ndarray, z_loss: np.ndarray, reduction: str, unit: Unit, dtype: Any):
         self.rows, self.reduction, self.unit, self.dtype = rows, reduction, unit, dtype
         self.part, self.z_loss = weights != 0, z_loss
-        self.outside = np.zeros_like(self.part)  # positions with a target that is no class
-        self.unknown = False  # whether the others' share beside such a position is not said
+        self.outside = np.zeros_like(self.part)  # positions with a target out of range
+        self.unknown = False  # whether such a position leaves the other positions' shares of a mean unspecified
         self.counted = self.measured(weights)
         self.loss_share, self.square_share = self.counted, self.counted
         if reduction == "mean":
             self.loss_share = self.square_share = self.counted / self.one(weights.sum(-1, keepdims=True))
         self.broken = self.part & rows.bad
-        self.unsaid = np.zeros_like(self.broken)  # positions of which nothing is expected
+        self.unsaid = np.zeros_like(self.broken)  # positions whose loss is not specified
 
     def each(self) -> Measured:
         """The loss of each position."""
         raise NotImplementedError
 
     def slope(self) -> Measured:
-        """Its derivative to the logits."""
+        """The derivative of each loss to the logits."""
         raise NotImplementedError
 
     def turn(self, v: Measured, targets: np.ndarray | None) -> Measured:
-        """The derivative of `slope` along a change of the logits and one of the targets."""
+        """The derivative of `slope` along a tangent of the logits and one of the targets."""
         raise NotImplementedError
 
     def along(self, targets: np.ndarray) -> tuple[Measured, np.ndarray]:
-        """The derivative of the loss along a change of the targets, and where it is not said."""
+        """The derivative of the loss along a tangent of the targets, and where it is not specified."""
         raise NotImplementedError
 
     def pull_targets(self, g: np.ndarray, *, linear: bool = False) -> Expected:
@@ -62,7 +62,7 @@ class PositionLoss:
         raise NotImplementedError
 
     def bend_targets(self, g: np.ndarray, v: np.ndarray | Measured, targets: np.ndarray | None) -> Expected:
-        """The derivative of that gradient."""
+        """The derivative of the gradient to the targets."""
         raise NotImplementedError
 
     def measured(self, array: Any) -> Measured:
@@ -72,11 +72,11 @@ class PositionLoss:
         return self.measured(np.where(count == 0, 1, count))
 
     def left(self, v: np.ndarray | Measured) -> Measured:
-        """A change of the logits, with 0 at masked classes."""
+        """A tangent of the logits, with 0 at masked classes."""
         return where(self.rows.removed, 0.0, self.counted.exact(v))
 
     def reduced(self, each: Measured, judged: np.ndarray, needed: np.ndarray) -> Expected:
-        """`each` position's term; `needed` NaN."""
+        """Reduce `each` position's term; where `needed`, NaN is expected."""
         needed, judged = needed & ~self.unsaid, np.where(self.unsaid, FREE, judged)
         each = where(needed, np.nan, each)
         if self.reduction == "none":
@@ -104,7 +104,7 @@ class PositionLoss:
         return self.rows.p * lse * (2 * self.z_loss)
 
     def of_logits(self, gradient: Measured, *, first: bool) -> Expected:
-        """A gradient to the logits with its edges."""
+        """A gradient to the logits with its edge cases."""
         rows, out = self.rows, self.outside[..., None]
         gradient = where(self.part[..., None] & ~self.rows.removed, gradient, 0.0)
         left = ~rows.removed
@@ -135,7 +135,7 @@ class PositionLoss:
         return self.reduced(where(self.part & (judged != FREE), each, 0.0), judged, np.zeros_like(self.part))
 
     def bend(self, g: np.ndarray, v: np.ndarray | Measured, targets: np.ndarray | None) -> Expected:
-        """The derivative of `pull` along v and along a change of the targets."""
+        """The derivative of `pull` along v and along a tangent of the targets."""
         rows, (for_loss, for_square), v = self.rows, self.shares(g), self.left(v)
         lse = where(rows.empty[..., None], 0.0, rows.lse)
         turn = (rows.p * rows.dot(v)).rounded(self.dtype) + rows.derivative(v, self.dtype) * lse
@@ -169,7 +169,7 @@ class Loss(PositionLoss):
             by_label = np.where(self.onehot, self.by_class, 0).sum(-1)
             for_loss = self.one(np.where(self.part, targets.weights * by_label, 0).sum(-1, keepdims=True))
             self.loss_share = self.counted / for_loss
-        # The mean's denominator when a label that is no class has no class weight: not said.
+        # A label out of range has no class weight, so the mean's denominator is not specified.
         self.unknown = reduction == "mean" and given is not None
         has_targets = (self.hot.value[..., 0] != 0) | some(self.spread.value != 0)
         self.has_mass = has_targets | (targets.z_loss[..., 0] != 0)
@@ -198,7 +198,7 @@ class Loss(PositionLoss):
         return moved, some(np.isinf(rows.surprise.value) & ~fixed)
 
     def pull_targets(self, g: np.ndarray, *, linear: bool = False) -> Expected:
-        """To a distribution: −c_j (1 − ε) log p_j."""
+        """The gradient to a distribution: −c_j (1 − ε) log p_j."""
         for_loss, _ = self.shares(g)
         gradient = for_loss * self.by_target * self.rows.surprise
         constant = (for_loss.value == 0) | (self.by_target.value == 0) | self.rows.removed
@@ -220,13 +220,13 @@ class Layer:
     def __init__(
         self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None, cap: Any, temperature: Any, product: Any, unit: Unit
     ):
-        self.spoiled = some(~np.isfinite(x))  # the positions whose features are not numbers
+        self.spoiled = some(~np.isfinite(x))  # the positions whose features are NaN or infinite
         x = np.where(self.spoiled[..., None], 0, x)
         self.x, self.w, self.unit = Measured(x, 0, unit), Measured(w, 0, unit), unit
         self.b, self.product = b, product
         self.inverse = Measured(np.ones_like(temperature), 0, unit) / temperature
         a = self.x @ self.w
-        if b is not None:  # −inf removes a class
+        if b is not None:  # −inf masks a class
             a = a + np.where(np.isneginf(b), 0, b)[:, None, :]
         self.cap = cap
         if cap is None:
@@ -239,7 +239,7 @@ class Layer:
         self.z = where(self.spoiled[..., None], np.nan, self.z)
 
     def along(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None) -> Measured:
-        """The change of x·W + b; backwards, its two products are cotangents in the dtype of the products."""
+        """The tangent of x·W + b; in reverse mode its two matmuls give cotangents in the matmuls' dtype."""
         to_x, to_w = (self.x.exact(v).rounded(self.product) for v in (x, w))
         change = (to_x @ self.w).rounded(self.product) + (self.x @ to_w).rounded(self.product)
         if self.b is not None and b is not None:
@@ -255,7 +255,7 @@ class Layer:
         inner = change.number * self.slope
         if self.curvature is not None:
             inner = inner + gradient.number * self.curvature * along
-        # Reverse over reverse, the cotangents of a position's classes are sums with those of its largest.
+        # In reverse over reverse the largest class's cotangent is added to the cotangents of the other classes.
         size = np.where(np.isfinite(inner.value), np.abs(inner.value), 0).max(-1, keepdims=True)
         inner.error = inner.error + self.unit.roundoff * size
         return self.products(inner, gradient, change, beside=(gradient.number * self.slope, x, w))
@@ -263,7 +263,7 @@ class Layer:
     def products(
         self, inner: Measured, *judges: Expected, beside: tuple[Measured, np.ndarray, np.ndarray] | None = None
     ) -> dict[str, Expected]:
-        """A gradient to x·W + b taken to x, W and b; `beside`, another with the changes of x and W."""
+        """Pull a gradient to x·W + b back to x, W and b; `beside` is another one, with the tangents of x and W."""
         judged = np.max(np.broadcast_arrays(*(j.judged for j in judges)), 0)
         needed: np.ndarray = np.isnan(judges[0].number.value) & (judged == EXACT)
         vague: np.ndarray = np.max([np.isinf(j.number.error) for j in judges], 0)

@@ -1,8 +1,8 @@
 """Numbers that carry a bound of the error that computing them in a narrower dtype would make.
 
-Every operation adds to what its operands bring one unit roundoff of its result (running error analysis: J. H. Wilkinson
-(1965); N. J. Higham, "Accuracy and Stability of Numerical Algorithms" (2002), 3.3). An oracle written as plain formulas
-thereby states its own tolerance: relative where the formula loses nothing, absolute where it subtracts.
+Every operation adds one unit roundoff of its result to the bounds of its operands (running error analysis:
+J. H. Wilkinson (1965); N. J. Higham, "Accuracy and Stability of Numerical Algorithms" (2002), 3.3). So a plain formula
+computes its own tolerance: relative where it loses nothing, absolute where it subtracts.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Unit:
-    """Of a dtype: unit roundoff, and the absolute error of a result too small for it."""
+    """The unit roundoff of a dtype, and the absolute error of a result too small for it."""
 
     roundoff: float
     tiny: float
@@ -31,7 +31,7 @@ class Unit:
 
 
 class Measured:
-    """An array and the bound of its error, both in a dtype wider than the one that is judged."""
+    """An array and the bound of its error, both in a wider dtype than the results that are judged."""
 
     __array_ufunc__ = None  # an array on the left leaves the operation to this class
 
@@ -75,11 +75,11 @@ class Measured:
         return Measured(self.value[index], self.error[index], self.unit)
 
     def apply(self, function: Callable, slope: Callable) -> "Measured":
-        """A smooth function of which the derivative is known."""
+        """A smooth function with a known derivative."""
         return self.computed(function(self.value), np.abs(slope(self.value)) * self.error)
 
     def sum(self, axis: int | tuple[int, ...] = -1, keepdims: bool = False) -> "Measured":
-        """A sum whose roundings walk at random: √n of them where n is the number of terms."""
+        """A sum whose rounding errors add up like a random walk: √n of them for n terms."""
         axes = (axis,) if isinstance(axis, int) else axis
         terms = np.prod([self.value.shape[a] for a in axes])
         walk = self.unit.roundoff * np.sqrt(terms) * np.abs(self.value).sum(axes, keepdims=keepdims)
@@ -99,14 +99,14 @@ class Measured:
         return Measured(self.value.swapaxes(-1, -2), self.error.swapaxes(-1, -2), self.unit)
 
     def rounded(self, dtype: Any) -> "Measured":
-        """Stored in a dtype on the way."""
+        """The number after it was stored in a dtype."""
         unit = Unit.of(dtype)
         if unit.roundoff <= self.unit.roundoff:
             return self
         return Measured(self.value, self.error + unit.roundoff * np.abs(self.value) + unit.tiny, self.unit)
 
     def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "Measured":
-        """Moved, not computed: reshaped, transposed, broadcast."""
+        """Rearranged without rounding: reshaped, transposed, broadcast."""
         return Measured(function(self.value), function(np.asarray(self.error)), self.unit)
 
 

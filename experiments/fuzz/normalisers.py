@@ -1,4 +1,4 @@
-"""softmax, log_softmax, logsumexp: their oracles."""
+"""The expected results of softmax, log_softmax and logsumexp."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from experiments.fuzz.measured import Measured, where
 
 
 class Normaliser:
-    """What the three have in common."""
+    """The part that all three share."""
 
     def __init__(self, z: Measured, removed: np.ndarray, dtype):
         self.rows, self.dtype = Rows(z, removed), dtype
@@ -17,7 +17,7 @@ class Normaliser:
         raise NotImplementedError
 
     def pull(self, g: np.ndarray) -> Expected:
-        """The gradient to a cotangent g."""
+        """The gradient for a cotangent g."""
         raise NotImplementedError
 
     def push(self, v: np.ndarray) -> Expected:
@@ -45,7 +45,7 @@ class Softmax(Normaliser):
 
     @property
     def p(self) -> Measured:
-        return self.rows.p.rounded(self.dtype)  # the one residual of the rule
+        return self.rows.p.rounded(self.dtype)  # the only array that the rule saves
 
     def product(self, g: np.ndarray) -> Measured:
         return self.p * (-(self.p * g).sum(keepdims=True) + g)
@@ -74,7 +74,7 @@ class LogSoftmax(Normaliser):
 
     def pull(self, g: np.ndarray) -> Expected:
         g = self.clean(g)
-        # g_j (1 − p_j) − p_j Σ_{k≠j} g_k, with 1 − p_j from the other classes where j leads.
+        # g_j (1 − p_j) − p_j Σ_{k≠j} g_k, with 1 − p_j from the other classes where j has the largest logit.
         p, leads = self.rows.p, self.rows.below.value == 0
         others = self.rows.label_gradient(leads & (leads.cumsum(-1) == 1))
         one = where(leads & (leads.cumsum(-1) == 1), -others, 1 - p)

@@ -1,4 +1,4 @@
-"""What is tried: a function with its options, shapes, dtypes, transformation and mesh, drawn from a seed."""
+"""Programs to try: a function with its options, shapes, dtypes, transformation and mesh, drawn from a seed."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ FUNCTIONS = (
     "caffe.softmax", "sparse_cross_entropy", "sparse_linear_cross_entropy", "sparse_cross_entropy",
     "sparse_linear_cross_entropy",
 )  # fmt: skip
-# The losses of `SparseTargets`, and the functions that they are called by.
+# The losses of `SparseTargets`, and the functions that compute them.
 SPARSE = {"sparse_cross_entropy": "cross_entropy", "sparse_linear_cross_entropy": "linear_cross_entropy"}
 OUTSIDE = ("tail", "tail", "renormalise", "nothing")
 DERIVATIVES = ("value", "vjp", "grad", "linear at 0", "transpose", "jvp of grad", "vjp of grad")
@@ -35,7 +35,7 @@ WRAPS = (
     "grad in shard_map",
 )
 SHARDED = ("shard_map", "grad in shard_map")
-# Arrays of which the table of coverage shows the dtype, and options that it counts.
+# Arrays whose dtypes the table of coverage shows, and options that it counts.
 SHOWN = (
     "logits", "x", "probs", "features", "kernel", "bias", "targets", "labels", "weights", "target_indices",
     "target_probs",
@@ -65,7 +65,7 @@ class Program:
     derivative: str
     x64: bool
     sets: int
-    lanes: int  # sets that one call takes
+    lanes: int  # sets of values per call
     in_axes: dict[str, int | None]  # under vmap: where an array has its lanes; None: they share it
     mesh: dict[str, int]  # devices along "classes" and "data"
     sharded_position: str | None
@@ -76,12 +76,12 @@ class Program:
 
     @property
     def subject(self) -> str:
-        """The entry of `FUNCTIONS` that it is."""
+        """Its entry in `FUNCTIONS`."""
         return f"sparse_{self.function}" if self.is_sparse else self.function
 
     @property
     def logits(self) -> Layout:
-        """The layout of the logits, also where they are never formed."""
+        """The layout of the logits, even if they are never computed."""
         if self.function == "linear_cross_entropy":
             return (*self.positions, "c0")
         return self.arrays["logits" if "logits" in self.arrays else "x" if "x" in self.arrays else "probs"]
@@ -101,7 +101,7 @@ class Program:
 
     @property
     def compute(self) -> np.dtype:
-        """The dtype that sums are in."""
+        """The dtype of sums."""
         scores = [self.dtypes[n] for n in ("logits", "x", "probs", "features", "kernel") if n in self.dtypes]
         wide = "float64" in scores or ("int32" in scores and self.x64)
         return np.dtype(np.float64 if wide else np.float32)
@@ -113,7 +113,7 @@ class Program:
         return option in self.arrays or self.options.get(option) not in (None, 0.0)
 
     def traits(self) -> list[tuple[str, str]]:
-        """What the table of coverage counts."""
+        """The properties that the table of coverage counts."""
         found = [("function", self.subject), ("transformation", self.wrap), ("derivative", self.derivative)]
         found += [("mode", "x64" if self.x64 else "x32"), ("rank of the logits", str(len(self.logits)))]
         found += [(f"dtype of {name}", self.dtypes[name]) for name in self.arrays if name in SHOWN]
@@ -229,7 +229,7 @@ def draw_layout(rng: np.random.Generator, function: str, mesh: dict[str, int]) -
             else int(rng.integers(low, len(names) + 1))
         )
         names.insert(1 if function == "caffe.multinomial_logistic_loss" else at, f"c{axis}")
-    if function == "caffe.multinomial_logistic_loss":  # the classes are all axes but the first
+    if function == "caffe.multinomial_logistic_loss":  # the classes are all axes except the first
         names = ["p0", "c0", *(f"c{n}" for n in range(1, rank))]
         sizes |= {f"c{n}": sizes.pop(f"p{n}") or 1 for n in range(1, rank)}
     if function == "linear_cross_entropy":
@@ -238,7 +238,7 @@ def draw_layout(rng: np.random.Generator, function: str, mesh: dict[str, int]) -
 
 
 def as_axis(rng: np.random.Generator, layout: Layout) -> Any:
-    """The class axes as one may write them."""
+    """The class axes as a user may write them."""
     at = [n for n, name in enumerate(layout) if name.startswith("c")]
     at = [n - len(layout) if chance(rng, 0.5) else n for n in at]
     if len(at) == len(layout) and chance(rng, 0.5):
@@ -319,9 +319,9 @@ def draw_loss(rng: np.random.Generator, program: Program, layout: Layout, dtype:
             options["ignore_index"] = pick(rng, (-100, 255, -1, 0, -(2**31), 2**40, program.sizes["c0"]))
     else:
         arrays["targets"] = layout
-        onehots = ("int32", "bool") if program.sizes["c0"] > 1 else ()  # of one class they would be labels
+        onehots = ("int32", "bool") if program.sizes["c0"] > 1 else ()  # with one class they would be labels
         dtypes["targets"] = pick(rng, (dtype, dtype, "float32", *onehots))
-        if dtypes["targets"] not in ("int32", "bool"):  # those are one-hot, and no variables
+        if dtypes["targets"] not in ("int32", "bool"):  # they are one-hot, and not differentiated
             variables.append("targets")
     if chance(rng, 0.4):
         arrays["weights"] = broadcasting(rng, positions)
@@ -353,7 +353,7 @@ def draw_loss(rng: np.random.Generator, program: Program, layout: Layout, dtype:
 
 
 def draw_chosen(rng: np.random.Generator, sizes: dict[str, int], positions: Layout) -> tuple[str, int]:
-    """The dtype of the indices of sparse targets, and how many there are at a position."""
+    """The dtype of the indices of sparse targets, and their number per position."""
     dtype = pick(rng, ("int32", "int32", "int64", "int8", "int16", "uint8", "uint32"))
     classes, count = sizes["c0"], math.prod(sizes[n] for n in positions)
     # As many as there are classes, and more with duplicates, only where K² comparisons per position are not too many.
@@ -407,9 +407,9 @@ def draw_layer(rng: np.random.Generator, program: Program, layout: Layout, dtype
 
 
 def draw_lanes(rng: np.random.Generator, program: Program) -> Program:
-    """How many sets of values are tried, and how many of them in one call."""
+    """How many sets of values to try, and how many of them in one call."""
     numbers = max(program.count, 1) * program.classes + program.sizes.get("d", 0) * (program.classes + program.count)
-    cost = 60_000 if program.compute == np.float64 else 150_000  # longer numbers take the oracle longer
+    cost = 60_000 if program.compute == np.float64 else 150_000  # wider numbers take the formulas longer
     sets = min(program.sets, max(cost // numbers, 4))
     lanes, in_axes = 1, {}
     if program.wrap == "eager":

@@ -1,4 +1,4 @@
-"""What was tried and found, as a table and as files."""
+"""The trials and their failures, as a table and as files."""
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ class Report:
     failures: list[str] = field(default_factory=list)
 
     def add(self, trial: Trial, again: str) -> str:
-        """Count a trial; what to say of it, with the line that repeats it, or nothing."""
+        """Count a trial; for a failure, return its description with the command that repeats it."""
         program, wrong = trial.program, trial.wrong
         self.programs += 1
         self.configurations += program.sets
@@ -48,7 +48,7 @@ class Report:
             lines += [] if family == last else ["", family]
             lines.append(f"    {what:32} {count:>9,}")
             last = family
-        lines += ["", "largest error as a share of the tolerance, the rounding of the result left out"]
+        lines += ["", "largest error as a share of the tolerance, without the rounding of the result"]
         lines += [
             f"    {function:32} {dtype:10} {worst:.2f}" for (function, dtype), worst in sorted(self.worst.items())
         ]

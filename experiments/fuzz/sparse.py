@@ -1,4 +1,4 @@
-"""The contract of the losses of `SparseTargets`: of the classes chosen, and of those against all others."""
+"""The expected losses of `SparseTargets`: over the chosen classes, and over these against all others."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,8 +18,8 @@ class Chosen:
     indices: np.ndarray  # (S, N, K), any integer
     probs: np.ndarray  # (S, N, K), at least 0, but anything where the position is ignored
     outside: str
-    rounding: float  # of the dtype of the probabilities: what they leave is no mass if it is no more
-    largest: float  # number that sums and gradients can hold
+    rounding: float  # of the probabilities' dtype: a remainder that is not larger counts as 0
+    largest: float  # the largest number that sums and gradients can hold
     weights: np.ndarray  # (S, N)
     z_loss: np.ndarray  # (S, 1, 1)
 
@@ -31,18 +31,18 @@ def surprise(log_odds: Measured) -> Measured:
 
 
 def probability(log_odds: Measured) -> Measured:
-    """P, with its digits however small."""
+    """P, accurate however small it is."""
     ahead = log_odds.value >= 0
     smaller = exp(where(ahead, -log_odds, log_odds))
     return where(ahead, 1.0, smaller) / (smaller + 1)
 
 
 class SparseLoss(PositionLoss):
-    """−Σ_k q_k log p_k − R log(1 − Σ_k p_k), where R is what the probabilities leave to the other classes.
+    """−Σ_k q_k log p_k − R log(1 − Σ_k p_k), where R is the probability that remains for the other classes.
 
-    With "renormalise" q and p are shares of what the group has, and with "nothing" R is 0. The group of the classes
-    chosen and that of the others are softmaxes of their own, each relative to its largest logit; what either has of all
-    is a function of the log-odds, the difference of their log-sum-exps.
+    With "renormalise" q and p are conditioned on the chosen classes, and with "nothing" R is 0. The chosen classes and
+    the others have separate softmaxes, each relative to its largest logit; the total probability of either is a
+    function of the log-odds, the difference of their log-sum-exps.
     """
 
     def __init__(self, z: Measured, removed: np.ndarray, chosen: Chosen, reduction: str, unit: Unit, dtype: Any):
@@ -60,7 +60,7 @@ class SparseLoss(PositionLoss):
         self.renormalised = chosen.outside == "renormalise"
         self.q = q / self.whole if self.renormalised else q
         self.rest = self.measured(np.zeros(self.mass.value.shape))
-        # Where the derivative to the probabilities is not said: of nothing, or of a rest that may be a rounding.
+        # The derivative to the probabilities is not specified if all are 0 or their remainder may be rounding error.
         self.doubtful = (self.mass.value == 0) & self.renormalised
         if chosen.outside == "tail":
             self.leave(max(chosen.rounding, 16 * unit.roundoff))
@@ -71,29 +71,29 @@ class SparseLoss(PositionLoss):
         odds = self.measured(self.group.shift) - self.others.shift + (self.group.log_total - self.others.log_total)
         odds = where(self.group.empty[..., None], -np.inf, odds)
         self.odds = where(self.others.empty[..., None], np.inf, odds)
-        # Where none of the chosen is left the others have all probability, whatever their logits.
+        # If all chosen classes are masked, the others have all probability, whatever their logits.
         has_rest = (self.rest.value[..., 0] != 0) & ~self.group.empty
         self.has_mass = some(self.q.value != 0) | has_rest | (chosen.z_loss[..., 0] != 0)
-        # Mass without a class costs +inf, even if another logit is NaN.
+        # Target probability without a class gives a loss of +inf, even if another logit is NaN.
         self.rows.has_nan = self.rows.has_nan & ~self.group.empty & ~self.nowhere[..., 0]
-        self.unsaid |= self.part & (self.doubtful & self.nowhere)[..., 0]  # no mass, or too little to be any
-        if self.renormalised:  # the other classes' logits are in its lse alone
+        self.unsaid |= self.part & (self.doubtful & self.nowhere)[..., 0]  # no target probability, or hardly any
+        if self.renormalised:  # the other classes' logits affect only its lse
             self.unsaid |= self.broken & ~self.group.bad & (chosen.z_loss[..., 0] == 0)
 
     def dense(self, array: np.ndarray) -> Measured:
-        """From the chosen classes to all: 0 at others, a sum where one comes twice."""
+        """From the chosen classes to all: 0 at others, a sum where a class is chosen twice."""
         sets, count, classes = self.rows.removed.shape
         found = np.zeros((sets, count, classes + 1), array.dtype)
         np.add.at(found, (*np.ogrid[:sets, :count, :1][:2], self.at), array)
         return self.measured(found[..., :-1])
 
     def gathered(self, array: np.ndarray) -> np.ndarray:
-        """From all classes to those chosen: 0 where there is no class."""
+        """From all classes to the chosen ones: 0 where the index is no class."""
         padded = np.concatenate([array, np.zeros_like(array[..., :1])], -1)
         return np.take_along_axis(padded, self.at, -1)
 
     def leave(self, rounding: float) -> None:
-        """What is left to the others, if it is more than a rounding and there are any."""
+        """The probability of the other classes, if there are any and it is more than rounding error."""
         rest = 1 - self.mass
         is_left = (rest.value > rounding / 2) & ~self.taken.all(-1, keepdims=True)
         self.doubtful = is_left & (rest.value < 2 * rounding)
@@ -102,22 +102,22 @@ class SparseLoss(PositionLoss):
 
     @property
     def whole(self) -> Measured:
-        """What all probabilities are divided by to be shares."""
+        """The divisor that makes the probabilities sum to one."""
         return where(self.mass.value == 0, 1.0, self.mass)
 
     @property
     def nowhere(self) -> np.ndarray:
-        """Where mass is left to no class."""
+        """Where probability remains but no class is left for it."""
         return self.others.empty[..., None] & (self.rest.value != 0)
 
     @cached_property
     def costs(self) -> Measured:
-        """−log of what each class has of its group, to full precision at the one that leads."""
+        """−log of each class's probability within its group, accurate at the class with the largest logit."""
         return where(self.leads, self.group.label_surprise(self.leads), self.group.surprise)
 
     @cached_property
     def parts(self) -> tuple[Measured, Measured]:
-        """The target of the class that leads, and those of the others chosen together."""
+        """The target of the chosen class with the largest logit, and the sum of the other targets."""
         return self.split(self.q)
 
     def split(self, q: Measured) -> tuple[Measured, Measured]:
@@ -146,7 +146,7 @@ class SparseLoss(PositionLoss):
         return self.group.dot(v) - self.others.dot(v)
 
     def change(self, targets: np.ndarray) -> Measured:
-        """That of the given probabilities as one of all classes."""
+        """A tangent of the given probabilities as a tangent over all classes."""
         return self.dense(np.where(self.part[..., None], targets, 0))
 
     def change_of_q(self, targets: np.ndarray) -> Measured:
@@ -164,7 +164,7 @@ class SparseLoss(PositionLoss):
             to_lead, to_beside = self.split(change)
             to_group = to_group + group.label_gradient(self.leads) * to_lead + group.p * to_beside
             to_group = to_group - where(self.leads, 0.0, change)
-            # What the chosen gain the others lose, if they have any.
+            # The other classes lose what the chosen ones gain, if the others have any probability.
             bend = bend - (to_lead + to_beside) * where(self.rest.value == 0, alone, 1.0)
         if self.renormalised:
             bend = self.measured(np.zeros_like(bend.value))
@@ -173,12 +173,12 @@ class SparseLoss(PositionLoss):
         return where(self.taken, to_group, -to_others)
 
     def to_probs(self) -> tuple[Measured, np.ndarray]:
-        """The derivative of the loss to the probability of each class, and where it is not said."""
+        """The derivative of the loss to the probability of each class, and where it is not specified."""
         costs = where(self.rows.removed, 0.0, self.costs)
         if self.renormalised:
             mean = where(self.q.value == 0, 0.0, self.q * costs).sum(keepdims=True)
             found = (costs - mean) / self.whole
-            # Differentiated twice it is divided by the cube of the mass: terms may be too large for the dtype.
+            # The second derivative divides by the cube of the total: terms may be too large for the dtype.
             size = np.where(self.taken, np.abs(costs.value) + 1, 1).max(-1, keepdims=True) / self.whole.value**3
             vague = self.doubtful | ~(size < 1e-3 * self.largest)
         else:
@@ -192,7 +192,7 @@ class SparseLoss(PositionLoss):
         return moved, some(unsaid | self.gone)
 
     def of_probs(self, gradient: Measured, unsaid: np.ndarray, *, first: bool) -> Expected:
-        """A gradient to all classes as one to the probabilities, with its edges."""
+        """A gradient to all classes as a gradient to the probabilities, with its edge cases."""
         out, part = self.outside[..., None], self.part[..., None]
         free = self.gathered(unsaid | self.broken[..., None])
         free = free | (out & (self.gathered(self.rows.removed) | ~self.inside | (not first)))
@@ -218,7 +218,7 @@ class SparseLoss(PositionLoss):
         return self.of_probs(bend * for_loss, unsaid | self.gone, first=False)
 
     def of_logits(self, gradient: Measured, *, first: bool) -> Expected:
-        """The gradient of a group without any class left is expected to be finite, no more."""
+        """The gradient of a group whose classes are all masked must only be finite."""
         vague = np.where(self.taken, self.group.empty[..., None], self.nowhere)
         found = super().of_logits(finite(gradient, vague), first=first)
         if not first:
@@ -226,9 +226,9 @@ class SparseLoss(PositionLoss):
         return found
 
     def bend(self, g: np.ndarray, v: np.ndarray | Measured, targets: np.ndarray | None) -> Expected:
-        """Where what has no probability is given mass, the second derivative of the loss is not said."""
+        """Where a class of probability 0 has a target, the second derivative of the loss is not specified."""
         found = super().bend(g, v, targets)
-        # In reverse over reverse the cotangents of the chosen classes are sums with that of the one that leads.
+        # In reverse over reverse the largest class's cotangent is added to the cotangents of the chosen classes.
         size = np.where(np.isfinite(found.number.value), np.abs(found.number.value), 0).max(-1, keepdims=True)
         found.number.error = found.number.error + self.unit.roundoff * size
         if targets is not None:

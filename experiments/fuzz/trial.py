@@ -15,7 +15,7 @@ from experiments.fuzz.values import Values, draw_values
 
 @dataclass
 class Trial:
-    """What came of a program."""
+    """The outcome of a program."""
 
     program: Program
     values: Values
@@ -26,7 +26,7 @@ class Trial:
 
     @property
     def wrong(self) -> np.ndarray:
-        """Which sets of values had a wrong result: all where the program was refused."""
+        """The sets of values with a wrong result; all if the program raised an error."""
         verdicts = [verdict.wrong for verdict in self.verdicts.values()]
         return np.full(self.program.sets, bool(self.refusal)) | np.any(verdicts, axis=0)
 
@@ -62,7 +62,7 @@ def attempt(program: Program) -> Trial:
     trial = Trial(program, values, expect(program, values))
     try:
         trial.found = execute(program, values)
-    except Exception as error:  # whatever it is, a valid call was refused
+    except Exception as error:  # any exception is a failure, because the call is valid
         first = [*str(error).strip().splitlines(), ""][0]
         trial.refusal = f"{type(error).__name__}: {first[:200]}"
         return trial
@@ -72,6 +72,6 @@ def attempt(program: Program) -> Trial:
 
 
 def dtype_of(program: Program, name: str) -> str:
-    """The dtype that a result must have; for a gradient, its input's."""
+    """The dtype that a result must have; for a gradient, the dtype of its input."""
     kind, _, variable = name.partition(" to ")
     return program.dtypes[variable] if variable else program.outputs[int(kind.partition(" ")[2] or 0)][1]

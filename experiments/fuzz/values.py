@@ -1,4 +1,4 @@
-"""Sets of values for a program: logits of every temper, labels in and out of range, cotangents, directions."""
+"""Sets of values for a program: logits of many kinds, labels in and out of range, cotangents, directions."""
 
 import math
 from dataclasses import dataclass, field
@@ -25,14 +25,14 @@ class Values:
     inputs: dict[str, np.ndarray]
     cotangents: list[np.ndarray] = field(default_factory=list)
     tangents: dict[str, np.ndarray] = field(default_factory=dict)
-    tempers: np.ndarray = field(default_factory=lambda: np.empty(0, object))  # a word a set
+    tempers: np.ndarray = field(default_factory=lambda: np.empty(0, object))  # one word per set
 
 
 class Frame:
-    """The arrays of a program seen as (sets, positions, classes), and back."""
+    """Reshape the arrays of a program to (sets, positions, classes), and back."""
 
     def __init__(self, program: Program, layout: Layout | None = None):
-        """Of the logits or of another layout, whose axes that are no positions are its classes."""
+        """For the logits or another layout; all axes that are not positions count as classes."""
         self.program, self.full = program, program.logits if layout is None else layout
         self.at = [n for n, name in enumerate(self.full) if not name.startswith("p")]
         self.sets, self.count = program.sets, program.count
@@ -81,7 +81,7 @@ def draw_values(program: Program) -> Values:
 
 
 class Draw:
-    """Draws in the order in which one array decides another: masks, weights, labels, then logits."""
+    """Draw arrays in the order in which they depend on each other: masks, weights, labels, then logits."""
 
     def __init__(self, rng: np.random.Generator, program: Program, frame: Frame):
         self.rng, self.program, self.frame = rng, program, frame
@@ -90,15 +90,15 @@ class Draw:
         self.removed = np.zeros((frame.sets, frame.count, frame.classes), bool)
 
     def some(self, probability: float, *shape: int) -> np.ndarray:
-        """A mask of sets, to broadcast over their axes."""
+        """A mask over the sets, which broadcasts over the other axes."""
         return (self.rng.random(self.program.sets) < probability).reshape(-1, *(1,) * len(shape))
 
     def share(self, choices: list[float], odds: list[float], shape: tuple[int, ...]) -> np.ndarray:
-        """One number a set, to broadcast over its axes."""
+        """One number per set, which broadcasts over the other axes."""
         return self.rng.choice(choices, p=odds, size=shape[0]).reshape(-1, *(1,) * (len(shape) - 1))
 
     def put(self, name: str, array: np.ndarray) -> np.ndarray:
-        """Store an input; where the lanes of a call share it, let them."""
+        """Store an input, with one copy if all lanes of a vmapped call share it."""
         array = cast(array, self.program.dtypes[name])
         if self.program.in_axes.get(name, 0) is None:
             array = np.repeat(array[:: self.program.lanes], self.program.lanes, 0)
@@ -124,9 +124,9 @@ class Draw:
         return np.arange(self.frame.classes) == lead[..., None]
 
     def logits(self, dtype: str, ahead: np.ndarray, *, squared: bool) -> np.ndarray:
-        """Rows (S, N, C), each of a regime; of a set's temper, what is not finite or huge.
+        """Rows (S, N, C), each of a regime; the set's temper decides which logits are huge or not finite.
 
-        `ahead` or far behind all others are a label or the classes of sparse targets.
+        `ahead` marks a label or the classes of sparse targets, which get the largest or the smallest logits.
         """
         rng, (sets, count, classes) = self.rng, self.removed.shape
         regime = rng.integers(len(REGIMES), size=(sets, count, 1))
@@ -144,7 +144,7 @@ class Draw:
         rows = [3 * base, 1e-3 * base, tiny, 30 * base, constant + base, margin, np.rint(base), constant]  # REGIMES
         z = np.choose(regime, rows) if base.size else base
         temper = self.tempers()[:, None, None]
-        # A fraction of what the dtype holds, so that a sum of weighted losses stays within it, and of squares too.
+        # A fraction of the dtype's largest number, so that sums of weighted losses and of squares do not overflow.
         largest = float(jnp.finfo(jnp.dtype(dtype)).max) / (8 if narrow else 1e4)
         largest = min(largest, 1e15) if squared else largest
         row = rng.random((sets, count, 1))
@@ -155,7 +155,7 @@ class Draw:
         z = np.where((temper == "empty") & (row > 0.6), -np.inf, z)
         wild = (temper == "nan and inf") & (row < 0.4) & (rng.random(base.shape) < 0.3)
         z = np.where(wild, rng.choice([np.nan, np.inf, -np.inf, np.nan], size=base.shape), z)
-        # Ignored values may be anything.
+        # Logits at ignored positions may be anything.
         junk = rng.choice([np.nan, np.inf, -np.inf, 0.0], size=base.shape)
         spoil = self.some(0.6, 1, 1)
         return np.where((self.removed | self.idle[..., None]) & spoil, junk, z)
@@ -163,7 +163,7 @@ class Draw:
     def apart(self, base: np.ndarray, ahead: np.ndarray) -> np.ndarray:
         """Two groups of classes with a margin of up to ±200 between them, or none, and single classes far apart.
 
-        Sums relative to the largest logit of all underflow, and so do those of a group with one leading class.
+        Sums relative to the largest logit underflow, and so do the sums of a group with one dominant class.
         """
         rng, shape = self.rng, (*base.shape[:2], 1)
         near = rng.choice([0.0, 0.3, 3.0], size=shape) * base
@@ -188,11 +188,11 @@ class Draw:
 
     @property
     def keeps_wide(self) -> bool:
-        """Whether labels are seen as they are, which JAX narrows before where they are traced."""
+        """Whether the functions see labels in their own dtype; JAX narrows traced ones before."""
         return self.program.wrap == "eager" or self.program.x64
 
     def beyond(self, dtype: str) -> list[int]:
-        """What is no class and held by the dtype of labels."""
+        """Labels out of range that the dtype can hold."""
         integers, classes = np.iinfo("int32" if dtype.startswith("float") else dtype), self.frame.classes
         values = [-1, -2, classes, classes + 3, -100, 127, 2**31 - 1, -(2**31), 200, 255, 2**32 - 1]
         if self.keeps_wide and not dtype.startswith("float"):
@@ -201,7 +201,7 @@ class Draw:
         return [v for v in values if low <= v <= high and not 0 <= v < classes]
 
     def labels(self, name: str, ignore: int | None) -> np.ndarray:
-        """In range, ignored and, in some sets, neither; (S, N) as the dtype holds them."""
+        """Labels in range, ignored and, in some sets, out of range; (S, N) in their dtype."""
         rng, dtype, classes = self.rng, self.program.dtypes[name], self.frame.classes
         shape = self.shape(name)
         integers = np.iinfo("int32" if dtype.startswith("float") else dtype)
@@ -263,7 +263,7 @@ class Draw:
         self.put("logits", self.frame.back(z))
 
     def sparse_loss(self) -> None:
-        """A layer's logits are drawn before the classes, leading or trailing ones; else the classes first."""
+        """For a linear layer draw the logits, then classes of large or small logits; else the classes first."""
         self.traced()
         if self.program.function == "cross_entropy":
             self.dense(self.chosen(None))
@@ -271,7 +271,7 @@ class Draw:
             self.chosen(self.layer_inputs())
 
     def chosen(self, z: np.ndarray | None) -> np.ndarray:
-        """Draw the indices and probabilities of sparse targets; which classes they are, (S, N, C)."""
+        """Draw the indices and probabilities of sparse targets; return the chosen classes as a mask (S, N, C)."""
         rng, program, (sets, count, classes) = self.rng, self.program, self.removed.shape
         frame, dtype = Frame(program, program.arrays["target_indices"]), program.dtypes["target_indices"]
         shape, row = (sets, count, frame.classes), (sets, count, 1)
@@ -302,7 +302,7 @@ class Draw:
         return found[..., :classes]
 
     def masses(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Probabilities that leave nothing, something or nearly all to the other classes; some of them 0."""
+        """Probabilities whose remainder is nothing, something or nearly everything; some of them 0."""
         rng, program = self.rng, self.program
         raw = rng.gamma(0.7, size=shape) + 1e-6
         raw = np.where(self.some(0.4, 1, 1) & (rng.random(shape) < 0.3), 0, raw)
@@ -327,7 +327,7 @@ class Draw:
         return np.choose(kind, kinds) if raw.size else raw
 
     def lead(self, z: np.ndarray) -> None:
-        """Give some positions the label that leads, by which exact tails are seen."""
+        """Give some positions the label of the largest logit, whose loss must be accurate."""
         shared = self.program.in_axes.get("targets", 0) is None
         if shared or self.program.arrays["targets"] != self.program.positions:
             return
@@ -339,7 +339,7 @@ class Draw:
         self.values.inputs["targets"] = np.where(chosen, first, y).astype(y.dtype)
 
     def layer_inputs(self) -> np.ndarray:
-        """Draw the layer and its features; roughly their logits, (S, N, C)."""
+        """Draw the layer and its features; return their approximate logits, (S, N, C)."""
         rng, program, frame = self.rng, self.program, self.frame
         width = program.sizes["d"]
         temper = rng.choice(("tame", "padded", "nan and inf"), p=[0.6, 0.25, 0.15], size=program.sets)
@@ -351,7 +351,7 @@ class Draw:
         x = np.where((temper == "nan and inf")[:, None, None] & (rng.random((*x.shape[:2], 1)) < 0.3), np.nan, x)
         x = np.where(self.idle[..., None] & self.some(0.6, 1, 1), rng.choice([np.nan, np.inf, 1.0], size=x.shape), x)
         self.put("features", x.reshape(self.shape("features")))
-        narrow = "float16" in (program.dtypes["features"], program.dtypes["kernel"])  # which holds no such gradients
+        narrow = "float16" in (program.dtypes["features"], program.dtypes["kernel"])  # it cannot hold such gradients
         scales = [0.01, 1.0, 3.0, 20.0, *([100.0] if program.is_sparse and not narrow else [])]
         scale = rng.choice(scales, size=(program.sets, 1, 1)) / np.sqrt(width)
         w = rng.normal(size=(program.sets, width, frame.classes)) * scale
@@ -390,7 +390,7 @@ class Draw:
             self.labels("labels", None)
 
     def directions(self) -> None:
-        """Cotangents and tangents: some zeros, and at ignored positions values that must not matter."""
+        """Cotangents and tangents: some are zero, and at ignored positions they have values that must not matter."""
         rng, program = self.rng, self.program
         for layout, dtype in program.outputs:
             shape = (program.sets, *program.shape(layout))

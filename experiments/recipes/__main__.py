@@ -1,4 +1,4 @@
-"""Are the losses of today's trainers a few lines over heads that store no logits, and equal to those on all logits?
+"""Do a few lines over heads that store no logits compute the losses of today's trainers, as from all logits?
 
 python -m experiments.recipes
 
@@ -24,7 +24,7 @@ class Config:
     """Options of the experiment."""
 
     seed: int = 0
-    """Draws the examples."""
+    """Seed for the examples."""
     out: Path = Path("out/recipes")
     """Folder for summary.json."""
 

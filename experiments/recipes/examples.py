@@ -55,7 +55,7 @@ class Example(NamedTuple):
 
 
 def examples(seed: int) -> list[Example]:
-    """Of every recipe at least one."""
+    """At least one example of every recipe."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> jax.Array:
@@ -65,13 +65,13 @@ def examples(seed: int) -> list[Example]:
         return normal(*positions, D), normal(D, V)
 
     def labels(*shape: int) -> jax.Array:
-        """About a fourth of them ignored."""
+        """Labels, about a fourth of them ignored."""
         return jnp.asarray(np.where(rng.random(shape) < 0.25, IGNORED, rng.integers(V, size=shape)))
 
     exact = jax.jit(lambda x, w, y: naive.at(naive.log_softmax(x @ w), y))
 
     def log_probs(x: jax.Array, w: jax.Array, y: jax.Array) -> jax.Array:
-        """Near those of the layer: on either side of the clip."""
+        """Log-probabilities near the layer's, on either side of the clip."""
         return exact(x, w, y) + 0.2 * normal(*y.shape)
 
     x, w = layer(2, 4, 5)

@@ -10,7 +10,7 @@ def log_softmax(z):
 
 
 def at(log_p, labels):
-    """Of each label; of one that is ignored what is of no account."""
+    """The log-probability of each label; at ignored labels any number."""
     return jnp.take_along_axis(log_p, labels[..., None], -1)[..., 0]
 
 

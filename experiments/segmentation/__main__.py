@@ -1,4 +1,4 @@
-"""Does a small fully convolutional network learn to name every pixel, and go on exactly where it was killed?
+"""Does a small fully convolutional network learn to label every pixel, and continue exactly where it was killed?
 
 python -m experiments.segmentation --seed 0
 
@@ -18,10 +18,12 @@ The folder has one of three layouts, and optionally classes.txt with one class n
     masks/NAME.png or labels/NAME.png            is held out
 
 Photographs are mirrored, scaled and brightened at random, their colours are normalised, rare classes get a higher
-weight, and the network is deeper. `python -m experiments.segmentation.streets` draws a folder of synthetic scenes.
+weight, and the network is deeper than for digits. `python -m experiments.segmentation.streets` draws a folder of
+synthetic scenes.
 """
 
 import math
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +99,7 @@ class Config:
     """Pixels along each side of a scene, or of the window of a photograph, that is trained on; by default 64 for digits
     and 192 for photographs."""
     seed: int = 0
-    """Draws the held-out images if no list names them, the scenes, their order and the initial weights."""
+    """Seed for the scenes, their order, the initial weights and, if no list names them, the held-out images."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     resume: bool = False
@@ -105,7 +107,7 @@ class Config:
     overwrite: bool = False
     """Replace the run in the folder of results."""
     start: Path | None = None
-    """Folder of a finished run with as many classes, from whose parameters to start."""
+    """Folder of a finished run with the same number of classes, from whose parameters to start."""
     predict: tuple[Path, ...] = ()
     """Photographs whose pixels the finished run in --out labels, in its folder predictions; nothing is trained."""
     out: Path = Path("out/segmentation")
@@ -169,6 +171,25 @@ def run(config: Config) -> dict[str, Any]:
     return learn(config)
 
 
+def check_resumed(config: Chosen) -> None:
+    """Before any data are read, raise an error if --resume comes with other data than the run's.
+
+    Without --data the digits would be trained on, silently if the run has no checkpoint yet.
+    """
+    if not config.resume or (config.out / "summary.json").exists():
+        return
+    step = latest_whole(config.out / CHECKPOINTS)
+    if step is None:
+        print(f"{config.out}: no checkpoint to resume from: starting at step 1, on {config.data}", file=sys.stderr)
+        return
+    data = read_record(config.out / CHECKPOINTS, step)["options"].get("data", config.data)
+    if data != config.data:
+        raise InputError(
+            f"--data: {config.out} is a run on {data}, got {config.data}: --resume needs the same options, "
+            f"here --data {data}"
+        )
+
+
 def check_continued(config: Chosen, options: dict[str, Any]) -> None:
     """Raise an error if --resume cannot continue the run."""
     step = latest_whole(config.out / CHECKPOINTS) if config.resume else None
@@ -205,6 +226,7 @@ def learn(config: Config) -> dict[str, Any]:
     """Train, write the results to `config.out` and return the summary."""
     config = choose(config)
     check(config)
+    check_resumed(config)
     digits, crop = config.data == "digits", config.crop
     coding = read_coding(config)
     train_on, test, names = read_data(config, coding)

@@ -1,4 +1,4 @@
-"""What the values in masks stand for: a class each, or void."""
+"""The meaning of the values in masks: a class each, or void."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Coding:
-    """The values of class 0, 1, ..., and the void values; without the former, all other values in their order."""
+    """The values of class 0, 1, ..., and the void values; without class values, all other values in their order."""
 
     values: tuple[int, ...] = ()
     void: tuple[int, ...] = (VOID,)
     colours: tuple[Colour, ...] = ()
-    """Of value 0, 1, ..., where masks have colours in place of values."""
+    """The colour of value 0, 1, ..., if masks have colours in place of values."""
     names: tuple[str, ...] = ()
-    """Of value 0, 1, ..., empty where it has none."""
+    """The name of value 0, 1, ...; empty if it has none."""
 
     @cached_property
     def classes(self) -> tuple[int, ...]:
@@ -34,7 +34,7 @@ class Coding:
 
     @cached_property
     def table(self) -> Int[np.ndarray, " 256"]:
-        """The label of each value. One that is asked for as a class is no longer void."""
+        """The label of each value. A value that is listed as a class is not void."""
         table = np.full(256, NEITHER)
         table[list(self.void)] = VOID
         table[list(self.classes)] = np.arange(len(self.classes))
@@ -44,11 +44,11 @@ class Coding:
         return self.table[values].astype(np.uint8)
 
     def occurring(self, counts: Int[np.ndarray, " 256"]) -> list[int]:
-        """The classes that have pixels, by how many have each value."""
+        """The classes that have pixels, from the number of pixels of each value."""
         return sorted({int(label) for label in self.table[counts > 0]} - {VOID})
 
     def word(self, value: int) -> str:
-        """What a value is called in masks."""
+        """The name of a value, for messages."""
         return in_words(self.colours[value]) if self.colours else str(value)
 
     def describe(self, value: int) -> str:
@@ -60,7 +60,7 @@ DEFAULT = Coding()
 
 
 def check_coding(coding: Coding, classes: int | None) -> None:
-    """Refuse options that code nothing."""
+    """Refuse options that define no classes."""
     for name, values in (("values", coding.values), ("void", coding.void)):
         for value in values:
             if not 0 <= value <= 255:
@@ -76,7 +76,7 @@ def check_coding(coding: Coding, classes: int | None) -> None:
 
 
 def check_values(path: Path, values: Iterable[int], coding: Coding, classes: int | None) -> None:
-    """Refuse a mask with values that stand for nothing."""
+    """Refuse a mask with values that are neither a class nor void."""
     for value in values:
         label = coding.table[value]
         void = " or ".join(str(value) for value in coding.void if coding.table[value] == VOID)
@@ -98,7 +98,7 @@ def check_two_classes(source: Path, counts: Int[np.ndarray, " 256"], coding: Cod
     remedy = (
         f"where each value is a class, pass --values {' '.join(map(str, values))}"
         if len(values) > 1 and not coding.colours
-        else "all that is not the class has to be labelled too"
+        else "label everything that is not the class, too"
     )
     raise InputError(f"{source}: its masks hold {found}, fewer than two classes: {remedy}")
 

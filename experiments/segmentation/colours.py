@@ -20,7 +20,7 @@ SHOWN = 4
 
 
 def read_colours(path: Path) -> Coding:
-    """The value of a pixel in such a mask is taken to be the line of its colour."""
+    """Read the table of colours; the value of a pixel is then the line of its colour."""
     written = enumerate(read_lines(path, "a line 'R G B name' for each class"), 1)
     lines = {number: line.split(maxsplit=3) for number, line in written if line.strip()}
     table: dict[Colour, str] = {}
@@ -54,12 +54,12 @@ def index_colours(
 
 
 def number(colours: np.ndarray) -> np.ndarray:
-    """One for each colour."""
+    """One number for each colour."""
     return colours.astype(int) @ [1 << 16, 1 << 8, 1]
 
 
 def in_short(pixels: UInt8[np.ndarray, "h w 3"]) -> str:
-    """How many colours there are, and some of them."""
+    """The number of colours, and some of them, for messages."""
     colours = np.unique(pixels.reshape(-1, 3), axis=0)
     shown = [in_words(colour) for colour in colours[:SHOWN]]
     return sentence(shown) if len(colours) <= SHOWN else f"{', '.join(shown)} and {len(colours) - SHOWN} more"

@@ -1,4 +1,4 @@
-"""The pixels of photographs and masks, as their files mean them."""
+"""Read the pixels of photographs and masks."""
 
 import re
 from collections.abc import Iterator
@@ -14,15 +14,15 @@ from experiments.segmentation.coding import Colour
 from experiments.segmentation.colours import in_short, index_colours
 
 LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
-"""Formats that change values: between two classes they make pixels of others."""
+"""Lossy formats: at the border of two classes they create pixels of other classes."""
 
 
 def read_photograph(path: Path) -> UInt8[np.ndarray, "h w 3"]:
-    """Upright, as its EXIF orientation says, in 8 bits a channel: of 16 the upper ones, and grey as three of a kind."""
+    """A photograph rotated by its EXIF orientation, with three channels of 8 bits: the upper 8 of 16, grey repeated."""
     with opened(path) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.mode in ("I", "F"):
-            raise InputError(f"{path}: expected 8 or 16 bits a channel, got 32: save the photograph with as many")
+            raise InputError(f"{path}: expected 8 or 16 bits per channel, got 32: save the photograph with 8 or 16")
         if upright.mode.startswith("I;16"):
             upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
         return np.asarray(upright.convert("RGB"))
@@ -36,8 +36,8 @@ def read_mask(path: Path, colours: tuple[Colour, ...] = ()) -> UInt8[np.ndarray,
     with opened(path) as image:
         if image.format in LOSSY:
             raise InputError(
-                f"{path}: expected a mask that is stored without loss, as PNG is, got {image.format}, whose values are "
-                "others than were drawn: export the mask anew"
+                f"{path}: expected a mask in a lossless format such as PNG, got {image.format}, which changes "
+                "the values: export the mask again"
             )
         levels = 2 ** stored_bits(image) - 1
         upright = ImageOps.exif_transpose(image)
@@ -51,22 +51,22 @@ def read_mask(path: Path, colours: tuple[Colour, ...] = ()) -> UInt8[np.ndarray,
 
 
 def describe(mask: Image.Image) -> str:
-    """What a mask is that holds no labels, and how they are read or stored."""
+    """Why a file is not a mask, and how to read or store masks."""
     if mask.mode in ("RGB", "RGBA"):
         found = f"{len(mask.mode)} channels of the colours {in_short(np.asarray(mask.convert('RGB')))}"
         return f"{found}: pass --colours FILE with a line 'R G B name' for each"
-    return f"Pillow's mode {mask.mode}: save it in mode L, 8 bits a pixel"
+    return f"Pillow's mode {mask.mode}: save it in mode L, 8 bits per pixel"
 
 
 def stored_bits(image: Image.Image) -> int:
-    """Of each grey pixel in the file, before Pillow stretches them over 8."""
+    """The bits per grey pixel in the file, before Pillow scales them to 8."""
     tiles = getattr(image, "tile", ()) if image.mode == "L" else ()
     raw = re.search(r"\bL;([24])\b", str(tiles))
     return int(raw[1]) if raw else 8
 
 
 def is_turned(path: Path) -> bool:
-    """Whether a photograph is displayed in another orientation than it is stored."""
+    """Whether a photograph is displayed in a different orientation than it is stored in."""
     with opened(path) as image:
         return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
 

@@ -24,13 +24,13 @@ from experiments._door import InputError
 
 IMAGES, MASKS = ("JPEGImages", "images"), ("SegmentationClass", "masks", "labels")
 EXPECTED = (
-    "JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/train.txt and val.txt with a NAME a line; or train.txt "
-    "and val.txt with a line 'photograph.png mask.png' for each; or images/NAME.jpg and masks/NAME.png or "
+    "JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/train.txt and val.txt with one NAME per line; or "
+    "train.txt and val.txt with a line 'photograph.png mask.png' for each; or images/NAME.jpg and masks/NAME.png or "
     "labels/NAME.png"
 )
 PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 LABELLED = (".png", ".tif", ".tiff", ".bmp", ".gif", ".jpg", ".jpeg", ".webp")
-"""The last three to be refused by what they are and not as missing."""
+"""The last three are found too, so that they are refused as lossy and not as missing."""
 PAIR = re.compile(r"(\S.*\.(?:{0}))\s+(\S.*\.(?:{0}))".format("|".join(x[1:] for x in LABELLED)), re.IGNORECASE)
 HELD_OUT = 1 / 5
 ENTRIES = 6
@@ -59,7 +59,7 @@ class Parts(NamedTuple):
 
 def find_parts(folder: Path, seed: int) -> Parts:
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder, asked for with --data")
+        raise InputError(f"{folder}: no such folder, given by --data")
     for lists in (folder / "ImageSets" / "Segmentation", folder):
         if any((lists / name).is_file() for name in ("train.txt", "val.txt")):
             return Parts(*(Part(lists / name, listed(folder, lists / name)) for name in ("train.txt", "val.txt")))
@@ -72,10 +72,11 @@ def find_parts(folder: Path, seed: int) -> Parts:
 
 
 def listed(folder: Path, path: Path) -> tuple[Files, ...]:
-    """The files of a list, each line of which has a name or two paths."""
+    """The files of a list; each line has a name or two paths."""
     if not path.is_file():
         raise InputError(f"{path}: no such list; train.txt and val.txt say what to train on and what to hold out")
-    lines = [(number, line.strip()) for number, line in enumerate(read_lines(path, "a name a line"), 1) if line.strip()]
+    written = enumerate(read_lines(path, "one name per line"), 1)
+    lines = [(number, line.strip()) for number, line in written if line.strip()]
     if not lines:
         raise InputError(f"{path}: expected at least one name, got an empty list")
     found = []
@@ -100,7 +101,7 @@ def inside(folder: Path, path: str) -> Path:
 
 
 def named(folder: Path, name: str) -> Files:
-    """Of the two subfolders; a name may have an ending in the list."""
+    """Files in the two subfolders; a name in the list may have an ending."""
     bare = str(Path(name).with_suffix("")) if Path(name).suffix.lower() in PHOTOGRAPHS else name
     return Files(
         with_ending(subfolder(folder, IMAGES), bare, PHOTOGRAPHS), with_ending(subfolder(folder, MASKS), bare, LABELLED)
@@ -112,24 +113,24 @@ def subfolder(folder: Path, names: Sequence[str]) -> Path:
 
 
 def with_ending(folder: Path, name: str, endings: Sequence[str]) -> Path:
-    """The file of a name, whose ending some cameras write in capitals; with the first ending if there is no file."""
+    """The file with a name; its ending may be in capitals. If there is no file, the path with the first ending."""
     paths = [folder / f"{name}{written}" for ending in endings for written in (ending, ending.upper())]
     return next((path for path in paths if path.is_file()), paths[0])
 
 
 def drawn(folder: Path, seed: int) -> Parts:
-    """A fifth is held out; each photograph needs a mask, and each mask a photograph."""
+    """Hold out a fifth; each photograph needs a mask, and each mask a photograph."""
     images, masks = subfolder(folder, IMAGES), subfolder(folder, MASKS)
     names, labelled = stems(images, PHOTOGRAPHS), stems(masks, LABELLED)
     if alone := sorted(names ^ labelled):
         here, there = (images, masks) if alone[0] in names else (masks, images)
-        raise InputError(f"{here}: expected a file of the same name in {there} for each, got {alone[0]} here alone")
+        raise InputError(f"{here}: expected a file of the same name in {there} for each, got none for {alone[0]}")
     if len(names) < 2:
         raise InputError(f"{images}: expected two photographs or more, one to be held out, got {len(names)}")
     files = [named(folder, name) for name in sorted(names)]
     order = np.random.default_rng(seed).permutation(len(files))
     count = max(1, round(HELD_OUT * len(files)))
-    print(f"{len(files) - count} photographs to train on, {count} held out, as --seed {seed} draws them")
+    print(f"{len(files) - count} photographs to train on, {count} held out, drawn by --seed {seed}")
     test, train = (tuple(files[n] for n in sorted(numbers)) for numbers in (order[:count], order[count:]))
     return Parts(Part(masks, train), Part(masks, test))
 
@@ -139,7 +140,7 @@ def stems(folder: Path, endings: Sequence[str]) -> set[str]:
 
 
 def read_lines(path: Path, expected: str) -> list[str]:
-    """Of a text, which on Windows may begin with a mark of byte order."""
+    """The lines of a text, which on Windows may begin with a byte order mark."""
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""A fully convolutional network as pure functions: down to coarse scales by strided convolutions, and back up.
+"""A fully convolutional network as pure functions: strided convolutions down to coarse scales, and back up.
 
 What is found at each scale is added on the way up, as in O. Ronneberger, P. Fischer and T. Brox, "U-Net" (2015).
 Channels come last.
@@ -11,9 +11,9 @@ from jaxtyping import Array, Float
 WIDTHS = (24, 48, 96)
 """Channels at strides 2, 4 and 8."""
 DEEPER = (32, 48, 64, 96, 128)
-"""For photographs, of which one window has to be seen whole: at strides 2 to 32."""
+"""For photographs, whose whole window the network must see: channels at strides 2 to 32."""
 GROUPS = 8
-"""Of channels that are normalised together."""
+"""The number of channels that are normalised together."""
 
 
 def init_convolution(key: Array, size: int, channels: int, features: int, gain: float = 2.0):
@@ -30,7 +30,7 @@ def convolve(layer, x: Float[Array, "n h w c"], stride: int = 1) -> Float[Array,
 
 
 def init_network(key: Array, classes: int, widths: tuple[int, ...] = WIDTHS):
-    """For each scale, the finest first, a convolution onto it and one on it; the same back up; and the scores."""
+    """For each scale, the finest first, a convolution to it and one at it; the same back up; and the scores."""
     keys = iter(jax.random.split(key, 4 * len(widths)))
 
     def stage(size: int, channels: int, features: int, gain: float):
@@ -47,7 +47,7 @@ def init_network(key: Array, classes: int, widths: tuple[int, ...] = WIDTHS):
 
 
 def normalise(x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-    """Over the whole of an image, in groups of its channels (Y. Wu and K. He, "Group normalization", 2018)."""
+    """Normalise over a whole image, in groups of channels (Y. Wu and K. He, "Group normalization", 2018)."""
     groups = x.reshape(len(x), -1, GROUPS, x.shape[-1] // GROUPS)
     centred = groups - groups.mean((1, 3), keepdims=True)
     return (centred * jax.lax.rsqrt(jnp.mean(centred**2, (1, 3), keepdims=True) + 1e-5)).reshape(x.shape)
@@ -58,7 +58,7 @@ def activate(x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
 
 
 def refine(layer, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-    """With a residual convolution (K. He et al., 2016)."""
+    """Add a residual convolution (K. He et al., 2016)."""
     return x + activate(convolve(layer, x))
 
 

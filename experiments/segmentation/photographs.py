@@ -18,7 +18,7 @@ NAMES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "table", "dog",
     "horse", "motorbike", "person", "plant", "sheep", "sofa", "train", "monitor",
 )  # fmt: skip
-"""What VOC calls its classes."""
+"""The names of VOC's classes."""
 
 
 CLASSES = "classes.txt"
@@ -26,7 +26,7 @@ CLASSES = "classes.txt"
 
 @dataclass(frozen=True)
 class Photographs:
-    """Random access to the images and masks of a list, of whatever sizes they are."""
+    """Random access to the images and masks of a list, of any sizes."""
 
     files: tuple[Files, ...]
     coding: Coding
@@ -40,7 +40,7 @@ class Photographs:
 
 
 class Folder(NamedTuple):
-    """What to train on, what to test on and what the classes are called."""
+    """The training images, the test images and the names of the classes."""
 
     train: Photographs
     test: Photographs
@@ -48,7 +48,7 @@ class Folder(NamedTuple):
 
 
 def read_folder(folder: Path, coding: Coding = DEFAULT, classes: int | None = None, seed: int = 0) -> Folder:
-    """With as many classes as are given, or else up to the last that occurs."""
+    """Read a folder, with the given number of classes, or else up to the last class that occurs."""
     parts = find_parts(folder, seed)
     with tqdm(dict.fromkeys((*parts.train.files, *parts.test.files)), unit="image", desc="checking") as bar:
         counts = {files: count_values(files, coding, classes) for files in bar}
@@ -67,7 +67,7 @@ def read_folder(folder: Path, coding: Coding = DEFAULT, classes: int | None = No
 
 
 def occurrence(met: list[int], names: tuple[str, ...], numbered: bool) -> str:
-    """How many classes occur; which, where some do not; and, if these are their values, how to keep these alone."""
+    """How many classes occur; if not all do, which ones, and which option keeps only these."""
     said = f"{len(met)} of {len(names)} classes occur"
     if len(met) == len(names):
         return said
@@ -78,33 +78,33 @@ def occurrence(met: list[int], names: tuple[str, ...], numbered: bool) -> str:
 
 
 def void_share(counts: Int[np.ndarray, " 256"], coding: Coding) -> str:
-    """How much is no class: none of it, where masks have another value for it than is said."""
+    """The share of void pixels; "no value is void" if the options name none."""
     void = np.flatnonzero(coding.table == VOID).tolist()
     share = f"{counts[void].sum() / counts.sum():.1%} of the pixels are void"
     return f"{share} ({sentence(map(coding.word, void))})" if void else "no value is void"
 
 
 def class_names(folder: Path, classes: int, coding: Coding = DEFAULT) -> tuple[str, ...]:
-    """From the colours or classes.txt; without them VOC's own, where there are as many; else what masks hold."""
+    """The names in the colours or classes.txt; without them VOC's names if their number fits, else the mask values."""
     words = tuple(coding.word(value) for value in coding.classes[:classes])
     path = folder / CLASSES
     if any(coding.names):
         return tuple(coding.names[value] or word for value, word in zip(coding.classes, words, strict=True))
     if not path.is_file():
         return NAMES if coding == DEFAULT and classes == len(NAMES) else words
-    names = tuple(line.strip() for line in read_lines(path, "a name a line") if line.strip())
+    names = tuple(line.strip() for line in read_lines(path, "one name per line") if line.strip())
     if len(names) != classes:
         raise InputError(f"{path}: expected the names of {classes} classes, one per line, got {len(names)}")
     return names
 
 
 def count_values(files: Files, coding: Coding, classes: int | None) -> Int[np.ndarray, " 256"]:
-    """How many pixels have each value in the mask of a pair that fits together."""
+    """The number of pixels of each value in a mask, which must fit its photograph."""
     image, values = read_photograph(files.image), read_mask(files.mask, coding.colours)
     if values.shape != image.shape[:2]:
         height, width = values.shape
         remedy = (
-            ": its EXIF orientation turns the photograph, and has to turn the mask" if is_turned(files.image) else ""
+            ": the photograph's EXIF orientation rotates it, so rotate the mask too" if is_turned(files.image) else ""
         )
         expected = f"expected the size of {files.image}, {image.shape[1]}×{image.shape[0]}"
         raise InputError(f"{files.mask}: {expected}, got {width}×{height}{remedy}")

@@ -14,7 +14,7 @@ from experiments.segmentation.coding import Coding
 from experiments.segmentation.scenes import VOID, Pair
 
 ROWS = 4
-"""Images shown."""
+"""The number of images shown."""
 WRONG, RIGHT = ((255 * np.array(to_rgb(color))).astype(np.uint8) for color in (BLUE, PALE))
 
 Palette = UInt8[np.ndarray, "256 3"]
@@ -26,7 +26,7 @@ def digits_palette() -> Palette:
 
 
 def voc_palette() -> Palette:
-    """That of PASCAL VOC, which the bits of a label make: cream for void."""
+    """PASCAL VOC's palette, computed from the bits of a label: cream for void."""
     bits = np.arange(256)[:, None, None] >> np.arange(24).reshape(8, 3) & 1  # label, place, channel
     return (bits << np.arange(7, -1, -1)[:, None]).sum(1).astype(np.uint8)
 
@@ -46,7 +46,7 @@ def plot_examples(
     colors: Palette,
     path: Path,
 ) -> None:
-    """Image, truth, prediction and errors, a row an image."""
+    """Image, truth, prediction and errors, one row per image."""
     heights = [pair.labels.shape[0] / pair.labels.shape[1] for pair in pairs]
     figure, axes = plt.subplots(
         len(pairs), 4, figsize=(WIDE, 2 * sum(heights) + 1.3), height_ratios=heights, squeeze=False,
@@ -92,7 +92,7 @@ def plot_loss(table: pd.DataFrame, held_out: dict[str, float], path: Path) -> No
 
 
 def plot_classes(shares: Sequence[float | None], names: Sequence[str], mean: float, path: Path) -> None:
-    """Intersection over union of each class that is met, the best first."""
+    """Intersection over union of each class that occurs, the best first."""
     met = sorted((share, name) for share, name in zip(shares, names, strict=True) if share is not None)
     figure, axes = plt.subplots(figsize=(6.4, 1.2 + 0.24 * len(met)))
     bars = axes.barh([name for _, name in met], [share for share, _ in met], color=BLUE)

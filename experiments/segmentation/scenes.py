@@ -24,7 +24,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Scenes:
-    """Random access to `count` square scenes; scene n is the same whenever and wherever it is asked for."""
+    """Random access to `count` square scenes; scene n is always the same."""
 
     pixels: UInt8[np.ndarray, "digits 8 8"]
     digits: Int[np.ndarray, " digits"]

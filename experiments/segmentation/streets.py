@@ -1,10 +1,10 @@
-"""How well does the segmentation do on streets, where no photographs of streets are at hand?
+"""How well does the segmentation work on streets, if you have no photographs of streets?
 
 python -m experiments.segmentation.streets --out out/streets
 
 Draws a folder in PASCAL VOC layout: streets in perspective, of eleven classes, in shadow, haze and noise, with surfaces
-cut from the two photographs that scikit-learn ships. They are no photographs: scores on them tell one recipe from
-another, not how well either would do in a street.
+cut from the two photographs that scikit-learn ships. They are not photographs: scores on them compare recipes, but
+do not predict scores on real streets.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ from experiments.segmentation.scenes import VOID, Pair
 
 NAMES = "sky building pole road pavement tree sign fence car pedestrian cyclist".split()  # noqa: SIM905
 SKY, BUILDING, POLE, ROAD, PAVEMENT, TREE, SIGN, FENCE, CAR, PEDESTRIAN, CYCLIST = range(11)
-# Mean and deviation of each class's colour, how much of a photograph's contrast its surface has, and which of the
-# photographs, the temple or the dahlia, and where in it: left, top, right and bottom.
+# For each class the mean and deviation of its colour, the contrast of its surface relative to the photograph, the
+# photograph (the temple or the dahlia), and the part of it: left, top, right and bottom.
 SURFACES = {
     SKY: ((190, 205, 220), 10, 0.3, 0, (340, 0, 640, 190)),
     BUILDING: ((130, 115, 105), 18, 0.5, 0, (80, 110, 350, 340)),
@@ -47,7 +47,7 @@ class Config:
     val: int = 20
     """Images to hold out."""
     seed: int = 0
-    """Draws the images."""
+    """Seed for the images."""
     out: Path = Path("out/streets")
     """Folder for the images."""
 
@@ -61,7 +61,7 @@ class Painter:
         self.labels = np.full((height, width), VOID, np.uint8)
 
     def surface(self, label: int) -> Float[np.ndarray, "h w 3"]:
-        """A piece of what looks like the class at a random scale, with its colours drawn towards the class's."""
+        """A piece of texture that looks like the class, at a random scale, with colours shifted towards the class's."""
         mean, deviation, contrast, which, (left, top, right, bottom) = SURFACES[label]
         width, height = (self.rng.uniform(0.4, 1) * length for length in (right - left, bottom - top))
         left, top = self.rng.uniform(left, right - width), self.rng.uniform(top, bottom - height)
@@ -81,7 +81,7 @@ class Painter:
         return np.asarray(canvas)
 
     def box(self, x: float, y: float, width: float, height: float, kind: str = "rectangle") -> Bool[np.ndarray, "h w"]:
-        """One that stands on (x, y)."""
+        """An object that stands on (x, y)."""
         return self.shape(kind, [x - width / 2, y - height, x + width / 2, y])
 
 
@@ -116,10 +116,10 @@ def draw_street(rng: np.random.Generator, photographs: list[np.ndarray], width: 
                 for _ in range(8):
                     dx, dy = rng.normal(0, high / 5, 2)
                     fill(TREE, box(x + dx, horizon - high / 3 + dy, high / 2.5, high / 2.5, "ellipse"))
-    depths = np.sort(rng.beta(1, 3, rng.integers(6, 13)))  # what is near hides what is far
+    depths = np.sort(rng.beta(1, 3, rng.integers(6, 13)))  # near objects hide far ones
     for near in depths:
         y = horizon + 3 + near * (height - horizon) * 0.9
-        size = 4 + near * height * 0.9  # of two metres
+        size = 4 + near * height * 0.9  # two metres high
         first, last = ground(y)
         beside = rng.choice([first - size * rng.uniform(0.1, 1), last + size * rng.uniform(0.1, 1)])
         kind = rng.choice([CAR, CAR, CAR, PEDESTRIAN, CYCLIST, POLE, POLE, SIGN])
@@ -150,7 +150,7 @@ def draw_street(rng: np.random.Generator, photographs: list[np.ndarray], width: 
 
 
 def photograph(rng: np.random.Generator, painter: Painter) -> Pair:
-    """In shadows, some light, haze and noise, and a little out of focus."""
+    """Add shadows, light, haze and noise, and blur a little."""
     height, width = painter.labels.shape
     image = painter.image
     for _ in range(rng.integers(0, 4)):

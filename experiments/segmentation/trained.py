@@ -1,4 +1,4 @@
-"""What a run has learnt, read back to name the pixels of new photographs.
+"""Read a trained network, to label the pixels of new photographs.
 
 trained = read_trained(Path("out/segmentation"))
 classes = trained.classes(read_photograph(Path("new.jpg")))
@@ -32,16 +32,16 @@ class Trained(NamedTuple):
     recipe: Recipe
     names: tuple[str, ...]
     values: UInt8[np.ndarray, " classes"]
-    """Of the classes in masks."""
+    """The mask value of each class."""
     palette: Palette
-    """By value."""
+    """The colour of each mask value."""
 
     def classes(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w"]:
         return predict_whole(self.params, image, self.recipe)
 
 
 def write_trained(out: Path, trained: Trained, widths: Sequence[int]) -> None:
-    """Everything except the parameters, which are in the last checkpoint."""
+    """Write everything except the parameters, which are in the last checkpoint."""
     arrays = {
         "mean": trained.recipe.mean,
         "deviation": trained.recipe.deviation,
@@ -68,7 +68,7 @@ def read_trained(out: Path) -> Trained:
 
 
 def write_predictions(trained: Trained, photographs: Sequence[Path], folder: Path) -> None:
-    """For each photograph a mask with the training masks' values, and an overlay to look at."""
+    """For each photograph write a mask with the training masks' values, and an overlay to look at."""
     for name, count in Counter(path.stem for path in photographs).items():
         if count > 1:
             raise InputError(f"--predict: expected photographs of different names, got {count} of the name {name}")

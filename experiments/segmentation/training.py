@@ -16,9 +16,9 @@ from experiments.segmentation.scenes import VOID, Pair
 from jaxsoft import cross_entropy
 
 LEAST_SHARE = 1e-3
-"""Of all pixels: classes that are rarer, or absent, count no more than one that has so many."""
+"""A share of all pixels: rarer or absent classes get no higher weight than a class with this share."""
 MULTIPLE = 32
-"""Of pixels along each side, the coarsest stride."""
+"""The coarsest stride: sides of images are padded to multiples of it."""
 
 
 class Source(Protocol):
@@ -29,7 +29,7 @@ class Source(Protocol):
 
 
 class Recipe(NamedTuple):
-    """What the pixels of all images are taken to be, and how much each class counts."""
+    """How the pixels of all images are normalised, and the weight of each class."""
 
     mean: Float[np.ndarray, " 3"]
     deviation: Float[np.ndarray, " 3"]
@@ -37,13 +37,13 @@ class Recipe(NamedTuple):
 
 
 EVEN = Recipe(np.full(3, 127.5, np.float32), np.full(3, 127.5, np.float32), None)
-"""For scenes of all colours, whose classes are alike."""
+"""For scenes of all colours, with equal weights of the classes."""
 
 
 def recipe_of(source: Source, classes: int) -> Recipe:
-    """Colours by their mean and deviation over all images, classes by the root of how rare they are.
+    """Normalise colours by their mean and deviation over all images; weight classes by the root of their rarity.
 
-    Classes weighted by all of their rarity would be found where they are not.
+    With their whole rarity as weights, rare classes would be predicted where they are not.
     """
     sums, pixels, counts = np.zeros((2, 3)), 0, np.zeros(classes)
     for n in range(len(source)):
@@ -77,7 +77,7 @@ def random_crop(pair: Pair, rng: np.random.Generator, size: int) -> Pair:
 
 
 def random_view(pair: Pair, rng: np.random.Generator, size: int) -> Pair:
-    """A window as from nearer or farther, perhaps mirrored, in another light."""
+    """A window at a random scale, perhaps mirrored, with another brightness."""
     scale = 2 ** rng.uniform(-0.5, 0.75)
     window = random_crop(pair, rng, round(size / scale))
     image = Image.fromarray(window.image).resize((size, size), Image.Resampling.BILINEAR)
@@ -89,7 +89,7 @@ def random_view(pair: Pair, rng: np.random.Generator, size: int) -> Pair:
 
 
 def pad(pair: Pair, height: int, width: int) -> Pair:
-    """Void below and to the right, up to at least height × width."""
+    """Pad with void below and to the right, to at least height × width."""
     rows, columns = (max(0, want - have) for want, have in zip((height, width), pair.labels.shape, strict=True))
     space = ((0, rows), (0, columns))
     return Pair(np.pad(pair.image, (*space, (0, 0))), np.pad(pair.labels, space, constant_values=VOID))
@@ -108,7 +108,7 @@ def loss_of(params, batch: Pair, recipe: Recipe = EVEN) -> tuple[Float[Array, ""
 
 @functools.partial(jax.jit, static_argnames="optimizer")
 def train_step(state, batch: Pair, recipe: Recipe, optimizer: optax.GradientTransformation):
-    """One step; reports loss and prediction as they were before it."""
+    """One step; returns the loss and the prediction before the step."""
     params, moments = state
     (loss, predicted), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, batch, recipe)
     updates, moments = optimizer.update(gradient, moments, params)
@@ -121,7 +121,7 @@ def predict(params, images: UInt8[Array, "n h w 3"], recipe: Recipe) -> UInt8[Ar
 
 
 def predict_whole(params, image: UInt8[np.ndarray, "h w 3"], recipe: Recipe) -> UInt8[np.ndarray, "h w"]:
-    """The classes of one image, its edges repeated up to multiples so that images of many sizes share compilations."""
+    """The classes of one image, padded by its edges to multiples, so that many sizes share compiled programs."""
     height, width, _ = image.shape
     padded = np.pad(image, ((0, -height % MULTIPLE), (0, -width % MULTIPLE), (0, 0)), mode="edge")
     return np.asarray(predict(params, padded[None], recipe))[0, :height, :width]
@@ -130,7 +130,7 @@ def predict_whole(params, image: UInt8[np.ndarray, "h w 3"], recipe: Recipe) -> 
 def confusion(
     labels: UInt8[np.ndarray, "..."], predicted: UInt8[np.ndarray, "..."], classes: int
 ) -> Int[np.ndarray, "classes classes"]:
-    """Pixels by true class and predicted class, void left out."""
+    """The number of pixels by true class and predicted class, without void."""
     valid = labels != VOID
     return np.bincount(classes * labels[valid].astype(int) + predicted[valid], minlength=classes**2).reshape(
         classes, classes

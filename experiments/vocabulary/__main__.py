@@ -38,8 +38,8 @@ def report(config: Training, text: Text, summary: dict[str, Any]) -> None:
     plot_loss(table, summary, config.out / "loss.png")
     write_json(config.out / "summary.json", summary)
     print(
-        f"{config.steps} steps, {summary['tokens']} words: perplexity {summary['perplexity']:.1f} over "
-        f"{summary['held_out_words']} held-out words of {len(text.classes) - 1} known; see {config.out}"
+        f"{config.steps} steps, {summary['tokens']} tokens: perplexity {summary['perplexity']:.1f} over "
+        f"{summary['held_out_words']} held-out tokens of {len(text.classes) - 1} known; see {config.out}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Words of files as numbers: the commonest are classes of their own, and all others share one."""
+"""Tokens of files as numbers: each of the most frequent is a class, and all others share one class."""
 
 import re
 import sysconfig
@@ -14,13 +14,13 @@ from tqdm import tqdm
 from experiments._door import InputError
 
 WORD = re.compile(r"\w+|[^\w\s]")
-"""A run of letters, digits and underscores, or one other mark; white space only separates."""
+"""A run of letters, digits and underscores, or one other character; white space separates tokens."""
 UNKNOWN = 0
 """The class of tokens that are not in the vocabulary, and of the positions before a document's first token."""
 LIBRARIES = {"standard-library": ("stdlib",), "installed": ("stdlib", "purelib", "platlib")}
 """The folders of Python sources that come with the interpreter, by their names in `sysconfig`."""
 STRETCHES = 20
-"""Of so many documents one is held out; a corpus of one file is cut into as many."""
+"""One document in this many is held out; a corpus of one file is cut into this many documents."""
 
 Words = Int[np.ndarray, " words"]
 
@@ -36,7 +36,7 @@ class Text(NamedTuple):
 
 
 def read_text(corpus: str, vocabulary: int, context: int, seed: int) -> Text:
-    """The documents of a corpus, some of them held out, in the vocabulary of the others.
+    """The documents of a corpus, some of them held out, in the vocabulary of the training documents.
 
     The vocabulary is the unknown class and the `vocabulary` − 1 commonest words of the training
     documents; among words as common those come first that the corpus has first.
@@ -74,7 +74,7 @@ def read_text(corpus: str, vocabulary: int, context: int, seed: int) -> Text:
         join(test, classes, context),
         ("unknown", *(words[n] for n in commonest)),
         np.concatenate([[counts.sum() - counts[commonest].sum()], counts[commonest]]),
-        f"{corpus}, {sum(map(len, documents))} words, checksum {everything:08x}",
+        f"{corpus}, {sum(map(len, documents))} tokens, checksum {everything:08x}",
     )
 
 
@@ -95,7 +95,7 @@ def join(documents: Sequence[Words], classes: Words, context: int) -> Words:
 
 
 def list_files(corpus: str) -> list[Path]:
-    """The files in the order of their names, without files whose name, or folder's name, begins with a dot."""
+    """The files in the order of their names, except hidden ones: files and folders whose names begin with a dot."""
     if corpus in LIBRARIES:
         folders = dict.fromkeys(Path(sysconfig.get_path(name)) for name in LIBRARIES[corpus])
         return [path for folder in folders for path in sorted(folder.rglob("*.py")) if is_source(path, folder)]
@@ -108,7 +108,7 @@ def list_files(corpus: str) -> list[Path]:
 
 
 def is_source(path: Path, folder: Path) -> bool:
-    """Whether it belongs to this folder of sources, and not to one installed inside it."""
+    """Whether a file belongs to this folder of sources, and not to a package installed inside it."""
     return path.is_file() and not {"site-packages", "dist-packages"} & set(path.relative_to(folder).parts)
 
 

@@ -21,7 +21,7 @@ def temporary_bytes(compiled: jax.stages.Compiled) -> int | None:
 
 
 def compare_heads(sizes: Sequence[int], words: int, features: int, memory_budget: int, seed: int) -> pd.DataFrame:
-    """Bytes of temporaries and median seconds of the loss with its gradients to features and kernel."""
+    """Temporary memory in bytes, and median seconds, of the loss with its gradients to features and kernel."""
     heads = {
         "fused": functools.partial(linear_cross_entropy, memory_budget=memory_budget),
         "unfused": lambda features, kernel, targets: cross_entropy(features @ kernel, targets),

@@ -11,20 +11,20 @@ STYLES = {"fused": (BLUE, "o"), "unfused": (ORANGE, "s")}
 
 
 def plot_loss(table: pd.DataFrame, summary: dict[str, Any], path: Path) -> None:
-    """The curve of training, per batch and smoothed, and the held-out losses of the network and of a guess."""
+    """The training loss per batch and smoothed, and the held-out losses of the network and of guessing by frequency."""
     figure, axes = plt.subplots(figsize=(6.4, 4.2))
     smooth = table["loss"].rolling(max(1, len(table) // 50), min_periods=1).mean()
     axes.plot(table["step"], table["loss"], color=PALE, lw=1, label="training, each batch")
     axes.plot(table["step"], smooth, color=BLUE, label="training, running mean")
     axes.axhline(summary["loss"], color=RED, linestyle="--", label="held out at the end")
     axes.axhline(summary["frequency_loss"], color=GREY, linestyle=":", label="held out, by frequency alone")
-    axes.set(title="loss of the next word", xlabel="step", ylabel="cross-entropy per known word (nats)")
+    axes.set(title="loss of the next token", xlabel="step", ylabel="cross-entropy per known token (nats)")
     axes.legend(loc="upper right")
     save(figure, path)
 
 
 def plot_heads(table: pd.DataFrame, words: int, features: int, memory_budget: int, path: Path) -> None:
-    """Temporaries and time over the size of the vocabulary."""
+    """Temporary memory and time over the size of the vocabulary."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 3.8))
     for name, rows in table.groupby("head"):
         color, shape = STYLES[str(name)]
@@ -32,7 +32,7 @@ def plot_heads(table: pd.DataFrame, words: int, features: int, memory_budget: in
         left.plot(rows["vocabulary"], rows["temporary_bytes"] / 2**20, **style)
         right.plot(rows["vocabulary"], 1e3 * rows["seconds"], **style)
     left.axhline(memory_budget / 2**20, color=GREY, linestyle=":", label="budget of fused")
-    left.set(title="memory beside arguments and results", ylabel="temporaries (MiB)")
+    left.set(title="temporary memory", ylabel="temporaries (MiB)")
     right.set(title="loss and gradients", ylabel="milliseconds")
     for axes in (left, right):
         axes.set(xlabel="classes in the vocabulary", xscale="log")

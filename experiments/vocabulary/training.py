@@ -1,6 +1,6 @@
 """The network, its loss through the fused head, and its training.
 
-The network is that of Y. Bengio et al., "A neural probabilistic language model" (2003).
+The network is from Y. Bengio et al., "A neural probabilistic language model" (2003).
 """
 
 import bisect
@@ -39,7 +39,7 @@ class Training:
     context: int = 8
     """Tokens from which the next is predicted."""
     features: int = 128
-    """Features per token, and per context at the head."""
+    """Width of the embedding of a token, and of the features at the head."""
     memory_budget: int = 64
     """MiB that one tile's logits and their gradient may take."""
     steps: int = 1000
@@ -49,7 +49,7 @@ class Training:
     learning_rate: float = 0.002
     """Largest step size of AdamW, reached after a tenth of the steps and then falling to 0 as a cosine."""
     seed: int = 0
-    """Draws the held-out documents, the batches and the initial weights."""
+    """Seed for the held-out documents, the batches and the initial weights."""
     checkpoint_every: int = 250
     """Steps between checkpoints."""
     resume: bool = False
@@ -74,7 +74,8 @@ def check(config: Training) -> None:
     check_options(config, "context", "features")
     if config.vocabulary < 2:
         raise InputError(f"--vocabulary: expected at least 2 classes, got {config.vocabulary}")
-    plan_of(config, config.vocabulary, "cpu")  # too little is too little anywhere; to ask would start JAX's devices
+    # A budget that is too small on a CPU is too small on any device, and asking for the device would start JAX's.
+    plan_of(config, config.vocabulary, "cpu")
 
 
 def plan_of(config: Training, vocabulary: int, platform: Literal["cpu"] | None = None) -> Plan:
@@ -140,7 +141,7 @@ def loss_of(
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """The sum of the losses over the known targets, and the number of these.
 
-    An unknown word is no target: the network would learn that something rare comes, which says nothing
+    An unknown token is no target: the network would learn that something rare comes, which says nothing
     of what. As part of a context it is a word like any other.
     """
     head, targets = params["head"], jnp.asarray(batch.targets)
@@ -172,7 +173,7 @@ def train_step(optimizer: optax.GradientTransformation, loss_of: Loss, state, ba
 
 
 class Layout(NamedTuple):
-    """Where the arrays of a run are: by default all on one device."""
+    """Where the arrays of a run are stored: by default all on one device."""
 
     loss_of: Loss = loss_of
     shardings: Callable[[Any], Any] = lambda state: None
@@ -209,7 +210,7 @@ def fit(config: Training, text: Text, layout: Layout = Layout()) -> dict[str, An
         state, loss, count = compiled(state, layout.put(training_batch(text, config, n)))
         return state, (float(loss), int(count))
 
-    (params, _), seconds = train(config, COLUMNS, all_it_depends_on(config, text), state, advance, "word")
+    (params, _), seconds = train(config, COLUMNS, all_it_depends_on(config, text), state, advance, "token")
     return {
         **evaluate(params, text, held_out_batches(text, config), jax.jit(loss), layout),
         "steps": config.steps,
@@ -225,7 +226,7 @@ def evaluate(params, text: Text, held_out: Sequence[Batch], loss_of: Loss, layou
     targets = np.concatenate([batch.targets for batch in held_out])
     known = targets[targets != UNKNOWN]
     frequencies = text.counts[1:] / text.counts[1:].sum()
-    with np.errstate(over="ignore"):  # infinite where the loss has grown beyond measure
+    with np.errstate(over="ignore"):  # infinite if the loss is huge
         perplexity = float(np.exp(loss))
     return {
         "loss": loss,

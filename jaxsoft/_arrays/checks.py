@@ -20,6 +20,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Option = TypeVar("Option")
 
+# Labels that by custom mark ignored positions: in Keras and scikit-learn, in PyTorch, in images of 8 and 16 bits, and
+# the least int32.
+MARKERS = (-1, -100, 255, 65535, -(2**31))
+
 
 def checked(fn: Callable[P, R]) -> Callable[P, R]:
     """Return `fn` with the values of its arguments checked as well as their shapes.
@@ -84,6 +88,34 @@ def check_values(name: str, values: Array | np.ndarray, valid: Bool[ArrayLike, "
     index = jnp.unravel_index(first, values.shape)
     message = f"{_entry(name, ['{}' for _ in index])} is {{}}: expected {expected}"
     checkify.check(jnp.all(valid), message, *index, values.reshape(-1)[first])
+
+
+def check_labels(
+    name: str,
+    labels: Array | np.ndarray,
+    valid: Bool[ArrayLike, "..."],
+    classes: int,
+    ignored: int | None,
+    option: str = "ignore_index",
+) -> None:
+    """Under `checked`, fail with the first label that is not valid, and say what to do with a usual one.
+
+    `ignored` is the label that is given as `option`, or None.
+    """
+    if not is_checking() or not labels.size:
+        return
+    expected = f"a label in [0, {classes})" + ("" if ignored is None else f" or {option}={ignored}")
+    hints = {classes: f"labels are 0 to {classes - 1}: if yours are 1 to {classes}, subtract 1"}
+    if ignored is None:
+        hints |= {label: f"to ignore this label, pass {option}={label}" for label in MARKERS}
+    xp = np if isinstance(labels, np.ndarray) else jnp
+    first = labels.reshape(-1)[xp.argmin(valid)]
+    is_integer = jnp.issubdtype(labels.dtype, jnp.integer)
+    limits = jnp.iinfo(labels.dtype) if is_integer else jnp.finfo(labels.dtype)
+    for label, hint in hints.items():
+        if limits.min <= label <= limits.max:  # otherwise the comparison would wrap the label
+            check_values(name, labels, valid | (first != label), f"{expected}; {hint}")
+    check_values(name, labels, valid, expected)
 
 
 def refuse_values(name: str, values: np.ndarray, valid: np.ndarray, expected: str) -> None:

@@ -70,6 +70,8 @@ CAUSES: dict[str, Callable[[Vectors, Vectors, float], Vectors]] = {
     "and the gradient is τo − t": lambda z, t, tiny: _quotient(z, t, tiny).sum(-1, keepdims=True),
     "this is −t/o, the gradient to the probabilities, and where one of them underflows to 0 that divides by zero. The "
     "gradient to the logits is τo − t": _quotient,
+    "the loss was not told which label to ignore, and a label out of range gives NaN in jaxsoft: pass it as "
+    "ignore_index": lambda z, t, tiny: np.where(t.any(-1, keepdims=True), z, np.nan),
 }
 
 

@@ -6,16 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Int
 
-from jaxsoft._arrays.checks import as_integer, refuse_mask, refuse_strings, refuse_values
+from jaxsoft._arrays.checks import MARKERS, as_integer, refuse_mask, refuse_strings, refuse_values
 from jaxsoft._doctor.problem import TOLERANCE, Vectors
 from jaxsoft._jax_internals import Tracer
 
 Rows = Float[np.ndarray, "positions classes"]
 Numbers = Float[np.ndarray, " positions"]
-
-# Labels that by custom mark ignored positions: in Keras and scikit-learn, in PyTorch, in images of 8 and 16 bits, and
-# the least int32.
-IGNORED = (-1, -100, 255, 65535, -(2**31))
 
 COUNTED_FROM_ONE = (
     "Label {label} is outside [0, {label}), and no label is 0: these labels count the classes from 1, and here the "
@@ -99,7 +95,7 @@ def read_targets(t: np.ndarray, shape: tuple[int, ...], axis: int, ignore_index:
 
 def _read_labels(labels: np.ndarray, classes: int, ignore_index: int | None) -> tuple[Vectors, bool]:
     inside = (labels >= 0) & (labels < classes)
-    ignored = np.isin(labels, IGNORED) & ~inside if ignore_index is None else labels == ignore_index
+    ignored = np.isin(labels, MARKERS) & ~inside if ignore_index is None else labels == ignore_index
     live = labels[~ignored]
     counted_from_one = bool(live.size and live.min() >= 1 and live.max() == classes)
     if not counted_from_one:

@@ -193,7 +193,11 @@ def _judged_not_finite(s: Sample, numbers: np.ndarray) -> tuple[str, str, bool]:
         (least < -103, "a probability is 0 in float32 and its logarithm −∞: take log_softmax, not the log of softmax"),
         (float(s.z.max()) > 88.7, "exp(z) overflows in float32, since no maximum was subtracted"),
         (least < -16, "a probability is 0 in float16 and its logarithm −∞: take log_softmax in float32"),
-        (s.has_ignored, "an ignored label was used as a class that does not exist, or its loss only multiplied by 0"),
+        (
+            s.has_ignored,
+            "a label to ignore was used as a class that does not exist (in jaxsoft, pass it as ignore_index), or its "
+            "loss was only multiplied by 0",
+        ),
     )
     cause = next((text for holds, text in causes if holds), "none of the usual ones: no logit or target is extreme")
     return "not finite", f"{count} of {len(numbers)} numbers are NaN or infinity. The likely cause: {cause}.", False

@@ -71,6 +71,9 @@ o − t already contains the derivative of softmax; multiplying again gives the 
 mistake("""elementwise derivative: This is (o − t)·o(1 − o), as if softmax acted on each logit alone, like a sigmoid.
 o − t already contains the derivative of softmax, and without the off-diagonal terms this is the gradient of no
 function.""")(lambda p: (p.truth * p.o * p.rest, (p.o - p.t) * p.o * p.rest))
+mistake("""multiplied by the output: This is (o − t)·o. o − t is the gradient to the logits already. Multiplied by o it
+is what softmax's rule s (g − s·g) gives for g = o − t without its dot product s·g, and it is the gradient of no
+function.""")(lambda p: (p.truth * p.o, (p.o - p.t) * p.o))
 mistake("""derivative of softmax alone: This is o(1 − o), the derivatives ∂o_j/∂z_j alone: without the targets, a
 network cannot learn them. The chain rule multiplies all of softmax's derivatives by the loss's derivatives, which gives
 τo − t.""")(lambda p: p.o * p.rest)
@@ -84,6 +87,10 @@ mistake("""targets do not sum to one: This is o − t, but some targets sum to �
 mistake("""sigmoid in place of softmax: This is σ(z) − t: every logit went through a sigmoid of its own, as for labels
 that do not exclude each other (binary cross-entropy). If exactly one class is right, use softmax, whose probabilities
 sum to one.""")(lambda p: sigmoid(p.z) - p.t)
+mistake("""squared error of sigmoids: This is (σ(z) − t)·σ(z)(1 − σ(z)), the gradient of ½‖σ(z) − t‖²: every logit went
+through a sigmoid of its own, and the loss is the squared error. If exactly one class is right, use softmax and
+cross-entropy, whose gradient does not vanish where the output is certain and
+wrong.""")(lambda p: (sigmoid(p.z) - p.t) * sigmoid(p.z) * sigmoid(-p.z))
 
 
 mistake("""softmax over the wrong axis: The probabilities were normalised over another axis than the

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
-from jaxsoft._arrays.checks import as_array, as_integer, as_number, broadcast, check_values, refuse_mask
+from jaxsoft._arrays.checks import as_array, as_integer, as_number, broadcast, check_labels, check_values, refuse_mask
 from jaxsoft._arrays.dtypes import at_least_int32, compute_dtype, nan_unless
 from jaxsoft._arrays.sharding import (
     AxisName,
@@ -256,7 +256,7 @@ def _label_operands(
     labels = at_least_int32(shard_like(labels, logits.logits, logits.axis))
     inside, ignored = (labels >= 0) & (labels < logits.classes), equals(labels, ignore_index)
     counted = jnp.where(ignored, 0, counted)
-    check_values(name, labels, inside | (counted == 0), _allowed(logits.classes, ignore_index))
+    check_labels(name, labels, inside | (counted == 0), logits.classes, ignore_index)
     # A label out of range gives NaN; it is never clamped or wrapped.
     position_weight = jnp.where(inside, counted, 0) * nan_unless(inside | (counted == 0), logits.dtype)
     label = jnp.where(inside, labels.astype(jnp.int32), -1)
@@ -345,7 +345,7 @@ def labels_as_array(
         return jnp.asarray(given.astype(np.int32)), ignore_index
     inside = (given >= 0) & (given < classes)
     ignored = np.zeros(given.shape, bool) if ignore_index is None else given == ignore_index
-    check_values(name, given, inside | ignored, _allowed(classes, ignore_index))
+    check_labels(name, given, inside | ignored, classes, ignore_index)
     narrow = np.where(inside, given, 0).astype(np.int32)  # unsigned labels cannot hold a negative number
     narrow[~inside] = -2
     narrow[ignored] = -1
@@ -358,10 +358,6 @@ def equals(labels: Array, index: int | None) -> Array:
     if index is None or not limits.min <= index <= limits.max:
         return jnp.zeros(labels.shape, bool)
     return labels == index
-
-
-def _allowed(classes: int, ignore_index: int | None) -> str:
-    return f"a label in [0, {classes})" + ("" if ignore_index is None else f" or ignore_index={ignore_index}")
 
 
 def _remedy(labels: tuple[int, ...], logits: LogitsType) -> str:

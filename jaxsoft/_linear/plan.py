@@ -10,7 +10,7 @@ from jaxsoft._arrays.checks import as_integer, as_option
 from jaxsoft._arrays.dtypes import compute_dtype
 from jaxsoft._formula.targets import REDUCTIONS, Reduction
 from jaxsoft._jax_internals import max_dim, min_dim
-from jaxsoft._platform.devices import Device, Platform, as_device, device_of_kind
+from jaxsoft._platform.devices import KINDS, Device, Platform, as_device, device_of_kind
 
 CPU_BUDGET = 256 * 2**20
 CPU_ROWS = 2048  # a matmul with one feature sums its rows in sequence, and longer sums in float32 are less accurate
@@ -101,8 +101,9 @@ def plan_linear_cross_entropy(
         memory_budget: as given to `linear_cross_entropy`. On an accelerator it replaces the third of the memory, and
             limits the stored logit gradients too; a larger budget makes no larger tiles.
         platform: "cpu", "gpu" or "tpu"; None for the kind's platform, or else the platform of JAX's default devices.
-        device_kind: the `device_kind` of a `jax.Device`, such as "TPU v6 lite" or "TPU7x". None for the kind of the
-            default devices, or, if a platform is given, for tiles that lose least on all devices of the platform.
+        device_kind: the `device_kind` of a `jax.Device`, such as "TPU v6 lite" or "TPU7x"; the error for an unknown one
+            lists the known ones. None for the kind of the default devices, or, if a platform is given, for tiles that
+            lose least on all devices of the platform.
 
     Returns:
         A `Plan` of counts, in tiles, positions, FLOPs and bytes, that prints as a sentence.
@@ -111,8 +112,8 @@ def plan_linear_cross_entropy(
     kernel's gradient that is summed over devices is in float32. `jax.vmap` of a gradient uses a CPU's tiles.
 
     Raises:
-        TypeError, ValueError: an argument that is not a positive integer, an unknown platform, a device kind of another
-            platform, a budget below one position's logits and gradient.
+        TypeError, ValueError: an argument that is not a positive integer, an unknown platform or kind of device, a kind
+            of another platform, a budget below one position's logits and gradient.
 
     Example:
         >>> from jaxsoft import plan_linear_cross_entropy
@@ -163,6 +164,12 @@ def _as_device(platform: Platform | None, kind: str | None) -> Device:
     if not isinstance(kind, str):
         raise TypeError(f"device_kind: expected a string, got {kind!r}")
     device = device_of_kind(kind)
+    if kind != "cpu" and not device.known:
+        known = ", ".join(map(repr, KINDS))
+        raise ValueError(
+            f"device_kind: expected 'cpu' or a name that begins with one of {known}, got {kind!r}; "
+            "for another device pass its platform alone, 'gpu' or 'tpu'"
+        )
     if platform not in (None, device.platform):
         raise ValueError(f"device_kind: expected a kind of the platform {platform!r}, got {kind!r}")
     return device

@@ -26,7 +26,7 @@ PLAIN = statistics._block_sums.__wrapped__
 
 
 def programs(cases):
-    """The sums of the accelerators' program and of the plain formula for each (arrays, axes), in one program."""
+    """The accelerators' sums and the plain formula's for each (arrays, axes), from one program."""
 
     def both(every):
         by_end = ((arrays, tuple(axis % arrays[0].ndim - arrays[0].ndim for axis in axes)) for arrays, axes in every)
@@ -92,7 +92,7 @@ EDGES = np.array(
 
 
 def test_edges():
-    """In each dtype, without a label and with either of two."""
+    """Each dtype, without a label and with each of two labels."""
     cases = list(itertools.product(DTYPES, [None, 0, 1]))
 
     def arrays(dtype, label):
@@ -109,7 +109,7 @@ def test_edges():
         assert_same(actual, expected, 1e-6, f"{dtype}, label {label}")
 
 
-def test_a_class_without_weight_costs_nothing_and_one_with_weight_at_minus_infinity_everything():
+def test_at_a_logit_of_minus_infinity_a_target_of_0_adds_nothing_and_another_target_infinity():
     logits = np.array([[-np.inf, 1.0, 3.0], [-np.inf, 3.0, 1.0], [-np.inf, -np.inf, -np.inf]])
     spread = np.array([[0.0, 0.5, 0.5], [0.2, 0.4, 0.4], [0.0, 0.0, 0.0]])
     ((actual, expected),) = programs([((logits, None, spread), (1,))])
@@ -146,7 +146,7 @@ def test_the_loss_stays_accurate_at_every_margin(classes):
 
 
 def in_lanes(logits, label, lanes=32):
-    """The program's sums of rows as a processor takes them: so many lanes in sequence each, then as a tree."""
+    """The program's sums of rows in a processor's order: a few lanes in sequence, then as a tree."""
     filled = -logits.shape[1] % lanes
     logits = jnp.pad(logits, ((0, 0), (0, filled)), constant_values=-jnp.inf)
     by_lane = logits.reshape(len(logits), -1, lanes).swapaxes(1, 2)
@@ -162,7 +162,7 @@ def in_lanes(logits, label, lanes=32):
 
 
 @pytest.mark.x32
-def test_the_largest_alone_is_one_exactly():
+def test_a_single_finite_logit_has_probability_one_exactly():
     z = (np.random.default_rng(0).normal(size=(512, 1)) * 30).astype(np.float32)
     # Operation by operation: one program for a CPU has exponentials of a vector, and others of a number by itself.
     _, tail = accelerator._block_sums((jnp.asarray(np.concatenate([z, z - 50], 1)), None, None), (-1,))
@@ -174,7 +174,7 @@ def lowered(fn, platform, *shapes):
 
 
 def largest_reductions(module, classes):
-    """How many reductions over arrays with so many classes the program has."""
+    """The number of reductions over arrays with this many classes in the program."""
     return sum(f"x{classes}x" in line and "stablehlo.reduce(" in line for line in module.splitlines())
 
 
@@ -201,7 +201,7 @@ def test_a_loss_is_one_reduction_over_the_logits(platform, single, smoothing):
         ("tpu", (1000, 8), True),
     ],
 )
-def test_a_gpu_takes_it_where_it_saves_a_pass(platform, shape, single):
+def test_a_gpu_uses_it_if_it_saves_a_pass(platform, shape, single):
     module = lowered(lambda z: jaxsoft.softmax(z, np.argmax(shape)), platform, jax.ShapeDtypeStruct(shape, jnp.float32))
     assert ("stablehlo.ceil" in module) == single
 
@@ -222,7 +222,7 @@ def test_sizes_that_are_not_known_yet(platform):
 @pytest.mark.parametrize(
     ("axis_type", "along"), [(AxisType.Auto, "rows"), (AxisType.Auto, "classes"), (AxisType.Explicit, "rows")]
 )
-def test_sharded_arrays_take_it_too(axis_type, along):
+def test_sharded_arrays_use_it_too(axis_type, along):
     mesh = jax.make_mesh((4,), ("d",), axis_types=(axis_type,))
     spec = PartitionSpec("d", None) if along == "rows" else PartitionSpec(None, "d")
     rows = PartitionSpec("d") if along == "rows" else PartitionSpec()
@@ -237,7 +237,7 @@ def test_sharded_arrays_take_it_too(axis_type, along):
 
 @pytest.mark.parametrize("axis_name", [None, "d"])
 def test_inside_shard_map(axis_name):
-    """On the block of a device, of which the label may be in none, and typed as varying as the logits and labels are."""
+    """On a device's block, which may not contain the label, with types that vary like the logits' and labels'."""
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
     spec = PartitionSpec("d", None) if axis_name is None else PartitionSpec(None, "d")
     rows = PartitionSpec("d") if axis_name is None else PartitionSpec()
@@ -286,7 +286,7 @@ LOOPS = [LAYERS, WANTED, [False, True], [0, 1]]
         for case in itertools.product(*LOOPS)
     ],
 )
-def test_the_loops_of_an_accelerator_are_those_of_a_cpu(of, wanted, skips, class_axis):
+def test_loops_for_accelerators_give_the_results_of_a_cpu(of, wanted, skips, class_axis):
     """Several tiles and a ragged one; positions that are ignored, one by a class weight of 0, hold NaN."""
     dtype, width, deferred = LAYERS[of]
     positions, classes = 700, 40
@@ -325,8 +325,8 @@ def test_the_loops_of_an_accelerator_are_those_of_a_cpu(of, wanted, skips, class
 
 
 # Last, since it empties the caches.
-def test_derivatives_are_those_of_the_plain_formula(monkeypatch):
-    """Of the value alone there is another program, also where it is what is compiled on this platform."""
+def test_derivatives_equal_the_plain_formula_s(monkeypatch):
+    """Only the value has another program, also if that program is compiled for this platform."""
     generator = np.random.default_rng(0)
     z, y = generator.normal(size=(6, 9)), generator.integers(0, 9, 6)
 

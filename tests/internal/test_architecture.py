@@ -25,7 +25,7 @@ def floor(module):
 @pytest.mark.parametrize(
     "file", [f for f in FILES if f.parent != ROOT or f.stem == "_jax_internals"], ids=lambda f: f.stem
 )
-def test_imports_go_down(file):
+def test_modules_import_only_from_lower_folders(file):
     own = floor(".".join(("jaxsoft", *file.relative_to(ROOT).with_suffix("").parts)))
     imports = re.findall(r"^from (jaxsoft[\w.]*) import", file.read_text(), re.MULTILINE)
     assert [module for module in imports if floor(module) > own] == []
@@ -44,7 +44,7 @@ class Planted(Exception):
     ],
     ids=["dense", "linear"],
 )
-def test_the_way_to_the_arithmetic_is_short(call, frames, files, monkeypatch):
+def test_few_frames_lead_to_the_arithmetic(call, frames, files, monkeypatch):
     def fail(*_):
         raise Planted
 
@@ -73,7 +73,7 @@ def test_no_body_is_longer_than_40_lines_and_no_internal_function_has_more_than_
         assert not node.name.startswith("_") or len(node.args.posonlyargs + node.args.args) <= 6, node.name
 
 
-def test_the_rooms_of_the_page_are_those_of_the_package():
+def test_the_folders_of_the_page_are_the_folders_of_the_package():
     page = ROOT.parent / "ARCHITECTURE.md"
     if not page.exists():
         pytest.skip("not in a checkout")

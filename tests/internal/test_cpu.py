@@ -1,4 +1,4 @@
-"""The CPU's kernels: each equals the plain function whose program it is, whatever the shape, dtype and batch."""
+"""The CPU kernels: each equals the plain function that it replaces, for every shape, dtype and batch."""
 
 import ctypes
 import shutil
@@ -115,7 +115,7 @@ def wide(array):
 
 
 def assert_close(kernel, result, found, expected, roundings, scale=0.0, lost=8):
-    """Within so many roundings, in the dtype found, of what is expected or of the `scale` of what was added up."""
+    """Equal within this many roundings in the result's dtype, relative to the expected value or to the `scale` of the sum."""
     info, dtype, shape = jnp.finfo(found.dtype if found.dtype != np.int32 else F32), found.dtype, found.shape
     found, expected, scale = (np.broadcast_to(np.asarray(a, float), shape) for a in (found, expected, scale))
     size = np.where(np.isfinite(expected), np.maximum(np.abs(expected), np.nan_to_num(scale)), 0)
@@ -303,8 +303,8 @@ def test_a_loss_and_its_gradient_equal_the_plain_formula(shape, dtype, rng, monk
 
 
 @pytest.mark.parametrize("shape", [(40, 5, 2), (9, 70, 1)])
-def test_of_equal_leaders_one_is_left_out_of_the_sum(shape, rng):
-    """By the kernel of `moments`, and by the plain function that sums the leaders apart."""
+def test_one_of_several_equal_largest_logits_is_left_out_of_the_sum(shape, rng):
+    """In the kernel of `moments`, and in the plain function that sums the largest logits separately."""
     z = np.rint(rng.normal(size=shape)).astype(F32)
     z[0], z[1, 0], z[2, 1] = -np.inf, np.nan, np.inf
     found, right = jax.jit(lambda z: (kernel("leading_sums", z), statistics._leading_sums.__wrapped__((z,), AXES)))(z)
@@ -323,7 +323,7 @@ def test_of_equal_leaders_one_is_left_out_of_the_sum(shape, rng):
 
 @pytest.mark.parametrize(("shape", "dtype"), each_dtype(BATCHES))
 def test_the_bits_of_a_row_do_not_depend_on_its_batch(shape, dtype, rng):
-    """The first, the fourth and the last seven, alone."""
+    """The first row, the fourth and the last seven, each alone."""
     z, g = (draw(rng, shape, dtype, edges=False) for _ in range(2))
     y = wide(g).argmax(1, keepdims=True).astype(np.int32)
     batches = [slice(None), slice(0, 1), slice(3, 4), slice(-7, None)]
@@ -360,8 +360,8 @@ def test_the_bits_of_a_row_do_not_depend_on_its_batch(shape, dtype, rng):
             np.testing.assert_array_equal(few, np.asarray(many)[rows], named)
 
 
-def test_a_kernel_takes_no_array_that_it_would_read_beyond():
-    """Mixed dtypes and broadcast weights: it looks at neither."""
+def test_a_kernel_refuses_arrays_that_it_would_read_out_of_bounds():
+    """Mixed dtypes and broadcast weights, which the kernel does not check."""
     logits, one = np.zeros((4, 300), np.float32), np.zeros((4, 1), np.float32)
     for spread, taken in ((logits, True), (logits[:1], True), (logits[:2], False), (one, False), (wide(logits), False)):
         assert (cpu.statistics(True, (logits, None, spread), (-1,)) is not None) == taken
@@ -375,7 +375,7 @@ def test_under_second_derivatives(rng):
         np.testing.assert_allclose(found[row, :, row], reference.jacobian(probs), rtol=1e-12, atol=1e-15)
 
 
-def test_a_library_of_other_sources_is_refused(tmp_path):
+def test_a_library_built_from_other_sources_is_refused(tmp_path):
     library = ctypes.CDLL(jaxsoft.native_kernels().detail)
     cpu._check_sources(library, tmp_path)  # as in an installed wheel, which has no sources
     for file in Path(cpu.__file__).parents[1].joinpath("native").glob("*.*"):

@@ -17,7 +17,7 @@ X, U, V = rng.normal(size=(3, 4))
 
 @custom_vjp
 def rounded(x):
-    """With the derivative of 3x, which no other rule would give."""
+    """With the derivative of 3x, which only this rule gives."""
     return jnp.round(x)
 
 
@@ -72,7 +72,7 @@ def test_both_modes_come_from_the_backward_rule():
 
 
 def test_a_tangent_is_differentiated_again_in_both_modes():
-    """Of the tangent 3u·x², to x and to u."""
+    """The derivatives of the tangent 3u·x² with respect to x and u."""
     cubed = lambda x, u: jax.jvp(lambda x: rounded(x) * x**2, (x,), (u,))[1]  # noqa: E731
     for mode in (jax.grad, jax.jacfwd):
         np.testing.assert_allclose(mode(cubed, 1)(1.2, 2.0), 3 * 1.2**2 + 1 * 2 * 1.2, rtol=1e-12)
@@ -80,7 +80,7 @@ def test_a_tangent_is_differentiated_again_in_both_modes():
 
 
 @pytest.mark.parametrize("symbolic_zeros", [False, True])
-def test_trees_static_arguments_integers_and_zeros(symbolic_zeros):
+def test_pytrees_static_arguments_integers_and_zeros(symbolic_zeros):
     seen = []
     affine = make_affine(seen, symbolic_zeros)
     layer = Layer(X, jnp.float64(0.5), (jnp.ones(2),))
@@ -104,7 +104,7 @@ def test_trees_static_arguments_integers_and_zeros(symbolic_zeros):
         assert seen[1] == [False, False, False, True]
 
 
-def test_a_forward_rule_of_its_own_is_given_none_for_what_does_not_move():
+def test_a_custom_forward_rule_gets_none_for_constant_arguments():
     seen = []
 
     def forward(scale, offset, residuals, tangents):
@@ -145,6 +145,6 @@ def test_without_primitives_reverse_mode_stays(monkeypatch):
         jax.jvp(rounded, (0.3,), (1.0,))
 
 
-def test_without_rules_it_says_so():
+def test_without_rules_it_raises_an_error():
     with pytest.raises(AttributeError, match="defvjp"):
         custom_vjp(jnp.sin)(0.3)

@@ -56,7 +56,7 @@ LABELS = {
 }
 
 
-def test_groups_of_tiles_are_one_tile(gradients):
+def test_groups_of_tiles_equal_one_tile(gradients):
     options = {"soft_cap": 3.0, "label_smoothing": 0.1}
     expected = gradients(WHOLE, **options)
     for tile in GROUPED:
@@ -73,7 +73,7 @@ def test_groups_of_tiles_are_one_tile(gradients):
     [(1.0, {"z_loss": 1.0}), (60.0, {"reduction": "sum"}), (60.0, {"z_loss": 1.0, "weights": np.arange(POSITIONS)})],
     ids=str,
 )
-def test_one_pass_is_one_tile(gradients, monkeypatch, slope, options):
+def test_one_pass_equals_one_tile(gradients, monkeypatch, slope, options):
     """Even if a class outside the sample has such a large logit that a second attempt is needed."""
     monkeypatch.setattr(tiles, "SAMPLE", 16)
     expected = gradients(WHOLE, slope, **options)
@@ -100,7 +100,7 @@ def test_a_single_ignored_position_may_hold_anything_in_one_pass(monkeypatch):
 
 
 @pytest.mark.parametrize("slope", [1.0, 60.0])
-def test_one_pass_is_one_tile_over_shards_of_the_classes(monkeypatch, slope):
+def test_one_pass_equals_one_tile_over_shards_of_the_classes(monkeypatch, slope):
     """Each shard has its own reference, and may be the only one that needs a second attempt."""
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((POSITIONS, WIDTH), (WIDTH, CLASSES)))
@@ -128,7 +128,7 @@ def test_one_pass_is_one_tile_over_shards_of_the_classes(monkeypatch, slope):
             np.testing.assert_allclose(one, other, rtol=0.02, atol=0.004 * np.abs(other).max())
 
 
-def test_a_second_attempt_is_relative_to_the_largest_of_all_where_it_is_needed():
+def test_a_second_attempt_is_relative_to_the_largest_logit():
     """Another position of the group does not change the bits of a position."""
     z = jnp.asarray([[0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 100.0, 3.0], [0.0, -jnp.inf, 500.0, 5.0]])
     labels = jnp.asarray([[3], [0], [2]])
@@ -149,7 +149,7 @@ def test_a_label_on_another_shard_needs_no_second_attempt():
     np.testing.assert_allclose(found.sum_others, 1 + np.exp(-10.0) + np.exp(-5.0), rtol=1e-12)
 
 
-def test_one_pass_keeps_the_digits_of_confident_predictions(monkeypatch):
+def test_one_pass_is_accurate_for_confident_predictions(monkeypatch):
     """A label outside the sample, up to 40 above it, and more."""
     monkeypatch.setattr(tiles, "SAMPLE", 2)
     over_tiles = tiles._over_tiles
@@ -171,7 +171,7 @@ SHAPES = [(4096, 4096, 128_256), (8192, 2304, 256_000), (5000, 1024, 50_257), (6
 
 @pytest.mark.parametrize("budget", [None, 100 * 2**20, 2**30], ids=["no budget", "100 MiB", "1 GiB"])
 @pytest.mark.parametrize("kind", [*KINDS, "TPU of tomorrow"])
-def test_what_is_kept_and_a_tile_are_within_the_budget(kind, budget):
+def test_stored_gradients_and_a_tile_are_within_the_budget(kind, budget):
     device = Device("tpu" if kind.startswith("TPU") else "gpu", kind)
     for shape in SHAPES:
         positions, features, classes = shape
@@ -192,7 +192,7 @@ def test_what_is_kept_and_a_tile_are_within_the_budget(kind, budget):
             assert narrow.group_rows == narrow.rows <= 1024
 
 
-def test_the_kind_is_that_of_the_devices_that_a_program_is_lowered_for():
+def test_the_kind_comes_from_the_devices_that_a_program_is_lowered_for():
     seen = []
 
     def choose(context, types, static):
@@ -213,7 +213,7 @@ def test_the_kind_is_that_of_the_devices_that_a_program_is_lowered_for():
     assert seen == [None]
 
 
-def test_where_no_device_is_known_the_default_backends_is_taken_if_it_is_of_the_platform():
+def test_without_a_known_device_the_default_backend_s_is_used_if_it_is_of_the_platform():
     assert as_device("cpu", None) == Device("cpu", jax.devices("cpu")[0].device_kind)
     assert as_device("tpu", jax.devices("cpu")[0]) == Device("tpu")
     assert as_device("cuda", None).platform == "gpu"

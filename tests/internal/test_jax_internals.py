@@ -1,4 +1,4 @@
-"""Names that JAX may remove: without any one the package imports, says so, and all public functions are right."""
+"""Names that JAX may remove: without any one of them the package imports with a warning, and every public function is right."""
 
 import importlib
 import re
@@ -65,7 +65,7 @@ class Without:
 
 @pytest.fixture
 def without(monkeypatch):
-    """The package as it is imported where JAX lacks a name."""
+    """The package, imported with a JAX that lacks a name."""
 
     def imported(name):
         if name.startswith("types' "):
@@ -82,7 +82,7 @@ def without(monkeypatch):
 
 
 def everything(package):
-    """Values and gradients of every kind of function, compiled as one program, and those of `checked`."""
+    """Values and gradients of every kind of function, compiled as one program, and of `checked`."""
     key = jax.random.key(0)
     energy, caffe = package.energy, package.caffe
     rbm = energy.RestrictedBoltzmann(W[:, :2], W[:, 2], B[:2])
@@ -145,12 +145,12 @@ def expected():
     return everything(jaxsoft)
 
 
-def test_nothing_is_lacking_here():
+def test_every_name_of_jax_exists():
     assert _jax_internals.lacking() == []
 
 
 @pytest.mark.parametrize("name", [*PRIMITIVES, *OTHERS])
-def test_without_a_name_the_package_imports_and_says_so(name, without):
+def test_without_a_name_the_package_imports_and_warns(name, without):
     package = without(name)
     lacking = package._jax_internals.lacking()
     word = name.rpartition(".")[2].rpartition(" ")[2]
@@ -181,14 +181,14 @@ def test_without_a_name_every_public_function_is_right(name, without, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
 
-def test_primitives_of_which_jax_makes_something_else_are_not_used(without, monkeypatch):
+def test_primitives_that_jax_treats_differently_are_not_used(without, monkeypatch):
     monkeypatch.setattr(jax.extend.core.Primitive, "def_abstract_eval", lambda *_: None)
     package = without("")
     assert package._jax_internals.lacking()[0].startswith("primitives (")
     np.testing.assert_allclose(jax.jit(package.softmax)(Z), jax.nn.softmax(Z), rtol=1e-6)
 
 
-def test_without_manual_axes_a_sharded_head_runs_as_it_is(without):
+def test_without_manual_axes_a_sharded_head_still_runs(without):
     package = without("types' mat")
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
     loss = lambda p: jax.value_and_grad(p.linear_cross_entropy, (0, 1))(X, W, Y % 5, batch_axes="d")  # noqa: E731
@@ -198,8 +198,8 @@ def test_without_manual_axes_a_sharded_head_runs_as_it_is(without):
 
 
 @pytest.mark.parametrize("attribute", ["module_context", "lowering_parameters", "for_export", "axis_context"])
-def test_a_context_that_says_less_is_not_one_device(attribute):
-    """And then no kernel runs."""
+def test_a_context_without_devices_does_not_count_as_one_device(attribute):
+    """Then no kernel runs."""
     seen = []
 
     class Context:
@@ -224,7 +224,7 @@ def test_a_context_that_says_less_is_not_one_device(attribute):
     assert seen == [(True, False)]
 
 
-def test_no_other_module_has_such_a_name():
+def test_no_other_module_uses_such_a_name():
     unstable = re.compile(
         r"jax\.(core|extend|interpreters|custom_derivatives|_src)\b|make_user_context|jax\.typeof|\.mat\b"
         r"|lowering_parameters|axis_context"

@@ -1,4 +1,4 @@
-"""Run a framework's calls on the cases of a folder, in that framework's own Python: 3.6 and newer, with NumPy alone.
+"""Run a framework's calls on the cases of a folder, in that framework's own Python: 3.6 and newer, with NumPy only.
 
 python of_NAME.py FOLDER
 
@@ -22,7 +22,7 @@ class Case:
 
     def __getattr__(self, name):
         """An array, an option, or None."""
-        if name in ("arrays", "options") or name.startswith("__"):  # a copy asks for them before they are there
+        if name in ("arrays", "options") or name.startswith("__"):  # copying asks for attributes before they exist
             raise AttributeError(name)
         return self.arrays[name] if name in self.arrays else self.options.get(name)
 
@@ -42,7 +42,7 @@ def work(calls, version):
     for n, described in enumerate(cases):
         path, out = os.path.join(folder, f"{n}.npz"), os.path.join(folder, f"{n}.out")
         if os.path.exists(out + ".npz") or os.path.exists(out + ".txt"):
-            continue  # of a process before this one, which it may have ended
+            continue  # left by an earlier process, which this case may have crashed
         with np.load(path) as archive:
             case = Case({name: archive[name] for name in archive.files}, described["options"])
         try:

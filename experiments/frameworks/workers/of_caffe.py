@@ -12,7 +12,7 @@ DOUBLES = ctypes.POINTER(ctypes.c_double)
 
 
 def layer(kind, inputs, result, cotangent, options=""):
-    """What a layer computes, and the product of a cotangent with its derivatives to the first input."""
+    """A layer's output, and the VJP of a cotangent with respect to its first input."""
     inputs = [np.array(array, np.float64, order="C") for array in inputs]
     result, gradient = np.zeros(result), np.zeros(inputs[0].shape)
     cotangent = np.array(np.broadcast_to(cotangent, result.shape), np.float64, order="C")

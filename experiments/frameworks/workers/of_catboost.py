@@ -1,4 +1,4 @@
-"""CatBoost: one tree of all classes, by its own objective and by ours with the full Hessian."""
+"""CatBoost: one tree of all classes, by its own objective and by jaxsoft's gradient and full Hessian."""
 
 import catboost
 import numpy as np
@@ -13,7 +13,7 @@ OPTIONS = {
 
 
 class Ours:
-    """Ascending: the gradient with the opposite sign, and minus the Hessian."""
+    """CatBoost maximises: the gradient with the opposite sign, and minus the Hessian."""
 
     def __init__(self, case):
         self.rows = {tuple(np.round(row, 9)): n for n, row in enumerate(case.logits)}
@@ -44,5 +44,5 @@ def call(case):
     return margins(case, "MultiClass") - margins(case, Ours(case)), None
 
 
-CALLS = {"MultiClass and our gradient": call}
+CALLS = {"MultiClass with jaxsoft's gradient": call}
 work(CALLS, "catboost " + catboost.__version__)

@@ -20,12 +20,12 @@ def array(numbers, kind):
 
 
 def converted(argument):
-    """As compiled kernels have them: the interpreter leaves floats what they are, which have no method `to`."""
+    """Numbers as in compiled kernels: the interpreter leaves them Python floats, which have no method `to`."""
     return array(np.float32([argument]), tl.float32) if isinstance(argument, float) else convert(argument)
 
 
 interpreter._implicit_cvt = converted
-kernels.tanh = lambda x: array(np.tanh(x.handle.data), x.type)  # that of CUDA's library cannot be interpreted
+kernels.tanh = lambda x: array(np.tanh(x.handle.data), x.type)  # CUDA's library function cannot be interpreted
 
 
 def tensor(values):
@@ -54,7 +54,7 @@ def dense(case):
 
 
 def linear(case):
-    """The features are in the place of the logits."""
+    """The features are passed in place of the logits."""
     loss = LigerFusedLinearCrossEntropyLoss(ce_weight=tensor(case.class_weights), **options(case))
     return differentiated(case, lambda x: loss(tensor(case.kernel), x, tensor(case.labels), tensor(case.bias)))
 

@@ -1,4 +1,4 @@
-"""LightGBM: one tree for each class, by its own objective and by ours with the Hessian that it uses."""
+"""LightGBM: one tree for each class, by its own objective, and by jaxsoft's gradient with LightGBM's Hessian."""
 
 import lightgbm
 import numpy as np
@@ -18,7 +18,7 @@ OPTIONS = {
 
 def margins(case, objective):
     classes = case.logits.shape[-1]
-    x = np.float64(np.arange(len(case.logits)) % 2)[:, None]  # one split: near ties would make other trees
+    x = np.float64(np.arange(len(case.logits)) % 2)[:, None]  # one split, because near ties would give other trees
     made = lightgbm.Dataset(x, case.labels, weight=case.weights, init_score=case.logits.ravel(order="F"))
     options = {**OPTIONS, "num_class": classes, "objective": objective, "boost_from_average": False}
     return lightgbm.train(options, made, 1).predict(x, raw_score=True)
@@ -35,5 +35,5 @@ def call(case):
     return (own - margins(case, ours)) / max(1, np.abs(own).max()), None
 
 
-CALLS = {"multiclass and our gradient": call}
+CALLS = {"multiclass with jaxsoft's gradient": call}
 work(CALLS, "lightgbm " + lightgbm.__version__)

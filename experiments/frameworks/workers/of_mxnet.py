@@ -2,7 +2,7 @@
 
 import numpy as np
 
-np.bool = bool  # mxnet 1.9.1 asks for names that NumPy 1.24 removed
+np.bool = bool  # mxnet 1.9.1 uses names that NumPy 1.24 removed
 import mxnet as mx
 from exchange import work
 from mxnet import autograd, gluon, nd

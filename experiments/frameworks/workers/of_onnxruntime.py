@@ -1,4 +1,4 @@
-"""ONNX Runtime, and ONNX's own reference: one operator, whose gradient is not in what pip installs."""
+"""ONNX Runtime, and ONNX's own reference: one operator, whose gradient is not in the packages that pip installs."""
 
 import numpy as np
 import onnx

@@ -46,11 +46,11 @@ def divergence(case):
 
 
 def linear(in_chunks):
-    """Of a linear layer; the features are in the place of the logits."""
+    """The loss of a linear layer; the features are passed in place of the logits."""
     chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=5) if in_chunks else None
 
     def call(case):
-        smoothing = {} if in_chunks else {"label_smoothing": case.smoothing or 0.0}  # chunks are given up for it
+        smoothing = {} if in_chunks else {"label_smoothing": case.smoothing or 0.0}  # PyTorch does not use chunks then
         layer = {"linear_bias": tensor(case.bias), "options": chunks, **smoothing, **options(case)}
         return differentiated(
             case, lambda x: F.linear_cross_entropy(x, tensor(case.kernel), tensor(case.labels), **layer)

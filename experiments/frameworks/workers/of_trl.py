@@ -29,7 +29,7 @@ def entropies(case):
 
 
 def causal(case):
-    """A batch of one sequence; the labels are the inputs, and the loss moves them."""
+    """A batch of one sequence; the labels are the inputs, which the loss shifts."""
     labels, options = torch.tensor(case.labels)[None], {}
     if case.reduction == "sum":
         options["num_items_in_batch"] = 7

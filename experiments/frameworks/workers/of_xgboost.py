@@ -1,4 +1,4 @@
-"""XGBoost: one tree for each class, by its own objective and by ours with the Hessian that it uses."""
+"""XGBoost: one tree for each class, by its own objective, and by jaxsoft's gradient with XGBoost's Hessian."""
 
 import numpy as np
 import xgboost
@@ -16,7 +16,7 @@ OPTIONS = {
 
 
 def data(case):
-    x = np.float32(np.arange(len(case.logits)) % 2)[:, None]  # one split: near ties would make other trees
+    x = np.float32(np.arange(len(case.logits)) % 2)[:, None]  # one split, because near ties would give other trees
     made = xgboost.DMatrix(x, label=case.labels, weight=case.weights)
     made.set_base_margin(case.logits)
     return made
@@ -50,5 +50,5 @@ def metric(case):
     return found["it"]["mlogloss"][-1], None
 
 
-CALLS = {"multi:softprob and our gradient": call, "mlogloss": metric}
+CALLS = {"multi:softprob with jaxsoft's gradient": call, "mlogloss": metric}
 work(CALLS, "xgboost " + xgboost.__version__)
