@@ -1,5 +1,6 @@
 """Every test runs in float64 with strict promotion; those marked `x32` in JAX's default mode."""
 
+import ctypes
 import gc
 import os
 import signal
@@ -13,7 +14,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Tracing makes millions of objects but few cycles, so garbage is collected only after each file.
+# Tracing makes millions of objects but few cycles, so garbage is collected only in `free`.
 gc.disable()
 
 # Compiling takes most of the time, so workers and runs share compiled programs.
@@ -49,6 +50,19 @@ def is_optimized(item):
     return item.get_closest_marker("optimized") is not None
 
 
+def pytest_collection_finish():
+    free()
+
+
+def free():
+    """Free what is in cycles, and leave the rest out of all later collections: to visit a million objects takes long."""
+    gc.collect()
+    gc.freeze()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:  # of glibc, which else keeps what was freed
+        trim(0)
+
+
 @pytest.hookimpl(tryfirst=True)  # before the fixtures of a module, which compile too
 def pytest_runtest_setup(item):
     unoptimized = not is_optimized(item)
@@ -62,7 +76,7 @@ def bounded_memory():
     """Free compiled programs, which would take gigabytes after some thousand tests."""
     yield
     jax.clear_caches()
-    gc.collect()
+    free()
 
 
 @pytest.fixture(autouse=True)

@@ -319,12 +319,16 @@ def expected(name):
     return outcomes(family(name), (*STRICT, NANS, *nonfinite(name)))[name]
 
 
-@pytest.fixture(autouse=True)
-def _few_objects_to_collect():
-    """The mode that looks for leaks collects garbage at each trace, so free the objects of earlier tests first."""
-    gc.freeze()
+@pytest.fixture(scope="module", autouse=True)
+def _all_objects_to_collect():
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _few_objects_to_collect():
+    """The mode that looks for leaks collects garbage at each trace, which is to visit no objects of earlier tests."""
+    gc.freeze()
 
 
 def assert_equal(name, result, expected, same_dtypes):
