@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -14,8 +15,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Tracing makes millions of objects but few cycles, so garbage is collected only in `free`.
+# Tracing makes millions of objects but few cycles, so garbage is collected only in `free`: after each file, and where
+# the tests of a file take this many bytes.
 gc.disable()
+GROWTH = 400 * 2**20
 
 # Compiling takes most of the time, so workers and runs share compiled programs.
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
@@ -61,6 +64,14 @@ def free():
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:  # of glibc, which else keeps what was freed
         trim(0)
+    global after_free
+    after_free = resident()
+
+
+def resident():
+    """The bytes of memory of this process; 0 where the system does not tell."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else 0
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures of a module, which compile too
@@ -71,12 +82,12 @@ def pytest_runtest_setup(item):
         jax.clear_caches()  # whose keys leave it out
 
 
-@pytest.fixture(scope="module", autouse=True)
-def bounded_memory():
+@pytest.hookimpl(trylast=True)  # after the fixtures, which may have compiled too
+def pytest_runtest_teardown(item, nextitem):
     """Free compiled programs, which would take gigabytes after some thousand tests."""
-    yield
-    jax.clear_caches()
-    free()
+    if nextitem is None or nextitem.path != item.path or resident() > after_free + GROWTH:
+        jax.clear_caches()
+        free()
 
 
 @pytest.fixture(autouse=True)
