@@ -228,8 +228,11 @@ def hopfield_asynchronous(
     s, w, b = _read_hopfield(state, weights, bias)
     units = s.shape[-1]
     given: Any = jnp.arange(units) if order is None else order
-    xp: Any = jnp if isinstance(given, jax.Array) else np  # JAX would narrow 2³² + 1 to unit 1
-    visits = xp.asarray(given)
+    if not isinstance(given, jax.Array):
+        given = np.asarray(given)
+        if given.dtype.itemsize == 8:  # JAX would narrow 2³² + 1 to unit 1
+            given = np.where((given >= -(2**31)) & (given < 2**31), given, 2**31 - 1)
+    visits = jnp.asarray(given)
     if not jnp.issubdtype(visits.dtype, jnp.integer):
         raise TypeError(f"order: expected integers, got dtype {visits.dtype}")
     if visits.ndim != 1:
@@ -238,7 +241,7 @@ def hopfield_asynchronous(
     exists = (visits >= 0) & (visits < units)
     check_values("state", s, jnp.abs(s) == 1, "-1 or 1")
     check_values("order", visits, exists, f"a unit in [0, {units})")
-    visits = jnp.where(exists, xp.where(exists, visits, 0).astype(jnp.int32), -1)
+    visits = jnp.where(exists, visits.astype(jnp.int32), -1)
 
     def visit(s: Array, i: Array) -> tuple[Array, None]:
         moved = _towards(s @ w[i] + b[i], s[..., i])

@@ -1,7 +1,9 @@
 """Every test runs in float64 with strict promotion; those marked `x32` in JAX's default mode."""
 
+import ctypes
 import gc
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -13,8 +15,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Tracing makes millions of objects but few cycles, so garbage is collected only after each file.
+# Tracing makes millions of objects but few cycles, so garbage is collected only in `free`: after each file, and where
+# the tests of a file take this many bytes.
 gc.disable()
+GROWTH = 400 * 2**20
 
 # Compiling takes most of the time, so workers and runs share compiled programs.
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
@@ -49,6 +53,27 @@ def is_optimized(item):
     return item.get_closest_marker("optimized") is not None
 
 
+def pytest_collection_finish():
+    free()
+
+
+def free():
+    """Free what is in cycles, and leave the rest out of all later collections: to visit a million objects takes long."""
+    gc.collect()
+    gc.freeze()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:  # of glibc, which else keeps what was freed
+        trim(0)
+    global after_free
+    after_free = resident()
+
+
+def resident():
+    """The bytes of memory of this process; 0 where the system does not tell."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else 0
+
+
 @pytest.hookimpl(tryfirst=True)  # before the fixtures of a module, which compile too
 def pytest_runtest_setup(item):
     unoptimized = not is_optimized(item)
@@ -57,12 +82,12 @@ def pytest_runtest_setup(item):
         jax.clear_caches()  # whose keys leave it out
 
 
-@pytest.fixture(scope="module", autouse=True)
-def bounded_memory():
+@pytest.hookimpl(trylast=True)  # after the fixtures, which may have compiled too
+def pytest_runtest_teardown(item, nextitem):
     """Free compiled programs, which would take gigabytes after some thousand tests."""
-    yield
-    jax.clear_caches()
-    gc.collect()
+    if nextitem is None or nextitem.path != item.path or resident() > after_free + GROWTH:
+        jax.clear_caches()
+        free()
 
 
 @pytest.fixture(autouse=True)

@@ -204,12 +204,14 @@ def test_law_each_mistake_is_named_in_every_layout(layout, seeds):
             check_named(verdict, make, 12, 5, dtype, bool(seed % 4 // 2), seed, scale, layout)
 
 
-def test_one_sample_has_names_too():
-    """If more than one explanation fits, all are given."""
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=exhaustive)])
+def test_one_sample_has_names_too(every):
+    """As a row, a vector or a column, in turn or each of them. If more than one explanation fits, all are given."""
     of_several = {"softmax over the wrong axis", "temperature"}
-    for verdict, make in MISTAKES.items():
+    layouts = [lambda a: a, lambda a: a[0], lambda a: a.T]
+    for n, (verdict, make) in enumerate(MISTAKES.items()):
         z, _, o, t = problem(1, 5, seed=3)
-        for shown in (lambda a: a, lambda a: a[0], lambda a: a.T):
+        for shown in layouts if every else layouts[n % 3 :][:1]:
             diagnosis = diagnose_gradient(shown(z), shown(t), shown(make(z, o, t)))
             assert not diagnosis.correct or verdict in of_several, verdict
             if verdict not in of_several:
@@ -230,8 +232,13 @@ def test_a_class_axis_of_length_one_is_none_where_another_fits():
 WEIGHTS = np.array([0.5, 1.0, 3.0, 0.25, 2.0])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("divisor", [1, 40, "weights"])
+WEIGHED = [1, 40, "weights"], DTYPES
+
+
+@pytest.mark.parametrize(
+    ("divisor", "dtype"),
+    with_the_rest_exhaustive(list(zip(WEIGHED[0], itertools.cycle(DTYPES), strict=False)), *WEIGHED),
+)
 def test_weighted_gradients_are_named(divisor, dtype):
     z, labels, o, t = problem(40, 5, dtype)
     rng = np.random.default_rng(0)
@@ -459,7 +466,7 @@ def test_negative_weight_decay_has_no_name():
 
 def test_a_temperature_is_found_if_only_a_few_of_many_vectors_show_it():
     """All except ten vectors have equal logits."""
-    z, labels, _, t = problem(VERY_MANY, 3)
+    z, labels, _, t = problem(VERY_MANY // 4, 3)
     z[:-10] = 0
     diagnosis = diagnose_gradient(z, labels, softmax(z / 3) - t)
     assert diagnosis.verdict == "temperature"

@@ -11,6 +11,8 @@ import pytest
 from experiments import energies, logistic
 from experiments._door import InputError, ScriptError
 
+pytestmark = pytest.mark.scripts
+
 # What it runs once, all tests read.
 
 

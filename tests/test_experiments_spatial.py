@@ -9,6 +9,8 @@ import pytest
 from experiments import flat_buffer, spatial
 from experiments._door import InputError
 
+pytestmark = pytest.mark.scripts
+
 # What it runs once, all tests read.
 
 

@@ -32,16 +32,16 @@ def test_jaxsoft_s_types_as_arguments_and_results_of_a_stored_program(outside):
 
     # As NumPy's arrays: of those that an exported program returns jax 0.10.2 exports no gradient.
     taught = jax.tree.map(np.asarray, stored(teach, X, W, LABELS)(X, W, LABELS))
-    expected = teach(X, W, LABELS)
+    expected = jax.jit(teach)(X, W, LABELS)
     assert jax.tree.structure(taught) == jax.tree.structure(expected)
     assert isinstance(taught[2], SparseTargets)
     assert taught[2].outside == outside
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), taught, expected)
     top, _, targets = taught
     learnt = stored(learn, X, W, targets, top)
-    np.testing.assert_allclose(learnt(X, W, targets, top), learn(X, W, targets, top), rtol=1e-12)
-    found, right = (jax.grad(fn, 1)(X, W, targets, top) for fn in (learnt, learn))
-    np.testing.assert_allclose(found, right, rtol=1e-10, atol=1e-14)
+    value, gradient = jax.jit(jax.value_and_grad(learn, 1))(X, W, targets, top)
+    np.testing.assert_allclose(learnt(X, W, targets, top), value, rtol=1e-12)
+    np.testing.assert_allclose(jax.grad(learnt, 1)(X, W, targets, top), gradient, rtol=1e-10, atol=1e-14)
 
 
 def test_types_without_labels_and_entropy():

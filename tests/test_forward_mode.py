@@ -62,6 +62,9 @@ def along(fn, variables, tangents):
     return jax.jvp(fn, variables, tangents)[1]
 
 
+compiled = jax.jit(along, static_argnums=0)
+
+
 def inner(a, b):
     return sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
@@ -205,9 +208,9 @@ def test_classes_sharded_inside_shard_map(name):
 
     inside = jax.shard_map(sharded, mesh=mesh, in_specs=(blocks, blocks), out_specs=result)
     outside = jax.shard_map(functools.partial(fn, axis_name="classes"), mesh=mesh, in_specs=blocks, out_specs=result)
-    expected = along(functools.partial(fn, axis_name=None), (point,), (direction,))
+    expected = compiled(functools.partial(fn, axis_name=None), (point,), (direction,))
     close(jax.jit(inside)(point, direction), expected)
-    close(jax.jit(functools.partial(along, outside))((point,), (direction,)), expected)
+    close(compiled(outside, (point,), (direction,)), expected)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
@@ -231,13 +234,13 @@ def test_arrays_sharded_over_a_mesh(kind):
         ),
     }
     for name, (fn, variables, tangents, specs) in calls.items():
-        expected = along(fn if "softmax" in name or name == "loss" else unsharded(fn, y, name), variables, tangents)
+        expected = compiled(fn if "softmax" in name or name == "loss" else unsharded(fn, y, name), variables, tangents)
         with jax.set_mesh(mesh):
             placed = [
                 tuple(jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arrays, specs, strict=True))
                 for arrays in (variables, tangents)
             ]
-            close(jax.jit(functools.partial(along, fn))(*placed), expected)
+            close(compiled(fn, *placed), expected)
 
 
 def unsharded(fn, y, name):
@@ -264,14 +267,14 @@ def test_an_exported_program_has_forward_mode_inside_and_reverse_mode_of_its_own
     z, u = Z, directions("mean", 3)[0]
     exported = jax.export.export(jax.jit(lambda z: along(lambda z: cross_entropy(z, LABELS), (z,), (u,))))(z)
     second = jax.grad(lambda z: along(lambda z: cross_entropy(z, LABELS), (z,), (u,)))
-    np.testing.assert_allclose(exported.call(z), along(lambda z: cross_entropy(z, LABELS), (z,), (u,)), rtol=1e-12)
-    np.testing.assert_allclose(exported.vjp().call(z, np.ones(()))[0], second(z), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(exported.call(z), compiled(lambda z: cross_entropy(z, LABELS), (z,), (u,)), rtol=1e-12)
+    np.testing.assert_allclose(exported.vjp().call(z, np.ones(()))[0], jax.jit(second)(z), rtol=1e-9, atol=1e-12)
 
 
 def test_donated_logits():
     donating = jax.jit(lambda z, u: along(softmax, (z,), (u,)), donate_argnums=0)
     found = donating(jnp.asarray(Z), jnp.asarray(TEACHER))
-    np.testing.assert_allclose(found, along(softmax, (Z,), (TEACHER,)), rtol=1e-12)
+    np.testing.assert_allclose(found, compiled(softmax, (Z,), (TEACHER,)), rtol=1e-12)
 
 
 def test_an_ignored_position_has_no_tangent_whatever_its_logits_and_their_tangents():
@@ -280,8 +283,8 @@ def test_an_ignored_position_has_no_tangent_whatever_its_logits_and_their_tangen
     labels = np.where(np.arange(6) == 2, -1, LABELS)
     for reduction in ("none", "mean"):
         loss = functools.partial(cross_entropy, targets=labels, ignore_index=-1, reduction=reduction)
-        clean = along(loss, (Z,), (TEACHER,))
-        np.testing.assert_allclose(along(loss, (z,), (u,)), clean, rtol=1e-12)
+        clean = compiled(loss, (Z,), (TEACHER,))
+        np.testing.assert_allclose(compiled(loss, (z,), (u,)), clean, rtol=1e-12)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -289,13 +292,13 @@ def test_the_weight_of_a_masked_class_has_an_infinite_derivative_but_adds_no_los
     z = np.array([[0.3, -np.inf, 1.0], [0.1, 0.2, 0.3]])
     q = np.array([[0.5, 0.0, 0.5], [0.2, 0.3, 0.5]])
     loss = functools.partial(cross_entropy, reduction=reduction)
-    of_weights = functools.partial(along, functools.partial(loss, z), (q,))
+    of_weights = functools.partial(compiled, functools.partial(loss, z), (q,))
     stays, grows = np.array([[1.0, 0.0, -1.0], [1.0, 2.0, 0.0]]), np.array([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     finite = np.where(np.isfinite(z), z, -1e3)  # whose weight stays, too: what it is does not matter
-    close(jax.jit(of_weights)((stays,)), along(functools.partial(loss, finite), (q,), (stays,)))
+    close(of_weights((stays,)), compiled(functools.partial(loss, finite), (q,), (stays,)))
     for sign in (1, -1):
         found = np.atleast_1d(of_weights((sign * grows,)))
         assert found[0] == sign * np.inf
         assert np.isfinite(found[1:]).all()
-    both = along(loss, (z, q), (np.where(np.isfinite(z), 1.0, 0.0), stays))
-    close(both, along(loss, (finite, q), (np.where(np.isfinite(z), 1.0, 0.0), stays)))
+    both = compiled(loss, (z, q), (np.where(np.isfinite(z), 1.0, 0.0), stays))
+    close(both, compiled(loss, (finite, q), (np.where(np.isfinite(z), 1.0, 0.0), stays)))

@@ -208,11 +208,10 @@ def from_logits(naive, options):
     return lambda x, w, b, q: naive(logits_of(x, w, b, **kept), q)
 
 
-def of_all_heads(p, fn, options):
-    """The results of `fn` for the naive formula of each head, from one program."""
-    naive = {name: from_logits(head(p, **options)[1], options) for name, head in HEADS.items()}
-    found = jax.jit(lambda *v: {name: fn(formula, v) for name, formula in naive.items()})(*on_variables(p, np.float64))
-    return jax.tree.map(np.asarray, found)
+def of_formula(name, p, fn, options):
+    """The results of `fn` for the naive formula of a head."""
+    naive = from_logits(HEADS[name](p, **options)[1], options)
+    return jax.tree.map(np.asarray, jax.jit(lambda *v: fn(naive, v))(*on_variables(p, np.float64)))
 
 
 ROUNDED = Problem(*SIZES[1], jnp.bfloat16)
@@ -223,8 +222,8 @@ def sized(size):
 
 
 @functools.cache
-def expected(size, option):
-    return of_all_heads(sized(size), value_and_vjp, options_of(option, sized(size)))
+def expected(name, size, option):
+    return of_formula(name, sized(size), value_and_vjp, options_of(option, sized(size)))
 
 
 def equalities():
@@ -241,7 +240,7 @@ def equalities():
 def test_equals_the_naive_formula(name, size, option):
     p = sized(size)
     actual = jax.jit(functools.partial(value_and_vjp, HEADS[name](p, **options_of(option, p))[0]))
-    close(actual(on_variables(p, np.float32)), expected(size, option)[name])
+    close(actual(on_variables(p, np.float32)), expected(name, size, option))
 
 
 SMALL = Problem(7, 4, 13)
@@ -266,11 +265,6 @@ def twice(moved, modes, fn, variables):
     return [mode(gradients, variables[:moved], tangents) for mode in modes]
 
 
-@functools.cache
-def expected_twice():
-    return of_all_heads(SMALL, functools.partial(twice, 4, [forward_over_reverse]), IN_TILES)
-
-
 @pytest.mark.parametrize(
     ("name", "modes"),
     [
@@ -283,11 +277,11 @@ def expected_twice():
 def test_derivatives_of_second_order(name, modes):
     """In float64. The second derivative is symmetric, so both modes must give the same."""
     moved = 4 if name in OUTSIDE else 3
-    (expected,) = expected_twice()[name]
+    (expected,) = of_formula(name, SMALL, functools.partial(twice, moved, [forward_over_reverse]), IN_TILES)
     for found in jax.jit(functools.partial(twice, moved, modes, HEADS[name](SMALL, **IN_TILES)[0]))(
         on_variables(SMALL, np.float64)
     ):
-        for got, want in zip(found, expected[:moved], strict=True):
+        for got, want in zip(found, expected, strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-9)
 
 
@@ -321,7 +315,7 @@ def test_half_precision(name):
     values, gradients = actual(on_variables(ROUNDED, jnp.bfloat16)[:3])
     assert all(v.dtype == jnp.float32 for v in values)
     assert all(g.dtype == jnp.bfloat16 for g in gradients)
-    wanted = expected(SIZES[1], "plain")[name]
+    wanted = expected(name, SIZES[1], "plain")
     close((values, gradients), (wanted[0], wanted[1][:3]), values=2e-5, gradients=8e-3)
 
 
@@ -530,8 +524,8 @@ def test_a_probability_of_zero_has_a_gradient(outside):
 @pytest.mark.parametrize("outside", OUTSIDE)
 def test_only_an_index_out_of_range_has_a_nan_gradient(outside):
     z, targets = np.array([0.0, 1, 2]), SparseTargets(np.array([5]), np.array([1.0]), outside)
-    for options in ({}, {"z_loss": 1.0}):
-        value, gradient = jax.value_and_grad(functools.partial(cross_entropy, targets=targets, **options))(z)
+    losses = [functools.partial(cross_entropy, targets=targets, **options) for options in ({}, {"z_loss": 1.0})]
+    for value, gradient in jax.jit(lambda z: [jax.value_and_grad(loss)(z) for loss in losses])(z):
         assert np.isnan(value)
         assert np.isnan(gradient).all()
 
@@ -672,11 +666,11 @@ def test_only_a_label_out_of_range_gives_nan():
     assert np.isfinite(found.entropy).all()
     assert np.isnan(slope).any(1).nonzero()[0].tolist() == [3]
     with pytest.raises(ValueError, match=r"labels\[3\] is 203: expected a label in \[0, 203\)"):
-        checked(lambda: linear_log_probs(x, w, labels, b))()
+        checked(jax.jit(lambda: linear_log_probs(x, w, labels, b)))()
     for of_outside in losses:
         assert np.isnan(of_outside).nonzero()[0].tolist() == [5]
     with pytest.raises(ValueError, match=r"targets\.indices\[5, 0\] is 999: expected a class in \[0, 203\)"):
-        checked(lambda: linear_cross_entropy(x, w, SparseTargets(indices, q), b))()
+        checked(jax.jit(lambda: linear_cross_entropy(x, w, SparseTargets(indices, q), b)))()
 
 
 def test_masked_classes():
@@ -842,7 +836,7 @@ def test_padding_of_probs_has_no_gradient(outside):
 
         return jax.grad(loss)(q)
 
-    got = checked(slope)(np.where(taking[:, None], q, np.nan))
+    got = checked(jax.jit(slope))(np.where(taking[:, None], q, np.nan))
     np.testing.assert_allclose(got, jax.jit(slope)(q), rtol=1e-12, atol=1e-15)
     assert (got[~taking] == 0).all()
 
@@ -879,11 +873,11 @@ def test_checked_sees_the_teacher():
         return array
 
     with pytest.raises(ValueError, match=r"teacher_features\[1, 0\] is nan: expected a number"):
-        checked(linear_kl_divergence)(x, w, spoilt(x, 1, 0), w)
+        checked(jax.jit(linear_kl_divergence))(x, w, spoilt(x, 1, 0), w)
     with pytest.raises(ValueError, match=r"teacher_kernel\[2, 3\] is nan: expected a number"):
-        checked(linear_kl_divergence)(x, w, x, spoilt(w, 2, 3))
+        checked(jax.jit(linear_kl_divergence))(x, w, x, spoilt(w, 2, 3))
     with pytest.raises(ValueError, match=r"teacher_logits\[0, 1\] is nan: expected a number"):
-        checked(kl_divergence)(w, spoilt(w, 0, 1))
+        checked(jax.jit(kl_divergence))(w, spoilt(w, 0, 1))
 
 
 def test_no_positions():

@@ -86,9 +86,10 @@ def test_a_loss_with_its_gradient_is_one_kernel(dtype, options):
         assert kernels(reduction) == ({"loss"} if dtype in ("float32", "float64") else two)
 
 
+@pytest.mark.parametrize("sizes", [(1, 7), pytest.param((2, 3, 4, 5, 6), marks=pytest.mark.exhaustive)], ids=str)
 @pytest.mark.parametrize("shape", [(4096, 7), (4096, 100), (300, 3000), (40, 21, 130), (200, 5, 6)], ids=str)
-def test_the_bits_of_a_row_do_not_depend_on_its_batch(shape, rng):
-    """Alone, in batches of 2 and 7, and in the full batch: every dense function and its gradient."""
+def test_the_bits_of_a_row_do_not_depend_on_its_batch(shape, sizes, rng):
+    """Alone, in small batches, and in the full batch: every dense function and its gradient."""
     axis = 1
     z = rng.normal(size=shape).astype(np.float32) * 5
     y = rng.integers(0, shape[axis], shape[:axis] + shape[axis + 1 :])
@@ -108,7 +109,7 @@ def test_the_bits_of_a_row_do_not_depend_on_its_batch(shape, rng):
         )
 
     whole = jax.tree.leaves(jax.jit(results)(z, y))
-    for size in (1, 2, 7):
+    for size in sizes:
         rows = slice(-size, None)
         for few, many in zip(jax.tree.leaves(jax.jit(results)(z[rows], y[rows])), whole, strict=True):
             np.testing.assert_array_equal(few, np.asarray(many)[rows])

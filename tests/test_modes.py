@@ -249,12 +249,15 @@ REMOVED = {  # masked classes, whose infinities are intended
 CALLS = {**DIFFERENTIABLE, **HOST, **OTHERS, **REMOVED}
 ONE_OF_EACH = list({re.split("[ ,]", name)[0]: name for name in reversed(CALLS)}.values())  # public function
 
+OTHER_CALLS = [name for name in CALLS if name not in (*ONE_OF_EACH, *HOST, *REMOVED)]
+
 # Many small programs without `jit`: of shapes or of dtypes that nothing else here has, of higher order.
 SLOW_EAGERLY = {
     *(name for name in CALLS if "second derivative" in name or "half precision" in name or "sparse" in name),
     *("softmax of axes", "logsumexp of all", "kl_divergence, jensen-shannon", "linear_log_probs, ignored"),
     *("cross_entropy of a vector", "cross_entropy, image", "linear_cross_entropy of a vector", "apply_mlp of a batch"),
     *("energy.rbm_energy of a batch and one", "init_mlp", "checked gradient", "checked caffe", "diagnose_gradient"),
+    *("linear_log_probs", "linear_top_k", "caffe.softmax_with_loss"),  # a hundred programs; others have their parts
 }
 
 
@@ -296,14 +299,19 @@ def outcomes(names, modes):
 
 
 def family(name):
-    return tuple(n for n in CALLS if n not in HOST and (n in REMOVED, kind(n)) == (name in REMOVED, kind(name)))
+    """The calls that are compiled together."""
+    return tuple(n for n in CALLS if n not in HOST and group(n) == group(name))
+
+
+def group(name):
+    return f"{kind(name)}{', removed' * (name in REMOVED)}{', others' * (name in OTHER_CALLS)}"
 
 
 def kind(name):
     return next((word for word in ("caffe", "energy", "linear", "cross_entropy") if name.startswith(word)), "softmax")
 
 
-FAMILIES = {family(name): f"{kind(name)}{', removed' * (name in REMOVED)}" for name in CALLS if name not in HOST}
+FAMILIES = {family(name): group(name) for name in CALLS if name not in HOST and name not in OTHER_CALLS}
 STRICT = RANKS, DTYPES  # which add errors alone
 
 
@@ -348,7 +356,6 @@ def assert_equal(name, result, expected, same_dtypes):
 )
 def test_one_call_of_each_function_has_its_result_in_float64_mode_too(names):
     """No call promotes another rank or dtype, in either width."""
-    names = tuple(name for name in names if name in ONE_OF_EACH or name in REMOVED)
     for name, result in outcomes(names, (X64, *STRICT, NANS, *nonfinite(names[0]))).items():
         assert_equal(name, result, expected(name), same_dtypes=False)
 
@@ -360,6 +367,13 @@ def test_one_call_of_each_function_passes_the_checks_of_jax_itself(name):
         shapes = jax.eval_shape(fn, *arguments)
     kinds = (jax.tree.map(lambda a: (a.shape, a.dtype), results) for results in (shapes, expected(name)))
     assert operator.eq(*kinds)
+
+
+@pytest.mark.parametrize("name", [*OTHER_CALLS, *REMOVED])
+def test_no_other_call_has_a_rank_or_a_dtype_promoted(name):
+    fn, arguments = program(name)
+    with within(STRICT):
+        assert jax.tree.leaves(jax.eval_shape(fn, *arguments))
 
 
 BY_DEFAULT = {(EAGER, name) for name in ONE_OF_EACH if name not in SLOW_EAGERLY}

@@ -122,8 +122,9 @@ def everything(package):
         ]
 
     def weighed(x, w, z):
-        leaves = jax.tree.leaves(losses(x, w, z))
-        return sum(jnp.sum(leaf * (1 + jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in leaves)
+        values = losses(x, w, z)
+        leaves = jax.tree.leaves(values)
+        return sum(jnp.sum(leaf * (1 + jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in leaves), values
 
     constant = [
         energy.hopfield_asynchronous(STATES, COUPLINGS),
@@ -136,7 +137,7 @@ def everything(package):
         package.checked(jax.jit(jax.grad(package.cross_entropy)))(Z, Y)
     package.native_kernels(), package.plan_linear_cross_entropy(6, 3, 5), package.diagnose_gradient(Z, P, Z)
     hessian = jax.hessian(lambda z: package.cross_entropy(z, Y, ignore_index=255))
-    found = jax.jit(lambda *a: (losses(*a), jax.grad(weighed, (0, 1, 2))(*a), hessian(a[2])))(X, W, Z)
+    found = jax.jit(lambda *a: (jax.grad(weighed, (0, 1, 2), has_aux=True)(*a), hessian(a[2])))(X, W, Z)
     return jax.tree.map(np.asarray, (found, constant))
 
 
