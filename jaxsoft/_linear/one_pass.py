@@ -27,13 +27,13 @@ SECOND_ATTEMPT = "second_attempt"  # its name in compiled programs
 class Pass(NamedTuple):
     """The results of one pass; except for the exponentials, one number per position."""
 
-    exponentials: Array  # exp(z_j − reference), in half precision
+    exponentials: Array | None  # exp(z_j − reference), in half precision, if they are kept for a gradient
     reference: Array
     sum_others: Array  # Σ exp(z_j − reference) over all classes except the label, at least in float32
     label_logit: Array  # z − reference of the label; 0 if another shard has it
 
 
-def one_pass(logits: Callable[[Array], Array], x: Array, sample: Array, label: Array) -> Pass:
+def one_pass(logits: Callable[[Array], Array], x: Array, sample: Array, label: Array, *, keep: bool = True) -> Pass:
     """The exponentials and sums of `logits(x)`, given the logits of a sample of the classes."""
 
     def attempt(x: Array, reference: Array) -> Pass:
@@ -42,7 +42,8 @@ def one_pass(logits: Callable[[Array], Array], x: Array, sample: Array, label: A
         sum_others = jnp.sum(jnp.where(here, 0, exponentials), 1, keepdims=True)
         label_logit = jnp.sum(jnp.where(here, z, 0), 1, keepdims=True)
         # Without the barrier XLA would store the logits instead, and compute the exponentials again.
-        return lax.optimization_barrier(Pass(exponentials.astype(x.dtype), reference, sum_others, label_logit))
+        kept = exponentials.astype(x.dtype) if keep else None
+        return lax.optimization_barrier(Pass(kept, reference, sum_others, label_logit))
 
     def is_low(found: Pass) -> Array:
         # Whether a reference is too low shows in the sums; the largest logit would be one more result of the pass.

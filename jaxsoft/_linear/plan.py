@@ -226,7 +226,7 @@ def plan_tile(
         if one_pass and device.platform == "tpu" and dtype == jnp.bfloat16 and fitting >= min(LEAST_ROWS, positions):
             shared = _shared(positions, fitting)
             rows = shared if shared == positions else min(-(-shared // ALIGNED_ROWS) * ALIGNED_ROWS, fitting)
-            return Tile(rows, loss_rows, rows, one_pass=True)
+            return Tile(rows, rows, rows, one_pass=True)
         grouped = _group(positions, (tile_rows, kept), (row, classes * dtype.itemsize), limit)
         if grouped is not None:
             return Tile(grouped[0], loss_rows, grouped[1])

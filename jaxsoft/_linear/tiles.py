@@ -7,7 +7,7 @@ among the operands, a teacher, stands for its logits, which each tile computes.
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,13 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoft._arrays.classes import is_label
-from jaxsoft._arrays.dtypes import compute_dtype, widen
+from jaxsoft._arrays.dtypes import compute_dtype, is_removed, widen
 from jaxsoft._arrays.sharding import axes_after_psum, is_replicated, pvary
 from jaxsoft._formula.head import Values, evaluate, evaluate_plainly
 from jaxsoft._formula.statistics import Statistics, over_shards
 from jaxsoft._jax_internals import Results, manual_axes
 from jaxsoft._linear.args import DiffArgs, HeadConfig, LinearParams
-from jaxsoft._linear.one_pass import SAMPLE, one_pass
+from jaxsoft._linear.one_pass import SAMPLE, Pass, one_pass
 from jaxsoft._linear.plan import Tile, plan_tile
 from jaxsoft._platform.cpu import native_kernels
 from jaxsoft._platform.devices import Device
@@ -36,15 +36,18 @@ def _values_formula(arrays: tuple[LinearParams, Any], config: HeadConfig) -> Res
 def tiled_values(device: Device, arrays: tuple[LinearParams, Any], config: HeadConfig) -> Results:
     """The values of every position, each of shape (N, …)."""
     (layer, operands), head = arrays, config.head
+    tile = _tile(device, layer, operands, config)
 
     def step(rows: Array, values: Results) -> Results:
         x, t = _gather_rows(rows, (layer.features, operands), config)
-        logits = _to_logits(_products(x, layer, config), layer)
-        new = head.values(t, head.statistics(logits, 1, t, config.axis_name), 1)
-        return _scatter_rows(rows, values, new)
+        if tile.one_pass:
+            _, statistics = _one_pass(x, t, layer, config, keep=False)
+        else:
+            logits = _to_logits(_products(x, layer, config), layer)
+            statistics = head.statistics(logits, 1, t, config.axis_name)
+        return _scatter_rows(rows, values, head.values(t, statistics, 1))
 
-    rows = _tile(device, layer, operands, config).loss_rows
-    return _over_tiles(device, rows, operands, config, step, _init_output(layer, operands, config))
+    return _over_tiles(device, tile.loss_rows, operands, config, step, _init_output(layer, operands, config))
 
 
 def _gradients_formula(arrays: tuple[LinearParams, Any, Results], static: tuple[HeadConfig, DiffArgs]) -> Results:
@@ -138,18 +141,15 @@ class _Gradients(NamedTuple):
         assert config.head.factors is not None
         x, t, c = _gather_rows(rows, (layer.features, self.operands, self.cotangents), config)
         x = jnp.where(t.ignored, 0, x)
-        # A label out of range has a weight of NaN or 0. A label on another shard must not change the sums of this one.
-        label = t.label if config.axis_name else jnp.clip(t.label, 0, layer.kernel.shape[config.class_axis] - 1)
-        sample = _products(x, _first_classes(layer, config), config)
-        found = one_pass(lambda x: _products(x, layer, config), x, sample, label)
-        statistics = Statistics(found.reference, found.sum_others, found.label_logit)
-        if config.axis_name is not None:
-            statistics = over_shards(statistics, found.exponentials, (1,), t, config.axis_name)
+        found, statistics = _one_pass(x, t, layer, config)
+        exponentials = cast(Array, found.exponentials)
         factor, at_label = config.head.factors(t, statistics, c)
         factor *= jnp.exp(found.reference - statistics.max_logit)
+        if layer.bias is not None:  # a label that is masked has a gradient of 0
+            at_label = jnp.where(is_removed(statistics.label_logit), 0, at_label)
         # One for each matmul, which XLA fuses with it; it would store a shared one in addition to the exponentials.
         for_features, for_kernel = (
-            jnp.where(is_label(found.exponentials, label, 1), at_label, widen(found.exponentials) * f).astype(x.dtype)
+            jnp.where(is_label(exponentials, label, 1), at_label, widen(exponentials) * f).astype(x.dtype)
             for label, f in ((t.label, factor), lax.optimization_barrier((t.label, factor)))
         )
         results, gradients = carry
@@ -270,6 +270,24 @@ def _scanned_values(fn: Callable[..., Values], layer: LinearParams, operands: An
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:positions], lax.map(tile, rows))
 
 
+def _one_pass(
+    x: Array, targets: Any, layer: LinearParams, config: HeadConfig, *, keep: bool = True
+) -> tuple[Pass, Statistics]:
+    """One pass over the logits of a tile, and the statistics of all shards from it."""
+    classes = layer.kernel.shape[config.class_axis]
+
+    def logits(x: Array, layer: LinearParams = layer) -> Array:
+        return _to_logits(_products(x, layer, config), layer)
+
+    # A label out of range has a weight of NaN or 0. A label on another shard must not change the sums of this one.
+    label = targets.label if config.axis_name else jnp.clip(targets.label, 0, classes - 1)
+    found = one_pass(logits, x, logits(x, _first_classes(layer, config)), label, keep=keep)
+    statistics = Statistics(found.reference, found.sum_others, found.label_logit)
+    if config.axis_name is not None:
+        statistics = over_shards(statistics, jnp.zeros((1, classes), x.dtype), (1,), targets, config.axis_name)
+    return found, statistics
+
+
 def _first_classes(layer: LinearParams, config: HeadConfig) -> LinearParams:
     """The layer with a sample of the classes."""
     count = min(SAMPLE, layer.kernel.shape[config.class_axis])
@@ -305,9 +323,10 @@ def _tile(
 
 
 def _is_one_pass(layer: LinearParams, operands: Any, config: HeadConfig, needs_grad: DiffArgs) -> bool:
-    """Whether each position's gradient is a factor times its exponentials, except at the label."""
+    """Whether all sums concern one label, and a gradient is a factor times the exponentials except at the label."""
     is_label_alone = config.head.factors is not None and operands.label is not None and operands.target_weights is None
-    return is_label_alone and layer.soft_cap is None and layer.temperature is None and not needs_grad.bias
+    is_linear = layer.soft_cap is None and layer.temperature is None and not needs_grad.bias
+    return is_label_alone and (is_linear or not any(needs_grad))
 
 
 def _over_tiles(

@@ -21,14 +21,26 @@ IN_ONE_PASS = [Tile(16, 16, 16, one_pass=True), Tile(POSITIONS, POSITIONS, POSIT
 
 
 @pytest.fixture
-def gradients(monkeypatch):
-    """Loss and gradients for each of LABELS, in given tiles, by an accelerator's loop on this machine."""
+def take(monkeypatch):
+    """Take given tiles and a sample of so many classes, in an accelerator's loop on this machine."""
     over_tiles = tiles._over_tiles
 
-    def by_tile(tile, slope=1.0, **options):
+    def in_tiles(tile, sample=1024):
         monkeypatch.setattr(tiles, "plan_tile", lambda *_, **__: tile)
         monkeypatch.setattr(tiles, "_over_tiles", lambda device, *rest: over_tiles(Device("tpu"), *rest))
+        monkeypatch.setattr(tiles, "SAMPLE", sample)
         jax.clear_caches()
+
+    yield in_tiles
+    jax.clear_caches()
+
+
+@pytest.fixture
+def gradients(take):
+    """Loss and gradients for each of LABELS, in given tiles."""
+
+    def by_tile(tile, slope=1.0, **options):
+        take(tile, 16)
         rng = np.random.default_rng(0)
         x, w = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((POSITIONS, WIDTH), (WIDTH, CLASSES)))
         b = jnp.asarray(rng.normal(size=CLASSES), jnp.float32)
@@ -43,8 +55,7 @@ def gradients(monkeypatch):
 
         return {name: run(labels) for name, labels in LABELS.items()}
 
-    yield by_tile
-    jax.clear_caches()
+    return by_tile
 
 
 VALID = np.random.default_rng(1).integers(0, CLASSES, POSITIONS)
@@ -73,9 +84,8 @@ def test_groups_of_tiles_are_one_tile(gradients):
     [(1.0, {"z_loss": 1.0}), (60.0, {"reduction": "sum"}), (60.0, {"z_loss": 1.0, "weights": np.arange(POSITIONS)})],
     ids=str,
 )
-def test_one_pass_is_one_tile(gradients, monkeypatch, slope, options):
+def test_one_pass_is_one_tile(gradients, slope, options):
     """Even if a class outside the sample has such a large logit that a second attempt is needed."""
-    monkeypatch.setattr(tiles, "SAMPLE", 16)
     expected = gradients(WHOLE, slope, **options)
     for tile in IN_ONE_PASS:
         found = gradients(tile, slope, **options)
@@ -88,19 +98,16 @@ def test_one_pass_is_one_tile(gradients, monkeypatch, slope, options):
                 np.testing.assert_allclose(one, other, rtol=0.02, atol=0.004 * scale, err_msg=f"{tile}, {name}")
 
 
-def test_a_single_ignored_position_may_hold_anything_in_one_pass(monkeypatch):
-    over_tiles = tiles._over_tiles
-    monkeypatch.setattr(tiles, "_over_tiles", lambda device, *rest: over_tiles(Device("tpu"), *rest))
-    monkeypatch.setattr(tiles, "plan_tile", lambda *_, **__: Tile(1, 1, 1, one_pass=True))
+def test_a_single_ignored_position_may_hold_anything_in_one_pass(take):
+    take(Tile(1, 1, 1, one_pass=True))
     x, w = jnp.full((1, WIDTH), jnp.nan, jnp.bfloat16), jnp.ones((WIDTH, CLASSES), jnp.bfloat16)
     loss = lambda x, w: jaxsoft.linear_cross_entropy(x, w, np.array([-1]), ignore_index=-1)  # noqa: E731
     for gradient in jax.jit(jax.grad(loss, (0, 1)))(x, w):
         np.testing.assert_array_equal(np.asarray(gradient, np.float32), 0)
-    jax.clear_caches()
 
 
 @pytest.mark.parametrize("slope", [1.0, 60.0])
-def test_one_pass_is_one_tile_over_shards_of_the_classes(monkeypatch, slope):
+def test_one_pass_is_one_tile_over_shards_of_the_classes(take, slope):
     """Each shard has its own reference, and may be the only one that needs a second attempt."""
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((POSITIONS, WIDTH), (WIDTH, CLASSES)))
@@ -110,19 +117,13 @@ def test_one_pass_is_one_tile_over_shards_of_the_classes(monkeypatch, slope):
     def loss(x, w):
         return jaxsoft.linear_cross_entropy(x, w, labels, ignore_index=-1, axis_name="model")
 
-    over_tiles = tiles._over_tiles
-    monkeypatch.setattr(tiles, "_over_tiles", lambda device, *rest: over_tiles(Device("tpu"), *rest))
-    monkeypatch.setattr(tiles, "SAMPLE", 16)
+    specs = P(), P(None, "model")
+    both = lambda x, w: (loss(x, w), jax.value_and_grad(loss, (0, 1))(x, w))  # noqa: E731
     found = []
     for tile in (WHOLE, *IN_ONE_PASS):
-        monkeypatch.setattr(tiles, "plan_tile", lambda *_, tile=tile, **__: tile)
-        jax.clear_caches()
-        sharded = jax.shard_map(
-            jax.value_and_grad(loss, (0, 1)), mesh=mesh, in_specs=(P(), P(None, "model")),
-            out_specs=(P(), (P(), P(None, "model"))),
-        )  # fmt: skip
+        take(tile, 16)
+        sharded = jax.shard_map(both, mesh=mesh, in_specs=specs, out_specs=(P(), (P(), specs)))
         found.append([np.asarray(a, np.float32) for a in jax.tree.leaves(jax.jit(sharded)(x, w))])
-    jax.clear_caches()
     for ours in found[1:]:
         for one, other in zip(ours, found[0], strict=True):
             np.testing.assert_allclose(one, other, rtol=0.02, atol=0.004 * np.abs(other).max())
@@ -149,21 +150,62 @@ def test_a_label_on_another_shard_needs_no_second_attempt():
     np.testing.assert_allclose(found.sum_others, 1 + np.exp(-10.0) + np.exp(-5.0), rtol=1e-12)
 
 
-def test_one_pass_keeps_the_digits_of_confident_predictions(monkeypatch):
+def test_one_pass_keeps_the_digits_of_confident_predictions(take):
     """A label outside the sample, up to 40 above it, and more."""
-    monkeypatch.setattr(tiles, "SAMPLE", 2)
-    over_tiles = tiles._over_tiles
-    monkeypatch.setattr(tiles, "_over_tiles", lambda device, *rest: over_tiles(Device("tpu"), *rest))
+    take(Tile(5, 5, 5, one_pass=True), 2)
     margins = np.array([5.0, 20.0, 38.0, 42.0, 60.0])
-    monkeypatch.setattr(tiles, "plan_tile", lambda *_, **__: Tile(5, 5, 5, one_pass=True))
     x, w = jnp.eye(5, dtype=jnp.bfloat16), jnp.zeros((5, 4), jnp.bfloat16).at[:, 3].set(margins.astype(jnp.bfloat16))
     loss = lambda x, w: jaxsoft.linear_cross_entropy(x, w, np.full(5, 3), reduction="sum")  # noqa: E731
     value, slope = jax.jit(jax.value_and_grad(loss, 1))(x, w)
-    jax.clear_caches()
     others = 3 * np.exp(-margins)
-    np.testing.assert_allclose(value, np.log1p(others).sum(), rtol=1e-5)
+    for found in (value, jax.jit(loss)(x, w)):
+        np.testing.assert_allclose(found, np.log1p(others).sum(), rtol=1e-5)
     # Logits are products with the unit matrix, so that the kernel's gradient is the gradient to the logits.
     np.testing.assert_allclose(np.asarray(slope, float)[:, 3], -others / (1 + others), rtol=0.005)
+
+
+SCALINGS = [{}, {"soft_cap": 5.0, "temperature": 0.5}]
+OPTIONS = [
+    {"z_loss": 0.3},
+    {"where": np.arange(CLASSES) >= 16},  # nothing of the sample is left
+    {"where": np.arange(CLASSES) < 1, "weights": np.arange(POSITIONS)},
+]
+
+
+@pytest.mark.parametrize("slope", [1.0, 60.0])
+@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_loss_alone_in_one_pass(take, options, scaling, slope):
+    """It may have a bias, a cap, a temperature and masked classes; labels are in the sample and outside."""
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((POSITIONS, WIDTH), (WIDTH, CLASSES)))
+    w, b = w.at[:, -1].mul(slope), jnp.asarray(rng.normal(size=CLASSES), jnp.float32)
+    z = np.asarray(x, float) @ np.asarray(w, float) + np.asarray(b, float)
+    z = z if not scaling else 5 * np.tanh(z / 5) / 0.5
+    options = {"ignore_index": -1, "reduction": "none"} | options
+    for tile in IN_ONE_PASS:
+        take(tile, 16)
+        run = jax.jit(lambda x, labels: jaxsoft.linear_cross_entropy(x, w, labels, b, **scaling, **options))
+        for name, labels in (LABELS | {"out of range": np.full(POSITIONS, CLASSES)}).items():
+            found = run(jnp.where((labels == -1)[:, None], jnp.nan, x), labels)
+            expected = jaxsoft.cross_entropy(z, labels, **options)
+            np.testing.assert_allclose(found, expected, 2e-6, 2e-6, err_msg=f"{tile}, {name}")
+
+
+@pytest.mark.parametrize("at", [0, 30], ids=["in the sample", "outside"])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 3e38, -3e38])
+def test_extreme_logits_in_one_pass(take, value, at):
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((2, WIDTH), (WIDTH, CLASSES)))
+    b = jnp.zeros(CLASSES, jnp.float32).at[at].set(value)
+    loss = lambda w: jaxsoft.linear_cross_entropy(x, w, np.array([at, 5]), b, reduction="none")  # noqa: E731
+    both = []
+    for tile in (Tile(2, 2, 2), Tile(2, 2, 2, one_pass=True)):
+        take(tile, 16)
+        gradient = jax.jit(jax.grad(lambda w: jnp.sum(loss(w))))(w)
+        both.append((np.asarray(jax.jit(loss)(w)), np.asarray(gradient, np.float32)))
+    for ours, theirs in zip(*both, strict=True):
+        np.testing.assert_allclose(ours, theirs, 2e-6 if ours.ndim == 1 else 0.02, 0.004)
 
 
 SHAPES = [(4096, 4096, 128_256), (8192, 2304, 256_000), (5000, 1024, 50_257), (65_536, 4096, 128_256), (3, 2, 5)]
