@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from experiments.compile.hlo import Array, Computation, Instruction, Module, trip_count
+from jaxsoft._linear.one_pass import SECOND_ATTEMPT
 
 # Names for memory, ends of what was counted where it started, and what only calls others.
 NO_KERNEL = {
@@ -86,7 +87,8 @@ def visit(module: Module, name: str, on_chip: Collection[int]) -> Iterator[Kerne
             case "conditional":
                 named = instruction.called("branch_computations", "true_computation", "false_computation")
                 branches = [list(visit(module, branch, on_chip)) for branch in named]
-                yield from max(branches, key=lambda branch: sum(k.nbytes * k.times for k in branch))
+                chosen = min if f"/{SECOND_ATTEMPT}/" in instruction.attributes else max
+                yield from chosen(branches, key=lambda branch: sum(k.nbytes * k.times for k in branch))
             case "call" | "call-start" | "async-start":  # those that start are done beside the others
                 for called in instruction.called("to_apply", "calls"):
                     yield from visit(module, called, on_chip)

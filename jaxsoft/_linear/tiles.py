@@ -142,19 +142,24 @@ class _Gradients(NamedTuple):
         x, t, c = _gather_rows(rows, (layer.features, self.operands, self.cotangents), config)
         x = jnp.where(t.ignored, 0, x)
         found, statistics = _one_pass(x, t, layer, config)
-        exponentials = cast(Array, found.exponentials)
-        factor, at_label = config.head.factors(t, statistics, c)
-        factor *= jnp.exp(found.reference - statistics.max_logit)
+        terms = cast(Array, found.terms)
+        factor, at_label, position_weight = config.head.factors(t, statistics, c)
+        factor *= jnp.exp(found.statistics.max_logit - statistics.max_logit)
+        at_label = at_label if found.label_slope is None else at_label * found.label_slope
         if layer.bias is not None:  # a label that is masked has a gradient of 0
             at_label = jnp.where(is_removed(statistics.label_logit), 0, at_label)
-        # One for each matmul, which XLA fuses with it; it would store a shared one in addition to the exponentials.
-        for_features, for_kernel = (
-            jnp.where(is_label(exponentials, label, 1), at_label, widen(exponentials) * f).astype(x.dtype)
-            for label, f in ((t.label, factor), lax.optimization_barrier((t.label, factor)))
-        )
+
+        def gradient(label: Array, factor: Array) -> Array:
+            products = jnp.where(is_label(terms, label, 1), at_label, widen(terms) * factor)
+            return products if t.target_weights is None else products - position_weight * t.target_weights
+
+        # One for each use, which XLA fuses with it; it would store a shared one in addition to the terms.
+        apart = lax.optimization_barrier((t.label, factor))
+        group = _Group(x, gradient(t.label, factor).astype(x.dtype), gradient(*apart).astype(x.dtype))
         results, gradients = carry
-        results = _scatter_rows(rows, results, config.head.values(t, statistics, 1))
-        return (results, gradients), _Group(x, for_features, for_kernel)
+        if self.needs_grad.bias:
+            gradients = self.added(rows, gradients, gradient(*lax.optimization_barrier(apart)), None)
+        return (_scatter_rows(rows, results, config.head.values(t, statistics, 1)), gradients), group
 
     def to_features(self, group: "_Group") -> Array:
         contracted = (((1,), (self.config.class_axis,)), ((), ()))
@@ -276,13 +281,17 @@ def _one_pass(
     """One pass over the logits of a tile, and the statistics of all shards from it."""
     classes = layer.kernel.shape[config.class_axis]
 
-    def logits(x: Array, layer: LinearParams = layer) -> Array:
-        return _to_logits(_products(x, layer, config), layer)
+    def logits(x: Array, layer: LinearParams = layer) -> tuple[Array, Array | None]:
+        products = _products(x, layer, config)
+        if not keep or (layer.soft_cap is None and layer.temperature is None):
+            return _to_logits(products, layer), None
+        return jax.jvp(lambda products: _to_logits(products, layer), (products,), (jnp.ones_like(products),))
 
     # A label out of range has a weight of NaN or 0. A label on another shard must not change the sums of this one.
     label = targets.label if config.axis_name else jnp.clip(targets.label, 0, classes - 1)
-    found = one_pass(logits, x, logits(x, _first_classes(layer, config)), label, keep=keep)
-    statistics = Statistics(found.reference, found.sum_others, found.label_logit)
+    sample, _ = logits(x, _first_classes(layer, config))
+    found = one_pass(logits, x, sample, label, targets.target_weights, keep=keep)
+    statistics = found.statistics
     if config.axis_name is not None:
         statistics = over_shards(statistics, jnp.zeros((1, classes), x.dtype), (1,), targets, config.axis_name)
     return found, statistics
@@ -323,10 +332,11 @@ def _tile(
 
 
 def _is_one_pass(layer: LinearParams, operands: Any, config: HeadConfig, needs_grad: DiffArgs) -> bool:
-    """Whether all sums concern one label, and a gradient is a factor times the exponentials except at the label."""
-    is_label_alone = config.head.factors is not None and operands.label is not None and operands.target_weights is None
-    is_linear = layer.soft_cap is None and layer.temperature is None and not needs_grad.bias
-    return is_label_alone and (is_linear or not any(needs_grad))
+    """Whether sums in one pass and one stored number per logit suffice; with slopes, smoothing needs another."""
+    if config.head.factors is None or operands.label is None:
+        return False
+    is_scaled = layer.soft_cap is not None or layer.temperature is not None
+    return not (any(needs_grad) and is_scaled and operands.target_weights is not None)
 
 
 def _over_tiles(

@@ -26,7 +26,8 @@ def take(monkeypatch):
     over_tiles = tiles._over_tiles
 
     def in_tiles(tile, sample=1024):
-        monkeypatch.setattr(tiles, "plan_tile", lambda *_, **__: tile)
+        whole = tile._replace(one_pass=False)
+        monkeypatch.setattr(tiles, "plan_tile", lambda *_, one_pass, **__: tile if one_pass else whole)
         monkeypatch.setattr(tiles, "_over_tiles", lambda device, *rest: over_tiles(Device("tpu"), *rest))
         monkeypatch.setattr(tiles, "SAMPLE", sample)
         jax.clear_caches()
@@ -45,13 +46,12 @@ def gradients(take):
         x, w = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((POSITIONS, WIDTH), (WIDTH, CLASSES)))
         b = jnp.asarray(rng.normal(size=CLASSES), jnp.float32)
         w = w.at[:, -1].mul(slope)
-        variables = (0, 1) if tile.one_pass else (0, 1, 2)  # one pass has no gradient to a bias
 
         @jax.jit
         def run(labels):
             padded = x.at[0].set(jnp.where(labels[0] == -1, jnp.nan, x[0]))
             loss = lambda x, w, b: jaxsoft.linear_cross_entropy(x, w, labels, b, ignore_index=-1, **options)  # noqa: E731
-            return jax.value_and_grad(loss, variables)(padded, w, b)
+            return jax.value_and_grad(loss, (0, 1, 2))(padded, w, b)
 
         return {name: run(labels) for name, labels in LABELS.items()}
 
@@ -81,7 +81,16 @@ def test_groups_of_tiles_are_one_tile(gradients):
 
 @pytest.mark.parametrize(
     ("slope", "options"),
-    [(1.0, {"z_loss": 1.0}), (60.0, {"reduction": "sum"}), (60.0, {"z_loss": 1.0, "weights": np.arange(POSITIONS)})],
+    [
+        (1.0, {"z_loss": 1.0}),
+        (60.0, {"reduction": "sum"}),
+        (60.0, {"z_loss": 1.0, "weights": np.arange(POSITIONS)}),
+        (60.0, {"label_smoothing": 0.1, "where": np.arange(CLASSES) != 5, "class_weights": np.arange(CLASSES) / 9}),
+        (60.0, {"soft_cap": 50.0, "temperature": 0.5}),
+        (1.0, {"soft_cap": 2.0, "z_loss": 1.0}),
+        (1.0, {"soft_cap": 2.0, "label_smoothing": 0.1}),  # not in one pass
+        (1.0, {"temperature": 2.0, "label_smoothing": 0.1}),  # neither
+    ],
     ids=str,
 )
 def test_one_pass_is_one_tile(gradients, slope, options):
@@ -92,7 +101,7 @@ def test_one_pass_is_one_tile(gradients, slope, options):
         for name in LABELS:
             (value, ours), (right, theirs) = found[name], expected[name]
             np.testing.assert_allclose(value, right, rtol=1e-5, err_msg=f"{tile}, {name}")
-            for one, other in zip(ours, theirs, strict=False):  # without the bias
+            for one, other in zip(ours, theirs, strict=True):
                 one, other = (np.asarray(a, np.float32) for a in (one, other))
                 scale = np.abs(other).max()  # the exponentials are rounded, and so are their multiples
                 np.testing.assert_allclose(one, other, rtol=0.02, atol=0.004 * scale, err_msg=f"{tile}, {name}")
@@ -133,20 +142,20 @@ def test_a_second_attempt_is_relative_to_the_largest_of_all_where_it_is_needed()
     """Another position of the group does not change the bits of a position."""
     z = jnp.asarray([[0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 100.0, 3.0], [0.0, -jnp.inf, 500.0, 5.0]])
     labels = jnp.asarray([[3], [0], [2]])
-    low = one_pass(lambda x: z[:1] + x, jnp.zeros((1, 1)), z[:1, :2], labels[:1])
-    assert low.reference == 1  # the sample's
-    found = one_pass(lambda x: z + x, jnp.zeros((3, 1)), z[:, :2], labels)
-    np.testing.assert_array_equal(found.reference[:, 0], [1, 100, 500])
+    low = one_pass(lambda x: (z[:1] + x, None), jnp.zeros((1, 1)), z[:1, :2], labels[:1]).statistics
+    assert low.max_logit == 1  # the sample's
+    found = one_pass(lambda x: (z + x, None), jnp.zeros((3, 1)), z[:, :2], labels).statistics
+    np.testing.assert_array_equal(found.max_logit[:, 0], [1, 100, 500])
     np.testing.assert_array_equal(found.sum_others[0], low.sum_others[0])
     np.testing.assert_allclose(found.sum_others[:, 0], [np.exp([-1.0, 0.0, 1.0]).sum(), 1, 0], rtol=1e-6, atol=1e-200)
     np.testing.assert_array_equal(found.label_logit[:, 0], [2, -100, 0])
 
 
 def test_a_label_on_another_shard_needs_no_second_attempt():
-    """However low this shard's logits are: a second attempt would not end."""
+    """However low this shard's logits are."""
     z = jnp.asarray([[-50.0, -60.0, -55.0]])
-    found = one_pass(lambda x: z + x, jnp.zeros((1, 1)), z[:, :2], jnp.asarray([[7]]))
-    assert (found.reference, found.label_logit) == (-50, 0)
+    found = one_pass(lambda x: (z + x, None), jnp.zeros((1, 1)), z[:, :2], jnp.asarray([[7]])).statistics
+    assert (found.max_logit, found.label_logit) == (-50, 0)
     np.testing.assert_allclose(found.sum_others, 1 + np.exp(-10.0) + np.exp(-5.0), rtol=1e-12)
 
 
@@ -169,6 +178,7 @@ OPTIONS = [
     {"z_loss": 0.3},
     {"where": np.arange(CLASSES) >= 16},  # nothing of the sample is left
     {"where": np.arange(CLASSES) < 1, "weights": np.arange(POSITIONS)},
+    {"label_smoothing": 0.3, "class_weights": np.arange(CLASSES) / 9},
 ]
 
 
