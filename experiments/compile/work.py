@@ -1,7 +1,8 @@
 """What a compiled program does on its device: the kernels that run, and what each reads, writes and computes.
 
 A kernel is an instruction of the entry, or of a loop, branch or call within it, that is more than a name for memory; a
-fusion is one. A loop's kernels count as often as it runs; of branches, those of the one that moves most.
+fusion is one. A loop's kernels count as often as it runs; of branches, those of the one that moves most, or least for
+the library's second attempt, which hardly ever runs.
 """
 
 import math
