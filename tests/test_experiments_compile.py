@@ -239,6 +239,11 @@ def test_each_kind_of_kernel_is_counted_by_the_bytes_it_touches():
     assert (found["total"].nbytes, found["total"].operations) == (16 + 4 + 4, 4)
 
 
+def test_the_second_attempt_of_a_head_counts_as_none():
+    named = PARTS.replace("={%left, %right}", '={%left, %right}, metadata={op_name="jit(f)/second_attempt/cond"}')
+    assert {kernel.name for kernel in kernels(parse(named))} & {"m", "n", "o"} == {"n"}
+
+
 def test_the_slower_of_moving_and_multiplying_counts():
     target, found = TARGETS["h100"], {kernel.name: kernel for kernel in kernels(parse(PARTS))}
     dot = dataclasses.replace(found["dot"], nbytes=3_350_000, products={"bf16": 494_500_000})

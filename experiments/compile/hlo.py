@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jaxsoft._linear.one_pass import SECOND_ATTEMPT
-
 MOST_TRIPS = 10_000
 """A loop is followed for at most this many iterations."""
 
@@ -125,12 +123,7 @@ def read_types(text: str) -> tuple[Array, ...]:
 
 
 def trip_count(module: Module, within: str, loop: Instruction) -> int | None:
-    """How often a loop runs, as the compiler states or as its integers show; None if unknown.
-
-    jaxsoft's second attempt, which hardly ever runs, is not counted.
-    """
-    if f"/{SECOND_ATTEMPT}/" in loop.attributes:
-        return 0
+    """How often a loop runs, as the compiler states or as its integers show; None if unknown."""
     if stated := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
         return int(stated[1])
     (condition,), (body,) = loop.called("condition"), loop.called("body")

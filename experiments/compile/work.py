@@ -2,7 +2,7 @@
 
 A kernel is an instruction of the entry, or of a loop, branch or call within it, that does more than name memory; a
 fusion is one kernel. A loop's kernels count as often as it runs. Of several branches only the one that moves most bytes
-counts.
+counts, or least for jaxsoft's second attempt, which hardly ever runs.
 """
 
 import math
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from experiments.compile.hlo import Array, Computation, Instruction, Module, trip_count
+from jaxsoft._linear.one_pass import SECOND_ATTEMPT
 
 # Instructions that only name memory, end what was counted at its start, or call others.
 NO_KERNEL = {
@@ -87,7 +88,8 @@ def visit(module: Module, name: str, on_chip: Collection[int]) -> Iterator[Kerne
             case "conditional":
                 named = instruction.called("branch_computations", "true_computation", "false_computation")
                 branches = [list(visit(module, branch, on_chip)) for branch in named]
-                yield from max(branches, key=lambda branch: sum(k.nbytes * k.times for k in branch))
+                chosen = min if f"/{SECOND_ATTEMPT}/" in instruction.attributes else max
+                yield from chosen(branches, key=lambda branch: sum(k.nbytes * k.times for k in branch))
             case "call" | "call-start" | "async-start":  # asynchronous kernels run next to the others
                 for called in instruction.called("to_apply", "calls"):
                     yield from visit(module, called, on_chip)

@@ -60,8 +60,9 @@ class Head(NamedTuple):
     `statistics(logits, axis, operands, axis_name)` are sums over the classes of all shards, and `values(operands,
     statistics, axis)` the results. `gradients(logits, operands, statistics, axis, cotangents, *, in_place)` are the
     gradients of Σ cotangent·value to the logits and to the target weights, or None for the latter; with `in_place` they
-    may overwrite the logits. If the gradients to the logits are factor·exp(z_j − m) except at the label,
-    `factors(operands, statistics, cotangents)` returns the factor, and the gradient at the label.
+    may overwrite the logits. If the gradients to the logits are factor·exp(z_j − m) − weight·q_j, with another
+    first term at the label, `factors(operands, statistics, cotangents)` returns factor, term and weight, or None if
+    there is no q.
     """
 
     statistics: Callable[[Array, int, Any, AxisName], Any]
@@ -71,7 +72,7 @@ class Head(NamedTuple):
     numbers: int = 0  # how many constants are numbers
     indices: int = 0  # the length of the last constant, the indices of classes; 0 without it
     copies: bool = False  # whether it needs a copy of the logits, for which tiles must have memory
-    factors: Callable[[Any, Any, Results], tuple[Array, Array]] | None = None
+    factors: Callable[[Any, Any, Results], tuple[Array, Array, Array | None]] | None = None
 
     def ignored_values(self, positions: int, dtype: Any) -> Values:
         """The values of ignored positions."""

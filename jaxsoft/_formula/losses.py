@@ -107,11 +107,15 @@ def position_gradients(
     return grad_logits, _weight_gradients(logits, targets, statistics, cotangent)
 
 
-def label_factors(targets: Targets, statistics: Statistics, cotangents: Results) -> tuple[Array, Array]:
-    """The factor of the gradient factor·exp(z_j − m), and the gradient at the label, for targets without weights."""
-    cotangent = jnp.where(targets.ignored, 0, cotangents[0])
+def label_factors(targets: Targets, statistics: Statistics, cotangents: Results) -> tuple[Array, Array, Array | None]:
+    """The factor of the gradient factor·exp(z_j − m), the gradient at the label, and what weighs target weights."""
+    cotangent, position_weight = jnp.where(targets.ignored, 0, cotangents[0]), None
     mass, label_weight = _z_loss_mass(targets, statistics, cotangent), cotangent * targets.label_weight
-    return (mass + label_weight) / statistics.positive_sum, statistics.label_gradient(mass, label_weight)
+    if targets.target_weights is not None:
+        position_weight = cotangent * targets.position_weight
+        mass += position_weight * statistics.weight_sum
+    at_label = statistics.label_gradient(mass, label_weight)
+    return (mass + label_weight) / statistics.positive_sum, at_label, position_weight
 
 
 def _z_loss_mass(targets: Targets, statistics: Statistics, cotangent: Array) -> Array:

@@ -29,9 +29,7 @@ class Tile(NamedTuple):
     rows: int
     loss_rows: int  # of a tile of the loss alone
     group_rows: int  # of a group of tiles, whose logit gradients are stored for one matmul per input; or else of a tile
-    one_pass: bool = (
-        False  # whether a tile is a group, and its exponentials are stored in half precision, not its logits
-    )
+    one_pass: bool = False  # whether a tile is a group, and terms of gradients are stored, not its logits
 
 
 class Plan(NamedTuple):
@@ -87,9 +85,10 @@ def plan_linear_cross_entropy(
     positions than that, they are one group, which takes no more memory than such a group and that gradient.
     For distributions, a frozen kernel or float32 no logit gradients are stored, and a tile has 1024 positions.
 
-    On a TPU, with labels in bfloat16, a group is one tile: its logits are used once, while they are computed, and only
-    exponentials are stored, 2 bytes each. The plan ignores that with label smoothing, a soft cap, a temperature or a
-    trained bias a TPU uses smaller tiles and stores their logits, as a GPU does.
+    On a TPU, with labels in bfloat16, a group is one tile, also with a frozen kernel: its logits are used once, while
+    they are computed, and only exponentials are stored, 2 bytes each, or nothing for the loss alone. The plan ignores
+    that with statistics, or for gradients with both label smoothing and a soft cap or temperature, a TPU stores the
+    logits of smaller tiles, as a GPU does.
 
     Args:
         positions: N; per device if the positions are sharded.
@@ -108,8 +107,9 @@ def plan_linear_cross_entropy(
     Returns:
         A `Plan` of counts, in tiles, positions, FLOPs and bytes, that prints as a sentence.
 
-    Edges: ignored positions count in the plan but cost no work. With a frozen kernel no logit gradients are stored. A
-    kernel's gradient that is summed over devices is in float32. `jax.vmap` of a gradient uses a CPU's tiles.
+    Edges: ignored positions count in the plan but cost no work. With a frozen kernel no logit gradients are stored,
+    except in one pass. A kernel's gradient that is summed over devices is in float32. `jax.vmap` of a gradient uses a
+    CPU's tiles.
 
     Raises:
         TypeError, ValueError: an argument that is not a positive integer, an unknown platform or kind of device, a kind
@@ -211,7 +211,7 @@ def plan_tile(
 ) -> Tile:
     """As many rows as the budget allows and suit the device, shared evenly among tiles; shape is (N, D, V).
 
-    `one_pass` says that the gradients allow exponentials to be stored instead of logits.
+    `one_pass` says that the gradients can be computed from one stored number per logit, instead of the logit.
     """
     positions, features, classes = shape
     row = bytes_of_row(classes, dtype, distributions)
@@ -224,18 +224,18 @@ def plan_tile(
     limit = device.traits.memory // SHARE if memory_budget is None else memory_budget
     most = max(min(limit // row, ACCELERATOR_ROWS), 1) if known else ACCELERATOR_ROWS
     loss_rows = _shared(positions, min(most, ACCELERATOR_LOSS_ROWS))
-    if kernel_moves and jnp.finfo(dtype).bits == 16 and not distributions and known and isinstance(positions, int):
-        # A single group, of 2·N·V bytes, needs no float32 copy of the kernel's gradient, which takes 4·D·V.
+    if jnp.finfo(dtype).bits == 16 and not distributions and known and isinstance(positions, int):
         _, tile_rows, kept = device.traits
-        if isinstance(features, int) and positions <= kept + 2 * features:
+        # A single group, of 2·N·V bytes, needs no float32 copy of the kernel's gradient, which takes 4·D·V.
+        if kernel_moves and isinstance(features, int) and positions <= kept + 2 * features:
             kept = positions + tile_rows
         fitting = min(limit // (classes * dtype.itemsize), kept)
         if one_pass and device.platform == "tpu" and dtype == jnp.bfloat16 and fitting >= min(LEAST_ROWS, positions):
             shared = _shared(positions, fitting)
             rows = shared if shared == positions else min(-(-shared // ALIGNED_ROWS) * ALIGNED_ROWS, fitting)
-            return Tile(rows, loss_rows, rows, one_pass=True)
+            return Tile(rows, rows, rows, one_pass=True)
         grouped = _group(positions, (tile_rows, kept), (row, classes * dtype.itemsize), limit)
-        if grouped is not None:
+        if kernel_moves and grouped is not None:
             return Tile(grouped[0], loss_rows, grouped[1])
     rows = _shared(positions, most)
     return Tile(rows, loss_rows, rows)

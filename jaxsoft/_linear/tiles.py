@@ -5,7 +5,7 @@ among the operands, a teacher, stands for its logits, which each tile computes.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,13 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoft._arrays.classes import is_label
-from jaxsoft._arrays.dtypes import compute_dtype, widen
+from jaxsoft._arrays.dtypes import compute_dtype, is_removed, widen
 from jaxsoft._arrays.sharding import axes_after_psum, is_replicated, pvary
 from jaxsoft._formula.head import Values, evaluate, evaluate_plainly
 from jaxsoft._formula.statistics import Statistics, over_shards
 from jaxsoft._jax_internals import Results, manual_axes
 from jaxsoft._linear.args import DiffArgs, HeadConfig, LinearParams
-from jaxsoft._linear.one_pass import SAMPLE, one_pass
+from jaxsoft._linear.one_pass import SAMPLE, Pass, one_pass
 from jaxsoft._linear.plan import Tile, plan_tile
 from jaxsoft._platform.cpu import native_kernels
 from jaxsoft._platform.devices import Device
@@ -30,15 +30,18 @@ from jaxsoft._platform.dispatch import by_platform
 def tiled_values(device: Device, arrays: tuple[LinearParams, Any], config: HeadConfig) -> Results:
     """The values of every position, each of shape (N, …)."""
     (layer, operands), head = arrays, config.head
+    tile = _tile(device, layer, operands, config)
 
     def step(rows: Array, values: Results) -> Results:
         x, t = _gather_rows(rows, (layer.features, operands), config)
-        logits = _to_logits(_products(x, layer, config), layer)
-        new = head.values(t, head.statistics(logits, 1, t, config.axis_name), 1)
-        return _scatter_rows(rows, values, new)
+        if tile.one_pass:
+            _, statistics = _one_pass(x, t, layer, config, keep=False)
+        else:
+            logits = _to_logits(_products(x, layer, config), layer)
+            statistics = head.statistics(logits, 1, t, config.axis_name)
+        return _scatter_rows(rows, values, head.values(t, statistics, 1))
 
-    rows = _tile(device, layer, operands, config).loss_rows
-    return _over_tiles(device, rows, operands, config, step, _init_output(layer, operands, config))
+    return _over_tiles(device, tile.loss_rows, operands, config, step, _init_output(layer, operands, config))
 
 
 @by_platform(lambda arrays, static: tuple(jax.tree.leaves(_scanned_gradients(*arrays, *static))))
@@ -156,23 +159,25 @@ class _Gradients(NamedTuple):
         assert config.head.factors is not None
         x, t, c = _gather_rows(rows, (layer.features, self.operands, self.cotangents), config)
         x = jnp.where(t.ignored, 0, x)
-        # A label out of range has a weight of NaN or 0. A label on another shard must not change the sums of this one.
-        label = t.label if config.axis_name else jnp.clip(t.label, 0, layer.kernel.shape[config.class_axis] - 1)
-        sample = _products(x, _first_classes(layer, config), config)
-        found = one_pass(lambda x: _products(x, layer, config), x, sample, label)
-        statistics = Statistics(found.reference, found.sum_others, found.label_logit)
-        if config.axis_name is not None:
-            statistics = over_shards(statistics, found.exponentials, (1,), t, config.axis_name)
-        factor, at_label = config.head.factors(t, statistics, c)
-        factor *= jnp.exp(found.reference - statistics.max_logit)
-        # One for each matmul, which XLA fuses with it; it would store a shared one in addition to the exponentials.
-        for_features, for_kernel = (
-            jnp.where(is_label(found.exponentials, label, 1), at_label, widen(found.exponentials) * f).astype(x.dtype)
-            for label, f in ((t.label, factor), lax.optimization_barrier((t.label, factor)))
-        )
+        found, statistics = _one_pass(x, t, layer, config)
+        terms = cast(Array, found.terms)
+        factor, at_label, position_weight = config.head.factors(t, statistics, c)
+        factor *= jnp.exp(found.statistics.max_logit - statistics.max_logit)
+        at_label = at_label if found.label_slope is None else at_label * found.label_slope
+        if layer.bias is not None:  # a label that is masked has a gradient of 0
+            at_label = jnp.where(is_removed(statistics.label_logit), 0, at_label)
+
+        def gradient(label: Array, factor: Array) -> Array:
+            products = jnp.where(is_label(terms, label, 1), at_label, widen(terms) * factor)
+            return products if t.target_weights is None else products - position_weight * t.target_weights
+
+        # One for each use, which XLA fuses with it; it would store a shared one in addition to the terms.
+        apart = lax.optimization_barrier((t.label, factor))
+        group = _Group(x, gradient(t.label, factor).astype(x.dtype), gradient(*apart).astype(x.dtype))
         results, gradients = carry
-        results = _scatter_rows(rows, results, config.head.values(t, statistics, 1))
-        return (results, gradients), _Group(x, for_features, for_kernel)
+        if self.needs_grad.bias:
+            gradients = self.added(rows, gradients, gradient(*lax.optimization_barrier(apart)), None)
+        return (_scatter_rows(rows, results, config.head.values(t, statistics, 1)), gradients), group
 
     def init(self) -> tuple[Results, DiffArgs]:
         """Values and gradients before the first tile, typed as varying like the tiles' contributions."""
@@ -239,6 +244,28 @@ def _scanned_values(fn: Callable[..., Values], layer: LinearParams, operands: An
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:positions], lax.map(tile, rows))
 
 
+def _one_pass(
+    x: Array, targets: Any, layer: LinearParams, config: HeadConfig, *, keep: bool = True
+) -> tuple[Pass, Statistics]:
+    """One pass over the logits of a tile, and the statistics of all shards from it."""
+    classes = layer.kernel.shape[config.class_axis]
+
+    def logits(x: Array, layer: LinearParams = layer) -> tuple[Array, Array | None]:
+        products = _products(x, layer, config)
+        if not keep or (layer.soft_cap is None and layer.temperature is None):
+            return _to_logits(products, layer), None
+        return jax.jvp(lambda products: _to_logits(products, layer), (products,), (jnp.ones_like(products),))
+
+    # A label out of range has a weight of NaN or 0. A label on another shard must not change the sums of this one.
+    label = targets.label if config.axis_name else jnp.clip(targets.label, 0, classes - 1)
+    sample, _ = logits(x, _first_classes(layer, config))
+    found = one_pass(logits, x, sample, label, targets.target_weights, keep=keep)
+    statistics = found.statistics
+    if config.axis_name is not None:
+        statistics = over_shards(statistics, jnp.zeros((1, classes), x.dtype), (1,), targets, config.axis_name)
+    return found, statistics
+
+
 def _first_classes(layer: LinearParams, config: HeadConfig) -> LinearParams:
     """The layer with a sample of the classes."""
     count = min(SAMPLE, layer.kernel.shape[config.class_axis])
@@ -274,9 +301,11 @@ def _tile(
 
 
 def _is_one_pass(layer: LinearParams, operands: Any, config: HeadConfig, needs_grad: DiffArgs) -> bool:
-    """Whether each position's gradient is a factor times its exponentials, except at the label."""
-    is_label_alone = config.head.factors is not None and operands.label is not None and operands.target_weights is None
-    return is_label_alone and layer.soft_cap is None and layer.temperature is None and not needs_grad.bias
+    """Whether sums in one pass and one stored number per logit suffice; with slopes, smoothing needs another."""
+    if config.head.factors is None or operands.label is None:
+        return False
+    is_scaled = layer.soft_cap is not None or layer.temperature is not None
+    return not (any(needs_grad) and is_scaled and operands.target_weights is not None)
 
 
 def _over_tiles(
