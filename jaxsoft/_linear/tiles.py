@@ -176,7 +176,8 @@ class _Gradients(NamedTuple):
         group = _Group(x, gradient(t.label, factor).astype(x.dtype), gradient(*apart).astype(x.dtype))
         results, gradients = carry
         if self.needs_grad.bias:
-            gradients = self.added(rows, gradients, gradient(*lax.optimization_barrier(apart)), None)
+            own = jnp.sum(gradient(*lax.optimization_barrier(apart)), 0)
+            gradients = gradients._replace(bias=gradients.bias + own)
         return (_scatter_rows(rows, results, config.head.values(t, statistics, 1)), gradients), group
 
     def init(self) -> tuple[Results, DiffArgs]:
