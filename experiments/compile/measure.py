@@ -64,8 +64,11 @@ def compile_for(placed: Placed, peer: Peer, devices: list[Any], mesh: Mesh | Non
 def temporaries(memory: Any) -> int:
     """Bytes that are allocated in addition to arguments and results.
 
-    Not `temp_size_in_bytes`, in which libtpu counts twice what the branches of a conditional in a loop return.
+    In `temp_size_in_bytes`, all that JAX 0.10 states, libtpu counts twice what the branches of a conditional in a loop
+    return.
     """
+    if not hasattr(memory, "total_allocation_bytes"):
+        return memory.temp_size_in_bytes
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.total_allocation_bytes - held
 
