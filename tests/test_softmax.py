@@ -351,6 +351,16 @@ def test_softmax_vjp_along_an_axis():
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_softmax_vjp_of_probabilities_in_half_precision_is_the_rule_of_these(dtype):
+    """They sum to 1 within the rounding of float32, but the largest of them was rounded by much more."""
+    probs, vector = jnp.array([1, 8.345e-7], dtype), jnp.array([18.8, 32.66], dtype)
+    s, g = np.asarray(probs, np.float64), np.asarray(vector, np.float64)
+    np.testing.assert_allclose(
+        np.asarray(softmax_vjp(probs, vector), np.float64), s * (g - s @ g), rtol=float(jnp.finfo(dtype).eps), atol=4e-6
+    )
+
+
 def test_softmax_vjp_keeps_the_dtype_of_half_precision():
     probs = np.random.default_rng(17).dirichlet(np.ones(50), 3).astype(jnp.bfloat16)
     assert softmax_vjp(probs, probs).dtype == jnp.bfloat16

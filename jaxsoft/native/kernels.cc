@@ -888,18 +888,23 @@ struct Unit : Layout<T> {
     each([&](int64_t s) FORCE { return (logits(s) - m) - log; });
   }
   // s (g − s·g), where s·g is subtracted twice. At a class whose s rounds to 1 the first difference is 0 or mere rounding.
-  // The second s·g is a sum over the other classes, plus that rounding, which it restores. If s does not sum to 1 up to
-  // the rounding of these sums, as in half precision, the second is not 0, and nothing is subtracted again.
+  // The second s·g is a sum over the other classes, plus that rounding, which it restores. It is not subtracted if s does
+  // not sum to 1 up to the rounding of these sums, and never in half precision, where s is rounded much more.
   void softmax_vjp() const {
-    const Two sums = sum([&](int64_t s) FORCE { return Two{probs(s) * cotangent(s), probs(s)}; });
-    const P &dot = sums.first, &total = sums.second;
-    const P again = sum([&](int64_t s) FORCE { return probs(s) * (cotangent(s) - dot); });
-    const P rest = once([](auto total, auto again) FORCE {
-      const auto excess = total - 1;
-      constexpr C kLeast = 8 * Compute<T>::kEpsilon;
-      return (excess < kLeast) & (excess > -kLeast) ? again : decltype(again){};
-    }, total, again);
-    each([&](int64_t s) FORCE { return probs(s) * ((cotangent(s) - dot) - rest); });
+    if constexpr (sizeof(T) == 2) {
+      const P dot = sum([&](int64_t s) FORCE { return probs(s) * cotangent(s); });
+      return each([&](int64_t s) FORCE { return probs(s) * (cotangent(s) - dot); });
+    } else {
+      const Two sums = sum([&](int64_t s) FORCE { return Two{probs(s) * cotangent(s), probs(s)}; });
+      const P &dot = sums.first, &total = sums.second;
+      const P again = sum([&](int64_t s) FORCE { return probs(s) * (cotangent(s) - dot); });
+      const P rest = once([](auto total, auto again) FORCE {
+        const auto excess = total - 1;
+        constexpr C kLeast = 8 * Compute<T>::kEpsilon;
+        return (excess < kLeast) & (excess > -kLeast) ? again : decltype(again){};
+      }, total, again);
+      each([&](int64_t s) FORCE { return probs(s) * ((cotangent(s) - dot) - rest); });
+    }
   }
   // g − p Σ g, likewise if a class is more likely than all others together.
   void log_softmax_vjp() const {
