@@ -67,7 +67,9 @@ def summary(table: pd.DataFrame) -> list[str]:
 def ratios_by_kind(table: pd.DataFrame) -> dict[str, pd.Series]:
     """Ratios of times for each case that has both, by their names."""
     pure = ratios_of(table, f"jaxsoft{PURE}")
-    kinds = {f"others / jaxsoft, {name}": fastest_other(table, place)["ratio"] for name, place in SETTINGS.items()}
+    kinds: dict[str, Any] = {
+        f"others / jaxsoft, {name}": fastest_other(table, place)["ratio"] for name, place in SETTINGS.items()
+    }
     kinds |= {
         "others / jaxsoft without kernels": fastest_other(table)["ratio"] / pure,
         "jaxsoft without kernels / jaxsoft": pure,
