@@ -187,7 +187,7 @@ def test_crops_are_windows_and_small_images_are_padded_with_void():
 
 
 def test_views_keep_image_and_labels_together_mirrored_and_scaled():
-    """A ramp from left to right, as labels and as grey levels, all of which the brightness changes equally."""
+    """A ramp from left to right, as labels and as grey levels. The brightness changes all grey levels equally."""
     ramp = np.tile(np.arange(200, dtype=np.uint8), (200, 1))
     pair, directions, widths = Pair(np.stack([ramp] * 3, -1), ramp), set(), set()
     for seed in range(20):

@@ -60,9 +60,9 @@ class Head(NamedTuple):
     `statistics(logits, axis, operands, axis_name)` are sums over the classes of all shards, and `values(operands,
     statistics, axis)` the results. `gradients(logits, operands, statistics, axis, cotangents, *, in_place)` are the
     gradients of Σ cotangent·value to the logits and to the target weights, or None for the latter; with `in_place` they
-    may overwrite the logits. If the gradients to the logits are factor·exp(z_j − m) − weight·q_j, with another
-    first term at the label, `factors(operands, statistics, cotangents)` returns factor, term and weight, or None if
-    there is no q.
+    may overwrite the logits. If the gradients to the logits are factor·exp(z_j − m) − weight·q_j, and the label's
+    is at_label − weight·q_j, `factors(operands, statistics, cotangents)` returns (factor, at_label, weight); the weight
+    is None if there are no target weights q.
     """
 
     statistics: Callable[[Array, int, Any, AxisName], Any]

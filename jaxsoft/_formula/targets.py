@@ -157,7 +157,7 @@ class Averaging(NamedTuple):
     def sum(self, array: Array, *, exact: bool = False) -> Array:
         """The sum over all axes except the examples', kept with length one, and over devices.
 
-        An `exact` sum, such as a count, is the same in any order; then XLA sums, if it can while it compiles.
+        An `exact` sum, such as a count, is the same in any order. XLA computes it, while compiling if it is constant.
         """
         axes = tuple(range(self.examples - array.ndim, 0))
         on_device = jnp.sum(array, axes, keepdims=True) if exact else _total((array,), axes)[0]

@@ -1,4 +1,4 @@
-"""One pass over the logits of a tile, none of which is stored, because a TPU's compiler fuses it with the matmul.
+"""One pass over the logits of a tile. A TPU's compiler fuses this pass with the matmul and stores no logits.
 
 Sums relative to a position's largest logit take two passes, because it is known only after the first. Here they are
 relative to the largest logit of a sample of the classes, which is known before. If another logit is far above it, which

@@ -44,7 +44,8 @@ def with_platform_impl(**programs: Program) -> Callable[[Function], Function]:
 def with_local_impl(**programs: Program) -> Callable[[Callable[..., Results]], Callable[..., Results]]:
     """As `with_platform_impl`, for a `plain(arrays, axes, axis_name)` that may sum over the shards of `axis_name`.
 
-    Then the arrays are blocks of the classes, and have no other program. `axes` may be counted from either end.
+    With an `axis_name` the arrays are blocks of the classes, and `plain` runs on every platform. `axes` may be counted
+    from either end.
     """
 
     def decorate(plain: Callable[..., Results]) -> Callable[..., Results]:
