@@ -27,7 +27,7 @@ class Dense(NamedTuple):
 def dense_arguments(logits: ArrayLike, axis: Axis, where: ArrayLike | None, axis_name: AxisName, *others: Any) -> Dense:
     """The arguments of all dense functions, checked. Several class axes become one at the end, the last the fastest.
 
-    So do those of `others`, except arrays of another rank than the logits, such as labels.
+    The class axes of `others` are merged likewise, except in arrays of another rank than the logits, such as labels.
     """
     z = as_floating("logits", logits)
     mask = None if where is None else shard_like(as_mask("where", where, z.shape), z)
