@@ -25,8 +25,8 @@ constexpr int kBytes = 16;
 #endif
 constexpr int kVectors = 4;            // in a pack: a single sum would wait for its own result
 constexpr int64_t kKept = 1 << 15;     // exponentials of half precision that are stored until they are scaled
-constexpr int64_t kGatheredMost = 512;  // most classes of positions that are copied contiguously
-constexpr int64_t kFetched = 1 << 18;   // bytes that fit in a second-level cache
+constexpr int64_t kAlternate = 32;     // packs that a few positions fill, from which they are read where they are
+constexpr int64_t kFetched = 1 << 18;  // bytes that fit in a second-level cache
 // Rows with fewer classes are copied contiguously, and rows with more are long. Between the two they are computed four at
 // a time, where vectors are so wide that few of them hold a row.
 constexpr int64_t kShort = kBytes == 64 ? 48 : 256, kLong = 256;
@@ -349,6 +349,8 @@ struct Base {
   using C = typename Compute<T>::Type;
   using P = Pack<C>;
   static constexpr int64_t kLanes = P::kLanes;
+  // Until their sum is known, exponentials are stored in the result's memory, or in scratch for half precision.
+  static constexpr bool kInResult = sizeof(T) == sizeof(C);
   const Call& call;
   C* scratch;
   int64_t classes = call.shape.classes, inner = call.shape.inner;
@@ -359,7 +361,7 @@ struct Rows : Base<T> {
   using typename Base<T>::C;
   using typename Base<T>::P;
   using Base<T>::kLanes;
-  static constexpr bool kFolds = true, kSame = true;
+  static constexpr bool kOneRow = true, kRowEach = true;
   int64_t row = 0;
 
   static int64_t units(const Shape& shape) { return shape.outer; }
@@ -435,7 +437,7 @@ template <class T>
 struct Quads : Base<T> {
   using typename Base<T>::C;
   using typename Base<T>::P;
-  static constexpr bool kFolds = true, kSame = false;
+  static constexpr bool kOneRow = false, kRowEach = true;
   static constexpr int kVector = P::kVector;
   int64_t first = 0, rows = 0;
 
@@ -528,13 +530,102 @@ struct Quads : Base<T> {
   }
 };
 
+// Few positions whose classes alternate in memory: a step is as many classes as fit, and lane l belongs to the position
+// l % inner.
+template <class T>
+struct Interleaved : Base<T> {
+  using typename Base<T>::C;
+  using typename Base<T>::P;
+  using Base<T>::kLanes;
+  static constexpr bool kOneRow = false, kRowEach = false;
+  int64_t first = 0, at_once = kLanes / this->inner;
+
+  static int64_t units(const Shape& shape) { return shape.outer; }
+  static int64_t scratch_size(const Shape& shape) {
+    const int64_t size = ceil_div(shape.classes, kLanes / shape.inner) * kLanes;
+    return sizeof(T) == 2 && size <= kKept ? size : 0;
+  }
+  INLINE void locate(int64_t unit) { first = unit * this->inner; }
+  INLINE int64_t steps() const { return ceil_div(this->classes, at_once); }
+  INLINE int64_t count(int64_t step) const { return smaller(at_once, this->classes - step * at_once) * this->inner; }
+  INLINE int64_t offset(int64_t step) const { return first * this->classes + step * at_once * this->inner; }
+  template <class F>
+  INLINE P lanes(F number) const {
+    C numbers[kLanes];
+    for (int64_t l = 0; l < kLanes; ++l) numbers[l] = number(l / this->inner, l % this->inner);
+    return P::load(numbers);
+  }
+  template <class U>
+  INLINE P read(const U* array, int64_t step, C padding) const {
+    return P::load(array + offset(step), count(step), padding);
+  }
+  INLINE void write(int64_t step, const P& p) const {
+    p.store(static_cast<T*>(this->call.result) + offset(step), count(step));
+  }
+  INLINE P weights(int64_t step) const {
+    const Call& call = this->call;
+    const C* from = static_cast<const C*>(call.weights);
+    if (call.weight_rows == 0) return read(from, step, 0);
+    const int64_t shared = first / this->inner / (call.shape.outer / call.weight_rows);
+    from += shared * this->classes + step * at_once;
+    return lanes([&](int64_t c, int64_t) FORCE { return step * at_once + c < this->classes ? from[c] : 0; });
+  }
+  template <class U>
+  INLINE P get(const U* array) const {
+    return lanes([&](int64_t, int64_t i) FORCE { return C(array[first + i]); });
+  }
+  template <class U>
+  INLINE void put(U* array, const P& p) const {
+    for (int64_t l = 0; l < this->inner; ++l) array[first + l] = static_cast<U>(p.v[l / P::kVector][l % P::kVector]);
+  }
+  INLINE C* kept_wide(int64_t step) const { return this->scratch + step * kLanes; }
+  // A label counts from the lane's own class.
+  struct Labels {
+    typename Vectors<C>::I v[kVectors];
+  };
+  INLINE Labels labels() const {
+    Labels labels;
+    for (int64_t l = 0; l < kLanes; ++l) {
+      labels.v[l / P::kVector][l % P::kVector] = this->call.label[first + l % this->inner] - l / this->inner;
+    }
+    return labels;
+  }
+  INLINE P where_label(int64_t step, const Labels& l, const P& at_label, const P& elsewhere) const {
+    P result;
+    const auto c = static_cast<decltype(l.v[0][0] + 0)>(step * at_once);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) result.v[i] = l.v[i] == c ? at_label.v[i] : elsewhere.v[i];
+    return result;
+  }
+  INLINE P index(int64_t step) const {
+    return lanes([&](int64_t c, int64_t) FORCE { return C(step * at_once + c); });
+  }
+  INLINE P label_logit() const {
+    const T* logits = static_cast<const T*>(this->call.logits) + offset(0);
+    return lanes([&](int64_t, int64_t i) FORCE {
+      const int64_t label = this->call.label[first + i], c = label < 0 ? 0 : smaller(label, this->classes - 1);
+      return number(logits[c * this->inner + i]);
+    });
+  }
+  INLINE void finish() const {}
+  template <class F>
+  INLINE P fold(const P& p, F f) const {
+    C sums[kLanes];
+    p.store(sums);
+    for (int64_t l = this->inner; l < at_once * this->inner; ++l) {
+      sums[l % this->inner] = f(sums[l % this->inner], sums[l]);
+    }
+    return lanes([&](int64_t, int64_t i) FORCE { return sums[i]; });
+  }
+};
+
 // Lanes are positions whose index goes on from `first`.
 template <class T>
 struct Across : Base<T> {
   using typename Base<T>::C;
   using typename Base<T>::P;
   using Base<T>::kLanes;
-  static constexpr bool kFolds = false, kSame = false;
+  static constexpr bool kOneRow = false, kRowEach = false;
   int64_t first = 0, lanes = 0;
 
   INLINE int64_t steps() const { return this->classes; }
@@ -589,6 +680,7 @@ struct Strips : Across<T> {
   using typename Base<T>::C;
   using typename Base<T>::P;
   using Base<T>::kLanes;
+  static constexpr bool kInResult = false;
   int64_t start = 0, outer = 0;
   bool fetched = false;
 
@@ -649,6 +741,7 @@ struct Gathered : Across<T> {
   using typename Base<T>::C;
   using typename Base<T>::P;
   using Base<T>::kLanes;
+  static constexpr bool kInResult = true;
 
   static int64_t units(const Shape& shape) { return ceil_div(shape.outer * shape.inner, kLanes); }
   static int64_t scratch_size(const Shape& shape) { return 2 * shape.classes * kLanes; }
@@ -781,8 +874,7 @@ struct Unit : Layout<T> {
   using C = typename Compute<T>::Type;
   using P = Pack<C>;
   static constexpr C kTiny = Compute<T>::kEpsilon / 8;
-  // Until their sum is known, exponentials are stored in the result's memory, or in scratch for half precision.
-  static constexpr bool kInResult = __is_same(Layout<T>, Gathered<T>) || (Layout<T>::kFolds && sizeof(T) == sizeof(C));
+  static constexpr bool kInResult = Layout<T>::kInResult;
 
   INLINE P logits(int64_t step) const { return this->read(static_cast<const T*>(this->call.logits), step, C(-INFINITY)); }
   INLINE P probs(int64_t step) const { return this->read(static_cast<const T*>(this->call.logits), step, C(0)); }
@@ -856,7 +948,7 @@ struct Unit : Layout<T> {
   // A function of numbers per position. A row's numbers, the same in all lanes, are computed in one vector.
   template <class F, class... Packs>
   INLINE P once(F f, const Packs&... packs) const {
-    if constexpr (!Layout<T>::kSame) return map(f, packs...);
+    if constexpr (!Layout<T>::kOneRow) return map(f, packs...);
     const auto v = f(packs.v[0]...);
     P result;
     for (auto& each : result.v) each = v;
@@ -865,7 +957,7 @@ struct Unit : Layout<T> {
 
   // Whether of any position. Lanes that are positions are too many to ask.
   static INLINE bool any_below(C bound, const P& p) {
-    bool any = !Layout<T>::kFolds;
+    bool any = !Layout<T>::kRowEach;
     for (const auto& v : p.v) any |= v[0] < bound;
     return any;
   }
@@ -1078,7 +1170,7 @@ struct Unit : Layout<T> {
     P loss;
     Gradient of{};
 #pragma GCC unroll 4
-    for (int i = 0; i < (Layout<T>::kSame ? 1 : kVectors); ++i) {
+    for (int i = 0; i < (Layout<T>::kOneRow ? 1 : kVectors); ++i) {
       using V = typename P::V;
       const V zero = {}, m = found.m.v[i], others = found.others.v[i], z = z_loss_weight.v[i];
       const V l = found.label_logit.v[i] - m, w = kWeights ? position_weight.v[i] : zero;
@@ -1111,7 +1203,7 @@ struct Unit : Layout<T> {
       of.factor.v[i] = (mass + hot) / total, of.at_label.v[i] = (mass * own - hot * others) / total;
       of.ignored.v[i] = ((label_weight.v[i] == 0) & (w == 0) & (z == 0)) ? zero + 1 : zero;
     }
-    if constexpr (Layout<T>::kSame) {
+    if constexpr (Layout<T>::kOneRow) {
       P* const numbers[] = {&loss,     &of.factor,  &of.at_label,
                             &of.share, &of.ignored, &of.max_constant, &of.max_slope};
       for (P* p : numbers) {
@@ -1155,7 +1247,8 @@ struct Unit : Layout<T> {
 Layout layout_of(const Shape& shape, int64_t lanes) {
   if (shape.inner == 1 && shape.classes >= kLong) return Layout::kRows;
   if (shape.inner == 1 && shape.classes >= kShort) return Layout::kQuads;
-  return shape.inner < lanes && shape.classes <= kGatheredMost ? Layout::kGathered : Layout::kStrips;
+  if (shape.inner >= lanes) return Layout::kStrips;
+  return shape.classes * shape.inner < kAlternate * lanes ? Layout::kGathered : Layout::kInterleaved;
 }
 
 template <class T, template <class> class L>
@@ -1168,6 +1261,7 @@ Plan plan_for(const Shape& shape) {
   switch (layout) {
     case Layout::kRows: return plan_of<T, Rows>(layout, shape);
     case Layout::kQuads: return plan_of<T, Quads>(layout, shape);
+    case Layout::kInterleaved: return plan_of<T, Interleaved>(layout, shape);
     case Layout::kStrips: return plan_of<T, Strips>(layout, shape);
     default: return plan_of<T, Gathered>(layout, shape);
   }
@@ -1183,6 +1277,7 @@ void run_for(const Call& call, int64_t begin, int64_t end, void* scratch) {
   switch (layout_of(call.shape, Pack<typename Compute<T>::Type>::kLanes)) {
     case Layout::kRows: return run_units<T, Rows>(call, begin, end, scratch);
     case Layout::kQuads: return run_units<T, Quads>(call, begin, end, scratch);
+    case Layout::kInterleaved: return run_units<T, Interleaved>(call, begin, end, scratch);
     case Layout::kStrips: return run_units<T, Strips>(call, begin, end, scratch);
     case Layout::kGathered: return run_units<T, Gathered>(call, begin, end, scratch);
   }

@@ -41,13 +41,14 @@ struct Call {
 
 // How a call is cut into units; depends only on classes and inner, because a row's bits must not depend on other rows.
 enum class Layout {
-  kRows,     // lanes of a vector are classes of one position, contiguous in memory
-  kQuads,    // as kRows, but each vector of a pack belongs to another row
-  kStrips,   // lanes are contiguous positions, and the classes follow one another
-  kGathered  // as kStrips, for positions that are not contiguous or too few, in a contiguous copy
+  kRows,         // lanes of a vector are classes of one position, contiguous in memory
+  kQuads,        // as kRows, but each vector of a pack belongs to another row
+  kInterleaved,  // lanes are the classes of a few positions, which alternate in memory
+  kStrips,       // lanes are contiguous positions, and the classes follow one another
+  kGathered      // as kStrips, for positions that are not contiguous or too few, in a contiguous copy
 };
 
-// Runs units [begin, end) with the thread's own scratch.
+// Runs units [begin, end) with the thread's own scratch, null where the plan has none.
 using Kernel = void (*)(const Call&, int64_t begin, int64_t end, void* scratch);
 
 struct Plan {
