@@ -1260,7 +1260,9 @@ Plan plan_for(const Shape& shape) {
   const Layout layout = layout_of(shape, Pack<typename Compute<T>::Type>::kLanes);
   switch (layout) {
     case Layout::kRows: return plan_of<T, Rows>(layout, shape);
-    case Layout::kQuads: return plan_of<T, Quads>(layout, shape);
+    case Layout::kQuads:
+      if constexpr (kShort < kLong) return plan_of<T, Quads>(layout, shape);
+      __builtin_unreachable();
     case Layout::kInterleaved: return plan_of<T, Interleaved>(layout, shape);
     case Layout::kStrips: return plan_of<T, Strips>(layout, shape);
     default: return plan_of<T, Gathered>(layout, shape);
@@ -1276,7 +1278,9 @@ template <class T>
 void run_for(const Call& call, int64_t begin, int64_t end, void* scratch) {
   switch (layout_of(call.shape, Pack<typename Compute<T>::Type>::kLanes)) {
     case Layout::kRows: return run_units<T, Rows>(call, begin, end, scratch);
-    case Layout::kQuads: return run_units<T, Quads>(call, begin, end, scratch);
+    case Layout::kQuads:
+      if constexpr (kShort < kLong) return run_units<T, Quads>(call, begin, end, scratch);
+      __builtin_unreachable();
     case Layout::kInterleaved: return run_units<T, Interleaved>(call, begin, end, scratch);
     case Layout::kStrips: return run_units<T, Strips>(call, begin, end, scratch);
     case Layout::kGathered: return run_units<T, Gathered>(call, begin, end, scratch);
