@@ -527,6 +527,24 @@ def test_infogain_clamp_is_1e_20_and_its_gradient_ignores_it():
     np.testing.assert_allclose(gradient, [[2, -1, -1]], rtol=1e-13)
 
 
+@pytest.mark.parametrize("mode", ["forward over reverse", "reverse over reverse"])
+def test_a_clamped_probability_has_second_derivatives_inside_a_scan(mode):
+    """The gradient is −1/1e-20, as if there were no clamp: its derivative is 1/1e-40. JAX forgets custom rules there."""
+
+    def loss(p):
+        def step(total, p):
+            return total + caffe.multinomial_logistic_loss(p[None], np.array([0])), None
+
+        return jax.lax.scan(step, jnp.zeros((), p.dtype), p)[0]
+
+    p, v = jnp.array([[1e-21, 0.5, 0.5]]), jnp.array([[3.0, 2.0, 1.0]])
+    if mode == "forward over reverse":
+        _, product = jax.jvp(jax.grad(loss), (p,), (v,))
+    else:
+        product = jax.grad(lambda p: jnp.vdot(jax.grad(loss)(p), v))(p)
+    np.testing.assert_allclose(product, [[3e40, 0, 0]], rtol=1e-12)
+
+
 def test_infogain_with_the_identity_is_softmax_with_loss():
     logits, labels = problem((2, 3, 2, 2), scale=3)
     found = jax.jit(lambda z: (caffe.infogain_loss(z, labels, np.eye(3)), caffe.softmax_with_loss(z, labels)))(logits)

@@ -288,6 +288,11 @@ def test_visible_states_are_softmax_of_minus_free_energy():
     np.testing.assert_allclose(np.exp(-free), table.sum(1), rtol=1e-13)
 
 
+def test_log_partition_enumerates_up_to_20_units():
+    params = energy.RestrictedBoltzmann(np.zeros((20, 21)), np.zeros(20), np.zeros(21))
+    assert jax.eval_shape(energy.rbm_log_partition, params).shape == ()
+
+
 def test_log_partition_enumerates_either_layer():
     """Two visible and three hidden units have the partition function of three and two."""
     exchanged = energy.RestrictedBoltzmann(np.transpose(RBM.weights), RBM.hidden_bias, RBM.visible_bias)

@@ -234,3 +234,18 @@ def test_no_other_module_uses_such_a_name():
     files = [file for file in package.rglob("*.py") if file.name != Path(_jax_internals.__file__).name]
     assert len(files) > 20
     assert [file.name for file in files if unstable.search(file.read_text())] == []
+
+
+def test_a_function_is_compiled_outside_traces_and_traced_as_part_of_its_caller_inside():
+    seen = []
+
+    @_jax_internals.jit_outside_traces(static_argnums=(1,))
+    def double(x, factor):
+        seen.append(type(x))
+        return factor * x
+
+    x = jnp.ones(3)
+    double(x, 2), double(x, 2)
+    assert len(seen) == 1
+    assert issubclass(seen[0], jax.core.Tracer)
+    assert "jit" not in str(jax.make_jaxpr(lambda x: double(x, 2))(x))
