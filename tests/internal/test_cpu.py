@@ -371,6 +371,19 @@ def test_the_bits_of_a_row_do_not_depend_on_its_batch(shape, dtype, rng):
             np.testing.assert_array_equal(few, np.asarray(many)[rows], named)
 
 
+@pytest.mark.parametrize(("classes", "inner"), [(3, 1), (100, 1), (1000, 1), (1700, 7), (10, 7), (21, 40)])
+def test_weights_that_the_positions_of_an_example_share_are_those_of_each(classes, inner, rng):
+    z = rng.normal(size=(2, 3, classes, inner)).astype(np.float32)
+    shared = rng.uniform(size=(2, 1, classes, 1)).astype(np.float32)
+
+    @jax.jit
+    def both(z, shared):
+        return kernel("statistics", z, None, shared), kernel("statistics", z, None, jnp.broadcast_to(shared, z.shape))
+
+    for few, each in zip(*both(z, shared), strict=True):
+        np.testing.assert_array_equal(few, each)
+
+
 def test_a_kernel_refuses_arrays_that_it_would_read_out_of_bounds():
     """Mixed dtypes and broadcast weights, which the kernel does not check."""
     logits, one = np.zeros((4, 300), np.float32), np.zeros((4, 1), np.float32)
